@@ -1,0 +1,104 @@
+// Chooses the kernel and lays out the workspace.
+#include "backward/plan.h"
+
+#include "base/shape.h"
+#include "base/text.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr std::int64_t kPartAlignment = 256;     // bytes
+constexpr std::int64_t kSemaphoresPerBlock = 2;  // one for each consumer warpgroup
+
+// Parts of the workspace one after the other, each aligned.
+class Workspace {
+ public:
+  // Reserves a part and writes its offset.
+  Status reserve(const char* what, std::initializer_list<std::int64_t> extents,
+                 std::int64_t element_bytes, std::int64_t* offset) {
+    *offset = bytes_;
+    const auto elements = checked_product(what, extents);
+    if (!elements.ok()) return elements.status();
+    std::int64_t part = 0;
+    if (__builtin_mul_overflow(elements.value(), element_bytes, &part) ||
+        __builtin_add_overflow(part, kPartAlignment - 1, &part) ||
+        __builtin_add_overflow(bytes_, part / kPartAlignment * kPartAlignment, &bytes_)) {
+      return invalid_argument(concat(what, " exceeds 64-bit arithmetic"));
+    }
+    return {};
+  }
+
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::int64_t bytes_ = 0;
+};
+
+// The smallest fitting kernel; the first listed among equals. Null when there is none.
+const BackwardKey* choose_kernel(const Shape& shape, bool deterministic,
+                                 const std::vector<BackwardKey>& available) {
+  const BackwardKey* best = nullptr;
+  for (const BackwardKey& key : available) {
+    if (key.dtype != shape.dtype || key.deterministic != deterministic) continue;
+    if (key.head_dim < shape.head_dim || key.head_dim_v < shape.head_dim_v) continue;
+    if (best == nullptr || key.head_dim < best->head_dim ||
+        (key.head_dim == best->head_dim && key.head_dim_v < best->head_dim_v)) {
+      best = &key;
+    }
+  }
+  return best;
+}
+
+// (batch, kv head) pairs whose Q, dO and fp32 dQ fit L2 together.
+std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) {
+  const std::int64_t row_bytes = 2 * (shape.head_dim + shape.head_dim_v) + 4 * key.head_dim;
+  const std::int64_t group = shape.num_heads_q / shape.num_heads_kv;
+  return static_cast<std::int32_t>(
+      heads_in_l2(shape.batch * shape.num_heads_kv, group * shape.seqlen_q * row_bytes));
+}
+
+}  // namespace
+
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
+                                     const std::vector<BackwardKey>& available) {
+  JFA_CHECK_OK(check_shape(shape));
+  const BackwardKey* key = choose_kernel(shape, deterministic, available);
+  if (key == nullptr) {
+    return unimplemented(
+        no_kernel_message("backward", shape, compiled_head_dims(shape, available)));
+  }
+  BackwardPlan plan;
+  plan.key = *key;
+  plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key->block_m);
+  plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key->block_n);
+  plan.heads_per_group = choose_heads_per_group(shape, *key);
+  const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
+  if (!num_tiles.ok()) return num_tiles.status();
+  plan.num_tiles = num_tiles.value();
+
+  const std::int64_t heads = shape.num_heads_q;
+  const std::int64_t m_blocks = plan.num_m_blocks;
+  Workspace workspace;
+  JFA_CHECK_OK(workspace.reserve("dQ workspace",
+                                 {shape.batch, heads, m_blocks, key->block_m, key->head_dim},
+                                 sizeof(float), &plan.dq_offset));
+  JFA_CHECK_OK(workspace.reserve("LSE workspace", {shape.batch, heads, m_blocks, key->block_m},
+                                 sizeof(float), &plan.lse_offset));
+  JFA_CHECK_OK(workspace.reserve("delta workspace", {shape.batch, heads, m_blocks, key->block_m},
+                                 sizeof(float), &plan.delta_offset));
+  JFA_CHECK_OK(workspace.reserve(
+      "semaphores", {shape.batch, heads, deterministic ? m_blocks : 0, kSemaphoresPerBlock},
+      sizeof(std::int32_t), &plan.semaphore_offset));
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
+std::string to_string(const BackwardPlan& plan) {
+  return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
+                plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
+                plan.key.deterministic ? " deterministic" : "", " m_blocks=", plan.num_m_blocks,
+                " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
+                " tiles=", plan.num_tiles, " workspace=", plan.workspace_bytes);
+}
+
+}  // namespace jax_fa3

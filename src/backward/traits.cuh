@@ -1,0 +1,126 @@
+// Everything that follows from a backward Config: tiles, MMAs, shared memory, thread roles.
+#pragma once
+
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include "attention/scheduler.cuh"
+#include "attention/softmax.cuh"
+#include "backward/config.h"
+#include "device/mma.cuh"
+#include "device/pipeline.cuh"
+
+namespace jax_fa3 {
+
+// What the main kernel is launched with. Tensor maps travel by value.
+struct BackwardParams {
+  CUtensorMap query;   // boxes of kBlockM rows
+  CUtensorMap dout;    // boxes of kBlockM rows
+  CUtensorMap key;     // boxes of kBlockN rows
+  CUtensorMap value;   // boxes of kBlockN rows
+  CUtensorMap dkey;    // boxes of kBlockN rows
+  CUtensorMap dvalue;  // boxes of kBlockN rows
+  StaticScheduler scheduler;  // blocks of keys, kv heads
+  MaskOptions mask;
+  IndexArrays index;
+  int seqlen_q;
+  int seqlen_k;
+  int heads_per_kv_head;
+  int num_m_blocks;
+  float softmax_scale;
+  float softmax_scale_log2;
+  const float* lse_log2;  // [b, h_q, num_m_blocks * kBlockM], +inf for a row without gradient
+  const float* delta;     // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;          // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
+  int* semaphore;         // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
+};
+
+// How two warpgroups divide a step (kBlockM queries against kBlockN keys).
+enum class Split {
+  // Each has 64 of 128 keys: S^T and dP^T are A operands of its dV and dK as they stand.
+  kKeys,
+  // Head dims past 128: dV and dK of 64 keys no longer fit one warpgroup. Each makes S^T and dP^T
+  // for half the queries, publishes P^T and dS^T, and has half the head dim of dV and dK.
+  kHeadDim,
+};
+
+template <class Config>
+struct BackwardTraits {
+  using Element = cute::conditional_t<Config::kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kHeadDimV = Config::kHeadDimV;
+  static constexpr int kBlockM = Config::kBlockM;
+  static constexpr int kBlockN = Config::kBlockN;
+  static constexpr bool kDeterministic = Config::kDeterministic;
+  static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kHeadDim;
+  static constexpr bool kSplitKeys = kSplit == Split::kKeys;
+
+  // Roles: warpgroup 0 produces, two consume.
+  static constexpr int kConsumers = 2;
+  static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static_assert(kBlockN == (kSplitKeys ? 128 : 64));
+  static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
+
+  // Half tiles of dQ, dK and dV begin at a chunk.
+  static constexpr int kChunkK = kHeadDim / 2 % 64 == 0 || kHeadDim == 64 ? 64 : 32;
+  static constexpr int kChunkV = kHeadDimV / 2 % 64 == 0 || kHeadDimV == 64 ? 64 : 32;
+  using QTile = SmemTile<Element, kBlockM, kHeadDim, kChunkK>;
+  using DOTile = SmemTile<Element, kBlockM, kHeadDimV, kChunkV>;
+  using KTile = SmemTile<Element, kBlockN, kHeadDim, kChunkK>;
+  using VTile = SmemTile<Element, kBlockN, kHeadDimV, kChunkV>;
+  using PTile = SmemTile<Element, kBlockN, kBlockM>;  // P^T and dS^T: (key, query)
+
+  // Queries per warpgroup of S^T and dP^T; columns per warpgroup of dK and dV.
+  static constexpr int kQueries = kSplitKeys ? kBlockM : kBlockM / 2;
+  static constexpr int kColsK = kSplitKeys ? kHeadDim : kHeadDim / 2;
+  static constexpr int kColsV = kSplitKeys ? kHeadDimV : kHeadDimV / 2;
+  using MmaS = MmaSS<Element, kQueries, Major::K, Major::K>;
+  using MmaDV = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsV, Major::MN>,
+                                    MmaSS<Element, kColsV, Major::K, Major::MN>>;
+  using MmaDK = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsK, Major::MN>,
+                                    MmaSS<Element, kColsK, Major::K, Major::MN>>;
+
+  // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.
+  // A half narrower than 64 columns would starve the tensor core: then the second half starts
+  // early and the kOverlap columns that both make are kept once.
+  static constexpr bool kSplitRowsDQ = kBlockM == 128;
+  static constexpr int kColsDQ = kSplitRowsDQ || kHeadDim < 128 ? 64 : kHeadDim / 2;
+  static constexpr int kOverlap = kSplitRowsDQ ? 0 : 2 * kColsDQ - kHeadDim;
+  static_assert(!kSplitRowsDQ || kHeadDim == 64);
+  using MmaDQ = MmaSS<Element, kColsDQ, Major::MN, Major::MN>;
+  static constexpr int kFirstColDQ = kSplitRowsDQ ? 0 : kHeadDim - kColsDQ;  // of warpgroup 1
+  // Floats of one thread's share, for both warpgroups; the skipped ones come first in the second.
+  static constexpr int kSkippedDQ = kOverlap / 2;
+  static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
+
+  static constexpr int kStages = 2;
+  using Ring = RingBarriers<kStages>;
+  using Cursor = RingCursor<kStages>;
+
+  struct SharedStorage {
+    alignas(1024) Element key[KTile::kElements];      // later dK
+    alignas(1024) Element value[VTile::kElements];    // later dV
+    alignas(1024) Element query[kStages][QTile::kElements];
+    alignas(1024) Element dout[kStages][DOTile::kElements];
+    // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
+    alignas(1024) Element dscores[2][PTile::kElements];
+    alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
+    alignas(16) float lse_log2[kStages][kBlockM];
+    alignas(16) float delta[kStages][kBlockM];
+    TransactionBarrier key_value_full;
+    Ring query_ring;  // Q and LSE
+    Ring dout_ring;   // dO and delta
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  // Named barriers: who arrives and waits.
+  enum NamedBarrier : std::uint32_t {
+    kConsumersMeet = 0,  // both consumers, 256 threads
+    kWarpgroup = 1,      // + w: all of consumer w, 128 threads
+  };
+};
+
+}  // namespace jax_fa3

@@ -1,0 +1,49 @@
+// What every kernel asks of a problem's extents, and arithmetic on them that cannot overflow.
+#pragma once
+
+#include <initializer_list>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/problem.h"
+#include "base/status.h"
+
+namespace jax_fa3 {
+
+constexpr std::int64_t kMaxHeadDim = 256;
+constexpr std::int64_t kHeadDimMultiple = 8;  // 16 bytes, the granularity of a TMA box
+
+// The extents any kernel of either direction accepts; the message names got and expected.
+Status check_shape(const Shape& shape);
+
+// Windows are 0..kUnbounded columns a side, the static offset within +/- kMaxSeqlen.
+Status check_mask(const MaskOptions& mask);
+
+// The compiled head dims of the shape's dtype in a list of kernel keys, ascending.
+template <class Key>
+std::vector<int> compiled_head_dims(const Shape& shape, const std::vector<Key>& available) {
+  std::set<int> dims;
+  for (const Key& key : available) {
+    if (key.dtype == shape.dtype) dims.insert(key.head_dim);
+  }
+  return {dims.begin(), dims.end()};
+}
+
+// Why no kernel takes the shape, and the build option that would add one.
+std::string no_kernel_message(const char* direction, const Shape& shape,
+                              const std::vector<int>& head_dims);
+
+// How many heads to run side by side so that their operands fit L2 together: groups of equal size
+// as far as possible, at least one head.
+std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head);
+
+// batch * num_heads * num_blocks, which the kernels index with 32 bits.
+StatusOr<std::int64_t> count_tiles(std::int64_t batch, std::int64_t num_heads,
+                                   std::int64_t num_blocks);
+
+// The product of non-negative factors, or an error that says what it was to measure.
+StatusOr<std::int64_t> checked_product(const char* what,
+                                       std::initializer_list<std::int64_t> factors);
+
+}  // namespace jax_fa3

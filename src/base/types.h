@@ -1,0 +1,28 @@
+// The words every layer shares: element types and the limits of the index arithmetic.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define JFA_HD __host__ __device__
+#else
+#define JFA_HD
+#endif
+
+namespace jax_fa3 {
+
+enum class DType : std::int32_t { kBF16 = 0, kFP16 = 1 };
+
+constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "bf16" : "fp16"; }
+
+// Row and column arithmetic is int32. With sequence lengths and offsets below kMaxSeqlen in
+// magnitude, row + offset +/- kUnbounded neither overflows nor meets a real column.
+constexpr std::int32_t kMaxSeqlen = 1 << 28;   // tokens
+constexpr std::int32_t kUnbounded = 1 << 30;   // columns: a window side that is switched off
+
+template <class T>
+JFA_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,124 @@
+// WGMMA of one warpgroup: 64 rows of output by kN columns, float32 accumulation.
+//
+// A thread's accumulator is a plain array. Element i stands at
+//   row  = 16 * warp + lane / 4 + 8 * accumulator_row(i)
+//   col  = 2 * (lane % 4) + accumulator_col(i)
+// and elements 8k .. 8k+7, converted to 16 bits in order, are the A operand of k-step k of a
+// following GEMM that contracts along these columns.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cute/tensor.hpp>
+
+#include "device/tile.cuh"
+
+namespace jax_fa3 {
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupRows = 64;
+
+CUTE_HOST_DEVICE constexpr int accumulator_row(int i) { return (i >> 1) & 1; }
+CUTE_HOST_DEVICE constexpr int accumulator_col(int i) { return (i >> 2) * 8 + (i & 1); }
+
+using cute::GMMA::Major;
+
+// Both operands from shared memory.
+template <class Element, int kN, Major kMajorA, Major kMajorB>
+using MmaSS = decltype(cute::make_tiled_mma(
+    cute::GMMA::ss_op_selector<Element, Element, float,
+                               cute::Shape<cute::_64, cute::Int<kN>, cute::_16>, kMajorA,
+                               kMajorB>()));
+// A from registers, B from shared memory.
+template <class Element, int kN, Major kMajorB>
+using MmaRS = decltype(cute::make_tiled_mma(
+    cute::GMMA::rs_op_selector<Element, Element, float,
+                               cute::Shape<cute::_64, cute::Int<kN>, cute::_16>, Major::K,
+                               kMajorB>()));
+
+template <class Mma, int kN>
+CUTE_DEVICE auto make_accumulator() {
+  static_assert(cute::tile_size<1>(Mma{}) == kN, "no WGMMA instruction of this width");
+  return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<kN>>{});
+}
+
+// An A operand in registers for a contraction over kK.
+template <class Element, int kK>
+CUTE_DEVICE auto make_operand_a() {
+  return cute::make_tensor<Element>(
+      cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1,
+                               cute::Int<kK / 16>>>{});
+}
+
+// Rounds an accumulator (or a part of it) to 16 bits, element by element.
+template <class Accumulator, class Operand>
+CUTE_DEVICE void convert(const Accumulator& source, Operand& target) {
+  using Element = typename Operand::value_type;
+  constexpr int kCount = decltype(cute::size(source))::value;
+  static_assert(kCount == decltype(cute::size(target))::value);
+  cutlass::NumericArrayConverter<Element, float, kCount> converter;
+  auto& from = *reinterpret_cast<const cutlass::Array<float, kCount>*>(source.data());
+  *reinterpret_cast<cutlass::Array<Element, kCount>*>(target.data()) = converter(from);
+}
+
+enum class Accumulate { kOverwrite, kAdd };
+
+// Issues C (+)= A * B for operands already partitioned (descriptors or registers) and commits
+// the group; returns before it is done. C and a register A must not be touched until
+// wait_mma has returned for this group.
+template <Accumulate kMode, class Mma, class A, class B, class C>
+CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
+  constexpr bool kRegisterA = !cute::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
+  if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
+  cute::warpgroup_fence_operand(tC);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = kMode == Accumulate::kOverwrite ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(tA); ++k) {
+    cute::gemm(mma, tA(cute::_, cute::_, k), tB(cute::_, cute::_, k), tC);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(tC);
+  if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
+}
+
+// Waits until at most kPending groups are in flight, and makes `tC` readable.
+template <int kPending, class C>
+CUTE_DEVICE void wait_mma(C& tC) {
+  cute::warpgroup_wait<kPending>();
+  cute::warpgroup_fence_operand(tC);
+}
+
+// Writes an accumulator of Mma, already rounded to 16 bits, to shared memory as a (64, kN) tile.
+template <class Mma, class Rounded, class Tensor>
+CUTE_DEVICE void store_rounded(const Rounded& rounded, Tensor&& sC) {
+  using namespace cute;
+  using Element = typename Rounded::value_type;
+  constexpr int kN = decltype(size<1>(sC))::value;
+  const auto tC = make_tensor(rounded.data(), make_accumulator<Mma, kN>().layout());
+  const auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, Mma{});
+  const auto thread_copy = tiled_copy.get_slice(threadIdx.x % kWarpgroupThreads);
+  copy(tiled_copy, thread_copy.retile_S(tC), thread_copy.partition_D(sC));
+}
+
+// Rounds an accumulator of Mma to 16 bits and writes it to shared memory.
+template <class Mma, class Accumulator, class Tensor>
+CUTE_DEVICE void store_accumulator(const Accumulator& tC, Tensor&& sC) {
+  using Element = typename cute::remove_cvref_t<Tensor>::value_type;
+  auto rounded = cute::make_tensor_like<Element>(tC);
+  convert(tC, rounded);
+  store_rounded<Mma>(rounded, sC);
+}
+
+// Operands of a one-warpgroup MMA: descriptors of a shared-memory tensor.
+template <class Mma, class Tensor>
+CUTE_DEVICE auto operand_a(Mma mma, const Tensor& sA) {
+  return mma.get_slice(0).partition_fragment_A(sA);
+}
+template <class Mma, class Tensor>
+CUTE_DEVICE auto operand_b(Mma mma, const Tensor& sB) {
+  return mma.get_slice(0).partition_fragment_B(sB);
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,61 @@
+// A ring of shared-memory stages between one TMA producer thread and the consumer warpgroups.
+//
+// full[s]: one arrival (the producer's expect) and the bytes of the stage; consumers wait.
+// empty[s]: one arrival per consumer warpgroup once it has read the stage; the producer waits.
+#pragma once
+
+#include "device/tma.cuh"
+
+namespace jax_fa3 {
+
+template <int kStages>
+struct RingBarriers {
+  TransactionBarrier full[kStages];
+  Barrier empty[kStages];
+
+  CUTE_DEVICE void init(int num_consumers) {
+    for (int s = 0; s < kStages; ++s) {
+      full[s].init(1);
+      empty[s].init(num_consumers);
+    }
+  }
+};
+
+// One side's place in a ring. Producer and consumers each walk the stages with their own cursor.
+template <int kStages>
+struct RingCursor {
+  int stage = 0;
+  std::uint32_t phase = 0;
+
+  CUTE_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Producer: wait until the stage is free, then announce `bytes`. A fresh ring is free: waiting
+// for the phase before the first one returns at once.
+template <int kStages>
+CUTE_DEVICE TransactionBarrier& acquire(RingBarriers<kStages>& ring, RingCursor<kStages> cursor,
+                                        std::uint32_t bytes) {
+  ring.empty[cursor.stage].wait(cursor.phase ^ 1);
+  ring.full[cursor.stage].arrive_and_expect_tx(bytes);
+  return ring.full[cursor.stage];
+}
+
+// Consumer: wait for the stage's bytes.
+template <int kStages>
+CUTE_DEVICE void wait_full(RingBarriers<kStages>& ring, RingCursor<kStages> cursor) {
+  ring.full[cursor.stage].wait(cursor.phase);
+}
+
+// Consumer: this warpgroup has read the stage. One thread in 128 arrives; the WGMMAs that read
+// the stage must have been waited for by all of them.
+template <int kStages>
+CUTE_DEVICE void release(RingBarriers<kStages>& ring, RingCursor<kStages> cursor) {
+  if (threadIdx.x % 128 == 0) ring.empty[cursor.stage].arrive();
+}
+
+}  // namespace jax_fa3

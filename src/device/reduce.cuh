@@ -1,0 +1,25 @@
+// Reductions and ordered accesses in global memory.
+#pragma once
+
+#include <cute/config.hpp>
+
+namespace jax_fa3 {
+
+// Adds four floats to 16 aligned bytes of global memory, each atomically.
+CUTE_DEVICE void reduce_add(float* address, float x, float y, float z, float w) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x),
+               "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
+CUTE_DEVICE int load_acquire(const int* address) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+CUTE_DEVICE void store_release(int* address, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+}  // namespace jax_fa3

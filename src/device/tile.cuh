@@ -1,0 +1,79 @@
+// A 2-D tile in shared memory, as TMA writes it and WGMMA reads it.
+//
+// Columns are cut into chunks of one swizzled row (128 bytes, or 64 where the width is not a
+// multiple of 64 elements); a chunk holds all rows. The same bytes serve WGMMA as a K-major
+// operand (contracted along the columns) and as an MN-major one (contracted along the rows).
+//
+// CuTe's grammar of tensor names: the letters after the first say what is partitioned how
+// (tSrS: accumulator of S, by the MMA that makes S, in registers); s in shared memory, r in
+// registers, g in global memory.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+namespace jax_fa3 {
+
+template <class Element_, int kRows_, int kCols_, int kChunkCols_ = kCols_ % 64 == 0 ? 64 : 32>
+struct SmemTile {
+  using Element = Element_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kChunkCols = kChunkCols_;
+  static constexpr int kChunks = kCols / kChunkCols;
+  static constexpr int kChunkElements = kRows * kChunkCols;
+  static constexpr int kElements = kRows * kCols;
+  static constexpr int kBytes = kElements * sizeof(Element);
+  static_assert(sizeof(Element) == 2 && kRows % 8 == 0 && kCols % kChunkCols == 0);
+  static_assert(kChunkCols == 64 || kChunkCols == 32);
+
+  using AtomK = cute::conditional_t<kChunkCols == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMn = cute::conditional_t<kChunkCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  // (row, col)
+  using Layout = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
+  // (col, row), the same bytes
+  using LayoutT = decltype(cute::tile_to_shape(
+      AtomMn{}, cute::Shape<cute::Int<kCols>, cute::Int<kRows>>{},
+      cute::Step<cute::_2, cute::_1>{}));
+
+  CUTE_DEVICE static auto tensor(Element* data) {
+    return cute::make_tensor(cute::make_smem_ptr(data), Layout{});
+  }
+  CUTE_DEVICE static auto transposed(Element* data) {
+    return cute::make_tensor(cute::make_smem_ptr(data), LayoutT{});
+  }
+
+  // Rows [kHeight i, kHeight i + kHeight), by default one warpgroup's.
+  template <int kHeight = 64>
+  CUTE_DEVICE static auto row_block(Element* data, int i) {
+    return cute::local_tile(tensor(data), cute::Shape<cute::Int<kHeight>, cute::Int<kCols>>{},
+                            cute::make_coord(i, 0));
+  }
+  // Columns [kWidth i, kWidth i + kWidth) of all rows.
+  template <int kWidth>
+  CUTE_DEVICE static auto col_block(Element* data, int i) {
+    return cute::local_tile(tensor(data), cute::Shape<cute::Int<kRows>, cute::Int<kWidth>>{},
+                            cute::make_coord(0, i));
+  }
+  // The same columns of the transposed view, from column `first`, a multiple of kChunkCols.
+  template <int kWidth>
+  CUTE_DEVICE static auto transposed_cols(Element* data, int first) {
+    return cute::local_tile(transposed(data + first / kChunkCols * kChunkElements),
+                            cute::Shape<cute::Int<kWidth>, cute::Int<kRows>>{},
+                            cute::make_coord(0, 0));
+  }
+
+  // Zeroes rows [first_row, kRows), with `threads` threads of which this is number `thread`.
+  CUTE_DEVICE static void zero_rows_from(Element* data, int first_row, int thread, int threads) {
+    constexpr int kVectorsPerRow = kChunkCols * int(sizeof(Element)) / 16;
+    const int vectors = (kRows - first_row) * kVectorsPerRow;
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      auto* base = reinterpret_cast<uint4*>(data + chunk * kChunkElements + first_row * kChunkCols);
+      for (int i = thread; i < vectors; i += threads) base[i] = uint4{0, 0, 0, 0};
+    }
+  }
+};
+
+}  // namespace jax_fa3

@@ -1,0 +1,165 @@
+#include "ffi/decode.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "base/text.h"
+#include "ffi/error.h"
+
+namespace jax_fa3 {
+namespace {
+
+using xla::ffi::AnyBuffer;
+using xla::ffi::DataType;
+using Extents = std::vector<std::int64_t>;
+
+template <class Range>
+std::string extents_text(const Range& extents) {
+  std::string text = "[";
+  for (const std::int64_t extent : extents) {
+    text += concat(text.size() > 1 ? ", " : "", extent);
+  }
+  return text + "]";
+}
+
+// Extents of -1 match anything.
+Status expect(const char* name, const AnyBuffer& buffer, DataType dtype, const Extents& extents) {
+  if (buffer.element_type() != dtype) {
+    return invalid_argument(concat(name, " must be ", dtype, ", got ", buffer.element_type()));
+  }
+  const auto got = buffer.dimensions();
+  const bool same = got.size() == extents.size() &&
+                    std::equal(got.begin(), got.end(), extents.begin(),
+                               [](std::int64_t a, std::int64_t b) { return b == -1 || a == b; });
+  if (same) return {};
+  return invalid_argument(
+      concat(name, " must have shape ", extents_text(extents), ", got ", extents_text(got)));
+}
+
+StatusOr<Shape> decode_shape(const AnyBuffer& query, const AnyBuffer& key, const AnyBuffer& value) {
+  const DataType type = query.element_type();
+  if (type != DataType::BF16 && type != DataType::F16) {
+    return invalid_argument(concat("query must be BF16 or F16, got ", type));
+  }
+  JFA_CHECK_OK(expect("query", query, type, {-1, -1, -1, -1}));
+  JFA_CHECK_OK(expect("key", key, type, {query.dimensions()[0], -1, -1, query.dimensions()[3]}));
+  const auto q = query.dimensions();
+  const auto k = key.dimensions();
+  JFA_CHECK_OK(expect("value", value, type, {q[0], k[1], k[2], -1}));
+  Shape shape;
+  shape.dtype = type == DataType::BF16 ? DType::kBF16 : DType::kFP16;
+  shape.batch = q[0];
+  shape.seqlen_q = q[1];
+  shape.seqlen_k = k[1];
+  shape.num_heads_q = q[2];
+  shape.num_heads_kv = k[2];
+  shape.head_dim = q[3];
+  shape.head_dim_v = value.dimensions()[3];
+  return shape;
+}
+
+// Takes the optional operands one after the other.
+class Optionals {
+ public:
+  explicit Optionals(const xla::ffi::RemainingArgs& args) : args_(args) {}
+
+  template <class T>
+  Status take(bool present, const char* name, DataType dtype, const Extents& extents,
+              const T** pointer) {
+    if (!present) return {};
+    if (next_ >= args_.size()) {
+      return invalid_argument(concat("options announce the operand ", name, ", got ", args_.size(),
+                                     " optional operands"));
+    }
+    const auto buffer = args_.get<AnyBuffer>(next_++);
+    if (!buffer.has_value()) return invalid_argument(concat(name, " must be a buffer"));
+    JFA_CHECK_OK(expect(name, *buffer, dtype, extents));
+    *pointer = static_cast<const T*>(buffer->untyped_data());
+    return {};
+  }
+
+  Status finish() const {
+    if (next_ == args_.size()) return {};
+    return invalid_argument(
+        concat("options announce ", next_, " optional operands, got ", args_.size()));
+  }
+
+ private:
+  const xla::ffi::RemainingArgs& args_;
+  std::size_t next_ = 0;
+};
+
+Status decode_index(Optionals& optionals, const Options& options, std::int64_t batch,
+                    IndexArrays* index) {
+  JFA_CHECK_OK(optionals.take(options.has_query_lengths, "query_seq_lengths", DataType::S32,
+                              {batch}, &index->query_lengths));
+  JFA_CHECK_OK(optionals.take(options.has_key_lengths, "key_value_seq_lengths", DataType::S32,
+                              {batch}, &index->key_lengths));
+  JFA_CHECK_OK(optionals.take(options.has_query_offset, "query_offset", DataType::S32, {batch},
+                              &index->query_offset));
+  return optionals.finish();
+}
+
+}  // namespace
+
+StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Options& options) {
+  JFA_TRY(s, decode_shape(buffers.query, buffers.key, buffers.value));
+  const DataType type = buffers.query.element_type();
+  JFA_CHECK_OK(
+      expect("out", buffers.out, type, {s.batch, s.seqlen_q, s.num_heads_q, s.head_dim_v}));
+  JFA_CHECK_OK(expect("lse", buffers.lse, DataType::F32, {s.batch, s.num_heads_q, s.seqlen_q}));
+  if (options.has_dlse) return invalid_argument("has_dlse must be false in the forward pass");
+
+  ForwardProblem problem;
+  problem.shape = s;
+  problem.mask = mask_of(options);
+  problem.softmax_scale = options.scale;
+  problem.rescale_threshold = options.rescale_threshold;
+  problem.query = buffers.query.untyped_data();
+  problem.key = buffers.key.untyped_data();
+  problem.value = buffers.value.untyped_data();
+  problem.out = buffers.out.untyped_data();
+  problem.lse = static_cast<float*>(buffers.lse.untyped_data());
+  Optionals optionals(buffers.rest);
+  JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
+  return problem;
+}
+
+StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const Options& options) {
+  JFA_TRY(s, decode_shape(buffers.query, buffers.key, buffers.value));
+  const DataType type = buffers.query.element_type();
+  const Extents query{s.batch, s.seqlen_q, s.num_heads_q, s.head_dim};
+  const Extents key{s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim};
+  const Extents value{s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim_v};
+  const Extents out{s.batch, s.seqlen_q, s.num_heads_q, s.head_dim_v};
+  const Extents rows{s.batch, s.num_heads_q, s.seqlen_q};
+  JFA_CHECK_OK(expect("out", buffers.out, type, out));
+  JFA_CHECK_OK(expect("lse", buffers.lse, DataType::F32, rows));
+  JFA_CHECK_OK(expect("dout", buffers.dout, type, out));
+  JFA_CHECK_OK(expect("dquery", buffers.dquery, type, query));
+  JFA_CHECK_OK(expect("dkey", buffers.dkey, type, key));
+  JFA_CHECK_OK(expect("dvalue", buffers.dvalue, type, value));
+
+  BackwardProblem problem;
+  problem.shape = s;
+  problem.mask = mask_of(options);
+  problem.softmax_scale = options.scale;
+  problem.deterministic = options.deterministic;
+  problem.query = buffers.query.untyped_data();
+  problem.key = buffers.key.untyped_data();
+  problem.value = buffers.value.untyped_data();
+  problem.out = buffers.out.untyped_data();
+  problem.lse = static_cast<const float*>(buffers.lse.untyped_data());
+  problem.dout = buffers.dout.untyped_data();
+  problem.dquery = buffers.dquery.untyped_data();
+  problem.dkey = buffers.dkey.untyped_data();
+  problem.dvalue = buffers.dvalue.untyped_data();
+  problem.workspace = buffers.workspace.untyped_data();
+  Optionals optionals(buffers.rest);
+  JFA_CHECK_OK(optionals.take(options.has_dlse, "dlse", DataType::F32, rows, &problem.dlse));
+  JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
+  return problem;
+}
+
+}  // namespace jax_fa3

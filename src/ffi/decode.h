@@ -1,0 +1,38 @@
+// From XLA's buffers to a Problem: extents are read off query, key and value, and every other
+// buffer must have the rank, element type and extents that follow from them.
+#pragma once
+
+#include "base/problem.h"
+#include "base/status.h"
+#include "ffi/options.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_fa3 {
+
+struct ForwardBuffers {
+  xla::ffi::AnyBuffer query;
+  xla::ffi::AnyBuffer key;
+  xla::ffi::AnyBuffer value;
+  xla::ffi::RemainingArgs rest;  // index arrays, those that `options` announces
+  xla::ffi::AnyBuffer out;
+  xla::ffi::AnyBuffer lse;
+};
+
+struct BackwardBuffers {
+  xla::ffi::AnyBuffer query;
+  xla::ffi::AnyBuffer key;
+  xla::ffi::AnyBuffer value;
+  xla::ffi::AnyBuffer out;
+  xla::ffi::AnyBuffer lse;
+  xla::ffi::AnyBuffer dout;
+  xla::ffi::RemainingArgs rest;  // dlse, then index arrays, those that `options` announces
+  xla::ffi::AnyBuffer dquery;
+  xla::ffi::AnyBuffer dkey;
+  xla::ffi::AnyBuffer dvalue;
+  xla::ffi::AnyBuffer workspace;
+};
+
+StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Options& options);
+StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const Options& options);
+
+}  // namespace jax_fa3

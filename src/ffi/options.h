@@ -1,0 +1,41 @@
+// Every static choice of a call, decoded from the dictionary attribute "options". The fields mirror
+// AttentionOptions.to_ffi in jax_fa3/options.py one to one; XLA refuses a missing or extra field
+// and a wrong width, validate.cc a wrong value.
+#pragma once
+
+#include <cstdint>
+
+#include "base/problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_fa3 {
+
+struct Options {
+  float scale;                // of the logits, > 0
+  std::int32_t window_left;   // columns, inclusive; kUnbounded when off
+  std::int32_t window_right;  // columns, inclusive; kUnbounded when off
+  std::int32_t query_offset;  // used without the offset array
+  float rescale_threshold;    // log2 units
+  bool deterministic;
+  bool has_query_lengths;
+  bool has_key_lengths;
+  bool has_query_offset;
+  bool has_dlse;  // backward only
+};
+
+inline MaskOptions mask_of(const Options& options) {
+  return {options.window_left, options.window_right, options.query_offset};
+}
+
+}  // namespace jax_fa3
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<float>("scale"),
+                                      xla::ffi::StructMember<std::int32_t>("window_left"),
+                                      xla::ffi::StructMember<std::int32_t>("window_right"),
+                                      xla::ffi::StructMember<std::int32_t>("query_offset"),
+                                      xla::ffi::StructMember<float>("rescale_threshold"),
+                                      xla::ffi::StructMember<bool>("deterministic"),
+                                      xla::ffi::StructMember<bool>("has_query_lengths"),
+                                      xla::ffi::StructMember<bool>("has_key_lengths"),
+                                      xla::ffi::StructMember<bool>("has_query_offset"),
+                                      xla::ffi::StructMember<bool>("has_dlse"));

@@ -1,0 +1,18 @@
+// What protects memory: values, alignments, the workspace and the device. Python has checked the
+// same with better words; this holds for calls that come another way.
+#pragma once
+
+#include "backward/plan.h"
+#include "base/problem.h"
+#include "base/status.h"
+#include "ffi/device.h"
+
+namespace jax_fa3 {
+
+Status validate(const ForwardProblem& problem, const Device& device);
+Status validate(const BackwardProblem& problem, const Device& device);
+
+// The workspace must hold what the plan lays out in it.
+Status validate_workspace(const BackwardPlan& plan, std::int64_t workspace_bytes);
+
+}  // namespace jax_fa3

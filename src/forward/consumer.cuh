@@ -1,0 +1,182 @@
+// One consumer warpgroup's share of a work tile: 64 query rows against all their keys.
+//
+//   S(last) = Q K(last)^T;  P = softmax(S)
+//   for the tiles before it, right to left:
+//     in turn with the other warpgroups: issue S = Q K(n)^T, then O += P V(n+1)
+//     while O and the other warpgroups' GEMMs run: mask and exponentiate S
+//     when O has arrived: rescale it if a row maximum has outgrown its reference; P = S
+//   O += P V(first)
+//
+// Tiles that straddle an edge of the mask are peeled off at both ends, so that the middle, the
+// bulk, runs without a compare.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "forward/traits.cuh"
+
+namespace jax_fa3 {
+
+template <class T>
+struct ForwardConsumer {
+  using NamedBarrier = cutlass::arch::NamedBarrier;
+
+  const ForwardParams& p;
+  typename T::SharedStorage& shared;
+  const int warpgroup;  // 0 .. kConsumers - 1
+
+  RingCursor<1> query_cursor;
+  typename T::Cursor key_cursor, value_cursor;
+
+  // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
+  // under another's GEMMs.
+  CUTE_DEVICE void take_turn() const {
+    NamedBarrier::sync(2 * kWarpgroupThreads, T::kOrder + warpgroup);
+  }
+  CUTE_DEVICE void pass_turn() const {
+    NamedBarrier::arrive(2 * kWarpgroupThreads, T::kOrder + (warpgroup + 1) % T::kConsumers);
+  }
+
+  // V rows past the sequence's keys may hold anything, NaN included, and P = 0 does not stop
+  // NaN. Only the right-most tile can have such rows. Every warpgroup clears them for itself,
+  // before its own GEMM reads them.
+  CUTE_DEVICE void clear_value_tail(const Mask& mask, int n) const {
+    const int valid = mask.key_length - n * T::kBlockN;
+    if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
+    wait_full(shared.value_ring, value_cursor);
+    T::VTile::zero_rows_from(shared.value[value_cursor.stage], valid,
+                             threadIdx.x % kWarpgroupThreads, kWarpgroupThreads);
+    cutlass::arch::fence_view_async_shared();
+    NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+  }
+
+  template <class AccumulatorO>
+  CUTE_DEVICE void attend(AccumulatorO& tO, OnlineSoftmax& softmax, const Mask& mask,
+                          const TileRange& keys, int row) {
+    typename T::MmaS mma_s;
+    typename T::MmaO mma_o;
+    using namespace cute;
+    const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
+    auto tP = make_operand_a<typename T::Element, T::kBlockN>();
+    const float scale_log2 = p.softmax_scale_log2;
+
+    const auto issue_scores = [&](auto& tS) {
+      wait_full(shared.key_ring, key_cursor);
+      const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
+      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, operand_b(mma_s, sK), tS);
+    };
+    const auto issue_output = [&] {
+      wait_full(shared.value_ring, value_cursor);
+      const auto sVt = T::VTile::transposed(shared.value[value_cursor.stage]);
+      issue_mma<Accumulate::kAdd>(mma_o, tP, operand_b(mma_o, sVt), tO);
+    };
+
+    // The right-most tile: nothing to overlap with yet.
+    int n = keys.end - 1;
+    {
+      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
+      issue_scores(tS);
+      wait_mma<0>(tS);
+      release(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
+      softmax.update(tS, scale_log2, p.rescale_threshold);  // O is zero: no rescale
+      convert(tS, tP);
+      clear_value_tail(mask, n);
+    }
+
+    const auto step = [&](auto masked) {
+      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
+      take_turn();
+      issue_scores(tS);
+      issue_output();
+      pass_turn();
+      wait_mma<1>(tS);
+      release(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      if constexpr (decltype(masked)::value) mask_scores(tS, mask, row, n * T::kBlockN);
+      const bool rescale = softmax.update(tS, scale_log2, p.rescale_threshold);
+      wait_mma<0>(tO);
+      release(shared.value_ring, value_cursor);
+      value_cursor.advance();
+      convert(tS, tP);
+      if (rescale) softmax.rescale(tO);
+    };
+    --n;
+    for (; n >= keys.full_end; --n) step(true_type{});
+    for (; n >= keys.full_begin; --n) step(false_type{});
+    for (; n >= keys.begin; --n) step(true_type{});
+
+    if constexpr (T::kOwnOutput) release(shared.query_ring, query_cursor);
+    issue_output();
+    wait_mma<0>(tO);
+    release(shared.value_ring, value_cursor);
+    value_cursor.advance();
+  }
+
+  CUTE_DEVICE void run() {
+    using namespace cute;
+    if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
+    for (int round = 0, index; (index = p.scheduler.index(round)) >= 0; ++round) {
+      const WorkTile tile = p.scheduler.tile(index);
+      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+      const int block_row = tile.block * T::kBlockM;
+      const int row = block_row + warpgroup * kWarpgroupRows;
+      const TileRange keys = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
+
+      auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
+      clear(tO);
+      OnlineSoftmax softmax;
+      wait_full(shared.query_ring, query_cursor);
+      if (!keys.empty()) {
+        attend(tO, softmax, mask, keys, row);
+      } else if constexpr (T::kOwnOutput) {
+        release(shared.query_ring, query_cursor);
+      }
+      const int first_row = row + thread_row();
+      const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
+      float lse[2];
+      softmax.finish(tO, p.softmax_scale, exists, lse);
+      store_lse(lse, tile, first_row);
+      store_output(tO, tile, row);
+      if constexpr (!T::kOwnOutput) {
+        tma_store_wait<0>();
+        release(shared.query_ring, query_cursor);
+      }
+      query_cursor.advance();
+    }
+  }
+
+  CUTE_DEVICE void store_lse(const float (&lse)[2], const WorkTile& tile, int first_row) const {
+    float* row_lse =
+        p.lse + (std::int64_t(tile.batch) * p.scheduler.num_heads + tile.head) * p.seqlen_q;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 8 * r;
+      if (threadIdx.x % 4 == 0 && row < p.seqlen_q) row_lse[row] = lse[r];
+    }
+  }
+
+  // Registers to shared memory to global memory, this warpgroup's 64 rows. One thread stores, and
+  // before anyone writes the buffer again it waits until the previous store has read it.
+  template <class AccumulatorO>
+  CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
+    using namespace cute;
+    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
+    if constexpr (T::kOwnOutput) {
+      if (leader) tma_store_wait<0>();
+      NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+    }
+    store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(shared.output(), warpgroup));
+    cutlass::arch::fence_view_async_shared();
+    NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+    if (leader) {
+      if (row < p.seqlen_q) {
+        store_tile<typename T::OTile>(p.out, shared.output(), warpgroup * kWarpgroupRows, row,
+                                      tile.head, tile.batch);
+      }
+      tma_store_arrive();
+    }
+  }
+};
+
+}  // namespace jax_fa3

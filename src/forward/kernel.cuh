@@ -1,0 +1,40 @@
+// FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, one TMA producer thread,
+// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "forward/consumer.cuh"
+#include "forward/producer.cuh"
+
+namespace jax_fa3 {
+
+template <class Config>
+__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using T = ForwardTraits<Config>;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    }
+    shared.query_ring.init(T::kConsumers);
+    shared.key_ring.init(T::kConsumers);
+    shared.value_ring.init(T::kConsumers);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = cutlass::canonical_warp_group_idx();
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<T>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    ForwardConsumer<T>{p, shared, warpgroup - 1}.run();
+  }
+}
+
+}  // namespace jax_fa3
