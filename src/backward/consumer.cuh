@@ -74,7 +74,7 @@ struct BackwardConsumer {
   }
 
   // One step. `dquery` is this query block's part of the workspace.
-  template <bool kMasked, class AccumulatorDK, class AccumulatorDV>
+  template <class AccumulatorDK, class AccumulatorDV>
   CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, int m, float* dquery,
                         int* semaphore) {
     using namespace cute;
@@ -102,20 +102,21 @@ struct BackwardConsumer {
         operand_b(mma_s, T::DOTile::template row_block<T::kQueries>(dout, query_block)), tDP);
 
     wait_mma<1>(tS);
-    if constexpr (kMasked) {
+    // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.
+    if (__any_sync(0xffffffff, queries.cuts(m))) {
       mask_scores_transposed(tS, mask, m * T::kBlockM + query_block * T::kQueries,
                              tile.block * T::kBlockN + key_block * kWarpgroupRows);
     }
     for_each_query(shared.lse_log2[cursor.stage], [&](int i, float lse_log2) {
       tS(i) = exp2_approx(fmaf(tS(i), p.softmax_scale_log2, -lse_log2));
     });
-    auto tP = make_operand_a<Element, T::kQueries>();
-    convert(tS, tP);
-
     wait_mma<0>(tDP);
     for_each_query(shared.delta[cursor.stage],
                    [&](int i, float delta) { tDP(i) = tS(i) * (tDP(i) - delta); });
+    // Only now, when dP no longer needs float32 P: at head dim 64 both fill 128 registers.
+    auto tP = make_operand_a<Element, T::kQueries>();
     auto tDS = make_operand_a<Element, T::kQueries>();
+    convert(tS, tP);
     convert(tDP, tDS);
     if constexpr (T::kSplitKeys) {
       store_rounded<typename T::MmaS>(tDS, T::PTile::row_block(dscores, warpgroup));
@@ -203,22 +204,10 @@ struct BackwardConsumer {
     if (!queries.empty()) {
       shared.key_value_full.wait(0);
       clear_key_tail();
-      for (int g = 0; g < p.heads_per_kv_head; ++g) {
-        const int head = tile.head * p.heads_per_kv_head + g;
-        const std::int64_t first_block =
-            (std::int64_t(tile.batch) * p.scheduler.num_heads * p.heads_per_kv_head + head) *
-            p.num_m_blocks;
-        for (int m = queries.begin; m < queries.end; ++m) {
-          float* const dquery = p.dquery + (first_block + m) * T::kBlockFloatsDQ;
-          int* const semaphore =
-              T::kDeterministic ? p.semaphore + (first_block + m) * T::kConsumers : nullptr;
-          if (queries.cuts(m)) {
-            step<true>(tDK, tDV, m, dquery, semaphore);
-          } else {
-            step<false>(tDK, tDV, m, dquery, semaphore);
-          }
-        }
-      }
+    }
+    for (QueryWalk walk(p, tile, queries); walk.more(); walk.next()) {
+      step(tDK, tDV, walk.m, p.dquery + walk.block() * T::kBlockFloatsDQ,
+           p.semaphore + walk.block() * T::kConsumers);
     }
     CUTE_UNROLL
     for (int i = 0; i < size(tDK); ++i) tDK(i) *= p.softmax_scale;

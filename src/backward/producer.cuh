@@ -20,25 +20,18 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
 
   constexpr int kStatisticsBytes = T::kBlockM * sizeof(float);
   typename T::Cursor cursor;
-  for (int g = 0; g < p.heads_per_kv_head; ++g) {
-    const int head = tile.head * p.heads_per_kv_head + g;
-    const std::int64_t first_block =
-        (std::int64_t(tile.batch) * p.scheduler.num_heads * p.heads_per_kv_head + head) *
-        p.num_m_blocks;
-    for (int m = queries.begin; m < queries.end; ++m) {
-      const std::int64_t statistics = (first_block + m) * T::kBlockM;
-      auto& query_full =
-          acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
-      load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
-                                   m * T::kBlockM, head, tile.batch);
-      load_bytes(p.lse_log2 + statistics, query_full, shared.lse_log2[cursor.stage],
-                 kStatisticsBytes);
-      auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes + kStatisticsBytes);
-      load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
-                                    m * T::kBlockM, head, tile.batch);
-      load_bytes(p.delta + statistics, dout_full, shared.delta[cursor.stage], kStatisticsBytes);
-      cursor.advance();
-    }
+  for (QueryWalk walk(p, tile, queries); walk.more(); walk.next()) {
+    const std::int64_t statistics = walk.block() * T::kBlockM;
+    auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
+    load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
+                                 walk.m * T::kBlockM, walk.head, tile.batch);
+    load_bytes(p.lse_log2 + statistics, query_full, shared.lse_log2[cursor.stage],
+               kStatisticsBytes);
+    auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes + kStatisticsBytes);
+    load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
+                                  walk.m * T::kBlockM, walk.head, tile.batch);
+    load_bytes(p.delta + statistics, dout_full, shared.delta[cursor.stage], kStatisticsBytes);
+    cursor.advance();
   }
 }
 

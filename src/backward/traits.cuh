@@ -35,6 +35,35 @@ struct BackwardParams {
   int* semaphore;         // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
 };
 
+// The query blocks of a work tile, one after another: those that see its keys, for each query head
+// that shares its kv head. One loop rather than two, for the register allocator's sake.
+struct QueryWalk {
+  const int first, last, end_head, num_m_blocks, num_heads, batch;
+  int m, head;
+
+  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
+      : first(queries.begin),
+        last(queries.end - 1),
+        end_head(queries.empty() ? 0 : (tile.head + 1) * p.heads_per_kv_head),
+        num_m_blocks(p.num_m_blocks),
+        num_heads(p.scheduler.num_heads * p.heads_per_kv_head),
+        batch(tile.batch),
+        m(queries.begin),
+        head(tile.head * p.heads_per_kv_head) {}
+
+  CUTE_DEVICE bool more() const { return head < end_head; }
+  CUTE_DEVICE void next() {
+    if (m++ == last) {
+      m = first;
+      ++head;
+    }
+  }
+  // Number of the block among those of all batches and query heads.
+  CUTE_DEVICE std::int64_t block() const {
+    return (std::int64_t(batch) * num_heads + head) * num_m_blocks + m;
+  }
+};
+
 // How two warpgroups divide a step (kBlockM queries against kBlockN keys).
 enum class Split {
   // Each has 64 of 128 keys: S^T and dP^T are A operands of its dV and dK as they stand.

@@ -70,7 +70,9 @@ template <Accumulate kMode, class Mma, class A, class B, class C>
 CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
   constexpr bool kRegisterA = !cute::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
   if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
-  cute::warpgroup_fence_operand(tC);
+  // Not for an accumulator about to be overwritten: the fence would read it, and a register that
+  // is read before it is written stays allocated around the whole loop.
+  if constexpr (kMode == Accumulate::kAdd) cute::warpgroup_fence_operand(tC);
   cute::warpgroup_arrive();
   mma.accumulate_ = kMode == Accumulate::kOverwrite ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
   CUTE_UNROLL

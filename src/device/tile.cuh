@@ -69,8 +69,10 @@ struct SmemTile {
   CUTE_DEVICE static void zero_rows_from(Element* data, int first_row, int thread, int threads) {
     constexpr int kVectorsPerRow = kChunkCols * int(sizeof(Element)) / 16;
     const int vectors = (kRows - first_row) * kVectorsPerRow;
+    CUTE_NO_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       auto* base = reinterpret_cast<uint4*>(data + chunk * kChunkElements + first_row * kChunkCols);
+      CUTE_NO_UNROLL
       for (int i = thread; i < vectors; i += threads) base[i] = uint4{0, 0, 0, 0};
     }
   }

@@ -1,7 +1,12 @@
 // The XLA handlers that module.cc hands to Python.
 #pragma once
 
-#include "xla/ffi/api/c_api.h"
+extern "C" {
 
-extern "C" XLA_FFI_Error* jax_fa3_forward(XLA_FFI_CallFrame* call_frame);
-extern "C" XLA_FFI_Error* jax_fa3_backward(XLA_FFI_CallFrame* call_frame);
+struct XLA_FFI_Error;
+struct XLA_FFI_CallFrame;
+
+XLA_FFI_Error* jax_fa3_forward(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_fa3_backward(XLA_FFI_CallFrame* call_frame);
+
+}  // extern "C"

@@ -20,7 +20,7 @@ namespace {
 constexpr bool kCudaEnabled = true;
 
 nb::dict registrations() {
-  const auto capsule = [](XLA_FFI_Handler* handler) {
+  const auto capsule = [](XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
     return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
   };
   nb::dict targets;

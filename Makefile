@@ -1,0 +1,124 @@
+# Every target works on a bare machine with Python >= 3.11 and its headers, make and a C++ compiler.
+#
+#   make setup        the virtual environment, and the package built in place
+#   make demo         train a small Flax Transformer, compare with jax.nn
+#   make test         the test suite; needs no GPU
+#   make kernels      compile every kernel, on any machine, and check what came out
+#   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
+#   make bench        the benchmarks; bench-quick: a part of them, in minutes
+#   make inplace      build the module into jax_fa3/ for PYTHON
+#   make lint, make format, make clean
+#
+# Variables:
+#   CUDA        ON or OFF: with or without kernels. Default: ON where a GPU is visible
+#   VENV, PINS  the virtual environment, with requirements/dev.txt as it is or (PINS=newest) unpinned
+#   PYTHON      what the module is built for and run with; default: VENV's
+#   GPU_PYTHON  the same for gpu-test and bench, which build only if the kernels do not import
+#   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
+#   JOBS        parallel compile jobs
+
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CUDA ?= $(if $(HAS_GPU),ON,OFF)
+PINS ?= pinned
+VENV ?= .venv
+PYTHON ?= $(VENV)/bin/python
+GPU_PYTHON ?= $(PYTHON)
+HEAD_DIMS ?= 64,96,128,192,256
+DTYPES ?= bf16,fp16
+JOBS ?= $(shell nproc)
+
+# The pinned environment also holds the build tools and headers, whatever PYTHON is.
+TOOLS := .venv
+TAG = $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+BUILD = build/$(TAG)-$(if $(filter ON,$(CUDA)),cuda,host)
+
+# Lets the compiler cache serve any checkout and any build folder.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+
+# The first Python that is new enough and can make environments and extension modules.
+BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import ensurepip, os, sys, sysconfig; \
+	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	2>/dev/null && echo $$python && break; done)
+
+.PHONY: setup demo test kernels gpu-test bench bench-quick inplace module gpu-module lint format clean
+
+setup: inplace
+
+demo: inplace
+	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
+
+test: inplace
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+kernels: CUDA := ON
+kernels: module
+	@command -v cuobjdump >/dev/null || $(TOOLS)/bin/pip install -q -r requirements/sass.txt
+	$(TOOLS)/bin/python tools/check_kernels.py $(BUILD)
+
+gpu-test: gpu-module
+	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+bench: gpu-module
+	$(GPU_PYTHON) -m benchmarks.attention
+	$(GPU_PYTHON) -m benchmarks.accuracy
+	$(GPU_PYTHON) -m benchmarks.dispatch
+
+bench-quick: gpu-module
+	$(GPU_PYTHON) -m benchmarks.attention --quick
+
+# ---- building
+
+inplace: module
+	@$(TOOLS)/bin/cmake --install $(BUILD) --component python --prefix . >/dev/null
+
+module: $(VENV)/.ready $(TOOLS)/.ready
+	@$(if $(filter OFF,$(CUDA)),echo "Building without kernels (CUDA=OFF): calls run through XLA.",$(MAKE) --no-print-directory $(TOOLS)/.kernels-ready)
+	$(TOOLS)/bin/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(TOOLS)/bin/ninja \
+		-DPython_EXECUTABLE=$(abspath $(shell command -v $(PYTHON))) \
+		-DJAX_FA3_TOOLS_PYTHON=$(CURDIR)/$(TOOLS)/bin/python \
+		-DJAX_FA3_CUDA=$(CUDA) -DJAX_FA3_HEAD_DIMS=$(HEAD_DIMS) -DJAX_FA3_DTYPES=$(DTYPES) \
+		-DJAX_FA3_WERROR=ON --log-level=NOTICE
+	$(TOOLS)/bin/cmake --build $(BUILD) -j $(JOBS)
+
+# The kernels, unless they are there and import.
+gpu-module:
+	@$(GPU_PYTHON) -c 'from jax_fa3 import _C; assert _C.cuda_enabled' 2>/dev/null || \
+		$(MAKE) inplace CUDA=ON PYTHON=$(GPU_PYTHON)
+
+# ---- environments
+
+%/.ready: requirements/dev.txt
+	@test -x $*/bin/python || test -n "$(BASE_PYTHON)" || \
+		{ echo "No Python >= 3.11 with its headers (python3-dev) and venv found; set BASE_PYTHON."; exit 1; }
+	test -x $*/bin/python || $(BASE_PYTHON) -m venv $*
+	$(if $(filter newest,$(PINS)),sed 's/==.*//',cat) $< $(if $(HAS_GPU),| sed 's/^jax\b/jax[cuda13]/') \
+		| $*/bin/pip install -q --disable-pip-version-check --upgrade -r /dev/stdin
+	@touch $@
+
+ifneq ($(VENV),$(TOOLS))
+$(TOOLS)/.ready: requirements/dev.txt
+	$(MAKE) VENV=$(TOOLS) PINS=pinned $@
+endif
+
+$(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)/.ready
+	$(TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps -r requirements/headers.txt
+	@command -v nvcc >/dev/null || test -n "$$CUDACXX$$CUDA_HOME" || \
+		$(TOOLS)/bin/pip install -q --disable-pip-version-check -r requirements/cuda.txt
+	@touch $@
+
+# ---- style
+
+CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh tests/cpp/*)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf build dist jax_fa3/_C*.so

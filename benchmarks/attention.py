@@ -1,0 +1,169 @@
+"""Speed of attention over the FlashAttention-3 paper's grid, jax_fa3 beside its peers.
+
+    python -m benchmarks.attention                      # the grid, within 9 minutes of one GPU
+    python -m benchmarks.attention --quick              # three sequence lengths, within 3
+    python -m benchmarks.attention --filter 'd128-causal' --rounds 7
+    python -m benchmarks.attention --dry-run            # trace and lower only; needs no GPU
+
+Everything runs in one process. The implementations of a problem are timed turn by turn over several
+rounds, because a board at its power limit drifts. Answers are checked before they are timed.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks import render
+from benchmarks.environment import RESULTS, environment, save
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid, reference
+from benchmarks.timing import Program, platform
+
+TOLERANCE = 2e-2  # of a result in bf16; a wrong mask or a lost tile is far above
+Group = tuple[Problem, list[Program]]
+
+
+def log(text: str) -> None:
+    print(text, flush=True)
+
+
+def choose(args: argparse.Namespace) -> list[Group]:
+    """The programs asked for, those of one problem and mode together."""
+    seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
+    groups = []
+    for problem, mode in grid(args.tokens, args.hidden, seqlens, args.dtype):
+        programs = [
+            Program(implementation, problem, mode)
+            for implementation in IMPLEMENTATIONS
+            if problem.seqlen in implementation.seqlens
+        ]
+        programs = [x for x in programs if re.search(args.filter, x.label)]
+        if programs:
+            groups.append((problem, programs))
+    return groups
+
+
+def compile_all(groups: list[Group]) -> None:
+    """Lowers on this thread and compiles on others; serial compilations come last, alone."""
+    serial = []
+    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 1))) as pool:
+        for program in (x for _, programs in groups for x in programs):
+            program.attempt(program.lower, platform())
+            if program.implementation.serial:
+                serial.append(program)
+            else:
+                pool.submit(program.attempt, program.compile)
+    for program in serial:
+        program.attempt(program.compile)
+
+
+def measure(group: Group, rounds: int, kernel_clock: bool) -> None:
+    """Times the programs of a problem turn by turn; each round starts with another one."""
+    problem, programs = group
+    inputs = problem.inputs()
+    want = reference(*inputs, causal=problem.causal)
+    for program in programs:
+        program.attempt(program.load, inputs, want, TOLERANCE)
+    del want
+    orders = [programs[i % len(programs) :] + programs[: i % len(programs)] for i in range(rounds)]
+    for order in orders:
+        for program in order:
+            program.attempt(program.wall_round)
+    for order in orders if kernel_clock else ():
+        for program in order:
+            program.attempt(program.kernel_round, order is orders[-1])
+
+
+def report(program: Program) -> None:
+    row = program.record()
+    parts = [
+        f"{row[f'{clock}_us']:9.1f} us {clock} {row[f'{clock}_tflops']:6.0f} TFLOP/s"
+        for clock in ("kernel", "wall")
+        if f"{clock}_us" in row
+    ]
+    log(f"  {program.label:55} {row['error'] or '   '.join(parts)}")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Compiles and measures chunk by chunk, saving after each problem, until time is out."""
+    start = time.monotonic()
+    groups = choose(args)
+    data = dict(environment=environment(), skipped=[], records=[])
+    data |= dict(tokens=args.tokens, hidden=args.hidden, rounds=args.rounds)
+    by_dim: dict[int, list[Group]] = {}
+    for group in groups:
+        by_dim.setdefault(group[0].head_dim, []).append(group)
+    for head_dim, chunk in by_dim.items():
+        if time.monotonic() - start < args.budget_s:
+            compile_all(chunk)
+            log(f"[{time.monotonic() - start:4.0f} s] head_dim {head_dim} compiled")
+        for problem, programs in chunk:
+            if time.monotonic() - start > args.budget_s:
+                data["skipped"] += [x.label for x in programs]
+                continue
+            measure((problem, programs), args.rounds, kernel_clock=platform() == "cuda")
+            for program in programs:
+                report(program)
+                data["records"].append(program.record())
+                program.release()
+            data["seconds"] = round(time.monotonic() - start)
+            save(data, args.output / "attention.json")
+    if data["skipped"]:
+        log(f"out of time: {len(data['skipped'])} measurements skipped")
+    return data
+
+
+def dry_run(args: argparse.Namespace) -> int:
+    """Lowers everything for CUDA; jax_fa3 must come out as its custom call.
+
+    Peers that refuse to lower without their CUDA libraries are reported, no more.
+    """
+    failed = 0
+    for program in (x for _, programs in choose(args) for x in programs):
+        program.attempt(program.lower, "cuda")
+        if program.implementation.name == "jax_fa3":
+            program.attempt(expect_custom_call, program)
+            failed += program.error is not None
+        log(f"  {program.label:55} {program.error or 'lowered'}")
+    return 1 if failed else 0
+
+
+def expect_custom_call(program: Program) -> None:
+    target = f"jax_fa3_{program.mode}"
+    if target not in program.lowered[-1].as_text():
+        raise LookupError(f"no call of {target} in the lowering")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--filter", default="", help="regular expression, on IMPLEMENTATION:LABEL")
+    parser.add_argument("--quick", action="store_true", help=f"sequence lengths {QUICK_SEQLENS}")
+    parser.add_argument("--seqlens", type=int, nargs="+", help="these sequence lengths instead")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, help="start nothing new after so many seconds")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tokens", type=int, default=16384, help="batch x sequence length")
+    parser.add_argument("--hidden", type=int, default=2048, help="heads x head_dim")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="trace and lower only")
+    args = parser.parse_args()
+    if args.dry_run:
+        return dry_run(args)
+    args.budget_s = args.budget_s or (150 if args.quick else 480)
+    data = run(args)
+    if not data["records"]:
+        log("nothing was measured")
+        return 1
+    log("\n" + render.write(data, args.output))
+    wrong = [x for x in data["records"] if x["implementation"] == "jax_fa3" and x["error"]]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

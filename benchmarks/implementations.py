@@ -1,0 +1,77 @@
+"""The attention functions compared: jax_fa3 and its peers, by one table."""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import jax_fa3
+from benchmarks.problems import QUICK_SEQLENS, Problem
+
+Function = Callable[..., jax.Array]  # (query, key, value) -> output
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A column of the tables: build(problem, mode) gives the function to time."""
+
+    name: str
+    build: Callable[[Problem, str], Function]
+    prescaled: bool = False  # applies no softmax scale: the query must carry it
+    dtype: jnp.dtype | None = None  # the only one it takes
+    seqlens: Container[int] = range(1 << 20)  # the sequence lengths it is timed at
+    serial: bool = False  # compiled alone, because its compilation times kernels
+
+    def prepare(self, problem: Problem, query, key, value) -> tuple[jax.Array, ...]:
+        """Its inputs from the common ones, outside the timed region."""
+        if self.prescaled:
+            query = query.astype(jnp.float32) * problem.head_dim**-0.5
+        return tuple(x.astype(self.dtype or problem.numpy_dtype) for x in (query, key, value))
+
+    def expected(self, problem: Problem, gradients: tuple[jax.Array, ...]):
+        """The gradients it should give: a prescaled query's lacks the scale."""
+        dquery, dkey, dvalue = gradients
+        return dquery * problem.head_dim**0.5 if self.prescaled else dquery, dkey, dvalue
+
+
+def our_attention() -> Function:
+    """The kernels and nothing else on a GPU; without one, what lowering for CUDA picks."""
+    implementation = "fa3" if jax.default_backend() == "gpu" else None
+    return partial(jax_fa3.dot_product_attention, implementation=implementation)
+
+
+def fa3(problem: Problem, mode: str) -> Function:
+    return partial(our_attention(), is_causal=problem.causal)
+
+
+def jax_nn(implementation: str, problem: Problem, mode: str) -> Function:
+    return partial(
+        jax.nn.dot_product_attention, is_causal=problem.causal, implementation=implementation
+    )
+
+
+def mosaic(problem: Problem, mode: str) -> Function:
+    """Pallas Mosaic GPU's attention with block sizes that fit each head dimension."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    wide = problem.head_dim > 128
+    config = dict(block_q=64, block_kv=64 if wide else 128, max_concurrent_steps=2)
+    if mode == "backward":
+        blocks = ("block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv")
+        config |= dict.fromkeys(blocks, 64) | {"compute_wgs_bwd": 1 if wide else 2}
+    tuning = attention_mgpu.TuningConfig(causal=problem.causal, **config)
+    return lambda query, key, value: attention_mgpu.attention(query, key, value, tuning)
+
+
+IMPLEMENTATIONS = (
+    Implementation("jax_fa3", fa3),
+    Implementation("cudnn", partial(jax_nn, "cudnn")),
+    # Keeps the scores of every head in memory: timed where they fit.
+    Implementation("xla", partial(jax_nn, "xla"), seqlens=range(4097), serial=True),
+    # Its float16 buffers are written into the code, and lowering it takes seconds.
+    Implementation(
+        "mosaic", mosaic, prescaled=True, dtype=jnp.float16, seqlens=frozenset(QUICK_SEQLENS)
+    ),
+)

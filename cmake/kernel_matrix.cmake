@@ -1,0 +1,27 @@
+# The one list of kernels. Everything that names a kernel is generated from it: the translation
+# units, the dispatch tables and what the plans choose from.
+#
+# Forward rows:  head_dim head_dim_v block_m block_n
+# Backward rows: the same, each compiled with and without deterministic dQ.
+# A head dim's first row is its main tile; the planner weighs it against the others.
+
+set(JAX_FA3_FORWARD_TILES
+  " 64  64 192 128"
+  " 64  64 128 128"
+  " 96  96 192  96"
+  "128 128 192  96"
+  "128 128 128 128"
+  "192 192 128  80"
+  "256 256 128  80"
+)
+
+set(JAX_FA3_BACKWARD_TILES
+  " 64  64 128 128"
+  " 96  96  64 128"
+  "128 128  64 128"
+  "192 192  64  64"
+  "256 256  64  64"
+)
+
+set(JAX_FA3_ALL_HEAD_DIMS 64 96 128 192 256)
+set(JAX_FA3_ALL_DTYPES bf16 fp16)

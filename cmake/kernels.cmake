@@ -1,0 +1,77 @@
+# Generates, into the build folder, from kernel_matrix.cmake:
+#   <direction>_<head_dim>.cu      explicit instantiations; one unit per direction and head dim,
+#                                  because the headers cost more than a further kernel does
+#   <direction>_listed.inc         every Config of the matrix
+#   <direction>_compiled.inc       those of this build (none when JAX_FA3_CUDA is OFF)
+# Both .inc files are lists of types, each after a comma. Sets JAX_FA3_KERNEL_SOURCES.
+include(kernel_matrix)
+
+foreach(option HEAD_DIMS DTYPES)
+  string(REPLACE "," ";" _chosen "${JAX_FA3_${option}}")
+  foreach(value IN LISTS _chosen)
+    if(NOT value IN_LIST JAX_FA3_ALL_${option})
+      message(FATAL_ERROR "JAX_FA3_${option}: got '${value}', expected some of ${JAX_FA3_ALL_${option}}")
+    endif()
+  endforeach()
+  set(JAX_FA3_${option}_CHOSEN "${_chosen}")
+endforeach()
+
+# The Configs of one row of the matrix and one dtype.
+function(jax_fa3_configs out direction dtype row)
+  string(TOUPPER "k${dtype}" _enum)
+  string(REGEX REPLACE "^K" "DType::k" _enum "${_enum}")
+  string(REPLACE " " ", " _numbers "${row}")
+  if(direction STREQUAL "forward")
+    set(_configs "ForwardConfig<${_enum}, ${_numbers}>")
+  else()
+    set(_configs "BackwardConfig<${_enum}, ${_numbers}, false>"
+                 "BackwardConfig<${_enum}, ${_numbers}, true>")
+  endif()
+  set(${out} "${_configs}" PARENT_SCOPE)
+endfunction()
+
+set(JAX_FA3_GENERATED_DIR "${PROJECT_BINARY_DIR}/generated")
+set(JAX_FA3_KERNEL_SOURCES)
+file(GLOB _stale "${JAX_FA3_GENERATED_DIR}/*.cu")  # of an earlier choice of head dims
+foreach(direction forward backward)
+  string(TOUPPER ${direction} _upper)
+  string(SUBSTRING ${_upper} 0 1 _initial)
+  string(SUBSTRING ${direction} 1 -1 _tail)
+  set(_class "${_initial}${_tail}")
+  set(_listed "")
+  set(_compiled "")
+  set(_units)
+  foreach(row IN LISTS JAX_FA3_${_upper}_TILES)
+    string(STRIP "${row}" row)
+    string(REGEX REPLACE " +" " " row "${row}")
+    string(REGEX MATCH "^[0-9]+" _head_dim "${row}")
+    foreach(dtype IN LISTS JAX_FA3_ALL_DTYPES)
+      jax_fa3_configs(_configs ${direction} ${dtype} "${row}")
+      foreach(config IN LISTS _configs)
+        string(APPEND _listed ", ${config}\n")
+        if(NOT JAX_FA3_CUDA OR NOT _head_dim IN_LIST JAX_FA3_HEAD_DIMS_CHOSEN
+           OR NOT dtype IN_LIST JAX_FA3_DTYPES_CHOSEN)
+          continue()
+        endif()
+        string(APPEND _compiled ", ${config}\n")
+        string(APPEND _instances_${direction}_${_head_dim}
+          "template Status launch_${direction}<${config}>(\n"
+          "    const ${_class}Plan&, const ${_class}Problem&, cudaStream_t);\n")
+        list(APPEND _units ${_head_dim})
+      endforeach()
+    endforeach()
+  endforeach()
+  file(CONFIGURE OUTPUT "${JAX_FA3_GENERATED_DIR}/${direction}_listed.inc" CONTENT "${_listed}" @ONLY)
+  file(CONFIGURE OUTPUT "${JAX_FA3_GENERATED_DIR}/${direction}_compiled.inc" CONTENT "${_compiled}" @ONLY)
+  list(REMOVE_DUPLICATES _units)
+  foreach(head_dim IN LISTS _units)
+    set(instances "${_instances_${direction}_${head_dim}}")
+    set(_source "${JAX_FA3_GENERATED_DIR}/${direction}_${head_dim}.cu")
+    configure_file("${PROJECT_SOURCE_DIR}/cmake/instance.cu.in" "${_source}" @ONLY)
+    list(APPEND JAX_FA3_KERNEL_SOURCES "${_source}")
+  endforeach()
+endforeach()
+list(REMOVE_ITEM _stale ${JAX_FA3_KERNEL_SOURCES})
+if(_stale)
+  file(REMOVE ${_stale})
+endif()

@@ -1,0 +1,247 @@
+"""Trains a small decoder on the text in data/ with jax_fa3 and compares it with jax.nn's attention.
+
+Runs on whatever JAX finds: in bfloat16 on jax_fa3's kernels on a Hopper GPU, through XLA anywhere
+else (on a CPU a smaller model in float32, a minute or two). Ends with a table of loss, gradients
+and step time per attention implementation in the same model with the same parameters and batch,
+and writes the loss curve as a PNG. Exits with 1 if the loss did not fall or the gradients disagree.
+
+    python examples/train_decoder.py [--steps N] [--output FOLDER]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from decoder import Attention, Config, Decoder
+from flax import nnx
+from tqdm import tqdm
+
+import jax_fa3
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What depends on the hardware."""
+
+    config: Config
+    batch: int
+    seqlen: int
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One implementation in the trained model: a row of the closing table."""
+
+    name: str
+    loss: float
+    gradient_error: float  # largest over the parameters, relative to float32 gradients
+    step_ms: float
+
+
+def choose_setup(vocabulary: int) -> Setup:
+    """A model that trains in a minute or two: on two CPU cores, or on a GPU."""
+    if jax.default_backend() == "gpu":
+        config = Config(vocabulary, 6, 768, 6, 2, 128, jnp.bfloat16)
+        return Setup(config, batch=8, seqlen=2048, steps=200, learning_rate=6e-4)
+    config = Config(vocabulary, 2, 128, 4, 2, 32, jnp.float32)
+    return Setup(config, batch=8, seqlen=256, steps=200, learning_rate=3e-3)
+
+
+def read_text() -> tuple[np.ndarray, int]:
+    """The text as character indices, and how many different characters it has."""
+    text = "".join(path.read_text() for path in sorted((HERE / "data").glob("*.txt")))
+    alphabet, tokens = np.unique(list(text), return_inverse=True)
+    return tokens.astype(np.int32), len(alphabet)
+
+
+def draw_batch(rng: np.random.Generator, tokens: np.ndarray, setup: Setup) -> jax.Array:
+    """Random windows of the text: int32 [batch, seqlen + 1], inputs and targets in one."""
+    starts = rng.integers(0, len(tokens) - setup.seqlen, setup.batch)
+    return jnp.asarray(tokens[starts[:, None] + np.arange(setup.seqlen + 1)])
+
+
+def build(config: Config, attention: Attention):
+    """The model as a pure loss(parameters, tokens), and freshly drawn parameters."""
+    graph, parameters = nnx.split(Decoder(config, attention, rngs=nnx.Rngs(0)))
+
+    def loss(parameters, tokens):
+        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return loss, parameters
+
+
+def make_step(loss, optimizer: optax.GradientTransformation):
+    """One AdamW step; the state's buffers are reused from step to step."""
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(parameters, state, tokens):
+        value, gradients = jax.value_and_grad(loss)(parameters, tokens)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, value
+
+    return step
+
+
+def train(setup: Setup, tokens: np.ndarray, optimizer: optax.GradientTransformation):
+    """Trains on jax_fa3; returns the parameters and the loss of every step."""
+    loss, parameters = build(setup.config, jax_fa3.dot_product_attention)
+    step, state = make_step(loss, optimizer), optimizer.init(parameters)
+    rng, losses = np.random.default_rng(0), []
+    with tqdm(range(setup.steps), desc="training", unit="step") as progress:
+        for _ in progress:
+            parameters, state, value = step(parameters, state, draw_batch(rng, tokens, setup))
+            losses.append(float(value))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return parameters, losses
+
+
+def relative_error(got, want) -> float:
+    """The largest ||got - want|| / ||want|| over the arrays of two trees."""
+
+    def one(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+    return float(max(jax.tree.leaves(jax.tree.map(one, got, want))))
+
+
+def step_milliseconds(losses: dict[str, Callable], optimizer, parameters, tokens) -> list[float]:
+    """Median time of a training step with each loss, taken turn by turn."""
+    steps = [make_step(loss, optimizer) for loss in losses.values()]
+    states = []
+    for step in steps:  # compiles, and copies the parameters: a step consumes its arguments
+        copy = jax.tree.map(jnp.copy, parameters)
+        states.append(step(copy, optimizer.init(copy), tokens))
+    times = [[] for _ in steps]
+    for _ in range(10):
+        for i, step in enumerate(steps):
+            start = time.perf_counter()
+            states[i] = jax.block_until_ready(step(*states[i][:2], tokens))
+            times[i].append(time.perf_counter() - start)
+    return [1e3 * statistics.median(each) for each in times]
+
+
+def compare(setup: Setup, parameters, tokens: jax.Array, optimizer) -> list[Measured]:
+    """The same parameters and batch through each implementation this machine runs."""
+    exact, _ = build(replace(setup.config, dtype=jnp.float32), jax.nn.dot_product_attention)
+    with jax.default_matmul_precision("float32"):
+        reference = jax.jit(jax.grad(exact))(parameters, tokens)
+    choices: dict[str, Attention] = {
+        "jax_fa3": jax_fa3.dot_product_attention,
+        "jax.nn (xla)": partial(jax.nn.dot_product_attention, implementation="xla"),
+    }
+    if jax.default_backend() == "gpu":
+        choices["jax.nn (cudnn)"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    losses, found = {}, {}
+    for name, attention in choices.items():
+        loss, _ = build(setup.config, attention)
+        try:
+            value, gradients = jax.jit(jax.value_and_grad(loss))(parameters, tokens)
+        except Exception as error:
+            if "cudnn" not in name:
+                raise
+            print(f"{name} does not run here: {str(error).splitlines()[0]}")
+            continue
+        losses[name] = loss
+        found[name] = float(value), relative_error(gradients, reference)
+    times = step_milliseconds(losses, optimizer, parameters, tokens)
+    return [Measured(name, *found[name], each) for name, each in zip(found, times, strict=True)]
+
+
+def print_table(rows: list[Measured]) -> None:
+    print(f"\n{'attention':<16}{'loss':>10}{'gradient error*':>18}{'step, ms':>12}")
+    for row in rows:
+        print(f"{row.name:<16}{row.loss:>10.4f}{row.gradient_error:>18.1e}{row.step_ms:>12.1f}")
+    print(
+        "* largest over the parameters, against the same model with jax.nn's attention in float32"
+    )
+
+
+def plot_losses(losses: list[float], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.plot(losses, color="#2a6fbb", linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def failures(losses: list[float], rows: list[Measured]) -> list[str]:
+    """What the run should have shown and did not.
+
+    Gradients agree if jax_fa3's error is within twice jax.nn's in the same precision, plus a floor.
+    """
+    found = []
+    ours, peer = rows[0], rows[1]
+    first, last = losses[0], statistics.mean(losses[-10:])
+    if not last < 0.75 * first:
+        found.append(f"the loss went from {first:.3f} to {last:.3f}; expected a fall of a quarter")
+    if not ours.gradient_error <= 2 * peer.gradient_error + 1e-4:
+        found.append(
+            f"gradient error {ours.gradient_error:.1e} of {ours.name} against "
+            f"{peer.gradient_error:.1e} of {peer.name}; expected at most twice that"
+        )
+    if not abs(ours.loss - peer.loss) <= 0.01:
+        found.append(f"losses {ours.loss:.4f} and {peer.loss:.4f} differ by more than 0.01")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
+    parser.add_argument("--output", type=Path, default=HERE / "output", help="folder of the PNG")
+    args = parser.parse_args()
+
+    tokens, vocabulary = read_text()
+    setup = choose_setup(vocabulary)
+    setup = replace(setup, steps=args.steps or setup.steps)
+    device, config = jax.devices()[0].device_kind, setup.config
+    print(
+        f"{config.num_layers} layers of width {config.width}, {config.num_heads_q} query and "
+        f"{config.num_heads_kv} key/value heads of {config.head_dim}, {config.dtype.__name__}; "
+        f"batches of {setup.batch} x {setup.seqlen} characters on {device}"
+    )
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, setup.learning_rate, setup.steps // 10, setup.steps, 0.1 * setup.learning_rate
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    parameters, losses = train(setup, tokens, optimizer)
+    print(
+        f"loss {losses[0]:.3f} -> {statistics.mean(losses[-10:]):.3f} (mean of the last 10 steps)"
+    )
+
+    batch = draw_batch(np.random.default_rng(1), tokens, setup)
+    rows = compare(setup, parameters, batch, optimizer)
+    print_table(rows)
+    path = args.output / "loss.png"
+    plot_losses(losses, f"Character-level decoder on {device}", path)
+    print(f"loss curve: {path}")
+    problems = failures(losses, rows)
+    for problem in problems:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The native module: kernel plans, the list of kernels and the FFI handlers (src/ffi/module.cc)."""
+
+from typing import Any
+
+cuda_enabled: bool
+"""Whether kernels and handlers are linked in."""
+
+def registrations() -> dict[str, Any]:
+    """FFI target name -> handler capsule; empty without CUDA."""
+
+def compiled_kernels() -> list[dict[str, Any]]:
+    """The kernels linked in, one dictionary each; empty without CUDA."""
+
+def listed_kernels() -> list[dict[str, Any]]:
+    """The kernels of the build's list, compiled or not."""
+
+def forward_plan(
+    dtype: str,  # "bf16" | "fp16"
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    window_left: int,
+    window_right: int,
+    num_sms: int,
+) -> dict[str, Any]:
+    """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
+
+def backward_plan(
+    dtype: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    deterministic: bool,
+) -> dict[str, Any]:
+    """Kernel, tiles and "workspace_bytes" of a backward call. Raises ValueError likewise."""

@@ -1,0 +1,216 @@
+"""The public call: checks, static choices, and the layout users see.
+
+From here down everything is 4-D, the scale is positive, windows and offsets are numbers, and the
+choice between kernels and XLA is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_fa3 import support, validate
+from jax_fa3.options import (
+    AttentionOptions,
+    Dense,
+    Index,
+    Route,
+    resolve_deterministic,
+    resolve_window,
+)
+from jax_fa3.vjp import attend
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: Literal[False] = ...,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: Literal[True],
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    query_offset=None,
+    deterministic=None,
+):
+    """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
+
+    On Hopper GPUs (H100, H200) bfloat16 and float16 run on this package's FlashAttention-3
+    kernels; everything else runs the same meaning through XLA, block by block, in memory linear
+    in the sequence lengths.
+
+    Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
+    H head_dim. All lengths, offsets and windows count tokens.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H); bfloat16, float16 or float32.
+      key: (B, S, K, H) or (S, K, H), of query's dtype.
+      value: (B, S, K, H) or (S, K, H), of query's dtype. Through XLA its last dimension may differ
+        from H and is then the output's.
+      bias: floating, broadcastable to (B, N, T, S); added to the scaled scores. Runs through XLA.
+      mask: bool, broadcastable to (B, N, T, S); True where a row sees a key. Runs through XLA.
+      scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
+      is_causal: row i sees keys j <= i + query_offset (top-left aligned, whatever T and S).
+      query_seq_lengths: int32 (B,); rows from there on are padding. 3-D inputs: (1,) or ().
+      key_value_seq_lengths: int32 (B,); keys from there on are padding. 3-D inputs: (1,) or ().
+      local_window_size: (left, right), or one int for both: row i sees keys j with
+        i + query_offset - left <= j <= i + query_offset + right, both ends included.
+      implementation: None takes the kernels where they apply and logs once, with the reason,
+        where they do not; "fa3" raises instead; "xla" forces XLA.
+      return_residual: also return the log-sum-exp of each row's scores.
+      query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
+        causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
+      deterministic: whether the gradients have equal bits each time; default: whether XLA_FLAGS
+        has --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward
+        pass always has.
+
+    Returns:
+      out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual (out, lse), where lse
+      is float32 (B, T, N) or (T, N), in natural log units, and gradients flow through both.
+      A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0.
+
+    Raises:
+      ValueError: shapes or values do not fit; the message names the argument, got and expected.
+      TypeError: a wrong dtype, or an array where a Python value must stand.
+      NotImplementedError: implementation="fa3" and the kernels cannot run the call; the message
+        has the reason, as does `jax_fa3.is_supported`.
+
+    Numerics:
+      Products accumulate in float32, the softmax is in float32, and probabilities are rounded to
+      the input dtype before they multiply value. Gradients of shared key/value heads are summed
+      in float32. Whatever padding holds, NaN included, reaches no result. A NaN in a used query row
+      stays in that row; one in a used key or value stays in its batch and head.
+
+    Example:
+      >>> q = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64), jnp.bfloat16)
+      >>> k = v = jax.random.normal(jax.random.key(1), (2, 1024, 2, 64), jnp.bfloat16)
+      >>> out = jax_fa3.dot_product_attention(q, k, v, is_causal=True)
+      >>> out.shape
+      (2, 1024, 8, 64)
+
+    Source: FlashAttention-3, arXiv:2407.08608.
+    """
+    arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
+    query, key, value, bias, mask = (validate.as_array(*item) for item in arrays.items())
+    query_lengths = validate.as_array("query_seq_lengths", query_seq_lengths)
+    key_lengths = validate.as_array("key_value_seq_lengths", key_value_seq_lengths)
+    validate.check_call(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        query_offset=query_offset,
+        deterministic=deterministic,
+    )
+    scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
+    window = resolve_window(local_window_size, is_causal)
+    deterministic = resolve_deterministic(deterministic)
+    has_offset_array = hasattr(query_offset, "dtype") and not isinstance(query_offset, np.integer)
+    options = AttentionOptions(
+        scale=abs(scale) or 1.0,
+        window_left=window[0],
+        window_right=window[1],
+        query_offset=0 if has_offset_array else int(query_offset or 0),
+        deterministic=deterministic,
+        has_query_lengths=query_lengths is not None,
+        has_key_lengths=key_lengths is not None,
+        has_query_offset=has_offset_array,
+        route=_route(implementation, query, key, value, bias, mask, window, deterministic),
+    )
+    if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
+        query = query * np.sign(scale).astype(query.dtype)
+    index = Index(query_lengths, key_lengths, query_offset if has_offset_array else None)
+    results = _run(options, bool(return_residual), query, key, value, index, Dense(bias, mask))
+    return results if return_residual else results[0]
+
+
+def _route(implementation, query, key, value, bias, mask, window, deterministic) -> Route:
+    """Kernels or XLA. "auto" leaves the choice to the platform the program is lowered for."""
+    if implementation == "xla":
+        return "xla"
+    call_reason = support.call_reason(query, bias, mask) or support.plan_reason(
+        query, key, value, window, deterministic
+    )
+    reason = call_reason or support.device_reason()
+    if reason is None:
+        return "auto" if implementation is None else "fa3"
+    if implementation == "fa3":
+        raise NotImplementedError(
+            f"implementation is 'fa3', which cannot run this call: {reason}. implementation=None "
+            "or 'xla' runs it through XLA."
+        )
+    support.log_fallback(reason)
+    return "xla" if call_reason or support.has_gpu() else "auto"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _run(options, return_lse, query, key, value, index: Index, dense: Dense):
+    """attend() in the layout that users see, compiled once when called outside of jax.jit."""
+    unbatched = query.ndim == 3
+    if unbatched:
+        query, key, value = query[None], key[None], value[None]
+    batch = query.shape[0]
+    index = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), index)
+    dense = jax.tree.map(lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape), dense)
+    out, *lse = attend(options, return_lse, query, key, value, index, dense)
+    results = (out, *(jnp.moveaxis(x, 1, 2) for x in lse))
+    return tuple(x[0] for x in results) if unbatched else results

@@ -1,0 +1,165 @@
+"""The two attention operations: one FFI custom call each on CUDA, XLA code elsewhere.
+
+The only file that touches jax.ffi. Its part of the wiring, from outside in: custom_vmap (a mapped
+axis is folded into the batch, which the kernels loop over anyway), platform_dependent (decided
+when the program is lowered), ffi_call. Operands, results and attributes are those that
+src/ffi/forward.cc and src/ffi/backward.cc bind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from jax_fa3 import support, xla
+from jax_fa3.options import AttentionOptions, Dense, Index
+
+FORWARD = "jax_fa3_forward"
+BACKWARD = "jax_fa3_backward"
+
+if support.native() is not None:
+    for _name, _capsule in support.native().registrations().items():
+        jax.ffi.register_ffi_target(_name, _capsule, platform="CUDA")
+
+
+def forward(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, jax.Array]:
+    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
+    if not _wants_kernel(options, query, key):
+        return xla.forward(options, query, key, value, index, dense)
+
+    def kernel(query, key, value, *index):
+        batch, seqlen_q, num_heads_q, _ = query.shape
+        results = (
+            _result(query, (batch, seqlen_q, num_heads_q, value.shape[-1]), query.dtype),
+            _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
+        )
+        call = jax.ffi.ffi_call(FORWARD, results)
+        return tuple(call(query, key, value, *index, options=options.to_ffi()))
+
+    def portable(query, key, value, *present):
+        return xla.forward(options, query, key, value, _unpack(index, present), Dense())
+
+    return _operation(options, kernel, portable)(query, key, value, *_pack(index))
+
+
+def backward(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of query, key, value and, where there is one, of the bias."""
+    if not _wants_kernel(options, query, key):
+        return xla.backward(options, query, key, value, out, lse, dout, dlse, index, dense)
+    cotangents = (dout,) if dlse is None else (dout, dlse)
+
+    def kernel(query, key, value, *rest):
+        results = (
+            *(_result(query, x.shape, x.dtype) for x in (query, key, value)),
+            _result(query, (_workspace_bytes(options, query, value),), jnp.uint8),
+        )
+        call = jax.ffi.ffi_call(BACKWARD, results)
+        attributes = options.to_ffi(has_dlse=dlse is not None)
+        return tuple(call(query, key, value, *rest, options=attributes)[:3])
+
+    def portable(query, key, value, out, lse, *rest):
+        dout, dlse = (*rest[: len(cotangents)], None)[:2]
+        present = _unpack(index, rest[len(cotangents) :])
+        return xla.backward(options, query, key, value, out, lse, dout, dlse, present, Dense())[:3]
+
+    operation = _operation(options, kernel, portable)
+    return *operation(query, key, value, out, lse, *cotangents, *_pack(index)), None
+
+
+def _wants_kernel(options: AttentionOptions, query: jax.Array, key: jax.Array) -> bool:
+    """Whether CUDA gets the custom call; problems without scores are left to XLA's constants."""
+    return options.route != "xla" and 0 not in (*query.shape[:2], key.shape[1])
+
+
+def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) -> Callable:
+    """`kernel` on CUDA, `portable` elsewhere, with a rule for mapped axes."""
+    kernel = _first_order_only(kernel)
+
+    @custom_vmap
+    def operation(*operands):
+        if options.route == "fa3":
+            return kernel(*operands)
+        return lax.platform_dependent(*operands, cuda=kernel, default=portable)
+
+    @operation.def_vmap
+    def fold_into_batch(size, mapped, *operands):
+        """[size, batch, ...] -> [size * batch, ...], and back for the results."""
+
+        def fold(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(size * x.shape[1], *x.shape[2:])
+
+        results = operation(*map(fold, operands, mapped))
+        split = tuple(x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results)
+        return split, (True,) * len(split)
+
+    return operation
+
+
+def _first_order_only(kernel: Callable) -> Callable:
+    """`kernel` with an error of our own where it is differentiated beyond its gradient."""
+    kernel = jax.custom_jvp(kernel)
+
+    @kernel.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            "dot_product_attention: the kernels have first derivatives in reverse mode only; pass "
+            "implementation='xla' for derivatives of the gradient"
+        )
+
+    return kernel
+
+
+def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:
+    """A result's type, varying over the same manual mesh axes as `like`."""
+    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
+
+
+def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Array) -> int:
+    batch, seqlen_q, num_heads_q, head_dim = query.shape
+    _, seqlen_k, num_heads_kv, head_dim_v = value.shape
+    plan = support.native().backward_plan(
+        support.KERNEL_DTYPES[query.dtype.name],
+        batch,
+        seqlen_q,
+        seqlen_k,
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        head_dim_v,
+        options.deterministic,
+    )
+    return plan["workspace_bytes"]
+
+
+def _pack(index: Index) -> tuple[jax.Array, ...]:
+    """The index arrays that are present, in the order of the custom calls' operands."""
+    return tuple(x for x in index if x is not None)
+
+
+def _unpack(like: Index, present: tuple[jax.Array, ...]) -> Index:
+    """`present` at the places where `like` has an array."""
+    arrays = iter(present)
+    return Index(*(None if x is None else next(arrays) for x in like))

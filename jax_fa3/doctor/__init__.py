@@ -1,0 +1,112 @@
+"""`jax_fa3.doctor()`, also `python -m jax_fa3.doctor`: what is installed, and would a call run.
+
+A package with a __main__ rather than one file, because `jax_fa3.doctor` is also the function.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections import defaultdict
+from typing import Any
+
+import jax
+
+from jax_fa3 import support
+from jax_fa3.options import resolve_deterministic, resolve_window
+
+PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
+
+
+def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:
+    """Prints versions, GPUs and compiled kernels, and for a described call what would run it.
+
+    Args:
+      query, key, value: arrays or `jax.ShapeDtypeStruct`s; key and value default to query.
+      **options: keyword arguments of `dot_product_attention`.
+
+    Example:
+      >>> jax_fa3.doctor(jax.ShapeDtypeStruct((2, 4096, 16, 128), "bfloat16"), is_causal=True)
+    """
+    sections = {"versions": _versions(), "GPU": _gpus(), "kernels": _kernels()}
+    if query is not None:
+        key = query if key is None else key
+        value = key if value is None else value
+        sections["call"] = _call(query, key, value, options)
+    for title, lines in sections.items():
+        for i, line in enumerate(lines):
+            print(f"{title if i == 0 else '':<9} {line}")
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return [", ".join(found)]
+
+
+def _gpus() -> list[str]:
+    lines = []
+    if shutil.which("nvidia-smi"):
+        fields = "--query-gpu=name,compute_cap,driver_version"
+        command = ["nvidia-smi", fields, "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines += [f"{line} (nvidia-smi)" for line in answer.stdout.splitlines()]
+    lines.append(f"JAX's default backend is {jax.default_backend()!r}")
+    reason = support.device_reason()
+    lines.append(f"no kernel can run: {reason}" if reason else "the kernels can run here")
+    return lines
+
+
+def _kernels() -> list[str]:
+    native = support.native()
+    if native is None:
+        return ["the extension module jax_fa3._C is missing"]
+    compiled = native.compiled_kernels()
+    if not compiled:
+        listed = len(native.listed_kernels())
+        return [f"none compiled of {listed} (built with JAX_FA3_CUDA=OFF); calls run through XLA"]
+    tiles = defaultdict(dict)
+    for kernel in compiled:
+        tile = f"{kernel['block_m']}x{kernel['block_n']}"
+        tiles[kernel["direction"], kernel["dtype"], kernel["head_dim"]][tile] = None
+    rows = [f"{len(compiled)} compiled of {len(native.listed_kernels())}; tiles queries x keys:"]
+    rows += [
+        f"{direction:<8} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
+        for (direction, dtype, head_dim), names in tiles.items()
+    ]
+    return rows
+
+
+def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str]:
+    shapes = ", ".join(
+        f"{name} {x.dtype}{list(x.shape)}"
+        for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    given = [f"{name}={option}" for name, option in options.items() if option is not None]
+    reason = support.is_supported(query, key, value, **options)
+    lines = [
+        ", ".join([shapes, *given]),
+        f"would run through XLA: {reason}" if reason else "would run on the Hopper kernels",
+    ]
+    window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
+    deterministic = resolve_deterministic(options.get("deterministic"))
+    shaped = support.call_reason(query, options.get("bias"), options.get("mask"))
+    if shaped or support.plan_reason(query, key, value, window, deterministic):
+        return lines
+    batch, seqlen_q, heads_q, head_dim = (1, *query.shape)[-4:]
+    seqlen_k, heads_kv, head_dim_v = value.shape[-3:]
+    dtype = support.KERNEL_DTYPES[query.dtype.name]
+    problem = (dtype, batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v)
+    forward = support.native().forward_plan(*problem, *window, support.NUM_SMS)
+    backward = support.native().backward_plan(*problem, deterministic)
+    return [*lines, f"forward plan: {_plan(forward)}", f"backward plan: {_plan(backward)}"]
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in plan.items() if name != "direction")

@@ -1,0 +1,114 @@
+"""The meaning of attention, written out densely in float64 numpy: the oracle and the definition.
+
+    logits[b, n, i, j] = scale * query[b, i, n] . key[b, j, n // group] + bias[b, n, i, j]
+    visible[b, n, i, j] = i < query_length and j < key_length and mask[b, n, i, j]
+                          and i + offset - left <= j <= i + offset + right
+    lse[b, i, n] = log(sum over visible j of exp(logits)), -inf where there is none
+    out[b, i, n] = sum over visible j of exp(logits - lse) * value[b, j, n // group], likewise 0
+
+Arrays are 4-D as in dot_product_attention, of any dtype; results are float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_fa3.options import resolve_window
+
+
+class Gradients(NamedTuple):
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    bias: np.ndarray | None
+
+
+class Reference:
+    """One call's probabilities, and from them `out`, `lse` and any number of `gradients`."""
+
+    def __init__(
+        self,
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        *,
+        scale=None,
+        is_causal=False,
+        query_seq_lengths=None,
+        key_value_seq_lengths=None,
+        local_window_size=None,
+        query_offset=None,
+    ):
+        query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+        batch, seqlen_q, num_heads_q, head_dim = query.shape
+        seqlen_k, self.num_heads_kv = key.shape[1:3]
+        self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
+        self.rows = _inside(query_seq_lengths, batch, seqlen_q)  # [b, i]
+        keys = _inside(key_value_seq_lengths, batch, seqlen_k)  # [b, j]
+
+        # Padding is replaced by zeros, whatever it holds; key and value heads are repeated.
+        self.query = np.where(self.rows[..., None, None], query, 0)
+        group = num_heads_q // self.num_heads_kv
+        self.key, self.value = (
+            np.repeat(np.where(keys[..., None, None], x, 0), group, axis=2) for x in (key, value)
+        )
+
+        left, right = resolve_window(local_window_size, is_causal)
+        offset = np.broadcast_to(0 if query_offset is None else np.asarray(query_offset), (batch,))
+        position = np.arange(seqlen_q) + offset[:, None].astype(np.int64)  # [b, i]
+        distance = np.arange(seqlen_k) - position[..., None]  # [b, i, j]
+        visible = self.rows[..., None] & keys[:, None] & (-left <= distance) & (distance <= right)
+        visible = visible[:, None] & (True if mask is None else np.asarray(mask))
+
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            logits = self.scale * np.einsum("bind,bjnd->bnij", self.query, self.key)
+            if bias is not None:
+                logits = logits + np.asarray(bias).astype(np.float64)
+            logits = np.where(visible, logits, -np.inf)
+            row_max = logits.max(-1, keepdims=True, initial=-np.inf)
+            row_max = np.where(row_max == -np.inf, 0, row_max)
+            lse = row_max[..., 0] + np.log(np.exp(logits - row_max).sum(-1))  # [b, n, i]
+            finite_lse = np.where(lse == -np.inf, 0, lse)
+            self.probs = np.exp(logits - finite_lse[..., None])
+            self.out = np.einsum("bnij,bjnd->bind", self.probs, self.value)
+        self.lse = lse.swapaxes(1, 2)
+        self.bias_shape = None if bias is None else np.shape(bias)
+
+    def gradients(self, dout, dlse=None) -> Gradients:
+        """The cotangents of the inputs, given those of out (b, i, n, d) and lse (b, i, n)."""
+        dout = np.where(self.rows[..., None, None], np.asarray(dout).astype(np.float64), 0)
+        delta = np.einsum("bind,bind->bni", dout, self.out)
+        if dlse is not None:
+            dlse = np.where(self.rows[..., None], np.asarray(dlse).astype(np.float64), 0)
+            delta = delta - dlse.swapaxes(1, 2)
+        dprobs = np.einsum("bind,bjnd->bnij", dout, self.value)
+        dlogits = self.probs * (dprobs - delta[..., None])
+        return Gradients(
+            query=self.scale * np.einsum("bnij,bjnd->bind", dlogits, self.key),
+            key=self.scale * self._sum_group(np.einsum("bnij,bind->bjnd", dlogits, self.query)),
+            value=self._sum_group(np.einsum("bnij,bind->bjnd", self.probs, dout)),
+            bias=None if self.bias_shape is None else _unbroadcast(dlogits, self.bias_shape),
+        )
+
+    def _sum_group(self, x: np.ndarray) -> np.ndarray:
+        """Sums the query heads of each key/value head."""
+        batch, seqlen, num_heads, dim = x.shape
+        group = num_heads // self.num_heads_kv
+        return x.reshape(batch, seqlen, self.num_heads_kv, group, dim).sum(3)
+
+
+def _inside(lengths, batch: int, seqlen: int) -> np.ndarray:
+    """[b, seq]: which rows are not padding."""
+    lengths = np.full(batch, seqlen) if lengths is None else np.asarray(lengths)
+    return np.arange(seqlen) < lengths[:, None]
+
+
+def _unbroadcast(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Sums x over the dimensions along which an array of `shape` was broadcast."""
+    padded = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    axes = tuple(i for i, n in enumerate(padded) if n == 1)
+    return x.sum(axes, keepdims=True).reshape(shape)

@@ -1,0 +1,148 @@
+"""Whether the kernels can run a call, and if not, why: one sentence a user can act on.
+
+Three questions, asked in this order: does the call want something no kernel does (bias, float32),
+does this build have a kernel for its shapes, and is there a Hopper GPU. The native module `_C` is
+imported here and nowhere else, so that the package also works where it is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jax_fa3 import validate
+from jax_fa3.options import resolve_deterministic, resolve_window
+
+try:
+    from jax_fa3 import _C
+except ImportError as error:
+    _C = None
+    _import_error = str(error)
+
+logger = logging.getLogger("jax_fa3")
+
+KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
+NUM_SMS = 132  # of an H100 SXM; a plan's support does not depend on it
+
+
+def native() -> ModuleType | None:
+    """The extension module, or None where it cannot be imported."""
+    return _C
+
+
+def is_supported(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+    query_offset: Any = None,
+    deterministic: bool | None = None,
+) -> str | None:
+    """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
+
+    Args: those of `dot_product_attention`, each array also as a `jax.ShapeDtypeStruct`.
+
+    Returns:
+      None when forward and backward of this call run on the kernels here, else the reason.
+
+    Raises:
+      ValueError, TypeError: as `dot_product_attention` does for the same arguments.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 16, 128), "float32")
+      >>> jax_fa3.is_supported(x, x, x)
+      'the kernels take bfloat16 or float16, not float32'
+    """
+    validate.check_call(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        return_residual=return_residual,
+        query_offset=query_offset,
+        deterministic=deterministic,
+    )
+    window = resolve_window(local_window_size, is_causal)
+    return (
+        call_reason(query, bias, mask)
+        or plan_reason(query, key, value, window, resolve_deterministic(deterministic))
+        or device_reason()
+    )
+
+
+def call_reason(query: Any, bias: Any, mask: Any) -> str | None:
+    """What the call asks for that no kernel does."""
+    if bias is not None:
+        return "the kernels take no bias"
+    if mask is not None:
+        return "the kernels take no dense mask (lengths, windows and is_causal are free)"
+    if query.dtype.name not in KERNEL_DTYPES:
+        return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {query.dtype.name}"
+    return None
+
+
+def plan_reason(
+    query: Any, key: Any, value: Any, window: tuple[int, int], deterministic: bool
+) -> str | None:
+    """Why this build has no kernel for the shapes of a legal call in a kernel dtype."""
+    if _C is None:
+        return f"the extension module jax_fa3._C cannot be imported ({_import_error})"
+    batch = query.shape[0] if query.ndim == 4 else 1
+    seqlen_q, num_heads_q, head_dim = query.shape[-3:]
+    seqlen_k, num_heads_kv, head_dim_v = value.shape[-3:]
+    extents = (batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v)
+    if not all(isinstance(n, int) for n in extents):
+        return f"the kernels need static shapes, not query of shape {tuple(query.shape)}"
+    problem = (KERNEL_DTYPES[query.dtype.name], *extents)
+    try:
+        _C.forward_plan(*problem, *window, NUM_SMS)
+        _C.backward_plan(*problem, deterministic)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def device_reason() -> str | None:
+    """Why the kernels cannot run on the devices of the default backend."""
+    if not has_gpu():
+        return f"there is no NVIDIA GPU: the default backend is {jax.default_backend()!r}"
+    for device in jax.local_devices():
+        capability = getattr(device, "compute_capability", None)
+        if capability != COMPUTE_CAPABILITY:
+            return (
+                f"the kernels need compute capability {COMPUTE_CAPABILITY} (H100, H200), and "
+                f"{device.device_kind} has {capability}"
+            )
+    if _C is not None and not _C.cuda_enabled:
+        return "jax_fa3 was built without CUDA kernels (JAX_FA3_CUDA=OFF)"
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether the default backend is a GPU's."""
+    return jax.default_backend() == "gpu"
+
+
+@functools.lru_cache(maxsize=256)
+def log_fallback(reason: str) -> None:
+    """Says, once for each reason, that a call runs through XLA and why."""
+    logger.warning("dot_product_attention runs its XLA implementation: %s", reason)

@@ -1,0 +1,210 @@
+"""What a call must look like, checked at trace time before anything is built from it.
+
+Each error names the argument, what was got and what was expected. TypeError: a wrong dtype, or
+an array where a Python value must stand. ValueError: shapes or values that do not fit. What is
+legal but has no kernel is support.py's matter.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa3.options import MAX_SEQLEN
+
+DTYPES = ("bfloat16", "float16", "float32")
+IMPLEMENTATIONS = (None, "fa3", "xla")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def check_call(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: Any = None,
+    is_causal: Any = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: Any = None,
+    implementation: Any = None,
+    return_residual: Any = False,
+    query_offset: Any = None,
+    deterministic: Any = None,
+) -> None:
+    """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
+    check_heads(query, key, value)
+    batch = query.shape[0] if query.ndim == 4 else 1
+    logits = (batch, query.shape[-2], query.shape[-3], key.shape[-3])
+    check_dense("bias", bias, logits, DTYPES)
+    check_dense("mask", mask, logits, ("bool",))
+    check_scale(scale)
+    check_flag("is_causal", is_causal)
+    check_flag("return_residual", return_residual)
+    if deterministic is not None:
+        check_flag("deterministic", deterministic)
+    unbatched = query.ndim == 3
+    check_index("query_seq_lengths", query_seq_lengths, batch, scalar=unbatched)
+    check_index("key_value_seq_lengths", key_value_seq_lengths, batch, scalar=unbatched)
+    check_offset(query_offset, batch)
+    check_window(local_window_size)
+    if not (implementation is None or isinstance(implementation, str)) or (
+        implementation not in IMPLEMENTATIONS
+    ):
+        got = _describe(implementation)
+        raise ValueError(f"implementation is {got}; expected one of {IMPLEMENTATIONS}")
+
+
+def as_array(name: str, x: Any) -> Any:
+    """`x` itself when it has a shape and a dtype, else as a JAX array; None stays None."""
+    if x is None or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def check_heads(query: Any, key: Any, value: Any) -> None:
+    """Ranks, dtypes and extents of query, key and value, and that they fit each other."""
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name} is None; expected an array")
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected "
+                "([batch,] seq, heads, head_dim)"
+            )
+        _check_dtype(name, x, DTYPES)
+        if x.ndim != query.ndim:
+            raise ValueError(
+                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
+                f"query, shape {_shape(query)}"
+            )
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}; expected {query.dtype} like query")
+        if x.shape[-3] >= MAX_SEQLEN:
+            raise ValueError(f"{name} has seq = {x.shape[-3]}; expected less than {MAX_SEQLEN}")
+        for axis, what in ((-2, "heads"), (-1, "head_dim")):
+            if x.shape[axis] == 0:
+                raise ValueError(f"{name} has {what} = 0, shape {_shape(x)}; expected at least 1")
+    if query.ndim == 4:
+        _check_equal("batch", -4, key=key, query=query)
+        _check_equal("batch", -4, value=value, query=query)
+    _check_equal("head_dim", -1, key=key, query=query)
+    _check_equal("seq", -3, value=value, key=key)
+    _check_equal("heads", -2, value=value, key=key)
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"query has {query.shape[-2]} heads; expected a multiple of key's {key.shape[-2]} heads"
+        )
+
+
+def check_dense(name: str, x: Any, logits: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    """A bias or mask that broadcasts to `logits`, (batch, heads, seqlen_q, seqlen_k)."""
+    if x is None:
+        return
+    _check_dtype(name, x, dtypes)
+    extents = (1,) * (4 - x.ndim) + tuple(x.shape)
+    if x.ndim > 4 or any(n not in (1, full) for n, full in zip(extents, logits, strict=True)):
+        raise ValueError(
+            f"{name} has shape {_shape(x)}; expected one that broadcasts to {logits}, "
+            "(batch, heads, seqlen_q, seqlen_k)"
+        )
+
+
+def check_scale(scale: Any) -> None:
+    """A finite Python number: the scale is compiled into the call."""
+    if scale is None:
+        return
+    if isinstance(scale, jax.core.Tracer):
+        raise TypeError(
+            "scale is a traced array; expected a Python number (multiply query by a traced scale)"
+        )
+    if not isinstance(scale, numbers.Real) and (
+        getattr(scale, "shape", None) != () or scale.dtype.kind not in "fiu"
+    ):
+        raise TypeError(f"scale is {scale!r}; expected a Python number")
+    if not abs(float(scale)) <= FLOAT32_MAX:
+        raise ValueError(f"scale is {float(scale)}; expected a finite float32 number")
+
+
+def check_flag(name: str, x: Any) -> None:
+    """A Python bool."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name} is {_describe(x)}; expected a Python bool")
+
+
+def check_index(name: str, x: Any, batch: int, *, scalar: bool) -> None:
+    """int32 [batch], or a scalar where `scalar` allows it."""
+    if x is None:
+        return
+    _check_dtype(name, x, ("int32",))
+    if tuple(x.shape) != (batch,) and not (scalar and x.ndim == 0):
+        raise ValueError(f"{name} has shape {_shape(x)}; expected ({batch},), one per sequence")
+
+
+def check_offset(x: Any, batch: int) -> None:
+    """A Python int, or an int32 array of shape () or [batch]."""
+    if x is None or hasattr(x, "dtype") and not isinstance(x, np.integer):
+        check_index("query_offset", x, batch, scalar=True)
+        return
+    offset = _as_int("query_offset", x, "an int or an int32 array")
+    if not -MAX_SEQLEN < offset < MAX_SEQLEN:
+        raise ValueError(f"query_offset is {offset}; expected less than {MAX_SEQLEN} in magnitude")
+
+
+def check_window(window: Any) -> None:
+    """None, a non-negative int, or a pair of them."""
+    if window is None:
+        return
+    expected = "an int or a pair of ints, each at least 0 (None switches the window off)"
+    sides = tuple(window) if isinstance(window, (tuple, list)) else (window,) * 2
+    if len(sides) != 2:
+        raise ValueError(f"local_window_size is {window!r}; expected {expected}")
+    for side in sides:
+        if _as_int("local_window_size", side, expected) < 0:
+            raise ValueError(f"local_window_size is {window!r}; expected {expected}")
+
+
+def _as_int(name: str, x: Any, expected: str) -> int:
+    if not isinstance(x, (bool, np.bool_, jax.Array)):
+        try:
+            return operator.index(x)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} is {_describe(x)}; expected {expected}")
+
+
+def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
+    if x.dtype.name not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected {_one_of(dtypes)}")
+
+
+def _check_equal(what: str, axis: int, **pair: Any) -> None:
+    (name, x), (other, y) = pair.items()
+    if x.shape[axis] != y.shape[axis]:
+        raise ValueError(
+            f"{name} has {what} = {x.shape[axis]}, shape {_shape(x)}; expected {y.shape[axis]} "
+            f"like {other}, shape {_shape(y)}"
+        )
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _shape(x: Any) -> str:
+    return str(tuple(x.shape))
+
+
+def _describe(x: Any) -> str:
+    return "an array" if isinstance(x, jax.Array) else repr(x)

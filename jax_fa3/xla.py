@@ -1,0 +1,244 @@
+"""Attention through XLA, block by block over the keys: any platform, all of the semantics.
+
+The forward pass is the online softmax (arXiv:2205.14135), a scan over key blocks that carries
+the row maximum, the row sum and the output; the backward pass recomputes each block's
+probabilities from the LSE. Memory grows linearly with the sequence lengths. Products accumulate
+in float32; probabilities and dS are rounded to the input dtype between products, as in the kernels.
+
+Letters in einsums and comments: b batch, q query rows, k key rows of one block, h key/value
+heads, g query heads of one key/value head, d head_dim, e head_dim of value. Scores are [b, h, q,
+g, k] in float32, so that heads are never repeated in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions, Dense, Index
+
+SCORES_PER_BLOCK = 1 << 25  # float32 scores held at a time, as far as MIN_BLOCK allows
+MIN_BLOCK = 128  # key rows
+MAX_BLOCK = 1024
+
+
+def forward(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, jax.Array]:
+    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
+    problem = _Problem(options, query, key, value, index, dense)
+    rows = problem.rows()
+
+    def step(carry, start):
+        row_max, row_sum, acc = carry
+        block = problem.block(start)
+        scores = problem.scores(rows, block)
+        new_max = lax.stop_gradient(jnp.maximum(row_max, scores.max(-1)))
+        safe_max = _finite_or_zero(new_max)
+        probs = jnp.exp(scores - safe_max[..., None])
+        rescale = jnp.exp(row_max - safe_max)
+        row_sum = row_sum * rescale + probs.sum(-1)
+        update = _dot("bhqgk,bkhe->bhqge", probs.astype(value.dtype), block.value)
+        return (new_max, row_sum, acc * rescale[..., None] + update), None
+
+    b, q, h, g, _ = rows.shape
+    stats = _full(query, (b, h, q, g), -jnp.inf)
+    init = (stats, _full(query, stats.shape, 0), _full(query, (*stats.shape, value.shape[-1]), 0))
+    (row_max, row_sum, acc), _ = lax.scan(step, init, problem.starts())
+
+    empty = row_sum == 0
+    divisor = jnp.where(empty, 1, row_sum)
+    out = jnp.moveaxis(acc / divisor[..., None], 1, 2).reshape(*query.shape[:-1], acc.shape[-1])
+    lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(divisor))
+    return out.astype(query.dtype), jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
+
+
+def backward(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of query, key, value and, where there is one, of the bias."""
+    problem = _Problem(options, query, key, value, index, dense)
+    rows = problem.rows()
+    b, q, h, g, _ = rows.shape
+    dout = problem.query_heads(problem.zero_past_length(dout))
+    products = dout.astype(jnp.float32) * problem.query_heads(out).astype(jnp.float32)
+    delta = jnp.moveaxis(products.sum(-1), 1, 2)
+    if dlse is not None:
+        dlse = problem.zero_past_length(jnp.moveaxis(dlse, 1, 2))  # [b, q, h * g]
+        delta -= jnp.moveaxis(dlse.reshape(b, q, h, g), 1, 2)
+    lse = _finite_or_zero(jnp.moveaxis(lse.reshape(b, h, g, q), 2, 3))
+
+    def step(dquery, start):
+        block = problem.block(start)
+        probs = jnp.exp(problem.scores(rows, block) - lse[..., None])
+        dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.value)
+        dlogits = probs * (dprobs - delta[..., None])
+        dscores = dlogits.astype(query.dtype)
+        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.key)
+        dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
+        dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
+        dbias = None if dense.bias is None else _sum_to_bias(dlogits, dense.bias.shape)
+        return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
+
+    init = _full(query, (b, h, q, g, query.shape[-1]), 0)
+    dquery, (dkey, dvalue, dbias) = lax.scan(step, init, problem.starts())
+    dquery = jnp.moveaxis(options.scale * dquery, 1, 2).reshape(query.shape).astype(query.dtype)
+    dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
+    if dense.bias is not None:
+        one_column = dense.bias.shape[-1] == 1
+        dbias = dbias.sum(0) if one_column else problem.join_blocks(dbias, 3)
+        dbias = dbias.astype(dense.bias.dtype)
+    return dquery, dkey, dvalue, dbias
+
+
+class _Block(NamedTuple):
+    start: jax.Array  # index of its first key
+    key: jax.Array  # [b, k, h, d], zero past the sequence's length
+    value: jax.Array  # [b, k, h, e], likewise
+
+
+class _Problem:
+    """One call's arrays, cut into key blocks; the last block is filled up with zero rows."""
+
+    def __init__(self, options, query, key, value, index: Index, dense: Dense):
+        self.options, self.query, self.index = options, query, index
+        self.seqlen_q, self.seqlen_k = query.shape[1], key.shape[1]
+        self.num_heads_kv = key.shape[2]
+        self.num_blocks, self.block_size = _cut(query, self.seqlen_k)
+        self.key, self.value = self.fill(key, 1), self.fill(value, 1)
+        self.dense = Dense(*(None if x is None else self.fill(x, 3) for x in dense))
+
+    def fill(self, x, axis):
+        """`x` with whole blocks along the key axis `axis`; a broadcast axis stays as it is."""
+        missing = self.num_blocks * self.block_size - self.seqlen_k
+        if missing == 0 or x.shape[axis] != self.seqlen_k:
+            return x
+        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def join_blocks(self, x, axis):
+        """Undoes the cut: x [block, ...] with the block's keys on `axis` of the rest."""
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], self.num_blocks * self.block_size, *x.shape[axis + 2 :])
+        return lax.slice_in_dim(x, 0, self.seqlen_k, axis=axis)
+
+    def starts(self):
+        return self.block_size * jnp.arange(self.num_blocks, dtype=jnp.int32)
+
+    def query_heads(self, x):
+        """[b, q, h * g, ...] -> [b, q, h, g, ...]."""
+        group = x.shape[2] // self.num_heads_kv
+        return x.reshape(*x.shape[:2], self.num_heads_kv, group, *x.shape[3:])
+
+    def rows(self):
+        return self.query_heads(self.zero_past_length(self.query))
+
+    def zero_past_length(self, x):
+        """x [b, q, ...] with zeros past the query length: whatever stands there reaches nothing."""
+        if self.index.query_lengths is None:
+            return x
+        inside = jnp.arange(self.seqlen_q) < self.index.query_lengths[:, None]
+        return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+    def block(self, start) -> _Block:
+        key, value = (
+            lax.dynamic_slice_in_dim(x, start, self.block_size, 1) for x in (self.key, self.value)
+        )
+        if self.index.key_lengths is not None:
+            inside = start + jnp.arange(self.block_size) < self.index.key_lengths[:, None]
+            key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
+        return _Block(start, key, value)
+
+    def scores(self, rows, block: _Block):
+        """Scaled, biased scores of all rows against one block; -inf where a row sees no key."""
+        scores = self.options.scale * _dot("bqhgd,bkhd->bhqgk", rows, block.key)
+        if self.dense.bias is not None:
+            scores += self.dense_block(self.dense.bias, block.start).astype(jnp.float32)
+        visible = self.visible(block.start)
+        if self.dense.mask is not None:
+            mask = self.dense_block(self.dense.mask, block.start)
+            visible = mask if visible is None else visible & mask
+        return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+
+    def visible(self, start):
+        """[b | 1, 1, q, 1, k] by lengths, window and offset; None when every row sees every key."""
+        options, index = self.options, self.index
+        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[None, :, None]
+        column = start + jnp.arange(self.block_size, dtype=jnp.int32)[None, None, :]
+        position = row + options.query_offset
+        if index.query_offset is not None:
+            offset = jnp.clip(index.query_offset, -MAX_SEQLEN, MAX_SEQLEN)
+            position = row + offset[:, None, None]
+        terms = []
+        if self.num_blocks * self.block_size != self.seqlen_k:
+            terms.append(column < self.seqlen_k)
+        if index.key_lengths is not None:
+            terms.append(column < index.key_lengths[:, None, None])
+        if index.query_lengths is not None:
+            terms.append(row < index.query_lengths[:, None, None])
+        if options.window_left < UNBOUNDED:
+            terms.append(column >= position - options.window_left)
+        if options.window_right < UNBOUNDED:
+            terms.append(column <= position + options.window_right)
+        if not terms:
+            return None
+        return functools.reduce(jnp.logical_and, terms)[:, None, :, None, :]
+
+    def dense_block(self, x, start):
+        """The block's columns of a bias or mask, as [b | 1, h | 1, q | 1, g | 1, k | 1]."""
+        if x.shape[3] > 1:
+            x = lax.dynamic_slice_in_dim(x, start, self.block_size, 3)
+        b, heads, q, k = x.shape
+        h = self.num_heads_kv if heads > 1 else 1
+        return jnp.moveaxis(x.reshape(b, h, heads // h, q, k), 2, 3)
+
+
+def _cut(query, seqlen_k: int) -> tuple[int, int]:
+    """(number of key blocks, key rows of a block), both at least 1."""
+    rows = math.prod(n for n in query.shape[:3] if isinstance(n, int))
+    largest = min(max(SCORES_PER_BLOCK // max(rows, 1), MIN_BLOCK), MAX_BLOCK)
+    num_blocks = max(-(-seqlen_k // largest), 1)
+    size = max(-(-seqlen_k // num_blocks), 1)
+    return num_blocks, size if num_blocks == 1 else -(-size // 8) * 8
+
+
+def _sum_to_bias(dlogits, shape: tuple[int, ...]):
+    """dlogits [b, h, q, g, k] of one block, summed over the dimensions that a bias broadcasts."""
+    b, h, q, g, k = dlogits.shape
+    full = jnp.moveaxis(dlogits, 3, 2).reshape(b, h * g, q, k)
+    axes = tuple(i for i, n in enumerate(shape) if n == 1)
+    return full.sum(axes, keepdims=True)
+
+
+def _dot(subscripts: str, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _finite_or_zero(x):
+    """x with 0 in place of -inf: what an empty row's scores are measured from."""
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def _full(like, shape, fill):
+    """A float32 constant that varies over the same manual mesh axes as `like`, as scan needs."""
+    constant = jnp.full(shape, fill, jnp.float32)
+    axes = jax.typeof(like).manual_axis_type.varying
+    return lax.pcast(constant, tuple(axes), to="varying") if axes else constant

@@ -1,0 +1,191 @@
+// From buffers to a Problem on the host: what decode and validate take and what they refuse.
+#include "ffi/decode.h"
+
+#include <deque>
+#include <vector>
+
+#include "check.h"
+#include "ffi/validate.h"
+
+namespace jax_fa3 {
+namespace {
+
+namespace ffi = xla::ffi;
+using Dims = std::vector<std::int64_t>;
+
+constexpr Device kHopper{9, 0, 132};
+
+// Buffers whose memory is never touched, at made-up, aligned addresses.
+class Buffers {
+ public:
+  ffi::AnyBuffer make(ffi::DataType dtype, Dims dims, std::uintptr_t address = 0) {
+    dims_.push_back(std::move(dims));
+    XLA_FFI_Buffer buffer{};
+    buffer.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+    buffer.dtype = static_cast<XLA_FFI_DataType>(dtype);
+    buffer.rank = static_cast<std::int64_t>(dims_.back().size());
+    buffer.dims = dims_.back().data();
+    next_address_ += 1024;
+    buffer.data = reinterpret_cast<void*>(address ? address : next_address_);
+    buffers_.push_back(buffer);
+    return ffi::AnyBuffer(&buffers_.back());
+  }
+
+  // Appends an optional operand.
+  void add_optional(ffi::DataType dtype, Dims dims) {
+    make(dtype, std::move(dims));
+    types_.push_back(XLA_FFI_ArgType_BUFFER);
+    pointers_.push_back(&buffers_.back());
+  }
+
+  ffi::RemainingArgs optionals() {
+    args_ = {};
+    args_.struct_size = XLA_FFI_Args_STRUCT_SIZE;
+    args_.size = static_cast<std::int64_t>(pointers_.size());
+    args_.types = types_.data();
+    args_.args = pointers_.data();
+    return ffi::RemainingArgs(&args_, 0);
+  }
+
+ private:
+  std::uintptr_t next_address_ = 1 << 20;
+  std::deque<Dims> dims_;
+  std::deque<XLA_FFI_Buffer> buffers_;
+  std::vector<XLA_FFI_ArgType> types_;
+  std::vector<void*> pointers_;
+  XLA_FFI_Args args_{};
+};
+
+struct Call {
+  ffi::DataType dtype = ffi::DataType::BF16;
+  Dims query{2, 100, 6, 64};
+  Dims key{2, 90, 3, 64};
+  Dims value{2, 90, 3, 64};
+  Dims out{2, 100, 6, 64};
+  Dims lse{2, 6, 100};
+  ffi::DataType lse_dtype = ffi::DataType::F32;
+  std::vector<std::pair<ffi::DataType, Dims>> optionals;
+  Options options{0.125f, kUnbounded, 0, 0, 8.f, false, false, false, false, false};
+  std::uintptr_t query_address = 0;
+
+  StatusOr<ForwardProblem> forward() const {
+    Buffers b;
+    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
+    return decode_forward(
+        {b.make(dtype, query, query_address), b.make(dtype, key), b.make(dtype, value),
+         b.optionals(), b.make(dtype, out), b.make(lse_dtype, lse)},
+        options);
+  }
+
+  StatusOr<BackwardProblem> backward() const {
+    Buffers b;
+    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
+    return decode_backward(
+        {b.make(dtype, query, query_address), b.make(dtype, key), b.make(dtype, value),
+         b.make(dtype, out), b.make(lse_dtype, lse), b.make(dtype, out), b.optionals(),
+         b.make(dtype, query), b.make(dtype, key), b.make(dtype, value),
+         b.make(ffi::DataType::U8, {4096})},
+        options);
+  }
+};
+
+void decodes() {
+  Call call;
+  call.dtype = ffi::DataType::F16;
+  call.options.has_query_lengths = call.options.has_query_offset = true;
+  call.optionals = {{ffi::DataType::S32, {2}}, {ffi::DataType::S32, {2}}};
+  const auto forward = call.forward();
+  CHECK_DETAIL(forward.ok(), forward.status().message());
+  const ForwardProblem& problem = forward.value();
+  CHECK(problem.shape.dtype == DType::kFP16);
+  CHECK(problem.shape.batch == 2 && problem.shape.seqlen_q == 100 && problem.shape.seqlen_k == 90);
+  CHECK(problem.shape.num_heads_q == 6 && problem.shape.num_heads_kv == 3);
+  CHECK(problem.shape.head_dim == 64 && problem.shape.head_dim_v == 64);
+  CHECK(problem.index.query_lengths && !problem.index.key_lengths && problem.index.query_offset);
+  CHECK(problem.mask.window_left == kUnbounded && problem.mask.window_right == 0);
+  CHECK(validate(problem, kHopper).ok());
+
+  call.options.has_dlse = call.options.deterministic = true;
+  call.optionals.insert(call.optionals.begin(), {ffi::DataType::F32, {2, 6, 100}});
+  const auto backward = call.backward();
+  CHECK_DETAIL(backward.ok(), backward.status().message());
+  CHECK(backward.value().dlse && backward.value().index.query_lengths);
+  CHECK(backward.value().deterministic);
+  CHECK(validate(backward.value(), kHopper).ok());
+}
+
+template <class Change>
+Call with(const Change& change) {
+  Call call;
+  change(call);
+  return call;
+}
+
+void refuses_buffers() {
+  const auto refuses = [](const Call& call, const char* part) {
+    CHECK_REFUSES(call.forward().status(), part);
+    CHECK_REFUSES(call.backward().status(), part);
+  };
+  refuses(with([](Call& c) { c.dtype = ffi::DataType::F32; }),
+          "query must be BF16 or F16, got F32");
+  refuses(with([](Call& c) { c.query = {100, 6, 64}; }), "query must have shape [-1, -1, -1, -1]");
+  refuses(with([](Call& c) {
+            c.key = {3, 90, 3, 64};
+          }),
+          "key must have shape [2, -1, -1, 64], got [3, 90, 3, 64]");
+  refuses(with([](Call& c) { c.value = {2, 91, 3, 64}; }), "value must have shape [2, 90, 3, -1]");
+  refuses(with([](Call& c) {
+            c.out = {2, 100, 6, 72};
+          }),
+          "out must have shape [2, 100, 6, 64], got [2, 100, 6, 72]");
+  refuses(with([](Call& c) { c.lse = {2, 100, 6}; }), "lse must have shape [2, 6, 100]");
+  refuses(with([](Call& c) { c.lse_dtype = ffi::DataType::BF16; }), "lse must be F32, got BF16");
+  refuses(with([](Call& c) { c.options.has_key_lengths = true; }),
+          "options announce the operand key_value_seq_lengths");
+  refuses(with([](Call& c) {
+            c.optionals = {{ffi::DataType::S32, {2}}};
+          }),
+          "options announce 0 optional operands, got 1");
+  refuses(with([](Call& c) {
+            c.options.has_key_lengths = true;
+            c.optionals = {{ffi::DataType::S64, {2}}};
+          }),
+          "key_value_seq_lengths must be S32, got S64");
+  refuses(with([](Call& c) {
+            c.options.has_query_offset = true;
+            c.optionals = {{ffi::DataType::S32, {3}}};
+          }),
+          "query_offset must have shape [2], got [3]");
+  CHECK_REFUSES(with([](Call& c) { c.options.has_dlse = true; }).forward().status(), "has_dlse");
+}
+
+void refuses_values() {
+  const auto refuses = [](const Call& call, const char* part, Device device = kHopper) {
+    CHECK_REFUSES(validate(call.forward().value(), device), part);
+    CHECK_REFUSES(validate(call.backward().value(), device), part);
+  };
+  refuses(Call(), "compute capability 9.0 (H100, H200), got 8.6", {8, 6, 80});
+  refuses(Call(), "got 10.0", {10, 0, 148});
+  refuses(with([](Call& c) { c.options.scale = 0; }), "scale must be positive and finite, got 0");
+  refuses(with([](Call& c) { c.options.window_left = -3; }), "window_left");
+  refuses(with([](Call& c) { c.query_address = 4104; }), "query must be aligned to 16 bytes");
+  refuses(with([](Call& c) { c.key[2] = c.value[2] = 4; }),
+          "num_heads_q must be a multiple of num_heads_kv, got 6 and 4");
+  refuses(with([](Call& c) { c.query[3] = c.key[3] = c.value[3] = c.out[3] = 36; }),
+          "head_dim must be a multiple of 8");
+  const Call negative = with([](Call& c) { c.options.rescale_threshold = -1; });
+  CHECK_REFUSES(validate(negative.forward().value(), kHopper), "rescale_threshold");
+  BackwardPlan plan{};
+  plan.workspace_bytes = 4097;
+  CHECK_REFUSES(validate_workspace(plan, 4096), "workspace must have 4097 bytes, got 4096");
+}
+
+}  // namespace
+}  // namespace jax_fa3
+
+int main() {
+  jax_fa3::decodes();
+  jax_fa3::refuses_buffers();
+  jax_fa3::refuses_values();
+  return jax_fa3::test::finish();
+}

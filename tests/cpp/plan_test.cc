@@ -1,0 +1,192 @@
+// Planning: which tile, in which order, how much workspace, and what is refused.
+#include "backward/plan.h"
+
+#include <vector>
+
+#include "check.h"
+#include "forward/plan.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr int kSms = 132;
+constexpr MaskOptions kDense{};
+constexpr MaskOptions kCausal{kUnbounded, 0, 0};
+
+const std::vector<ForwardKey> kForward = {{DType::kBF16, 64, 64, 192, 128},
+                                          {DType::kBF16, 64, 64, 128, 128},
+                                          {DType::kBF16, 96, 96, 192, 96},
+                                          {DType::kBF16, 128, 128, 192, 96},
+                                          {DType::kBF16, 128, 128, 128, 128}};
+
+const std::vector<BackwardKey> kBackward = {{DType::kBF16, 64, 64, 128, 128, false},
+                                            {DType::kBF16, 64, 64, 128, 128, true},
+                                            {DType::kBF16, 128, 128, 64, 128, false},
+                                            {DType::kBF16, 128, 128, 64, 128, true}};
+
+Shape shape(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim) {
+  return {DType::kBF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim};
+}
+
+ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sms = kSms) {
+  const auto plan = plan_forward(s, mask, kForward, num_sms);
+  CHECK_DETAIL(plan.ok(), plan.status().message());
+  return plan.value();
+}
+
+BackwardPlan backward(const Shape& s, bool deterministic = false) {
+  const auto plan = plan_backward(s, deterministic, kBackward);
+  CHECK_DETAIL(plan.ok(), plan.status().message());
+  return plan.value();
+}
+
+void head_dims_round_up() {
+  for (const auto& [head_dim, compiled] :
+       std::vector<std::pair<int, int>>{{8, 64}, {64, 64}, {72, 96}, {96, 96}, {104, 128}}) {
+    CHECK(forward(shape(1, 512, 4, head_dim)).key.head_dim == compiled);
+  }
+  CHECK(backward(shape(1, 512, 4, 72)).key.head_dim == 128);  // no 96 in that list
+}
+
+void tiles_follow_the_makespan() {
+  // Long sequences fill every wave: the tile with the faster main loop.
+  CHECK(forward(shape(1, 16384, 16, 128)).key.block_m == 192);
+  CHECK(forward(shape(1, 16384, 16, 128), kCausal).key.block_m == 192);
+  // 132 tiles of 128 rows are one wave; 92 of 192 rows are one wave of longer tiles.
+  CHECK(forward(shape(1, 128 * 33, 4, 128)).key.block_m == 128);
+  // 256 rows are two blocks of either tile.
+  CHECK(forward(shape(64, 256, 8, 128)).key.block_m == 128);
+}
+
+void tiles_and_grid() {
+  const ForwardPlan plan = forward(shape(2, 1000, 3, 64));
+  CHECK(plan.num_m_blocks == (1000 + plan.key.block_m - 1) / plan.key.block_m);
+  CHECK(plan.num_tiles == 6 * plan.num_m_blocks);
+  CHECK(plan.grid == plan.num_tiles);
+  CHECK(forward(shape(8, 16384, 16, 64)).grid == kSms);
+  CHECK(forward(shape(8, 16384, 16, 64), kDense, 78).grid == 78);
+}
+
+void order_follows_the_mask() {
+  CHECK(!forward(shape(1, 4096, 16, 128)).longest_first);
+  CHECK(forward(shape(1, 4096, 16, 128)).heads_per_group == 1);
+  CHECK(forward(shape(1, 4096, 16, 128), kCausal).longest_first);
+  CHECK(!forward(shape(1, 64, 16, 128), kCausal).longest_first);  // one block
+  // Only the left side bounded: the first rows are the longest, which is the natural order.
+  CHECK(!forward(shape(1, 4096, 16, 128), {256, kUnbounded, 0}).longest_first);
+  // An offset past the keys shows every key to every row.
+  CHECK(!forward(shape(1, 4096, 16, 128), {kUnbounded, 0, 4096}).longest_first);
+}
+
+void groups_fit_l2() {
+  // 16384 keys of d128 are 8 MB of K and V.
+  CHECK(forward(shape(1, 16384, 16, 128), kCausal).heads_per_group == 4);
+  // Six heads of which four fit: two groups of three.
+  CHECK(forward(shape(1, 16384, 6, 128), kCausal).heads_per_group == 3);
+  // One head alone exceeds the budget.
+  CHECK(forward(shape(1, 131072, 2, 128), kCausal).heads_per_group == 1);
+  // Query heads of one key head stay together.
+  Shape gqa = shape(1, 16384, 64, 128);
+  gqa.num_heads_kv = 8;
+  CHECK(forward(gqa, kCausal).heads_per_group == 32);
+  // Backward: Q, dO and fp32 dQ of 8192 queries of d128 are 8 MB, of a group of four heads 32.
+  CHECK(backward(shape(1, 8192, 16, 128)).heads_per_group == 4);
+  Shape gqa_backward = shape(1, 8192, 64, 128);
+  gqa_backward.num_heads_kv = 16;
+  CHECK(backward(gqa_backward).heads_per_group == 1);
+}
+
+void empty_problems() {
+  for (const Shape& s : {shape(0, 512, 4, 64), shape(1, 0, 4, 64)}) {
+    const ForwardPlan plan = forward(s, kCausal);
+    CHECK(plan.num_tiles == 0 && plan.grid == 0);
+    CHECK(backward(s, true).workspace_bytes == 0);
+  }
+  Shape no_keys = shape(1, 512, 4, 64);
+  no_keys.seqlen_k = 0;
+  CHECK(forward(no_keys, kCausal).num_tiles > 0);  // zeros have to be written
+  CHECK(backward(no_keys).num_tiles == 0);
+}
+
+void workspace_layout() {
+  const Shape s = shape(3, 1000, 5, 120);
+  for (const bool deterministic : {false, true}) {
+    const BackwardPlan plan = backward(s, deterministic);
+    const std::int64_t rows = 3 * 5 * std::int64_t{plan.num_m_blocks} * plan.key.block_m;
+    const auto aligned = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
+    CHECK(plan.key.deterministic == deterministic);
+    CHECK(plan.num_m_blocks == 16 && plan.num_n_blocks == 8 && plan.num_tiles == 120);
+    CHECK(plan.dq_offset == 0);
+    CHECK(plan.lse_offset == aligned(rows * 128 * 4));
+    CHECK(plan.delta_offset == plan.lse_offset + aligned(rows * 4));
+    CHECK(plan.semaphore_offset == plan.delta_offset + aligned(rows * 4));
+    const std::int64_t semaphores = deterministic ? aligned(3 * 5 * 16 * 2 * 4) : 0;
+    CHECK(plan.workspace_bytes == plan.semaphore_offset + semaphores);
+  }
+}
+
+void beyond_32_bits() {
+  const Shape s = shape(4, 65536, 128, 128);  // 2^32 elements
+  CHECK(backward(s).workspace_bytes > 4 * (std::int64_t{1} << 32));
+  CHECK(forward(s).num_tiles == 4 * 128 * 342);
+
+  Shape tiles = shape(1 << 24, 4096, 32, 64);
+  CHECK_REFUSES(plan_forward(tiles, kDense, kForward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_backward(tiles, false, kBackward).status(), "below 2^31");
+  Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
+  CHECK_REFUSES(plan_backward(bytes, false, kBackward).status(), "64-bit");
+}
+
+void refusals() {
+  const auto refuses = [](const Shape& s, const char* part) {
+    CHECK_REFUSES(plan_forward(s, kDense, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_backward(s, false, kBackward).status(), part);
+  };
+  refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
+  refuses(shape(1, (1 << 28) + 1, 1, 64), "seqlen_q must be in [0, 268435456], got 268435457");
+  refuses(shape(1, 1, 0, 64), "num_heads_q must be in [1, 2147483647], got 0");
+  refuses(shape(1, 1, 1, 60), "head_dim must be a multiple of 8 in [8, 256], got 60");
+  refuses(shape(1, 1, 1, 264), "got 264");
+  refuses(shape(1, 1, 1, 192), "bf16 head_dim=192: this build has bf16 head dims [64");
+  refuses(shape(1, 1, 1, 192), "JAX_FA3_HEAD_DIMS");
+  Shape s = shape(1, 1, 6, 64);
+  s.num_heads_kv = 4;
+  refuses(s, "num_heads_q must be a multiple of num_heads_kv, got 6 and 4");
+  s = shape(1, 1, 1, 64);
+  s.head_dim_v = 128;
+  refuses(s, "head_dim_v must equal head_dim, got 128 and 64");
+  s = shape(1, 1, 1, 64);
+  s.dtype = DType::kFP16;
+  refuses(s, "no ");
+  s.dtype = static_cast<DType>(7);
+  refuses(s, "got code 7");
+  const auto refuses_mask = [](const MaskOptions& mask, const char* part) {
+    CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), mask, kForward, kSms).status(), part);
+  };
+  refuses_mask({-1, 0, 0}, "window_left must be in [0, 1073741824], got -1");
+  refuses_mask({0, -1, 0}, "window_right");
+  refuses_mask({0, 0, -kMaxSeqlen - 1}, "query_offset");
+  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
+}
+
+void printable() {
+  CHECK(test::contains(to_string(forward(shape(1, 512, 4, 64))), "forward bf16 head_dim=64/64"));
+  CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "deterministic"));
+}
+
+}  // namespace
+}  // namespace jax_fa3
+
+int main() {
+  jax_fa3::head_dims_round_up();
+  jax_fa3::tiles_follow_the_makespan();
+  jax_fa3::tiles_and_grid();
+  jax_fa3::order_follows_the_mask();
+  jax_fa3::groups_fit_l2();
+  jax_fa3::empty_problems();
+  jax_fa3::workspace_layout();
+  jax_fa3::beyond_32_bits();
+  jax_fa3::refusals();
+  jax_fa3::printable();
+  return jax_fa3::test::finish();
+}

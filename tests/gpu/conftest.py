@@ -1,0 +1,60 @@
+"""The GPU session: it runs when JAX_FA3_REQUIRE_GPU asks for it (see ../conftest.py), fails where
+there is no Hopper GPU, and writes the record of a whole run."""
+
+import pathlib
+import time
+
+import pytest
+import record
+
+HERE = pathlib.Path(__file__).parent
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Recorder(config), "gpu-record")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hopper():
+    """Ends the session where the kernels cannot run: never a skip."""
+    from jax_fa3 import support
+
+    reason = support.device_reason()
+    if reason:
+        pytest.exit(f"JAX_FA3_REQUIRE_GPU is set, but {reason}", returncode=1)
+
+
+class Recorder:
+    """Counts outcomes and writes the record when nothing of the suite was left out."""
+
+    def __init__(self, config):
+        self.config, self.start = config, time.monotonic()
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.skipped, self.left_out = {}, []
+
+    def pytest_deselected(self, items):
+        self.left_out += [item.nodeid for item in items]
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.counts["failed"] += 1
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+        if report.skipped:
+            self.skipped[report.nodeid] = str(report.longrepr[-1])
+
+    def whole_suite(self, session):
+        arguments = [pathlib.Path(argument).resolve() for argument in self.config.args]
+        return (
+            arguments == [HERE]
+            and not self.left_out
+            and not session.shouldstop
+            and not session.shouldfail
+            and sum(self.counts.values()) >= session.testscollected
+        )
+
+    def pytest_sessionfinish(self, session):
+        if self.whole_suite(session):
+            record.write(self.counts, self.skipped, time.monotonic() - self.start)

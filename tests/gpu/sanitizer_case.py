@@ -1,0 +1,47 @@
+"""A few calls, forward and backward, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck|synccheck|racecheck|initcheck python sanitizer_case.py
+
+The tools see an access outside an array only if every array is an allocation of its own, so XLA's
+pooling allocator and its command buffers are switched off here, before JAX is imported.
+"""
+
+import os
+import sys
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+
+import dataclasses
+import pathlib
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import contract
+from cases import Case
+
+BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
+CASES = [
+    dataclasses.replace(BASE, **change)
+    for change in (
+        dict(head_dim=64, causal=True),
+        dict(head_dim=40, dtype="float16", key_lengths=(197, 0), query_lengths=(1, 130)),
+        dict(head_dim=96, window=(60, 20)),
+        dict(head_dim=128, causal=True, offset=(67, -40), deterministic=True),
+        dict(head_dim=192, seqlen_q=1, key_lengths=(65, 128)),
+        dict(head_dim=256, causal=True, deterministic=True, dtype="float16"),
+        dict(head_dim=248, window=(0, 70)),
+    )
+]
+
+
+def main():
+    kernels = contract.Implementation("fa3")
+    for case in CASES:
+        contract.check_results(kernels, case)
+        print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

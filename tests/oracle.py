@@ -1,0 +1,122 @@
+"""The oracle: attention and its gradients by explicit formulas, sharing nothing with jax_fa3.
+
+One set of formulas serves three readers through two switches:
+
+    precision="exact"   float64 throughout: the reference every result is compared with
+    precision=<dtype>   float32 arithmetic that rounds to the dtype wherever a same-precision
+                        implementation (jax.nn.dot_product_attention and its derivative) stores
+                        one: probabilities, output, dP, dS, gradients.  Its error sets the bound.
+    xp=numpy or jax.numpy   where the arrays live (jax.numpy needs jax.enable_x64)
+
+Layouts are the public ones: query [B, Sq, Hq, D], key and value [B, Sk, Hkv, D], lse [B, Sq, Hq].
+"""
+
+import dataclasses
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything one call can return; arrays of numpy or jax."""
+
+    out: np.ndarray  # [B, Sq, Hq, D]
+    lse: np.ndarray  # [B, Sq, Hq], natural log, -inf where a row sees no key
+    dquery: np.ndarray
+    dkey: np.ndarray
+    dvalue: np.ndarray
+
+    def items(self):
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+def visible(
+    batch,
+    seqlen_q,
+    seqlen_k,
+    *,
+    is_causal=False,
+    window=None,
+    offset=None,
+    query_lengths=None,
+    key_lengths=None,
+):
+    """Which key each query row sees, [B, Sq, Sk] of bool, from the words of the documentation."""
+    left, right = (None, None) if window is None else np.broadcast_to(window, (2,)).tolist()
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    offset = np.broadcast_to(np.int64(0 if offset is None else offset), (batch,))
+    row = np.arange(seqlen_q)[None, :, None]
+    column = np.arange(seqlen_k)[None, None, :]
+    position = row + offset[:, None, None]
+    sees = np.ones((batch, seqlen_q, seqlen_k), bool)
+    if left is not None:
+        sees &= column >= position - left
+    if right is not None:
+        sees &= column <= position + right
+    if query_lengths is not None:
+        sees &= row < np.asarray(query_lengths)[:, None, None]
+    if key_lengths is not None:
+        sees &= column < np.asarray(key_lengths)[:, None, None]
+    return sees
+
+
+def used(seqlen, lengths, batch):
+    """Rows before their sequence's length, [B, S] of bool."""
+    if lengths is None:
+        return np.ones((batch, seqlen), bool)
+    return np.arange(seqlen)[None] < np.asarray(lengths)[:, None]
+
+
+def attention(
+    query, key, value, dout, dlse, *, sees, query_used, key_used, scale, precision="exact", xp=np
+):
+    """Output, LSE and gradients of <out, dout> + <lse, dlse>; see `visible` and `used`."""
+    work = xp.float64 if precision == "exact" else xp.float32
+
+    def rounded(x):
+        return x if precision == "exact" else x.astype(precision).astype(work)
+
+    def by_head(x, rows):
+        """[B, S, H, D] to [B, H, S, D] in the working precision; padding rows read as zero."""
+        x = xp.where(rows[:, :, None, None], x.astype(work), 0)
+        return xp.swapaxes(x, 1, 2)
+
+    group = query.shape[2] // key.shape[2]
+    q, do = by_head(query, query_used), by_head(dout, query_used)
+    k, v = (xp.repeat(by_head(x, key_used), group, axis=1) for x in (key, value))
+    dl = by_head(dlse[..., None], query_used)
+    sees = sees[:, None]  # one mask for all heads
+
+    scores = xp.where(sees, (q @ xp.swapaxes(k, 2, 3)) * work(scale), -xp.inf)
+    row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+    row_max = xp.where(row_max == -xp.inf, 0, row_max)  # a row that sees nothing
+    weights = xp.where(sees, xp.exp(scores - row_max), 0)
+    row_sum = xp.sum(weights, axis=-1, keepdims=True)
+    empty = row_sum == 0
+    lse = xp.where(empty, -xp.inf, row_max + xp.log(xp.where(empty, 1, row_sum)))
+    probs = weights / xp.where(empty, 1, row_sum)
+    out = rounded(rounded(probs) @ v)
+
+    dprobs = rounded(do @ xp.swapaxes(v, 2, 3))
+    delta = xp.sum(do * out, axis=-1, keepdims=True)
+    dscores = rounded(probs * (dprobs - delta + dl)) * work(scale)
+    dq = dscores @ k
+    dk = xp.swapaxes(dscores, 2, 3) @ q
+    dv = xp.swapaxes(rounded(probs), 2, 3) @ do
+
+    def by_position(x):
+        return rounded(xp.swapaxes(x, 1, 2))
+
+    def over_group(x):
+        batch, heads, rows, dim = x.shape
+        return x.reshape(batch, heads // group, group, rows, dim).sum(axis=2)
+
+    return Results(
+        by_position(out),
+        xp.swapaxes(lse, 1, 2)[..., 0],
+        by_position(dq),
+        by_position(over_group(dk)),
+        by_position(over_group(dv)),
+    )

@@ -1,0 +1,52 @@
+"""The contract of contract.py, kept by the XLA implementation."""
+
+import dataclasses
+
+import pytest
+
+import contract
+import nonfinite
+from cases import CASES, VALUE_DIMS
+
+XLA = contract.Implementation("xla")
+PADDED = [case for case in CASES if case.query_lengths or case.key_lengths]
+
+
+def case_name(case):
+    return case.name
+
+
+@pytest.mark.parametrize("case", CASES + VALUE_DIMS, ids=case_name)
+def test_results(case):
+    contract.check_results(XLA, case)
+
+
+@pytest.mark.parametrize("case", PADDED, ids=case_name)
+def test_padding_reaches_nothing(case):
+    contract.check_padding(XLA, case)
+
+
+@pytest.mark.parametrize("case", CASES[::12], ids=case_name)
+def test_repeats_bit_by_bit(case):
+    contract.check_repeat(XLA, case, times=3, gradients=True)
+
+
+@pytest.mark.parametrize(("operand", "poison"), nonfinite.NONFINITE)
+def test_nonfinite_inputs_stay_in_their_rows(operand, poison):
+    nonfinite.check_nonfinite(XLA, nonfinite.NONFINITE_CASE, operand, poison)
+
+
+def test_index_values_outside_the_arrays():
+    contract.check_index_values(XLA, contract.INDEX_CASE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradient_of_one_result(dtype):
+    contract.check_gradient_of_one_result(
+        XLA, dataclasses.replace(contract.INDEX_CASE, dtype=dtype)
+    )
+
+
+def test_forward_alone():
+    contract.check_forward_alone(XLA, nonfinite.NONFINITE_CASE)
+    contract.check_forward_alone(XLA, contract.INDEX_CASE)

@@ -1,0 +1,148 @@
+"""Imports and includes point down only, and what belongs to one file stays in it.
+
+The layers are those of the architecture notes; a new file must be given a place here.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jax_fa3"
+SRC = ROOT / "src"
+
+# Each line may import from the lines below it.
+PYTHON_LAYERS = [
+    ["__init__"],
+    ["adapters", "doctor"],
+    ["api"],
+    ["vjp"],
+    ["sharding", "calls"],  # independent of each other
+    ["support", "xla", "reference"],
+    ["validate"],
+    ["options"],
+    ["_C"],
+]
+PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
+
+CPP_RANK = {"ffi": 4, "forward": 3, "backward": 3, "attention": 2, "device": 1, "base": 0}
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def python_files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def cpp_files():
+    return sorted(p for p in SRC.rglob("*") if p.suffix in {".h", ".cc", ".cuh", ".cu"})
+
+
+def imported_modules(text):
+    """Dotted names that a Python text imports; `from a import b` gives a.b."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def our_imports(text):
+    """Modules of jax_fa3 that a text imports, each by its first name."""
+    parts = [name.split(".") for name in imported_modules(text)]
+    return {p[1] if len(p) > 1 else "__init__" for p in parts if p[0] == "jax_fa3"}
+
+
+def attributes(text):
+    """Dotted attribute chains in a Python text, such as jax.ffi.ffi_call."""
+    return {
+        ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)
+    }
+
+
+def upward(module, imports, rank):
+    """Imports that do not point down."""
+    return sorted(name for name in imports if rank[name] >= rank[module] and name != module)
+
+
+def includes(text):
+    return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', text, re.MULTILINE)
+
+
+def upward_includes(folder, names):
+    """Includes of our own folders that do not point down or stay in their folder."""
+    folders = [(name, name.split("/")[0]) for name in names if name.split("/")[0] in CPP_RANK]
+    return [
+        name for name, other in folders if other != folder and CPP_RANK[other] >= CPP_RANK[folder]
+    ]
+
+
+def test_every_module_has_a_layer():
+    assert {module_of(path) for path in python_files()} <= set(PYTHON_RANK)
+    assert {path.name for path in SRC.iterdir() if path.is_dir()} == set(CPP_RANK)
+
+
+@pytest.mark.parametrize("path", python_files(), ids=module_of)
+def test_python_imports_point_down(path):
+    assert not upward(module_of(path), our_imports(path.read_text()), PYTHON_RANK)
+
+
+@pytest.mark.parametrize("path", python_files(), ids=module_of)
+def test_python_uses_what_is_its_own(path):
+    """Only public JAX; jax.ffi in calls, partitioning in sharding, the native module in support."""
+    text, module = path.read_text(), module_of(path)
+    used = attributes(text) | set(imported_modules(text))
+    assert not [name for name in used if name.startswith(("jax._src", "jaxlib"))]
+    for owner, words in {
+        "calls": (r"jax\.ffi\b",),
+        "sharding": (r"custom_partitioning", r"\bshard_map\b", r"PartitionSpec"),
+        "support": (r"jax_fa3\._C\b",),
+    }.items():
+        if module != owner:
+            assert not [name for name in used for word in words if re.search(word, name)], owner
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=lambda path: str(path.relative_to(SRC)))
+def test_cpp_includes_point_down(path):
+    folder = path.relative_to(SRC).parts[0]
+    names = includes(path.read_text())
+    assert not upward_includes(folder, names)
+    if folder != "ffi":
+        assert not [n for n in names if n.startswith(("xla/", "nanobind/", "Python.h"))]
+    if folder == "base":
+        assert not [n for n in names if n.startswith(("cute/", "cutlass/", "cuda"))]
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=lambda path: str(path.relative_to(SRC)))
+def test_cpp_device_code_stands_in_cuh(path):
+    """A .h or .cc compiles with a host compiler: no kernels, no CuTe."""
+    if path.suffix in {".h", ".cc"}:
+        text = path.read_text()
+        names = includes(text)
+        assert "__global__" not in text and "<<<" not in text
+        assert not [n for n in names if n.startswith(("cute/", "cutlass/")) or n.endswith(".cuh")]
+
+
+@pytest.mark.parametrize("path", sorted((SRC / "device").glob("*")), ids=lambda path: path.name)
+def test_device_layer_does_not_know_attention(path):
+    assert not re.search(r"attention|softmax", path.read_text(), re.IGNORECASE)
+
+
+def test_the_rules_themselves():
+    """An upward edge is found."""
+    assert upward("calls", our_imports("from jax_fa3.api import x"), PYTHON_RANK) == ["api"]
+    assert upward("calls", our_imports("from jax_fa3 import sharding"), PYTHON_RANK) == ["sharding"]
+    assert not upward("api", our_imports("from jax_fa3 import vjp, options"), PYTHON_RANK)
+    assert upward_includes("forward", includes('#include "backward/plan.h"')) == ["backward/plan.h"]
+    assert upward_includes("device", includes('#include "attention/mask.h"')) == [
+        "attention/mask.h"
+    ]
+    assert not upward_includes("ffi", includes('#include "forward/plan.h"\n#include <string>'))
+    assert "jax.ffi.ffi_call" in attributes("jax.ffi.ffi_call(1)")

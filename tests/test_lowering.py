@@ -1,0 +1,241 @@
+"""What a call becomes in StableHLO for CUDA, lowered on a machine that needs no GPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cases import HEAD_DIMS
+from jax_fa3 import dot_product_attention
+
+DEFAULTS = {
+    "scale": "1.250000e-01 : f32",
+    "window_left": "1073741824 : i32",
+    "window_right": "1073741824 : i32",
+    "query_offset": "0 : i32",
+    "rescale_threshold": "8.000000e+00 : f32",
+    "deterministic": "false",
+    "has_query_lengths": "false",
+    "has_key_lengths": "false",
+    "has_query_offset": "false",
+    "has_dlse": "false",
+}
+CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
+
+
+def operands(
+    dtype="bfloat16", batch=2, seqlen_q=40, seqlen_k=48, heads_q=4, heads_kv=2, head_dim=64
+):
+    query = jax.ShapeDtypeStruct((batch, seqlen_q, heads_q, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((batch, seqlen_k, heads_kv, head_dim), dtype)
+    return query, key, key
+
+
+def lower(function, *args, platform="cuda"):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def operations(text):
+    """Names of the StableHLO operations in a program, the choice of the platform aside."""
+    return sorted(name for name in re.findall(r"\bstablehlo\.(\w+)", text) if name not in CHOICE)
+
+
+def custom_calls(text):
+    """[(target, attributes, operand types, result types)] of our custom calls, in order."""
+    found = []
+    for line in text.splitlines():
+        call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
+        if call:
+            target, body, operand_types, results = call.groups()
+            config = re.search(r"mhlo\.backend_config = \{options = \{(.*?)\}\}", body).group(1)
+            attributes = dict(item.split(" = ") for item in config.split(", "))
+            found.append(
+                (
+                    target,
+                    attributes,
+                    re.findall(r"tensor<(.*?)>", operand_types),
+                    re.findall(r"tensor<(.*?)>", results),
+                )
+            )
+    return found
+
+
+def vector_jacobian(*x, **options):
+    """Results and gradients of x = (query, key, value, dout, ...)."""
+    out, vjp = jax.vjp(functools.partial(dot_product_attention, **options), *x[:3])
+    return vjp(x[3])
+
+
+def test_forward_is_one_custom_call_and_nothing_else():
+    text = lower(dot_product_attention, *operands())
+    ((target, attributes, args, results),) = custom_calls(text)
+    assert target == "jax_fa3_forward"
+    assert attributes == DEFAULTS
+    assert args == ["2x40x4x64xbf16", "2x48x2x64xbf16", "2x48x2x64xbf16"]
+    assert results == ["2x40x4x64xbf16", "2x4x40xf32"]
+    assert operations(text) == ["custom_call"]
+
+
+def test_backward_is_one_custom_call_and_nothing_else():
+    query, key, value = operands()
+    text = lower(vector_jacobian, query, key, value, query)
+    forward, (target, attributes, args, results) = custom_calls(text)
+    assert forward[0] == "jax_fa3_forward" and target == "jax_fa3_backward"
+    assert attributes == DEFAULTS
+    q, k = "2x40x4x64xbf16", "2x48x2x64xbf16"
+    assert args == [q, k, k, q, "2x4x40xf32", q]
+    assert results[:3] == [q, k, k]
+    assert len(results) == 4 and re.fullmatch(r"\d+xui8", results[3])
+    assert operations(text) == ["custom_call", "custom_call"]
+
+
+def test_workspace_is_the_plans():
+    from jax_fa3 import support
+
+    query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
+    for deterministic in (False, True):
+        plan = support.native().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic)
+        text = lower(
+            functools.partial(vector_jacobian, deterministic=deterministic),
+            query,
+            key,
+            value,
+            query,
+        )
+        assert custom_calls(text)[1][3][3] == f"{plan['workspace_bytes']}xui8"
+
+
+def test_residual_costs_one_transpose():
+    text = lower(functools.partial(dot_product_attention, return_residual=True), *operands())
+    assert operations(text) == ["custom_call", "transpose"]
+
+
+def test_gradient_of_the_residual_reaches_the_kernel():
+    def loss(query, key, value):
+        out, lse = dot_product_attention(query, key, value, return_residual=True)
+        return jnp.sum(lse)
+
+    backward = custom_calls(lower(jax.grad(loss), *operands()))[1]
+    assert backward[1]["has_dlse"] == "true"
+    assert backward[2][6] == "2x4x40xf32"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(scale=0.5), dict(scale="5.000000e-01 : f32")),
+        (dict(is_causal=True), dict(window_right="0 : i32")),
+        (dict(local_window_size=(7, 3)), dict(window_left="7 : i32", window_right="3 : i32")),
+        (dict(local_window_size=9), dict(window_left="9 : i32", window_right="9 : i32")),
+        (
+            dict(local_window_size=(7, 3), is_causal=True),
+            dict(window_left="7 : i32", window_right="0 : i32"),
+        ),
+        (dict(local_window_size=2**31 - 1), {}),
+        (dict(query_offset=-11), dict(query_offset="-11 : i32")),
+        (dict(deterministic=True), dict(deterministic="true")),
+        (dict(scale=-0.5), dict(scale="5.000000e-01 : f32")),
+        (dict(scale=0.0), dict(scale="1.000000e+00 : f32")),
+    ],
+    ids=str,
+)
+def test_options_become_attributes(options, expected):
+    """The same in both directions."""
+    query, key, value = operands()
+    text = lower(functools.partial(vector_jacobian, **options), query, key, value, query)
+    calls = custom_calls(text)
+    assert [call[0] for call in calls] == ["jax_fa3_forward", "jax_fa3_backward"]
+    for _, attributes, _, _ in calls:
+        assert attributes == DEFAULTS | expected
+
+
+INDEX = {
+    "query_seq_lengths": "has_query_lengths",
+    "key_value_seq_lengths": "has_key_lengths",
+    "query_offset": "has_query_offset",
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["query_seq_lengths"],
+        ["key_value_seq_lengths"],
+        ["query_offset"],
+        ["key_value_seq_lengths", "query_offset"],
+        list(INDEX),
+    ],
+    ids="+".join,
+)
+def test_index_arrays_become_operands(names):
+    """Those present, in the order of the contract, however the caller orders them."""
+    query, key, value = operands()
+    lengths = [jax.ShapeDtypeStruct((2,), "int32")] * len(names)
+
+    def call(query, key, value, dout, *lengths):
+        return vector_jacobian(
+            query, key, value, dout, **dict(zip(reversed(names), lengths, strict=True))
+        )
+
+    forward, backward = custom_calls(lower(call, query, key, value, query, *lengths))
+    flags = {INDEX[name]: "true" for name in names}
+    assert forward[1] == backward[1] == DEFAULTS | flags
+    assert forward[2][3:] == backward[2][6:] == ["2xi32"] * len(names)
+
+
+def test_index_operands_stand_in_the_order_of_the_contract():
+    query, key, value = operands()
+
+    def call(query, key, value, a, b, c):
+        return dot_product_attention(
+            query, key, value, query_offset=c, key_value_seq_lengths=b, query_seq_lengths=a
+        )
+
+    text = lower(call, query, key, value, *[jax.ShapeDtypeStruct((2,), "int32")] * 3)
+    assert re.search(r"@jax_fa3_forward\(%arg0, %arg1, %arg2, %arg3, %arg4, %arg5\)", text)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim_has_kernels(head_dim, dtype):
+    query, key, value = operands(dtype, head_dim=head_dim)
+    text = lower(vector_jacobian, query, key, value, query)
+    assert [call[0] for call in custom_calls(text)] == ["jax_fa3_forward", "jax_fa3_backward"]
+
+
+def test_vmap_is_still_one_call():
+    """A mapped axis becomes batch: no loop over calls."""
+    x = [jax.ShapeDtypeStruct((5, *a.shape), a.dtype) for a in operands()]
+    text = lower(jax.vmap(dot_product_attention), *x)
+    ((_, _, args, _),) = custom_calls(text)
+    assert args[0] == "10x40x4x64xbf16"
+    assert operations(text) == ["custom_call"] + ["reshape"] * 4
+
+
+def test_no_batch_dimension():
+    x = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in operands()]
+    ((_, _, args, results),) = custom_calls(lower(dot_product_attention, *x))
+    assert args[0] == "1x40x4x64xbf16" and results[1] == "1x4x40xf32"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "rocm", "tpu"])
+def test_other_platforms_get_no_custom_call(platform):
+    text = lower(dot_product_attention, *operands(), platform=platform)
+    assert "jax_fa3_forward" not in text and "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (dict(implementation="xla"), "bfloat16"),
+        ({}, "float32"),
+        (dict(bias=jnp.zeros((1, 1, 40, 48))), "bfloat16"),
+        (dict(mask=jnp.ones((1, 1, 40, 48), bool)), "bfloat16"),
+    ],
+    ids=["xla", "float32", "bias", "mask"],
+)
+def test_calls_without_kernels_lower_to_xla(options, dtype):
+    text = lower(functools.partial(dot_product_attention, **options), *operands(dtype))
+    assert "jax_fa3_forward" not in text and "stablehlo.dot_general" in text

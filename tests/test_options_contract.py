@@ -1,0 +1,75 @@
+"""AttentionOptions and its C++ mirror are one list: names, order and widths, read from the text."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_fa3 import options
+
+SRC = Path(__file__).parents[1] / "src"
+NOT_FOR_KERNELS = {"route"}  # Python's own choice
+NOT_STATIC = {"has_dlse"}  # decided per direction, by to_ffi's argument
+WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
+ATTRIBUTES = options.AttentionOptions(scale=0.5).to_ffi()
+
+
+def struct_fields(text, name):
+    """[(name, type)] of the data members of a C++ struct."""
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL).group(1)
+    members = re.findall(
+        r"^\s*(?:std::)?(\w+)\s+(\w+)\s*(?:=[^;]*|\{[^;]*\})?;", body, re.MULTILINE
+    )
+    return [(name, kind) for kind, name in members]
+
+
+@pytest.fixture(scope="module")
+def header():
+    return (SRC / "ffi/options.h").read_text()
+
+
+def test_dataclass_and_dictionary_have_the_same_fields():
+    fields = {field.name for field in dataclasses.fields(options.AttentionOptions)}
+    assert fields - NOT_FOR_KERNELS == ATTRIBUTES.keys() - NOT_STATIC
+
+
+def test_dictionary_and_struct_have_the_same_names_order_and_widths(header):
+    python = [(name, WIDTHS[type(value)]) for name, value in ATTRIBUTES.items()]
+    assert python == struct_fields(header, "Options")
+
+
+def test_decoder_lists_every_field(header):
+    decoded = re.findall(r"StructMember<\s*(?:std::)?(\w+)\s*>\(\"(\w+)\"\)", header)
+    assert [(name, kind) for kind, name in decoded] == struct_fields(header, "Options")
+
+
+def test_values_reach_the_dictionary():
+    fields = dict(
+        scale=0.25,
+        window_left=3,
+        window_right=5,
+        query_offset=-7,
+        deterministic=True,
+        rescale_threshold=0.0,
+        has_query_lengths=True,
+        has_key_lengths=True,
+        has_query_offset=True,
+    )
+    attributes = options.AttentionOptions(**fields).to_ffi(has_dlse=True)
+    assert attributes == fields | {"has_dlse": True}
+
+
+def test_options_are_hashable_values():
+    one, other = (options.AttentionOptions(scale=0.5, window_left=left) for left in (3, 4))
+    assert hash(one) == hash(dataclasses.replace(other, window_left=3)) and one != other
+
+
+@pytest.mark.parametrize(
+    ("python", "cpp"), [("UNBOUNDED", "kUnbounded"), ("MAX_SEQLEN", "kMaxSeqlen")]
+)
+def test_limits_are_the_same_number(python, cpp):
+    text = (SRC / "base/types.h").read_text()
+    base, shift = re.search(rf"\b{cpp} = (\d+) << (\d+);", text).groups()
+    assert getattr(options, python) == int(base) << int(shift)

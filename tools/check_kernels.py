@@ -1,0 +1,161 @@
+"""Gate on the compiled kernels: reads what ptxas printed and the SASS of every kernel in a build.
+
+    python tools/check_kernels.py BUILD_FOLDER [--max-spill BYTES]
+
+Fails on a WGMMA-serialisation or other C75xx warning (an ignored setmaxnreg is one), on spill
+stores above the limit, on a main kernel without tensor-core (HGMMA) or TMA load (UTMALDG)
+instructions, and when a generated unit lacks a kernel. Prints one row per kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_SPILL = 64  # bytes of spill stores per kernel
+BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
+MAIN_KERNEL = re.compile(r"\d(forward|backward)_kernelI")
+CONFIG = re.compile(r"\d(?:Forward|Backward)ConfigILNS_5DTypeE(\d)((?:ELi\d+)+)(?:ELb([01]))?E")
+# A line of SASS: /*address*/ [@predicate] OPCODE operands
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+REQUIRED = ("HGMMA", "UTMALDG")  # instructions of a main kernel
+
+
+@dataclass
+class Kernel:
+    """One entry function, as ptxas and the disassembler report it."""
+
+    mangled: str
+    registers: int = 0
+    spill_stores: int = 0  # bytes
+    instructions: int = 0
+    hgmma: int = 0
+    utmaldg: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return MAIN_KERNEL.search(self.mangled) is not None
+
+    @property
+    def name(self) -> str:
+        base = re.search(r"\d([a-z_]+)I", self.mangled)
+        name = base.group(1) if base else self.mangled
+        config = CONFIG.search(self.mangled)
+        if config is None:
+            return name
+        dtype = ("bf16", "fp16")[int(config.group(1))]
+        head_dim, _, block_m, block_n = re.findall(r"\d+", config.group(2))
+        deterministic = " deterministic" if config.group(3) == "1" else ""
+        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{deterministic}"
+
+
+def read_log(log: str) -> dict[str, Kernel]:
+    """Kernels by mangled name, from the output of ptxas -v."""
+    kernels: dict[str, Kernel] = {}
+    current = Kernel("")
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            current = kernels.setdefault(match.group(1), Kernel(match.group(1)))
+        elif match := re.search(r"Function properties for (\S+)", line):
+            current = kernels.get(match.group(1), Kernel(""))
+        elif match := re.search(r"(\d+) bytes spill stores", line):
+            current.spill_stores = int(match.group(1))
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match.group(1))
+    return kernels
+
+
+def find_cuobjdump() -> tuple[str, str]:
+    """cuobjdump and the PATH it needs, from PATH or from the packages of this Python."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [f"{root}/cu13/bin" for root in (spec.submodule_search_locations if spec else [])]
+    path = ":".join(["/usr/local/cuda/bin", *folders, "/usr/bin", "/bin"])
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=path)
+    if found is None:
+        sys.exit("no cuobjdump: install a CUDA toolkit or requirements/sass.txt")
+    return found, f"{Path(found).parent}:{path}"
+
+
+def read_sass(kernels: dict[str, Kernel], build_object: Path) -> None:
+    """Counts instructions of each kernel, reading the disassembly as it comes."""
+    cuobjdump, path = find_cuobjdump()
+    command = [cuobjdump, "-sass", str(build_object)]
+    current = Kernel("")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PATH": path}) as dump:
+        for line in dump.stdout:
+            if match := re.search(r"Function : (\S+)", line):
+                current = kernels.get(match.group(1), Kernel(""))
+            elif match := INSTRUCTION.match(line):
+                current.instructions += 1
+                current.hgmma += match.group(1).startswith("HGMMA")
+                current.utmaldg += match.group(1).startswith("UTMALDG")
+    if dump.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed")
+
+
+def check_unit(
+    build: Path, log_path: Path, max_spill: int
+) -> tuple[list[Kernel], list[str]]:
+    """Kernels of one translation unit and what is wrong with them."""
+    log = log_path.read_text()
+    unit = log_path.name.removesuffix(".cu.o.log")
+    kernels = read_log(log)
+    read_sass(kernels, log_path.with_suffix(""))
+    problems = [f"{unit}: {match.group(0).strip()}" for match in BAD_WARNING.finditer(log)]
+    mains = [kernel for kernel in kernels.values() if kernel.is_main]
+    listed = (build / "generated" / f"{unit}.cu").read_text().count("template Status launch_")
+    if len(mains) != listed:
+        problems.append(f"{unit}: {len(mains)} main kernels compiled, {listed} listed")
+    for kernel in kernels.values():
+        if kernel.spill_stores > max_spill:
+            problems.append(
+                f"{unit}: {kernel.name}: {kernel.spill_stores} bytes of spill stores, "
+                f"at most {max_spill} allowed"
+            )
+    for kernel in mains:
+        counts = dict(zip(REQUIRED, (kernel.hgmma, kernel.utmaldg), strict=True))
+        problems += [
+            f"{unit}: {kernel.name}: no {instruction} instruction"
+            for instruction, count in counts.items()
+            if count == 0
+        ]
+    return list(kernels.values()), problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("build", type=Path, help="CMake build folder")
+    parser.add_argument("--max-spill", type=int, default=MAX_SPILL, help="bytes (default 64)")
+    args = parser.parse_args()
+    logs = sorted(args.build.glob("CMakeFiles/jax_fa3_kernels.dir/**/*.cu.o.log"))
+    units = {path.stem for path in (args.build / "generated").glob("*.cu")}
+    logs = [log for log in logs if log.name.removesuffix(".cu.o.log") in units]
+    if not logs or len(logs) != len(units):
+        sys.exit(f"{len(logs)} of {len(units)} kernel units are compiled in {args.build}")
+
+    problems: list[str] = []
+    print(f"{'kernel':<52} {'registers':>9} {'spill B':>7} {'SASS':>6} {'HGMMA':>5} {'UTMALDG':>7}")
+    for log in logs:
+        kernels, found = check_unit(args.build, log, args.max_spill)
+        problems += found
+        for k in kernels:
+            print(
+                f"{k.name:<52} {k.registers:>9} {k.spill_stores:>7} {k.instructions:>6} "
+                f"{k.hgmma:>5} {k.utmaldg:>7}"
+            )
+    for problem in problems:
+        print(f"FAILED {problem}")
+    print(f"{len(logs)} units, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
