@@ -43,9 +43,10 @@ def forward(
         results = (
             _result(query, (batch, seqlen_q, num_heads_q, value.shape[-1]), query.dtype),
             _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
+            _result(query, (1,), jnp.int32),  # the tile counter
         )
         call = jax.ffi.ffi_call(FORWARD, results)
-        return tuple(call(query, key, value, *index, options=options.to_ffi()))
+        return tuple(call(query, key, value, *index, options=options.to_ffi())[:2])
 
     def portable(query, key, value, *present):
         return xla.forward(options, query, key, value, _unpack(index, present), Dense())

@@ -6,9 +6,10 @@ import pytest
 
 import contract
 import nonfinite
-from cases import CASES, VALUE_DIMS
+from cases import CASES, LENGTHS, VALUE_DIMS
 
 XLA = contract.Implementation("xla")
+DEFAULT = contract.Implementation(None)  # the way of the kernels, with XLA at its end on the CPU
 PADDED = [case for case in CASES if case.query_lengths or case.key_lengths]
 
 
@@ -19,6 +20,11 @@ def case_name(case):
 @pytest.mark.parametrize("case", CASES + VALUE_DIMS, ids=case_name)
 def test_results(case):
     contract.check_results(XLA, case)
+
+
+@pytest.mark.parametrize("case", LENGTHS + CASES[::15], ids=case_name)
+def test_results_of_the_default(case):
+    contract.check_results(DEFAULT, dataclasses.replace(case, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("case", PADDED, ids=case_name)
@@ -36,8 +42,9 @@ def test_nonfinite_inputs_stay_in_their_rows(operand, poison):
     nonfinite.check_nonfinite(XLA, nonfinite.NONFINITE_CASE, operand, poison)
 
 
-def test_index_values_outside_the_arrays():
-    contract.check_index_values(XLA, contract.INDEX_CASE)
+@pytest.mark.parametrize("window", [None, (20, 5)])
+def test_index_values_outside_the_arrays(window):
+    contract.check_index_values(XLA, dataclasses.replace(contract.INDEX_CASE, window=window))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

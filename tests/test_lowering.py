@@ -74,7 +74,7 @@ def test_forward_is_one_custom_call_and_nothing_else():
     assert target == "jax_fa3_forward"
     assert attributes == DEFAULTS
     assert args == ["2x40x4x64xbf16", "2x48x2x64xbf16", "2x48x2x64xbf16"]
-    assert results == ["2x40x4x64xbf16", "2x4x40xf32"]
+    assert results == ["2x40x4x64xbf16", "2x4x40xf32", "1xi32"]
     assert operations(text) == ["custom_call"]
 
 

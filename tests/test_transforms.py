@@ -11,11 +11,11 @@ from jax_fa3 import dot_product_attention
 from transforms import (
     assert_near,
     attend,
-    bfloat16,
     gradient,
     jitted,
     loss,
     operands,
+    score,
     stacked_operands,
 )
 
@@ -50,12 +50,12 @@ def test_jit_equals_eager():
 
 def test_vjp_equals_grad():
     x = operands()
-    (out, lse), vjp = jax.vjp(lambda *qkv: attend(*qkv, *x[3:]), *x[:3])
-    assert_near(vjp((3 * jnp.cos(3 * out), -jnp.sin(lse))), jitted(gradient)(*x))
+    results, vjp = jax.vjp(lambda *qkv: attend(*qkv, *x[3:]), *x[:3])
+    assert_near(vjp(jax.grad(score, argnums=(0, 1))(*results)), jitted(gradient)(*x))
 
 
 def test_dtypes_are_kept():
-    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*bfloat16(operands()))
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*operands())
     assert value.dtype == jnp.float32
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 3
 
@@ -108,10 +108,10 @@ def test_vmap_over_heads():
 
 def test_vmap_of_size_zero():
     shape = (0, 2, 8, 2, 16)
-    query = np.zeros(shape, np.float32)
+    query = np.zeros(shape, "bfloat16")
     assert jax.vmap(dot_product_attention)(query, query, query).shape == shape
-    total = lambda *x: jnp.sum(jax.vmap(dot_product_attention)(*x))  # noqa: E731
-    assert jax.grad(total)(query, query, query).shape == shape
+    gradient = jax.grad(lambda *x: total(jax.vmap(dot_product_attention)(*x)))
+    assert gradient(query, query, query).shape == shape
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_vmap_of_grad(axes):
 def test_grad_of_vmap(axes):
     x = mapped_operands(axes)
 
-    def total(*x):
+    def sum_of_losses(*x):
         return jnp.sum(jax.vmap(loss, in_axes=axes)(*x))
 
     want = one_by_one(jitted(gradient), axes, x, 3)
     want = [w.sum(0) if axis is None else w for w, axis in zip(want, axes, strict=False)]
-    assert_near(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*x), want, atol=1e-4)
+    assert_near(jax.jit(jax.grad(sum_of_losses, argnums=(0, 1, 2)))(*x), want)
 
 
 def test_vmap_of_vmap():
@@ -169,12 +169,7 @@ def test_remat_gives_the_same_gradient(policy):
 def test_remat_by_name_does_not_run_the_forward_again():
     def calls(policy):
         function = jax.value_and_grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))
-        text = (
-            jax.jit(function)
-            .trace(*bfloat16(operands()))
-            .lower(lowering_platforms=("cuda",))
-            .as_text()
-        )
+        text = jax.jit(function).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
         return text.count("@jax_fa3_forward"), text.count("@jax_fa3_backward")
 
     assert calls(NAMED) == (1, 1)
@@ -190,6 +185,10 @@ def test_output_and_lse_are_named_context():
     assert str(jax.make_jaxpr(forward)(*x[:3])).count("name=context") == 2
 
 
+def total(x):
+    return jnp.sum(jnp.sin(x.astype(jnp.float32)))
+
+
 def test_scan_over_layers():
     _, *index = operands()[2:]
     query, key, value = (a for a in stacked_operands(3)[:3])
@@ -198,18 +197,17 @@ def test_scan_over_layers():
         return carry + attend(carry, *key_value, *index)[0], None
 
     def scanned(query, key, value):
-        return jnp.sum(jnp.sin(jax.lax.scan(layer, query, (key, value))[0]))
+        return total(jax.lax.scan(layer, query, (key, value))[0])
 
     def unrolled(query, key, value):
         for key_value in zip(key, value, strict=True):
             query, _ = layer(query, key_value)
-        return jnp.sum(jnp.sin(query))
+        return total(query)
 
     x = (query[0], key, value)
     assert_near(
         jax.jit(jax.grad(scanned, argnums=(0, 1, 2)))(*x),
         jax.jit(jax.grad(unrolled, argnums=(0, 1, 2)))(*x),
-        atol=1e-4,
     )
 
 
@@ -219,11 +217,10 @@ def test_scan_with_remat():
     def layer(query, _):
         return query + attend(query, *x[1:])[0], None
 
-    def total(query, layer):
-        return jnp.sum(jnp.sin(jax.lax.scan(layer, query, length=3)[0]))
+    def gradient_through(layer):
+        return jax.jit(jax.grad(lambda query: total(jax.lax.scan(layer, query, length=3)[0])))(x[0])
 
-    got = jax.jit(jax.grad(lambda q: total(q, jax.checkpoint(layer, policy=NAMED))))(x[0])
-    assert_near(got, jax.jit(jax.grad(lambda q: total(q, layer)))(x[0]), atol=1e-4)
+    assert_near(gradient_through(jax.checkpoint(layer, policy=NAMED)), gradient_through(layer))
 
 
 def test_cond_and_loop():
@@ -258,7 +255,7 @@ def test_residual_without_batch_and_in_float16():
 
 
 def test_array_likes_are_accepted():
-    query, key, value, *_ = operands()
+    query, key, value = (a.astype(np.float32) for a in operands()[:3])
     got = dot_product_attention(*(a.tolist() for a in (query, key, value)), is_causal=True)
     assert_near(got, dot_product_attention(query, key, value, is_causal=True))
 
@@ -269,30 +266,7 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda q: attend(q, *x[1:])[0], x[:1], x[:1])
 
 
-def test_export_round_trip():
+def test_second_derivatives_of_the_kernels_are_refused():
     x = operands()
-    exported = jax.export.export(jax.jit(attend))(*x)
-    again = jax.export.deserialize(exported.serialize(vjp_order=1))
-    assert_near(again.call(*x), jitted(attend)(*x))
-
-    def exported_loss(*x):
-        out, lse = again.call(*x)
-        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.cos(lse))
-
-    assert_near(jax.grad(exported_loss, argnums=(0, 1, 2))(*x), jitted(gradient)(*x))
-
-
-def test_export_for_two_platforms_without_a_gpu():
-    """One artefact for the CPU and for CUDA, with the kernels' calls inside."""
-    x = bfloat16(operands())
-    allowed = [
-        jax.export.DisabledSafetyCheck.custom_call(f"jax_fa3_{direction}")
-        for direction in ("forward", "backward")
-    ]
-    exported = jax.export.export(
-        jax.jit(gradient), platforms=("cpu", "cuda"), disabled_checks=allowed
-    )(*x)
-    text = exported.mlir_module()
-    assert "@jax_fa3_forward" in text and "@jax_fa3_backward" in text
-    again = jax.export.deserialize(exported.serialize())
-    assert_near(again.call(*x), jitted(gradient)(*x), atol=2e-2)
+    with pytest.raises(NotImplementedError, match="implementation='xla'"):
+        jax.jit(jax.grad(lambda q: total(gradient(q, *x[1:])[0])))(x[0])

@@ -99,9 +99,7 @@ def read_sass(kernels: dict[str, Kernel], build_object: Path) -> None:
         sys.exit(f"{' '.join(command)} failed")
 
 
-def check_unit(
-    build: Path, log_path: Path, max_spill: int
-) -> tuple[list[Kernel], list[str]]:
+def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel], list[str]]:
     """Kernels of one translation unit and what is wrong with them."""
     log = log_path.read_text()
     unit = log_path.name.removesuffix(".cu.o.log")

@@ -36,7 +36,7 @@ struct Mask {
     const int key_begin = max_of(row_begin + first, 0);
     const int key_end = min_of(row_end + last, key_length);
     if (row_begin >= row_end || key_begin >= key_end) return {};
-    const int all_see_begin = max_of(row_end - 1 + first, 0);                         // inclusive
+    const int all_see_begin = max_of(row_end - 1 + first, 0);                     // inclusive
     const int all_see_end = max_of(min_of(row_begin + last + 1, key_length), 0);  // exclusive
     return tiles(key_begin, all_see_begin, all_see_end, key_end, block_n);
   }
@@ -77,7 +77,8 @@ JFA_HD inline Mask make_mask(const MaskOptions& options, const IndexArrays& inde
   const int offset = clamp_to(index.query_offset ? index.query_offset[b] : options.query_offset,
                               -kMaxSeqlen, kMaxSeqlen);
   Mask mask;
-  mask.query_length = index.query_lengths ? clamp_to(index.query_lengths[b], 0, seqlen_q) : seqlen_q;
+  mask.query_length =
+      index.query_lengths ? clamp_to(index.query_lengths[b], 0, seqlen_q) : seqlen_q;
   mask.key_length = index.key_lengths ? clamp_to(index.key_lengths[b], 0, seqlen_k) : seqlen_k;
   mask.first = offset - options.window_left;
   mask.last = offset + options.window_right;

@@ -1,14 +1,16 @@
-// Which CTA takes which work tile when: a static order, so that nothing has to be counted or
-// reset in memory.
+// Which CTA takes which work tile when.
 //
-// A persistent CTA takes tile i * grid + cta in round i, every second round counted in reverse.
-// When tiles differ in length they are ordered longest first within a group of heads whose
-// operands fit L2 together, and the reversal pairs long with short.
+// Tiles are numbered: groups of heads whose operands fit L2 together outermost, then blocks, then
+// the heads of the group; where tiles differ in length, longest first within a group. A persistent
+// CTA begins with the tile of its own number and then takes
+//   counted: the lowest number nobody has taken, from a counter in memory;
+//   static:  its number plus the grid's size. Needs no memory; enough where tiles are equal.
 #pragma once
 
 #include <cute/config.hpp>
 
 #include "base/types.h"
+#include "device/reduce.cuh"
 
 namespace jax_fa3 {
 
@@ -18,22 +20,20 @@ struct WorkTile {
   int batch;
 };
 
-struct StaticScheduler {
-  int num_blocks;        // of one (batch, head)
+struct TileScheduler {
+  int num_blocks;  // of one (batch, head)
   int num_heads;
-  int num_batch_heads;   // batch * num_heads
+  int num_batch_heads;  // batch * num_heads
   int heads_per_group;
   int num_tiles;
   bool last_block_first;
+  int* counter;  // 0 at launch; null: static
 
-  // The CTA's tile of a round, or -1 after the last.
-  CUTE_DEVICE int index(int round) const {
-    const int cta = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const std::int64_t tile = std::int64_t(round) * gridDim.x + cta;
-    return tile < num_tiles ? int(tile) : -1;
+  // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
+  CUTE_DEVICE int next(int index) const {
+    return int(gridDim.x) + (counter != nullptr ? fetch_add(counter, 1) : index);
   }
 
-  // Groups of heads outermost, then blocks, then the heads of the group.
   CUTE_DEVICE WorkTile tile(int index) const {
     const int group = index / (heads_per_group * num_blocks);
     const int first = group * heads_per_group;

@@ -8,10 +8,10 @@ namespace jax_fa3 {
 // What identifies a compiled backward kernel: the row of the dispatch table.
 struct BackwardKey {
   DType dtype;
-  int head_dim;    // compiled; a smaller head_dim is zero-filled by TMA
+  int head_dim;  // compiled; a smaller head_dim is zero-filled by TMA
   int head_dim_v;
-  int block_m;     // query rows of a step of the main loop
-  int block_n;     // key rows of a work tile
+  int block_m;  // query rows of a step of the main loop
+  int block_n;  // key rows of a work tile
   bool deterministic;
 };
 
@@ -20,7 +20,8 @@ constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
          a.block_m == b.block_m && a.block_n == b.block_n && a.deterministic == b.deterministic;
 }
 
-template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, bool kDeterministic_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_,
+          bool kDeterministic_>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;

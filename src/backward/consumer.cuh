@@ -29,9 +29,7 @@ struct BackwardConsumer {
   typename T::Cursor cursor;
   int dscores_buffer = 0;
 
-  CUTE_DEVICE void meet() const {
-    NamedBarrier::sync(T::kConsumerThreads, T::kConsumersMeet);
-  }
+  CUTE_DEVICE void meet() const { NamedBarrier::sync(T::kConsumerThreads, T::kConsumersMeet); }
   CUTE_DEVICE void sync_warpgroup() const {
     NamedBarrier::sync(kWarpgroupThreads, T::kWarpgroup + warpgroup);
   }
@@ -121,8 +119,10 @@ struct BackwardConsumer {
     if constexpr (T::kSplitKeys) {
       store_rounded<typename T::MmaS>(tDS, T::PTile::row_block(dscores, warpgroup));
     } else {
-      store_rounded<typename T::MmaS>(tP, T::PTile::template col_block<T::kQueries>(probabilities, warpgroup));
-      store_rounded<typename T::MmaS>(tDS, T::PTile::template col_block<T::kQueries>(dscores, warpgroup));
+      store_rounded<typename T::MmaS>(
+          tP, T::PTile::template col_block<T::kQueries>(probabilities, warpgroup));
+      store_rounded<typename T::MmaS>(
+          tDS, T::PTile::template col_block<T::kQueries>(dscores, warpgroup));
     }
     cutlass::arch::fence_view_async_shared();
 
@@ -164,16 +164,16 @@ struct BackwardConsumer {
 
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
   template <class AccumulatorDQ>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, int m, float* dquery, int* semaphore) const {
+  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, int m, float* dquery,
+                              int* semaphore) const {
     const int thread = threadIdx.x % kWarpgroupThreads;
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
     // Deterministic: key blocks add in ascending order; the first one that sees this query block
     // is number 0.
     const int row = m * T::kBlockM;
-    const int turn =
-        T::kDeterministic
-            ? tile.block - mask.key_tiles(row, row + T::kBlockM, T::kBlockN).begin
-            : 0;
+    const int turn = T::kDeterministic
+                         ? tile.block - mask.key_tiles(row, row + T::kBlockM, T::kBlockN).begin
+                         : 0;
     if constexpr (T::kDeterministic) {
       if (thread == 0) {
         while (load_acquire(semaphore + warpgroup) != turn) {
@@ -186,7 +186,8 @@ struct BackwardConsumer {
     CUTE_UNROLL
     for (int i = 0; i < kFloats; i += 4) {
       if (i < skipped) continue;
-      reduce_add(base + (i - skipped) * kWarpgroupThreads, tDQ(i), tDQ(i + 1), tDQ(i + 2), tDQ(i + 3));
+      reduce_add(base + (i - skipped) * kWarpgroupThreads, tDQ(i), tDQ(i + 1), tDQ(i + 2),
+                 tDQ(i + 3));
     }
     if constexpr (T::kDeterministic) {
       __threadfence();

@@ -53,7 +53,8 @@ Status launch_postprocess(const BackwardPlan& plan, const BackwardProblem& probl
 }
 
 template <class Config>
-Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem, cudaStream_t stream) {
+Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
+                       cudaStream_t stream) {
   using T = BackwardTraits<Config>;
   const Shape& s = problem.shape;
   auto* const workspace = static_cast<unsigned char*>(problem.workspace);
@@ -75,12 +76,13 @@ Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
   JFA_CHECK_OK(rows_of_key(&p.value, problem.value, typename T::VTile{}, s.head_dim_v));
   JFA_CHECK_OK(rows_of_key(&p.dkey, problem.dkey, typename T::KTile{}, s.head_dim));
   JFA_CHECK_OK(rows_of_key(&p.dvalue, problem.dvalue, typename T::VTile{}, s.head_dim_v));
-  p.scheduler = StaticScheduler{plan.num_n_blocks,
-                                static_cast<int>(s.num_heads_kv),
-                                static_cast<int>(s.batch * s.num_heads_kv),
-                                plan.heads_per_group,
-                                static_cast<int>(plan.num_tiles),
-                                /*last_block_first=*/false};
+  p.scheduler = TileScheduler{plan.num_n_blocks,
+                              static_cast<int>(s.num_heads_kv),
+                              static_cast<int>(s.batch * s.num_heads_kv),
+                              plan.heads_per_group,
+                              static_cast<int>(plan.num_tiles),
+                              /*last_block_first=*/false,
+                              /*counter=*/nullptr};
   p.mask = problem.mask;
   p.index = problem.index;
   p.seqlen_q = static_cast<int>(s.seqlen_q);

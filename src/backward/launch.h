@@ -11,6 +11,7 @@
 namespace jax_fa3 {
 
 template <class Config>
-Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem, cudaStream_t stream);
+Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
+                       cudaStream_t stream);
 
 }  // namespace jax_fa3

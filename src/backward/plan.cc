@@ -7,6 +7,8 @@
 namespace jax_fa3 {
 namespace {
 
+constexpr std::int64_t kGroupBytes = 32 << 20;  // of L2, for Q, dO and fp32 dQ of the running heads
+
 constexpr std::int64_t kPartAlignment = 256;     // bytes
 constexpr std::int64_t kSemaphoresPerBlock = 2;  // one for each consumer warpgroup
 
@@ -53,8 +55,8 @@ const BackwardKey* choose_kernel(const Shape& shape, bool deterministic,
 std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) {
   const std::int64_t row_bytes = 2 * (shape.head_dim + shape.head_dim_v) + 4 * key.head_dim;
   const std::int64_t group = shape.num_heads_q / shape.num_heads_kv;
-  return static_cast<std::int32_t>(
-      heads_in_l2(shape.batch * shape.num_heads_kv, group * shape.seqlen_q * row_bytes));
+  return static_cast<std::int32_t>(heads_in_l2(shape.batch * shape.num_heads_kv,
+                                               group * shape.seqlen_q * row_bytes, kGroupBytes));
 }
 
 }  // namespace

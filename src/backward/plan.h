@@ -13,8 +13,8 @@ namespace jax_fa3 {
 
 struct BackwardPlan {
   BackwardKey key;
-  std::int32_t num_m_blocks;  // steps along the queries of one (batch, head)
-  std::int32_t num_n_blocks;  // work tiles along the keys of one (batch, kv head)
+  std::int32_t num_m_blocks;     // steps along the queries of one (batch, head)
+  std::int32_t num_n_blocks;     // work tiles along the keys of one (batch, kv head)
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
   std::int64_t num_tiles;        // work tiles in all, one CTA each
 

@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kConsumerThreads)
     const float values[4] = {value.x, value.y, value.z, value.w};
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
-      rows[(first_row + 8 * accumulator_row(i + j)) * kStride + first_col + accumulator_col(i + j)] =
-          Element(values[j] * p.softmax_scale);
+      rows[(first_row + 8 * accumulator_row(i + j)) * kStride + first_col +
+           accumulator_col(i + j)] = Element(values[j] * p.softmax_scale);
     }
   }
   __syncthreads();

@@ -61,8 +61,10 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
     if (exists && lane * kVector < p.head_dim_v) {
       const std::int64_t at =
           ((batch * p.seqlen_q + row) * p.num_heads + head) * p.head_dim_v + lane * kVector;
-      const uint4 out_bits = *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.out) + at);
-      const uint4 dout_bits = *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.dout) + at);
+      const uint4 out_bits =
+          *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.out) + at);
+      const uint4 dout_bits =
+          *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.dout) + at);
       const auto* out = reinterpret_cast<const Element*>(&out_bits);
       const auto* dout = reinterpret_cast<const Element*>(&dout_bits);
       CUTE_UNROLL

@@ -14,13 +14,13 @@ namespace jax_fa3 {
 
 // What the main kernel is launched with. Tensor maps travel by value.
 struct BackwardParams {
-  CUtensorMap query;   // boxes of kBlockM rows
-  CUtensorMap dout;    // boxes of kBlockM rows
-  CUtensorMap key;     // boxes of kBlockN rows
-  CUtensorMap value;   // boxes of kBlockN rows
-  CUtensorMap dkey;    // boxes of kBlockN rows
-  CUtensorMap dvalue;  // boxes of kBlockN rows
-  StaticScheduler scheduler;  // blocks of keys, kv heads
+  CUtensorMap query;        // boxes of kBlockM rows
+  CUtensorMap dout;         // boxes of kBlockM rows
+  CUtensorMap key;          // boxes of kBlockN rows
+  CUtensorMap value;        // boxes of kBlockN rows
+  CUtensorMap dkey;         // boxes of kBlockN rows
+  CUtensorMap dvalue;       // boxes of kBlockN rows
+  TileScheduler scheduler;  // blocks of keys, kv heads
   MaskOptions mask;
   IndexArrays index;
   int seqlen_q;
@@ -75,7 +75,8 @@ enum class Split {
 
 template <class Config>
 struct BackwardTraits {
-  using Element = cute::conditional_t<Config::kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element =
+      cute::conditional_t<Config::kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
@@ -130,8 +131,8 @@ struct BackwardTraits {
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
-    alignas(1024) Element key[KTile::kElements];      // later dK
-    alignas(1024) Element value[VTile::kElements];    // later dV
+    alignas(1024) Element key[KTile::kElements];    // later dK
+    alignas(1024) Element value[VTile::kElements];  // later dV
     alignas(1024) Element query[kStages][QTile::kElements];
     alignas(1024) Element dout[kStages][DOTile::kElements];
     // Two buffers: a warpgroup writes the next step's while the other still reads this one's.

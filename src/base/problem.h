@@ -42,14 +42,16 @@ struct ForwardProblem {
   Shape shape;
   MaskOptions mask;
   IndexArrays index;
-  float softmax_scale = 1.f;      // > 0
-  float rescale_threshold = 8.f;  // log2 units a row maximum may grow before O is rescaled; 0: exact
+  float softmax_scale = 1.f;  // > 0
+  float rescale_threshold =
+      8.f;  // log2 units a row maximum may grow before O is rescaled; 0: exact
 
   const void* query = nullptr;  // [b, s_q, h_q, d]
   const void* key = nullptr;    // [b, s_k, h_kv, d]
   const void* value = nullptr;  // [b, s_k, h_kv, d_v]
   void* out = nullptr;          // [b, s_q, h_q, d_v]
   float* lse = nullptr;         // [b, h_q, s_q], natural log, -inf for a row that sees no key
+  std::int32_t* tile_counter = nullptr;  // [1], workspace
 };
 
 struct BackwardProblem {

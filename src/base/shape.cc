@@ -9,7 +9,6 @@ namespace jax_fa3 {
 namespace {
 
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
-constexpr std::int64_t kGroupBytes = 32 << 20;  // of the 50-60 MB of L2
 
 Status check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value >= low && value <= high) return {};
@@ -63,9 +62,9 @@ std::string no_kernel_message(const char* direction, const Shape& shape,
                 "(CMake options) that cover it");
 }
 
-std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head) {
+std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head, std::int64_t bytes) {
   if (num_heads == 0 || bytes_per_head == 0) return std::max<std::int64_t>(num_heads, 1);
-  const std::int64_t fitting = std::clamp<std::int64_t>(kGroupBytes / bytes_per_head, 1, num_heads);
+  const std::int64_t fitting = std::clamp<std::int64_t>(bytes / bytes_per_head, 1, num_heads);
   return ceil_div(num_heads, ceil_div(num_heads, fitting));
 }
 

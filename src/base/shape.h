@@ -34,9 +34,9 @@ std::vector<int> compiled_head_dims(const Shape& shape, const std::vector<Key>& 
 std::string no_kernel_message(const char* direction, const Shape& shape,
                               const std::vector<int>& head_dims);
 
-// How many heads to run side by side so that their operands fit L2 together: groups of equal size
-// as far as possible, at least one head.
-std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head);
+// How many heads to run side by side so that their operands stay within `bytes` of L2 together:
+// groups of equal size as far as possible, at least one head.
+std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head, std::int64_t bytes);
 
 // batch * num_heads * num_blocks, which the kernels index with 32 bits.
 StatusOr<std::int64_t> count_tiles(std::int64_t batch, std::int64_t num_heads,

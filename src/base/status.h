@@ -51,8 +51,8 @@ class [[nodiscard]] StatusOr {
 
 }  // namespace jax_fa3
 
-#define JFA_CHECK_OK(expr)                             \
-  do {                                                 \
-    ::jax_fa3::Status jfa_status_ = (expr);            \
-    if (!jfa_status_.ok()) return jfa_status_;         \
+#define JFA_CHECK_OK(expr)                     \
+  do {                                         \
+    ::jax_fa3::Status jfa_status_ = (expr);    \
+    if (!jfa_status_.ok()) return jfa_status_; \
   } while (0)

@@ -17,8 +17,8 @@ constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "b
 
 // Row and column arithmetic is int32. With sequence lengths and offsets below kMaxSeqlen in
 // magnitude, row + offset +/- kUnbounded neither overflows nor meets a real column.
-constexpr std::int32_t kMaxSeqlen = 1 << 28;   // tokens
-constexpr std::int32_t kUnbounded = 1 << 30;   // columns: a window side that is switched off
+constexpr std::int32_t kMaxSeqlen = 1 << 28;  // tokens
+constexpr std::int32_t kUnbounded = 1 << 30;  // columns: a window side that is switched off
 
 template <class T>
 JFA_HD constexpr T ceil_div(T a, T b) {

@@ -22,7 +22,8 @@ template <class... Params>
 Status launch_kernel(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
                      int shared_bytes, cudaStream_t stream, const Params&... params) {
   JFA_CHECK_OK(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      name));
   kernel<<<grid, threads, shared_bytes, stream>>>(params...);
   return cuda_status(cudaGetLastError(), name);
 }

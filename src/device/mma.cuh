@@ -46,8 +46,8 @@ CUTE_DEVICE auto make_accumulator() {
 template <class Element, int kK>
 CUTE_DEVICE auto make_operand_a() {
   return cute::make_tensor<Element>(
-      cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1,
-                               cute::Int<kK / 16>>>{});
+      cute::Layout<
+          cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kK / 16>>>{});
 }
 
 // Rounds an accumulator (or a part of it) to 16 bits, element by element.
@@ -68,13 +68,15 @@ enum class Accumulate { kOverwrite, kAdd };
 // wait_mma has returned for this group.
 template <Accumulate kMode, class Mma, class A, class B, class C>
 CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
-  constexpr bool kRegisterA = !cute::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
+  constexpr bool kRegisterA =
+      !cute::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
   if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
   // Not for an accumulator about to be overwritten: the fence would read it, and a register that
   // is read before it is written stays allocated around the whole loop.
   if constexpr (kMode == Accumulate::kAdd) cute::warpgroup_fence_operand(tC);
   cute::warpgroup_arrive();
-  mma.accumulate_ = kMode == Accumulate::kOverwrite ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  mma.accumulate_ =
+      kMode == Accumulate::kOverwrite ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
   CUTE_UNROLL
   for (int k = 0; k < cute::size<2>(tA); ++k) {
     cute::gemm(mma, tA(cute::_, cute::_, k), tB(cute::_, cute::_, k), tC);

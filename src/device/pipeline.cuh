@@ -35,12 +35,18 @@ struct RingCursor {
   }
 };
 
-// Producer: wait until the stage is free, then announce `bytes`. A fresh ring is free: waiting
-// for the phase before the first one returns at once.
+// Producer: wait until the stage is free. A fresh ring is free: waiting for the phase before the
+// first one returns at once.
+template <int kStages>
+CUTE_DEVICE void wait_empty(RingBarriers<kStages>& ring, RingCursor<kStages> cursor) {
+  ring.empty[cursor.stage].wait(cursor.phase ^ 1);
+}
+
+// Producer: wait until the stage is free, then announce `bytes`.
 template <int kStages>
 CUTE_DEVICE TransactionBarrier& acquire(RingBarriers<kStages>& ring, RingCursor<kStages> cursor,
                                         std::uint32_t bytes) {
-  ring.empty[cursor.stage].wait(cursor.phase ^ 1);
+  wait_empty(ring, cursor);
   ring.full[cursor.stage].arrive_and_expect_tx(bytes);
   return ring.full[cursor.stage];
 }

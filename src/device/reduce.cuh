@@ -12,6 +12,16 @@ CUTE_DEVICE void reduce_add(float* address, float x, float y, float z, float w) 
                : "memory");
 }
 
+// As atomicAdd, but without the code that merges the requests of a warp's threads.
+CUTE_DEVICE int fetch_add(int* address, int value) {
+  int previous;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(previous)
+               : "l"(address), "r"(value)
+               : "memory");
+  return previous;
+}
+
 CUTE_DEVICE int load_acquire(const int* address) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

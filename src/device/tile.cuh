@@ -31,12 +31,12 @@ struct SmemTile {
   using AtomMn = cute::conditional_t<kChunkCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
                                      cute::GMMA::Layout_MN_SW64_Atom<Element>>;
   // (row, col)
-  using Layout = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
+  using Layout =
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
   // (col, row), the same bytes
-  using LayoutT = decltype(cute::tile_to_shape(
-      AtomMn{}, cute::Shape<cute::Int<kCols>, cute::Int<kRows>>{},
-      cute::Step<cute::_2, cute::_1>{}));
+  using LayoutT =
+      decltype(cute::tile_to_shape(AtomMn{}, cute::Shape<cute::Int<kCols>, cute::Int<kRows>>{},
+                                   cute::Step<cute::_2, cute::_1>{}));
 
   CUTE_DEVICE static auto tensor(Element* data) {
     return cute::make_tensor(cute::make_smem_ptr(data), Layout{});

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cuda.h>
-
 #include <cutlass/arch/barrier.h>
+
 #include <cutlass/cuda_host_adapter.hpp>
 
 #include "base/problem.h"
@@ -16,8 +16,10 @@ using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
 // L2 eviction priorities, as cache-hint operands of TMA instructions.
-constexpr std::uint64_t kEvictFirst = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-constexpr std::uint64_t kEvictLast = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+constexpr std::uint64_t kEvictFirst =
+    static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+constexpr std::uint64_t kEvictLast =
+    static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 
 // The map of a dense (batch, seqlen, heads, head_dim) array of 16-bit elements, in boxes of
 // kRows rows of one head by one chunk of columns. Elements outside the array read as zero and
@@ -63,19 +65,21 @@ CUTE_DEVICE void load_tile(const CUtensorMap& map, TransactionBarrier& barrier,
 }
 
 // Loads `bytes` contiguous bytes, a multiple of 16. One thread calls it.
-CUTE_DEVICE void load_bytes(const void* global, TransactionBarrier& barrier, void* smem, int bytes) {
+CUTE_DEVICE void load_bytes(const void* global, TransactionBarrier& barrier, void* smem,
+                            int bytes) {
   cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&barrier), smem, bytes);
 }
 
-// Stores the rows of one box (make_tensor_map's `rows`), which start at `smem_row` of the tile. One thread calls it.
+// Stores the rows of one box (make_tensor_map's `rows`), which start at `smem_row` of the tile. One
+// thread calls it.
 template <class Tile>
 CUTE_DEVICE void store_tile(const CUtensorMap& map, const typename Tile::Element* smem,
                             int smem_row, int row, int head, int batch) {
   CUTE_UNROLL
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    cute::SM90_TMA_STORE_4D::copy(
-        &map, smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
-        chunk * Tile::kChunkCols, head, row, batch);
+    cute::SM90_TMA_STORE_4D::copy(&map,
+                                  smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
+                                  chunk * Tile::kChunkCols, head, row, batch);
   }
 }
 

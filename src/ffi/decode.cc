@@ -109,6 +109,7 @@ StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Opt
   JFA_CHECK_OK(
       expect("out", buffers.out, type, {s.batch, s.seqlen_q, s.num_heads_q, s.head_dim_v}));
   JFA_CHECK_OK(expect("lse", buffers.lse, DataType::F32, {s.batch, s.num_heads_q, s.seqlen_q}));
+  JFA_CHECK_OK(expect("tile_counter", buffers.tile_counter, DataType::S32, {1}));
   if (options.has_dlse) return invalid_argument("has_dlse must be false in the forward pass");
 
   ForwardProblem problem;
@@ -121,6 +122,7 @@ StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Opt
   problem.value = buffers.value.untyped_data();
   problem.out = buffers.out.untyped_data();
   problem.lse = static_cast<float*>(buffers.lse.untyped_data());
+  problem.tile_counter = static_cast<std::int32_t*>(buffers.tile_counter.untyped_data());
   Optionals optionals(buffers.rest);
   JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
   return problem;

@@ -16,6 +16,7 @@ struct ForwardBuffers {
   xla::ffi::RemainingArgs rest;  // index arrays, those that `options` announces
   xla::ffi::AnyBuffer out;
   xla::ffi::AnyBuffer lse;
+  xla::ffi::AnyBuffer tile_counter;
 };
 
 struct BackwardBuffers {

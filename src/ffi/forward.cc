@@ -31,8 +31,10 @@ Status run(const ForwardBuffers& buffers, const Options& options, cudaStream_t s
 
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                    ffi::AnyBuffer value, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                   ffi::Result<ffi::AnyBuffer> lse, Options options) {
-  return to_ffi(run({query, key, value, rest, *out, *lse}, options, stream), "jax_fa3_forward");
+                   ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> tile_counter,
+                   Options options) {
+  return to_ffi(run({query, key, value, rest, *out, *lse, *tile_counter}, options, stream),
+                "jax_fa3_forward");
 }
 
 }  // namespace
@@ -47,5 +49,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_forward, jax_fa3::forward,
                                   .RemainingArgs()
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // lse
+                                  .Ret<xla::ffi::AnyBuffer>()  // tile counter
                                   .Attr<jax_fa3::Options>("options"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -91,6 +91,7 @@ nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t
   dict["num_m_blocks"] = plan.num_m_blocks;
   dict["heads_per_group"] = plan.heads_per_group;
   dict["longest_first"] = plan.longest_first;
+  dict["counted"] = plan.counted;
   dict["num_tiles"] = plan.num_tiles;
   dict["grid"] = plan.grid;
   return dict;

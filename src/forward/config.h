@@ -8,10 +8,10 @@ namespace jax_fa3 {
 // What identifies a compiled forward kernel: the row of the dispatch table.
 struct ForwardKey {
   DType dtype;
-  int head_dim;    // compiled; a smaller head_dim is zero-filled by TMA
+  int head_dim;  // compiled; a smaller head_dim is zero-filled by TMA
   int head_dim_v;
-  int block_m;     // query rows of a work tile, 64 per consumer warpgroup
-  int block_n;     // key rows of a tile of the main loop
+  int block_m;  // query rows of a work tile, 64 per consumer warpgroup
+  int block_n;  // key rows of a tile of the main loop
 };
 
 constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {

@@ -25,6 +25,7 @@ struct ForwardConsumer {
   const int warpgroup;  // 0 .. kConsumers - 1
 
   RingCursor<1> query_cursor;
+  RingCursor<2> index_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
@@ -113,10 +114,15 @@ struct ForwardConsumer {
     value_cursor.advance();
   }
 
+  CUTE_DEVICE int next_tile() const {
+    wait_full(shared.index_ring, index_cursor);
+    return __shfl_sync(0xffffffff, shared.tile_index[index_cursor.stage], 0);
+  }
+
   CUTE_DEVICE void run() {
     using namespace cute;
     if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
-    for (int round = 0, index; (index = p.scheduler.index(round)) >= 0; ++round) {
+    for (int index; (index = next_tile()) < p.scheduler.num_tiles;) {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       const int block_row = tile.block * T::kBlockM;
@@ -143,7 +149,11 @@ struct ForwardConsumer {
         release(shared.query_ring, query_cursor);
       }
       query_cursor.advance();
+      // Not before the barriers of store_output: by then every warp has read the number.
+      release(shared.index_ring, index_cursor);
+      index_cursor.advance();
     }
+    tma_store_wait<0>();  // shared memory must outlive the last store
   }
 
   CUTE_DEVICE void store_lse(const float (&lse)[2], const WorkTile& tile, int first_row) const {

@@ -16,20 +16,26 @@ Status launch_forward(const ForwardPlan& plan, const ForwardProblem& problem, cu
   // Arrays without elements may have no address; their maps are never used.
   const auto address = [&](const void* data) { return data ? data : problem.out; };
   ForwardParams p;
-  JFA_CHECK_OK(make_tensor_map<typename T::QTile>(&p.query, address(problem.query), s.dtype, s.batch,
-                                                  s.seqlen_q, s.num_heads_q, s.head_dim));
+  JFA_CHECK_OK(make_tensor_map<typename T::QTile>(&p.query, address(problem.query), s.dtype,
+                                                  s.batch, s.seqlen_q, s.num_heads_q, s.head_dim));
   JFA_CHECK_OK(make_tensor_map<typename T::KTile>(&p.key, address(problem.key), s.dtype, s.batch,
                                                   s.seqlen_k, s.num_heads_kv, s.head_dim));
-  JFA_CHECK_OK(make_tensor_map<typename T::VTile>(&p.value, address(problem.value), s.dtype, s.batch,
-                                                  s.seqlen_k, s.num_heads_kv, s.head_dim_v));
+  JFA_CHECK_OK(make_tensor_map<typename T::VTile>(&p.value, address(problem.value), s.dtype,
+                                                  s.batch, s.seqlen_k, s.num_heads_kv,
+                                                  s.head_dim_v));
   JFA_CHECK_OK(make_tensor_map<typename T::OTile>(&p.out, problem.out, s.dtype, s.batch, s.seqlen_q,
                                                   s.num_heads_q, s.head_dim_v, kWarpgroupRows));
-  p.scheduler = StaticScheduler{plan.num_m_blocks,
-                                static_cast<int>(s.num_heads_q),
-                                static_cast<int>(s.batch * s.num_heads_q),
-                                plan.heads_per_group,
-                                static_cast<int>(plan.num_tiles),
-                                plan.longest_first};
+  p.scheduler = TileScheduler{plan.num_m_blocks,
+                              static_cast<int>(s.num_heads_q),
+                              static_cast<int>(s.batch * s.num_heads_q),
+                              plan.heads_per_group,
+                              static_cast<int>(plan.num_tiles),
+                              plan.longest_first,
+                              plan.counted ? problem.tile_counter : nullptr};
+  if (plan.counted) {
+    JFA_CHECK_OK(cuda_status(cudaMemsetAsync(problem.tile_counter, 0, sizeof(int), stream),
+                             "cudaMemsetAsync of the tile counter"));
+  }
   p.mask = problem.mask;
   p.index = problem.index;
   p.seqlen_q = static_cast<int>(s.seqlen_q);

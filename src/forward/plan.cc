@@ -1,8 +1,8 @@
-// Chooses the tile by modelled makespan and the order of the work tiles. The model walks the static
-// schedule of attention/scheduler.cuh.
+// Chooses the tile, and how tiles are handed out, by modelled makespan.
 #include "forward/plan.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 #include "attention/mask.h"
@@ -12,17 +12,17 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr std::int64_t kGroupBytes = 32 << 20;     // of L2 for the K and V of the running heads
-constexpr double kTileCycles = 1500;               // of a work tile outside its main loop
+constexpr std::int64_t kGroupBytes = 64 << 20;     // of K and V of the running heads
+constexpr double kTileCycles = 4500;               // of a work tile outside its main loop
 constexpr double kFlopsPerCycle = 4096;            // of one SM's tensor cores, 16-bit
-constexpr std::int64_t kMaxWalkedTiles = 1 << 16;  // beyond, balance is perfect enough
+constexpr std::int64_t kMaxWalkedTiles = 1 << 14;  // beyond, balance is perfect enough
 
 // The share of tensor peak that a tile's main loop reaches when nothing but compute limits it: two
 // consumer warpgroups hide less softmax than three, and at d64 the exponentials bind.
 double main_loop_share(const ForwardKey& key) {
   const bool three_warpgroups = key.block_m >= 192;
-  if (key.head_dim <= 64) return three_warpgroups ? 0.66 : 0.56;
-  if (key.head_dim <= 128) return three_warpgroups ? 0.98 : 0.91;
+  if (key.head_dim <= 64) return three_warpgroups ? 0.66 : 0.52;
+  if (key.head_dim <= 128) return three_warpgroups ? 0.98 : 0.90;
   return 0.98;
 }
 
@@ -33,13 +33,14 @@ double key_tile_cycles(const ForwardKey& key) {
 
 struct Schedule {
   ForwardPlan plan;
-  std::vector<int> key_tiles;  // [num_m_blocks] visited by a row block of a full-length sequence
+  std::vector<double> cycles;  // [num_m_blocks] of a row block's work tile, at full lengths
 };
 
 // (batch, head) pairs whose K and V fit L2 together; query heads that share K and V stay together.
 std::int32_t choose_heads_per_group(const Shape& shape) {
   const std::int64_t kv_bytes = 2 * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
-  const std::int64_t kv_heads = heads_in_l2(shape.batch * shape.num_heads_kv, kv_bytes);
+  const std::int64_t kv_heads =
+      heads_in_l2(shape.batch * shape.num_heads_kv, kv_bytes, kGroupBytes);
   return static_cast<std::int32_t>(kv_heads * (shape.num_heads_q / shape.num_heads_kv));
 }
 
@@ -57,42 +58,46 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   const int seqlen_q = static_cast<int>(shape.seqlen_q);
   const Mask mask =
       make_mask(options, IndexArrays{}, 0, seqlen_q, static_cast<int>(shape.seqlen_k));
-  schedule.key_tiles.reserve(plan.num_m_blocks);
+  const double step = key_tile_cycles(key);
+  schedule.cycles.reserve(plan.num_m_blocks);
   for (int row = 0; row < seqlen_q; row += key.block_m) {
     const TileRange range = mask.key_tiles(row, row + key.block_m, key.block_n);
-    schedule.key_tiles.push_back(range.empty() ? 0 : range.end - range.begin);
+    schedule.cycles.push_back(kTileCycles + step * (range.end - range.begin));
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   plan.longest_first = plan.num_m_blocks > 1 && options.window_right < kUnbounded &&
-                       schedule.key_tiles.back() > schedule.key_tiles.front();
+                       schedule.cycles.back() > schedule.cycles.front();
   plan.heads_per_group = plan.longest_first ? choose_heads_per_group(shape) : 1;
+  plan.counted = plan.longest_first;
   return schedule;
 }
 
-// Modelled cycles until the last CTA is done.
+// Modelled cycles until the last CTA is done, tiles handed out as attention/scheduler.cuh does.
 double makespan(const Schedule& schedule) {
   const ForwardPlan& plan = schedule.plan;
   if (plan.grid == 0) return 0;
-  const double step = key_tile_cycles(plan.key);
-  const auto cycles_of = [&](int m_block) {
-    return kTileCycles + step * schedule.key_tiles[m_block];
-  };
   const std::int64_t num_heads = plan.num_tiles / plan.num_m_blocks;
   if (plan.num_tiles > kMaxWalkedTiles) {
     double total = 0;
-    for (int m = 0; m < plan.num_m_blocks; ++m) total += cycles_of(m) * num_heads;
+    for (const double cycles : schedule.cycles) total += cycles * num_heads;
     return total / plan.grid;
   }
-  std::vector<double> busy(plan.grid, 0.0);
-  for (std::int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-    const std::int64_t round = tile / plan.grid;
-    const std::int64_t slot = tile % plan.grid;
-    const std::int64_t cta = round % 2 == 0 ? slot : plan.grid - 1 - slot;
+  const auto cycles_of = [&](std::int64_t tile) {
     const std::int64_t group = tile / (std::int64_t{plan.heads_per_group} * plan.num_m_blocks);
     const std::int64_t first = group * plan.heads_per_group;
     const std::int64_t heads = std::min<std::int64_t>(plan.heads_per_group, num_heads - first);
-    const int m = static_cast<int>((tile - first * plan.num_m_blocks) / heads);
-    busy[cta] += cycles_of(plan.longest_first ? plan.num_m_blocks - 1 - m : m);
+    const auto block = (tile - first * plan.num_m_blocks) / heads;
+    return schedule.cycles[plan.longest_first ? plan.num_m_blocks - 1 - block : block];
+  };
+  std::vector<double> busy(plan.grid, 0.0);
+  for (std::int64_t tile = 0; tile < plan.num_tiles; ++tile) {
+    if (plan.counted) {  // the CTA that is free first takes the next tile
+      std::pop_heap(busy.begin(), busy.end(), std::greater<>());
+      busy.back() += cycles_of(tile);
+      std::push_heap(busy.begin(), busy.end(), std::greater<>());
+    } else {
+      busy[tile % plan.grid] += cycles_of(tile);
+    }
   }
   return *std::max_element(busy.begin(), busy.end());
 }
@@ -142,8 +147,8 @@ std::string to_string(const ForwardPlan& plan) {
   return concat("forward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 " m_blocks=", plan.num_m_blocks, " heads_per_group=", plan.heads_per_group,
-                " longest_first=", plan.longest_first, " tiles=", plan.num_tiles,
-                " grid=", plan.grid);
+                " longest_first=", plan.longest_first, " counted=", plan.counted,
+                " tiles=", plan.num_tiles, " grid=", plan.grid);
 }
 
 }  // namespace jax_fa3

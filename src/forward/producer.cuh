@@ -1,6 +1,6 @@
-// The forward producer: one thread that walks the CTA's work tiles and keeps the Q, K and V
-// rings filled. It runs ahead of the consumers across tiles, so the next tile's loads are under
-// way during the epilogue.
+// The forward producer: one thread that walks the CTA's work tiles, tells the consumers their
+// numbers, and keeps the Q, K and V rings filled. It runs ahead of the consumers across tiles, so
+// the next tile's loads are under way during the epilogue.
 #pragma once
 
 #include "attention/mask.h"
@@ -11,41 +11,49 @@ namespace jax_fa3 {
 template <class T>
 CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
+  RingCursor<2> index_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
-  for (int round = 0, index; (index = p.scheduler.index(round)) >= 0; ++round) {
+  const auto publish = [&](int index) {
+    wait_empty(shared.index_ring, index_cursor);
+    shared.tile_index[index_cursor.stage] = index;
+    shared.index_ring.full[index_cursor.stage].arrive();
+    index_cursor.advance();
+  };
+
+  publish(blockIdx.x);
+  for (int index = blockIdx.x, next; index < p.scheduler.num_tiles; index = next) {
     const WorkTile tile = p.scheduler.tile(index);
     const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
     const int row = tile.block * T::kBlockM;
     const int head_kv = tile.head / p.heads_per_kv_head;
     const TileRange keys = mask.key_tiles(row, row + T::kBlockM, T::kBlockN);
 
-    const auto load_k = [&](int n) {
-      auto& barrier = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
-      load_tile<typename T::KTile>(p.key, barrier, kEvictLast, shared.key[key_cursor.stage],
-                                   n * T::kBlockN, head_kv, tile.batch);
-      key_cursor.advance();
-    };
-    const auto load_v = [&](int n) {
-      auto& barrier = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
-      load_tile<typename T::VTile>(p.value, barrier, kEvictLast, shared.value[value_cursor.stage],
-                                   n * T::kBlockN, head_kv, tile.batch);
-      value_cursor.advance();
-    };
-
     auto& barrier = acquire(shared.query_ring, query_cursor, T::QTile::kBytes);
     load_tile<typename T::QTile>(p.query, barrier, kEvictFirst, shared.query, row, tile.head,
                                  tile.batch);
     query_cursor.advance();
+    // Early: the consumers find the next tile's number waiting.
+    next = p.scheduler.next(index);
+    publish(next);
 
-    if (keys.empty()) continue;
-    // In the order of use: a K tile is needed one step ahead of its V tile.
-    load_k(keys.end - 1);
-    for (int n = keys.end - 2; n >= keys.begin; --n) {
-      load_k(n);
-      load_v(n + 1);
+    // Right to left, in the order of use: a K tile is needed one step ahead of its V tile. One
+    // place for each load, or the addresses of all copies would not fit the producer's registers.
+    CUTE_NO_UNROLL
+    for (int n = keys.end - 1; n >= keys.begin - 1 && !keys.empty(); --n) {
+      if (n >= keys.begin) {
+        auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
+        load_tile<typename T::KTile>(p.key, full, kEvictLast, shared.key[key_cursor.stage],
+                                     n * T::kBlockN, head_kv, tile.batch);
+        key_cursor.advance();
+      }
+      if (n < keys.end - 1) {
+        auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
+        load_tile<typename T::VTile>(p.value, full, kEvictLast, shared.value[value_cursor.stage],
+                                     (n + 1) * T::kBlockN, head_kv, tile.batch);
+        value_cursor.advance();
+      }
     }
-    load_v(keys.begin);
   }
 }
 

@@ -21,7 +21,7 @@ struct ForwardParams {
   CUtensorMap key;    // boxes of kBlockN rows
   CUtensorMap value;  // boxes of kBlockN rows
   CUtensorMap out;    // boxes of 64 rows
-  StaticScheduler scheduler;
+  TileScheduler scheduler;
   MaskOptions mask;
   IndexArrays index;
   int seqlen_q;
@@ -65,8 +65,7 @@ struct ForwardTraits {
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
   static constexpr bool kOwnOutput =
       QTile::kBytes + OTile::kBytes + 2 * kStageBytes <= kSharedBytes;
-  static constexpr int kFreeBytes =
-      kSharedBytes - QTile::kBytes - (kOwnOutput ? OTile::kBytes : 0);
+  static constexpr int kFreeBytes = kSharedBytes - QTile::kBytes - (kOwnOutput ? OTile::kBytes : 0);
   static constexpr int kStages = kFreeBytes / kStageBytes < 4 ? kFreeBytes / kStageBytes : 4;
   static_assert(kStages >= 2, "K and V need two stages each");
   static_assert(kOwnOutput || OTile::kBytes <= QTile::kBytes);
@@ -79,6 +78,8 @@ struct ForwardTraits {
     alignas(1024) Element key[kStages][KTile::kElements];
     alignas(1024) Element value[kStages][VTile::kElements];
     alignas(1024) Element own_output[kOwnOutput ? OTile::kElements : 8];
+    int tile_index[2];  // num_tiles or more after the last tile
+    RingBarriers<2> index_ring;
     RingBarriers<1> query_ring;
     Ring key_ring;
     Ring value_ring;
@@ -89,8 +90,8 @@ struct ForwardTraits {
 
   // Named barriers: who arrives, who waits.
   enum NamedBarrier : std::uint32_t {
-    kOrder = 0,              // + w: consumer w-1 arrives, consumer w waits; 256 threads
-    kOutput = kConsumers,    // + w: all of consumer w; 128 threads
+    kOrder = 0,            // + w: consumer w-1 arrives, consumer w waits; 256 threads
+    kOutput = kConsumers,  // + w: all of consumer w; 128 threads
   };
 };
 

@@ -63,6 +63,7 @@ struct Call {
   Dims value{2, 90, 3, 64};
   Dims out{2, 100, 6, 64};
   Dims lse{2, 6, 100};
+  Dims counter{1};
   ffi::DataType lse_dtype = ffi::DataType::F32;
   std::vector<std::pair<ffi::DataType, Dims>> optionals;
   Options options{0.125f, kUnbounded, 0, 0, 8.f, false, false, false, false, false};
@@ -71,10 +72,10 @@ struct Call {
   StatusOr<ForwardProblem> forward() const {
     Buffers b;
     for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
-    return decode_forward(
-        {b.make(dtype, query, query_address), b.make(dtype, key), b.make(dtype, value),
-         b.optionals(), b.make(dtype, out), b.make(lse_dtype, lse)},
-        options);
+    return decode_forward({b.make(dtype, query, query_address), b.make(dtype, key),
+                           b.make(dtype, value), b.optionals(), b.make(dtype, out),
+                           b.make(lse_dtype, lse), b.make(ffi::DataType::S32, counter)},
+                          options);
   }
 
   StatusOr<BackwardProblem> backward() const {

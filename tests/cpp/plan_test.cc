@@ -16,7 +16,7 @@ constexpr MaskOptions kCausal{kUnbounded, 0, 0};
 const std::vector<ForwardKey> kForward = {{DType::kBF16, 64, 64, 192, 128},
                                           {DType::kBF16, 64, 64, 128, 128},
                                           {DType::kBF16, 96, 96, 192, 96},
-                                          {DType::kBF16, 128, 128, 192, 96},
+                                          {DType::kBF16, 128, 128, 192, 80},
                                           {DType::kBF16, 128, 128, 128, 128}};
 
 const std::vector<BackwardKey> kBackward = {{DType::kBF16, 64, 64, 128, 128, false},

@@ -57,18 +57,19 @@ def test_nonfinite_inputs_stay_in_their_rows(case, operand, poison):
     nonfinite.check_nonfinite(KERNELS, case, operand, poison)
 
 
+@pytest.mark.parametrize("window", [None, (20, 5)])
 @pytest.mark.parametrize("seqlen", [50, 333])
-def test_index_values_outside_the_arrays(seqlen):
-    contract.check_index_values(
-        KERNELS,
-        dataclasses.replace(
-            contract.INDEX_CASE,
-            seqlen_q=seqlen,
-            seqlen_k=seqlen,
-            query_lengths=(seqlen,) * 2,
-            key_lengths=(seqlen,) * 2,
-        ),
+def test_index_values_outside_the_arrays(seqlen, window):
+    lengths = (seqlen, seqlen)
+    case = dataclasses.replace(
+        contract.INDEX_CASE,
+        seqlen_q=seqlen,
+        seqlen_k=seqlen,
+        query_lengths=lengths,
+        key_lengths=lengths,
+        window=window,
     )
+    contract.check_index_values(KERNELS, case)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
