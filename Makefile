@@ -50,7 +50,7 @@ demo: inplace
 	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
 
 test: inplace
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest $(or $(PYTEST_ARGS),-q -n 2)
 
 kernels: CUDA := ON
 kernels: module

@@ -107,13 +107,14 @@ def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) 
     @operation.def_vmap
     def fold_into_batch(size, mapped, *operands):
         """[size, batch, ...] -> [size * batch, ...], and back for the results."""
+        batch = operands[0].shape[1 if mapped[0] else 0]
 
         def fold(x, is_mapped):
             x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
         results = operation(*map(fold, operands, mapped))
-        split = tuple(x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results)
+        split = tuple(x.reshape(size, batch, *x.shape[1:]) for x in results)
         return split, (True,) * len(split)
 
     return operation

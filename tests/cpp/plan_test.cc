@@ -80,15 +80,18 @@ void order_follows_the_mask() {
 
 void groups_fit_l2() {
   // 16384 keys of d128 are 8 MB of K and V.
-  CHECK(forward(shape(1, 16384, 16, 128), kCausal).heads_per_group == 4);
-  // Six heads of which four fit: two groups of three.
-  CHECK(forward(shape(1, 16384, 6, 128), kCausal).heads_per_group == 3);
+  CHECK(forward(shape(1, 16384, 16, 128), kCausal).heads_per_group == 8);
+  // Twelve heads of which eight fit: two groups of six.
+  CHECK(forward(shape(1, 16384, 12, 128), kCausal).heads_per_group == 6);
   // One head alone exceeds the budget.
   CHECK(forward(shape(1, 131072, 2, 128), kCausal).heads_per_group == 1);
   // Query heads of one key head stay together.
   Shape gqa = shape(1, 16384, 64, 128);
   gqa.num_heads_kv = 8;
-  CHECK(forward(gqa, kCausal).heads_per_group == 32);
+  CHECK(forward(gqa, kCausal).heads_per_group == 64);
+  // Tiles that differ in length are handed out by a counter.
+  CHECK(forward(gqa, kCausal).counted);
+  CHECK(!forward(gqa).counted);
   // Backward: Q, dO and fp32 dQ of 8192 queries of d128 are 8 MB, of a group of four heads 32.
   CHECK(backward(shape(1, 8192, 16, 128)).heads_per_group == 4);
   Shape gqa_backward = shape(1, 8192, 64, 128);
