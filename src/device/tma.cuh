@@ -51,17 +51,26 @@ Status make_tensor_map(CUtensorMap* map, const void* data, DType dtype, std::int
   return {};
 }
 
-// Loads rows [row, row + kRows) of one head; completes kBytes on `barrier`. One thread calls it.
+// Loads the rows of one box (make_tensor_map's `rows`) from `row` of one head to `smem_row` of the
+// tile; completes their bytes on `barrier`. One thread calls it.
+template <class Tile>
+CUTE_DEVICE void load_rows(const CUtensorMap& map, TransactionBarrier& barrier,
+                           std::uint64_t cache_hint, typename Tile::Element* smem, int smem_row,
+                           int row, int head, int batch) {
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
+                                 smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
+                                 chunk * Tile::kChunkCols, head, row, batch);
+  }
+}
+
+// Loads rows [row, row + kRows) of one head: a whole tile, in one box.
 template <class Tile>
 CUTE_DEVICE void load_tile(const CUtensorMap& map, TransactionBarrier& barrier,
                            std::uint64_t cache_hint, typename Tile::Element* smem, int row,
                            int head, int batch) {
-  CUTE_UNROLL
-  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
-                                 smem + chunk * Tile::kChunkElements, chunk * Tile::kChunkCols,
-                                 head, row, batch);
-  }
+  load_rows<Tile>(map, barrier, cache_hint, smem, 0, row, head, batch);
 }
 
 // Loads `bytes` contiguous bytes, a multiple of 16. One thread calls it.

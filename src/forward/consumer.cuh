@@ -25,7 +25,7 @@ struct ForwardConsumer {
   const int warpgroup;  // 0 .. kConsumers - 1
 
   RingCursor<1> query_cursor;
-  RingCursor<2> index_cursor;
+  typename T::IndexCursor index_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
@@ -35,6 +35,23 @@ struct ForwardConsumer {
   }
   CUTE_DEVICE void pass_turn() const {
     NamedBarrier::arrive(2 * kWarpgroupThreads, T::kOrder + (warpgroup + 1) % T::kConsumers);
+  }
+
+  // Passes over key tiles that other warpgroups' rows see and none of this one's does. A warpgroup
+  // has a turn for each loaded tile but one, whether it uses the tile or not.
+  CUTE_DEVICE void skip(int tiles, int turns) {
+    for (int i = 0; i < tiles; ++i) {
+      if (i < turns) {
+        take_turn();
+        pass_turn();
+      }
+      wait_full(shared.key_ring, key_cursor);
+      release(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      wait_full(shared.value_ring, value_cursor);
+      release(shared.value_ring, value_cursor);
+      value_cursor.advance();
+    }
   }
 
   // V rows past the sequence's keys may hold anything, NaN included, and P = 0 does not stop
@@ -107,7 +124,7 @@ struct ForwardConsumer {
     for (; n >= keys.full_begin; --n) step(false_type{});
     for (; n >= keys.begin; --n) step(true_type{});
 
-    if constexpr (T::kOwnOutput) release(shared.query_ring, query_cursor);
+    if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
     issue_output();
     wait_mma<0>(tO);
     release(shared.value_ring, value_cursor);
@@ -127,16 +144,21 @@ struct ForwardConsumer {
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       const int block_row = tile.block * T::kBlockM;
       const int row = block_row + warpgroup * kWarpgroupRows;
-      const TileRange keys = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
+      // What the producer loads, and what of it this warpgroup's rows see.
+      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
+      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
       OnlineSoftmax softmax;
-      wait_full(shared.query_ring, query_cursor);
+      wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
+        skip(loaded.end - keys.end, loaded.end - keys.end);
         attend(tO, softmax, mask, keys, row);
-      } else if constexpr (T::kOwnOutput) {
-        release(shared.query_ring, query_cursor);
+        skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
+      } else {
+        if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+        skip(loaded.end - loaded.begin, loaded.end - loaded.begin - 1);
       }
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
@@ -146,7 +168,7 @@ struct ForwardConsumer {
       store_output(tO, tile, row);
       if constexpr (!T::kOwnOutput) {
         tma_store_wait<0>();
-        release(shared.query_ring, query_cursor);
+        release(shared.query_ring[warpgroup], query_cursor);
       }
       query_cursor.advance();
       // Not before the barriers of store_output: by then every warp has read the number.

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
     shared.index_ring.init(T::kConsumers);
-    shared.query_ring.init(T::kConsumers);
+    for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
     cutlass::arch::fence_barrier_init();

@@ -17,7 +17,8 @@ Status launch_forward(const ForwardPlan& plan, const ForwardProblem& problem, cu
   const auto address = [&](const void* data) { return data ? data : problem.out; };
   ForwardParams p;
   JFA_CHECK_OK(make_tensor_map<typename T::QTile>(&p.query, address(problem.query), s.dtype,
-                                                  s.batch, s.seqlen_q, s.num_heads_q, s.head_dim));
+                                                  s.batch, s.seqlen_q, s.num_heads_q, s.head_dim,
+                                                  kWarpgroupRows));
   JFA_CHECK_OK(make_tensor_map<typename T::KTile>(&p.key, address(problem.key), s.dtype, s.batch,
                                                   s.seqlen_k, s.num_heads_kv, s.head_dim));
   JFA_CHECK_OK(make_tensor_map<typename T::VTile>(&p.value, address(problem.value), s.dtype,

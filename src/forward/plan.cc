@@ -12,8 +12,9 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr std::int64_t kGroupBytes = 64 << 20;     // of K and V of the running heads
-constexpr double kTileCycles = 4500;               // of a work tile outside its main loop
+constexpr std::int64_t kGroupBytes = 64 << 20;  // of K and V of the running heads
+constexpr int kWarpgroupRows = 64;
+constexpr double kTileCycles = 4000;               // of a work tile outside its main loop
 constexpr double kFlopsPerCycle = 4096;            // of one SM's tensor cores, 16-bit
 constexpr std::int64_t kMaxWalkedTiles = 1 << 14;  // beyond, balance is perfect enough
 
@@ -61,8 +62,13 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   const double step = key_tile_cycles(key);
   schedule.cycles.reserve(plan.num_m_blocks);
   for (int row = 0; row < seqlen_q; row += key.block_m) {
-    const TileRange range = mask.key_tiles(row, row + key.block_m, key.block_n);
-    schedule.cycles.push_back(kTileCycles + step * (range.end - range.begin));
+    // A warpgroup's 64 rows pass over the key tiles that they do not see.
+    double tiles = 0;
+    for (int first = row; first < row + key.block_m; first += kWarpgroupRows) {
+      const TileRange range = mask.key_tiles(first, first + kWarpgroupRows, key.block_n);
+      tiles += range.end - range.begin;
+    }
+    schedule.cycles.push_back(kTileCycles + step * tiles * kWarpgroupRows / key.block_m);
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   plan.longest_first = plan.num_m_blocks > 1 && options.window_right < kUnbounded &&

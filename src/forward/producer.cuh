@@ -11,7 +11,7 @@ namespace jax_fa3 {
 template <class T>
 CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
-  RingCursor<2> index_cursor;
+  typename T::IndexCursor index_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
   const auto publish = [&](int index) {
@@ -29,24 +29,33 @@ CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shar
     const int head_kv = tile.head / p.heads_per_kv_head;
     const TileRange keys = mask.key_tiles(row, row + T::kBlockM, T::kBlockN);
 
-    auto& barrier = acquire(shared.query_ring, query_cursor, T::QTile::kBytes);
-    load_tile<typename T::QTile>(p.query, barrier, kEvictFirst, shared.query, row, tile.head,
-                                 tile.batch);
-    query_cursor.advance();
     // Early: the consumers find the next tile's number waiting.
     next = p.scheduler.next(index);
     publish(next);
 
+    // Each warpgroup's rows by themselves: it goes on to them as soon as it is done with its last
+    // ones, while the others still finish.
+    const auto load_queries = [&] {
+      CUTE_NO_UNROLL
+      for (int w = 0; w < T::kConsumers; ++w) {
+        auto& full = acquire(shared.query_ring[w], query_cursor, T::QTile::kBytes / T::kConsumers);
+        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query, w * kWarpgroupRows,
+                                     row + w * kWarpgroupRows, tile.head, tile.batch);
+      }
+      query_cursor.advance();
+    };
+
     // Right to left, in the order of use: a K tile is needed one step ahead of its V tile. One
     // place for each load, or the addresses of all copies would not fit the producer's registers.
     CUTE_NO_UNROLL
-    for (int n = keys.end - 1; n >= keys.begin - 1 && !keys.empty(); --n) {
+    for (int n = keys.end - 1; n >= keys.begin - 1; --n) {
       if (n >= keys.begin) {
         auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
         load_tile<typename T::KTile>(p.key, full, kEvictLast, shared.key[key_cursor.stage],
                                      n * T::kBlockN, head_kv, tile.batch);
         key_cursor.advance();
       }
+      if (n == keys.end - 1) load_queries();  // after the first K, which does not wait for them
       if (n < keys.end - 1) {
         auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
         load_tile<typename T::VTile>(p.value, full, kEvictLast, shared.value[value_cursor.stage],

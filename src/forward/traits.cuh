@@ -17,7 +17,7 @@ using ElementOf = cute::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_
 // What the kernel is launched with. Tensor maps travel by value, so that a captured launch stays
 // valid for as long as its buffers do.
 struct ForwardParams {
-  CUtensorMap query;  // boxes of kBlockM rows
+  CUtensorMap query;  // boxes of 64 rows
   CUtensorMap key;    // boxes of kBlockN rows
   CUtensorMap value;  // boxes of kBlockN rows
   CUtensorMap out;    // boxes of 64 rows
@@ -73,14 +73,19 @@ struct ForwardTraits {
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
+  // Numbers of work tiles on their way to the consumers. The producer publishes one ahead of the
+  // tile it loads, which is itself ahead of the tile the consumers store.
+  static constexpr int kIndexStages = 4;
+  using IndexCursor = RingCursor<kIndexStages>;
+
   struct SharedStorage {
     alignas(1024) Element query[QTile::kElements];
     alignas(1024) Element key[kStages][KTile::kElements];
     alignas(1024) Element value[kStages][VTile::kElements];
     alignas(1024) Element own_output[kOwnOutput ? OTile::kElements : 8];
-    int tile_index[2];  // num_tiles or more after the last tile
-    RingBarriers<2> index_ring;
-    RingBarriers<1> query_ring;
+    int tile_index[kIndexStages];  // num_tiles or more after the last tile
+    RingBarriers<kIndexStages> index_ring;
+    RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;
 
