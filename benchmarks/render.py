@@ -150,7 +150,7 @@ def plot(results: Results, mode: str, path: Path) -> None:
     handles = {h.get_label(): h for axes in panels.flat for h in axes.get_lines()}
     ordered = [x for x in NAMES.values() if x in handles]
     figure.legend(
-        [handles[x] for x in ordered], ordered, loc="outside upper right", ncols=4, frameon=False
+        [handles[x] for x in ordered], ordered, loc="outside lower center", ncols=4, frameon=False
     )
     figure.suptitle(f"Attention {mode}, {results.data['environment']['device']}", x=0.02, ha="left")
     figure.savefig(path, dpi=140)
