@@ -146,7 +146,8 @@ def plot(results: Results, mode: str, path: Path) -> None:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel(f"TFLOP/s, {results.clock} time")
-    figure.supxlabel("sequence length")
+    for axes in panels[-1]:
+        axes.set_xlabel("sequence length")
     handles = {h.get_label(): h for axes in panels.flat for h in axes.get_lines()}
     ordered = [x for x in NAMES.values() if x in handles]
     figure.legend(
