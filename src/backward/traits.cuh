@@ -1,12 +1,10 @@
 // Everything that follows from a backward Config: tiles, MMAs, shared memory, thread roles.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
 #include "attention/scheduler.cuh"
 #include "attention/softmax.cuh"
 #include "backward/config.h"
+#include "backward/statistics.cuh"
 #include "device/mma.cuh"
 #include "device/pipeline.cuh"
 
@@ -18,8 +16,8 @@ struct BackwardParams {
   CUtensorMap dout;         // boxes of kBlockM rows
   CUtensorMap key;          // boxes of kBlockN rows
   CUtensorMap value;        // boxes of kBlockN rows
-  CUtensorMap dkey;         // boxes of kBlockN rows
-  CUtensorMap dvalue;       // boxes of kBlockN rows
+  CUtensorMap dkey;         // boxes of 64 rows
+  CUtensorMap dvalue;       // boxes of 64 rows
   TileScheduler scheduler;  // blocks of keys, kv heads
   MaskOptions mask;
   IndexArrays index;
@@ -29,10 +27,9 @@ struct BackwardParams {
   int num_m_blocks;
   float softmax_scale;
   float softmax_scale_log2;
-  const float* lse_log2;  // [b, h_q, num_m_blocks * kBlockM], +inf for a row without gradient
-  const float* delta;     // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;          // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
-  int* semaphore;         // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
+  const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;                    // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
+  int* semaphore;  // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
 };
 
 // The query blocks of a work tile, one after another: those that see its keys, for each query head
@@ -75,8 +72,7 @@ enum class Split {
 
 template <class Config>
 struct BackwardTraits {
-  using Element =
-      cute::conditional_t<Config::kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
@@ -89,8 +85,10 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  // Together what the launch gives 384 threads: 168 each.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 
@@ -102,12 +100,16 @@ struct BackwardTraits {
   using KTile = SmemTile<Element, kBlockN, kHeadDim, kChunkK>;
   using VTile = SmemTile<Element, kBlockN, kHeadDimV, kChunkV>;
   using PTile = SmemTile<Element, kBlockN, kBlockM>;  // P^T and dS^T: (key, query)
+  // One warpgroup's dK and dV, on their way to global memory.
+  using DKTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDim : kHeadDim / 2, kChunkK>;
+  using DVTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDimV : kHeadDimV / 2, kChunkV>;
 
   // Queries per warpgroup of S^T and dP^T; columns per warpgroup of dK and dV.
   static constexpr int kQueries = kSplitKeys ? kBlockM : kBlockM / 2;
-  static constexpr int kColsK = kSplitKeys ? kHeadDim : kHeadDim / 2;
-  static constexpr int kColsV = kSplitKeys ? kHeadDimV : kHeadDimV / 2;
+  static constexpr int kColsK = DKTile::kCols;
+  static constexpr int kColsV = DVTile::kCols;
   using MmaS = MmaSS<Element, kQueries, Major::K, Major::K>;
+  using Statistics = StatisticTile<kQueries>;
   using MmaDV = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsV, Major::MN>,
                                     MmaSS<Element, kColsV, Major::K, Major::MN>>;
   using MmaDK = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsK, Major::MN>,
@@ -131,18 +133,25 @@ struct BackwardTraits {
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
-    alignas(1024) Element key[KTile::kElements];    // later dK
-    alignas(1024) Element value[VTile::kElements];  // later dV
+    alignas(1024) Element key[KTile::kElements];
+    alignas(1024) Element value[VTile::kElements];
     alignas(1024) Element query[kStages][QTile::kElements];
     alignas(1024) Element dout[kStages][DOTile::kElements];
-    // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
-    alignas(1024) Element dscores[2][PTile::kElements];
-    alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
-    alignas(16) float lse_log2[kStages][kBlockM];
-    alignas(16) float delta[kStages][kBlockM];
-    TransactionBarrier key_value_full;
-    Ring query_ring;  // Q and LSE
-    Ring dout_ring;   // dO and delta
+    union {
+      // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
+      struct {
+        alignas(1024) Element dscores[2][PTile::kElements];
+        alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
+      };
+      // Between work tiles, for each warpgroup: dV, then dK.
+      alignas(
+          1024) Element output[kConsumers][kWarpgroupRows * (kColsK > kColsV ? kColsK : kColsV)];
+    };
+    alignas(128) RowStatistics statistics[kStages][kBlockM];
+    TileNumbers tiles;
+    RingBarriers<1> key_value_ring;
+    Ring query_ring;  // Q and the statistics
+    Ring dout_ring;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 

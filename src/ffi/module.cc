@@ -110,8 +110,7 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
   dict["heads_per_group"] = plan.heads_per_group;
   dict["num_tiles"] = plan.num_tiles;
   dict["dq_offset"] = plan.dq_offset;
-  dict["lse_offset"] = plan.lse_offset;
-  dict["delta_offset"] = plan.delta_offset;
+  dict["statistics_offset"] = plan.statistics_offset;
   dict["semaphore_offset"] = plan.semaphore_offset;
   dict["workspace_bytes"] = plan.workspace_bytes;
   return dict;
