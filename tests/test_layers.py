@@ -19,7 +19,8 @@ PYTHON_LAYERS = [
     ["adapters", "doctor"],
     ["api"],
     ["vjp"],
-    ["sharding", "calls"],  # independent of each other
+    ["sharding"],
+    ["calls"],
     ["support", "xla", "reference"],
     ["validate"],
     ["options"],
