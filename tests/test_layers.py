@@ -19,7 +19,9 @@ PYTHON_LAYERS = [
     ["adapters", "doctor"],
     ["api"],
     ["vjp"],
-    ["sharding", "calls"],  # independent of each other
+    ["sharding"],
+    ["context"],
+    ["calls"],
     ["support", "xla", "reference"],
     ["validate"],
     ["options"],
