@@ -15,7 +15,7 @@ Causal attention is balanced when a device holds, of 2N chunks, one from each en
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +151,15 @@ def unpack(packed: jax.Array, *like: jax.Array) -> list[jax.Array]:
     if packed.ndim > like[0].ndim:
         return [packed[i] for i in range(len(like))]
     return jnp.split(packed, np.cumsum([x.shape[-1] for x in like])[:-1], axis=-1)
+
+
+def vary_together(operands: Any) -> Any:
+    """The operands, all varying over the union of their varying manual axes."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
+    union = frozenset().union(*varying)
+
+    def cast(x):
+        missing = tuple(sorted(union - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, operands)

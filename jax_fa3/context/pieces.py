@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import calls
-from jax_fa3.context.layout import Axis, Order, pack, unpack
+from jax_fa3.context.layout import Axis, Order, pack, unpack, vary_together
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions, Dense, Index
 
 # Partial results that are kept before they are summed. Summing each one as it comes reads and
@@ -194,9 +194,8 @@ class Piecewise:
     def _operands(self, piece, rows, key, value):
         query = self._rows(piece, rows.query, 1)
         key, value = (_take(x, piece.keys, len(self.keys.starts), 1) for x in (key, value))
-        batch = query.shape[:1]
-        index = jax.tree.map(lambda x: _vary_like(query, jnp.broadcast_to(x, batch)), piece.index)
-        return query, key, value, index
+        index = jax.tree.map(lambda x: jnp.broadcast_to(x, query.shape[:1]), piece.index)
+        return vary_together((query, key, value, index))
 
     def _rows(self, piece, x, dim):
         return None if x is None else _take(x, piece.queries, len(self.queries.starts), dim)
@@ -243,9 +242,3 @@ def _take(x: jax.Array, chosen: tuple[int, ...], num_chunks: int, dim: int) -> j
         return x
     chunks = jnp.split(x, num_chunks, dim)
     return jnp.concatenate([chunks[i] for i in chosen], dim)
-
-
-def _vary_like(like: jax.Array, x: jax.Array) -> jax.Array:
-    """x, varying over the same manual mesh axes as `like`."""
-    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
