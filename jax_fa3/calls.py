@@ -136,7 +136,9 @@ def first_order_only(operation: Callable) -> Callable:
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:
     """A result's type, varying over the same manual mesh axes as `like`."""
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
+    like = jax.typeof(like)
+    sharding = like.sharding.update(spec=(None,) * len(shape))
+    return like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding)
 
 
 def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Array) -> int:

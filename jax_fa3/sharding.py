@@ -4,11 +4,11 @@ Both operations, forward and backward, go the same way, each by itself: which me
 dimension is settled once (`_Split`), and then carried out
 
     explicit axes     by jax.shard_map over them
-    automatic axes    by custom_partitioning, when XLA's partitioner has settled all shardings
+    automatic axes    by custom_partitioning, once XLA's partitioner has settled all shardings
     manual axes       by nobody: inside jax.shard_map and pmap the call is already local
 
-and, on a mixed mesh, in that order. Batch and heads are split without communication. A sequence
-that arrives split is left so, and the strategies of context.py exchange what is needed.
+and on a mixed mesh in that order, one inside the other. Batch and heads are split without
+communication. A sequence that arrives split is left so; context.py exchanges what is needed.
 
 Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
 d head_dim, e head_dim of value; capitals are mapped axes (jax.vmap), which lead; a dot is a
@@ -18,10 +18,10 @@ dimension of extent 1 that broadcasts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,14 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
 
-from jax_fa3 import calls
+from jax_fa3 import calls, context
+from jax_fa3.context.layout import vary_together
 from jax_fa3.options import AttentionOptions, Dense, Index
 
 Axes = tuple[str, ...]
+Results = tuple[jax.Array, ...]
 
-QUERY, KEY, VALUE, OUT, LSE, INDEX = "bshd", "btkd", "btke", "bshe", "bhs", "b"
+QUERY, KEY, VALUE, OUT, LSE, INDEX, SCORES = "bshd", "btkd", "btke", "bshe", "bhs", "b", "bhst"
 
 
 def forward(
@@ -49,11 +51,17 @@ def forward(
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
     operands, tree = jax.tree.flatten((query, key, value, index, dense))
 
-    def local(*operands):
-        return calls.forward(options, *tree.unflatten(operands))
+    def local(sequence, *operands):
+        *arrays, dense = tree.unflatten(operands)
+        if sequence:
+            return context.forward(
+                _strategy(options, sequence, *arrays[:3]), sequence, options, *arrays
+            )
+        return calls.forward(options, *arrays, dense)
 
-    dims = (QUERY, KEY, VALUE, *_index_and_dense_dims(index, dense))
-    return _distribute(_Operation(options, local, dims, (OUT, LSE)), *operands)
+    dims = (QUERY, KEY, VALUE, *_dims_of(index), *_dims_of(dense))
+    operation = _Operation(options, local, dims, (OUT, LSE), dense != Dense())
+    return _distribute(operation, operands)
 
 
 def backward(
@@ -72,70 +80,63 @@ def backward(
     operands, tree = jax.tree.flatten((query, key, value, out, lse, dout, dlse, index, dense))
     differentiable = [x for x in (query, key, value, dense.bias) if x is not None]
 
-    def local(*operands):
-        return calls.backward(options, *tree.unflatten(operands))[: len(differentiable)]
+    def local(sequence, *operands):
+        *arrays, dense = tree.unflatten(operands)
+        if sequence:
+            return context.backward(
+                _strategy(options, sequence, *arrays[:3]), sequence, options, *arrays
+            )
+        return calls.backward(options, *arrays, dense)[: len(differentiable)]
 
     cotangents = (OUT,) if dlse is None else (OUT, LSE)
-    others = _index_and_dense_dims(index, dense)
-    dims = (QUERY, KEY, VALUE, OUT, LSE, *cotangents, *others)
-    bias = _index_and_dense_dims(Index(), Dense(bias=dense.bias))
-    operation = _Operation(options, local, dims, (QUERY, KEY, VALUE, *bias))
-    gradients = map(_typed_like, _distribute(operation, *operands), differentiable)
-    return (*gradients, None)[:4]
-
-
-def align(operands: Any) -> Any:
-    """The operands, all varying over the union of their varying manual axes.
-
-    Outside of the custom_vjp, so that JAX sums the gradients of operands that were replicated.
-    """
-    varying = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
-    union = frozenset().union(*varying)
-
-    def cast(x):
-        missing = tuple(sorted(union - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, operands)
+    dims = (QUERY, KEY, VALUE, OUT, LSE, *cotangents, *_dims_of(index), *_dims_of(dense))
+    results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
+    operation = _Operation(options, local, dims, results, dense != Dense())
+    gradients = _distribute(operation, operands)
+    return (*map(_typed_like, gradients, differentiable), None)[:4]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """A forward or backward operation: local(*operands), and its dimensions."""
+    """A forward or backward operation, with the dimensions of its operands and results.
+
+    local(sequence, *operands) is what one device does; `sequence` has the bound mesh axes over
+    which query and key rows are split, none where it has all of them.
+    """
 
     options: AttentionOptions
-    local: Callable[..., tuple[jax.Array, ...]]
+    local: Callable[..., Results]
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    has_dense: bool
 
     def mapped(self) -> _Operation:
-        """The operation over one more leading axis."""
+        """The operation with one more leading axis."""
         letter = string.ascii_uppercase[len(self.operands[0]) - len(QUERY)]
+
+        def local(sequence, *operands):
+            return jax.vmap(functools.partial(self.local, sequence))(*operands)
 
         return dataclasses.replace(
             self,
-            local=jax.vmap(self.local),
+            local=local,
             operands=tuple(letter + dims for dims in self.operands),
             results=tuple(letter + dims for dims in self.results),
         )
 
-    def extents(self, operands: Sequence[Any]) -> dict[str, int]:
-        """The extent of every dimension."""
-        return {
-            letter: size
-            for dims, x in zip(self.operands, operands, strict=True)
-            for letter, size in zip(dims, x.shape, strict=True)
-            if letter != "."
-        }
+    def extents(self, operands: Sequence[jax.Array]) -> dict[str, int]:
+        """The extent of each dimension."""
+        pairs = zip(self.operands, operands, strict=True)
+        return {letter: n for dims, x in pairs for letter, n in zip(dims, x.shape, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
     """Which mesh axes split each dimension of a call; dimensions left out are whole."""
 
-    axes: Mapping[str, Axes]
     mesh: Mapping[str, int]  # axis name -> size
     extents: Mapping[str, int]  # dimension -> extent before the split
+    axes: dict[str, Axes] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def settle(
@@ -143,66 +144,69 @@ class _Split:
         operation: _Operation,
         mesh: Mapping[str, int],
         extents: Mapping[str, int],
-        offers: Sequence[tuple[str, Sequence[Axes]]],
+        offers: Sequence[tuple[str, tuple[Axes, ...]]],
         *,
         communicates: bool = True,
     ) -> _Split:
-        """The split that `offers` ask for: for each array, its dimensions and their mesh axes.
+        """The split that `offers` ask for: the dimensions of some arrays, and the axes of each.
 
-        A dimension is split as finely as any array that has it is; an array that was split less
-        follows without communication. Batch goes before heads, and heads before the sequence,
-        where they ask for the same mesh axis. Without `communicates`, key/value heads are split
-        wherever query heads are.
+        A dimension is split as finely as any array has it; arrays that were split less follow
+        without communication. Batch goes before heads, and heads before the sequence, where they
+        ask for the same axis. Without `communicates`, nothing is split that needs a collective.
         """
-        split = cls({}, mesh, extents)
-        batch = operation.operands[0][:-3]
-        for letter, asking in (*zip(batch, batch, strict=True), ("h", "hk")):
-            proposals = [
-                split._fitting(letter, axes)
-                for dims, entries in offers
-                for dim, axes in zip(dims, entries, strict=True)
-                if dim in asking
-            ]
-            split.axes[letter] = max(proposals, key=split._parts_of)
-            if letter == "h":
-                split.axes["k"] = split._prefix("k", split.axes["h"])
-                if not communicates:
-                    split.axes["h"] = split.axes["k"]
+        split = cls(mesh, extents)
+        for letter in operation.operands[0][:-3]:
+            split.axes[letter] = split._finest(letter, letter, offers)
+        split.axes["h"] = split._finest("h", "hk", offers)
+        split.axes["k"] = split._dividing("k", split.axes["h"])
+        if not communicates:
+            split.axes["h"] = split.axes["k"]
+        sequence = split._finest("s", "s", offers)
+        if sequence and _keeps_sequence_split(operation, split, sequence, communicates):
+            split.axes["s"] = split.axes["t"] = sequence
         return split
 
     def spec(self, dims: str) -> PartitionSpec:
         return PartitionSpec(*(self.axes.get(letter) or None for letter in dims))
 
-    def on_shard(self, operation: _Operation) -> Callable[..., tuple[jax.Array, ...]]:
+    def on_shard(self, operation: _Operation) -> Callable[..., Results]:
         """The operation on one device's part of every operand."""
 
         def body(*operands):
             operands = map(self._select_heads, operands, operation.operands)
-            return tuple(map(self._collect, operation.local(*operands), operation.results))
+            results = operation.local(self.axes.get("s", ()), *operands)
+            return tuple(map(self._sum, results, operation.results))
 
         return body
 
-    def _fitting(self, letter: str, axes: Axes) -> Axes:
-        """The first of `axes`, those in use left out, that split the dimension evenly."""
-        used = {name for taken in self.axes.values() for name in taken}
-        return self._prefix(letter, tuple(name for name in axes if name not in used))
+    def parts(self, axes: Axes) -> int:
+        return math.prod(self.mesh[name] for name in axes)
 
-    def _prefix(self, letter: str, axes: Axes) -> Axes:
-        while self.extents[letter] % self._parts_of(axes):
+    def _finest(self, letter: str, askers: str, offers) -> Axes:
+        """Of the axes that `offers` have for the dimensions `askers`, those with most parts."""
+        used = {name for axes in self.axes.values() for name in axes}
+        asked = [
+            self._dividing(letter, tuple(name for name in axes if name not in used))
+            for dims, dims_axes in offers
+            for dim, axes in zip(dims, dims_axes, strict=True)
+            if dim in askers
+        ]
+        return max(asked, key=self.parts)
+
+    def _dividing(self, letter: str, axes: Axes) -> Axes:
+        """The first of `axes`, as many as divide the dimension evenly."""
+        while self.extents[letter] % self.parts(axes):
             axes = axes[:-1]
         return axes
-
-    def _parts_of(self, axes: Axes) -> int:
-        return math.prod(self.mesh[name] for name in axes)
 
     def _key_heads(self) -> jax.Array:
         """Which of its key/value heads this device's query heads need, in order.
 
-        With more devices than key/value heads, each device has some query heads of one group, or
-        the end of one group and the start of the next; the largest runs of query heads that
-        never straddle two groups become the groups of the local call.
+        Where query heads are split further than key/value heads, a device has query heads of one
+        group, or the end of one group and the start of the next. The longest runs of query heads
+        that share a key/value head on every device become the groups of the local call.
         """
-        local_heads = self.extents["h"] // self._parts_of(self.axes["h"])
+        local_heads = self.extents["h"] // self.parts(self.axes["h"])
         group = self.extents["h"] // self.extents["k"]
         run = math.gcd(local_heads, group)
         first = lax.axis_index(self.axes["h"]) * local_heads
@@ -212,57 +216,94 @@ class _Split:
         return heads
 
     def _local_key_heads(self) -> int:
-        return self.extents["k"] // self._parts_of(self.axes["k"])
+        return self.extents["k"] // self.parts(self.axes["k"])
 
     def _select_heads(self, x: jax.Array, dims: str) -> jax.Array:
         if "k" not in dims or self.axes["h"] == self.axes["k"]:
             return x
         return jnp.take(x, self._key_heads(), axis=-2, mode="clip")
 
-    def _collect(self, x: jax.Array, dims: str) -> jax.Array:
-        """The transpose of replicating an operand and selecting its heads, summed in float32."""
+    def _sum(self, x: jax.Array, dims: str) -> jax.Array:
+        """`x`, a share of the result on each device that has no part of it to itself, summed in
+        float32; the heads that `_select_heads` took are put back where they were.
+        """
         own = {name for letter in dims for name in self.axes.get(letter, ())}
-        others = [name for names in self.axes.values() for name in names if name not in own]
-        if not others:
+        shared = {name for axes in self.axes.values() for name in axes} - own
+        if not shared:
             return x
         total = x.astype(jnp.float32)
         if "k" in dims:
-            zeros = jnp.zeros((*x.shape[:-2], self._local_key_heads(), x.shape[-1]), jnp.float32)
-            total = zeros.at[..., self._key_heads(), :].add(total)
-        return lax.psum(total, tuple(dict.fromkeys(others))).astype(x.dtype)
+            heads = jnp.zeros((*x.shape[:-2], self._local_key_heads(), x.shape[-1]), jnp.float32)
+            total = heads.at[..., self._key_heads(), :].add(total)
+        return lax.psum(total, tuple(name for name in self.mesh if name in shared)).astype(x.dtype)
 
 
-def _distribute(operation: _Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """The operation on operands that are sharded in any way, with a rule for mapped axes."""
-    carry = _over_explicit_axes if _explicit_axes(operands) else _over_automatic_axes
-    if operation.options.route == "xla":  # stays ordinary XLA code, with all its derivatives
-        return (
-            carry(operation, operands) if _explicit_axes(operands) else operation.local(*operands)
+def _keeps_sequence_split(
+    operation: _Operation, split: _Split, sequence: Axes, communicates: bool
+) -> bool:
+    """Whether rows that arrive split stay so; where not, they are gathered."""
+    wish = operation.options.sequence_parallel
+    over = f"query arrives with its sequence split over mesh axis {', '.join(map(repr, sequence))}"
+    if wish == "error":
+        raise ValueError(
+            f"{over}, and sequence_parallel is 'error'; expected whole sequences: split batch or "
+            "heads instead, or pass sequence_parallel='auto'"
         )
+    obstacle = None
+    if split.extents["t"] % split.parts(sequence):
+        obstacle = (
+            f"key has seq = {split.extents['t']}, which is not a multiple of its "
+            f"{split.parts(sequence)} devices"
+        )
+    elif not communicates:
+        obstacle = (
+            "the call stands in a jax.shard_map that leaves this axis automatic; make it manual "
+            "there and use the functions of docs/context_parallel.md"
+        )
+    elif operation.has_dense:
+        obstacle = "a bias or mask needs whole sequences"
+    if obstacle and wish != "auto":
+        raise ValueError(f"{over}, and sequence_parallel is {wish!r}, but {obstacle}")
+    return obstacle is None
+
+
+def _strategy(
+    options: AttentionOptions, sequence: Axes, query: jax.Array, key: jax.Array, value: jax.Array
+) -> context.Strategy:
+    if options.sequence_parallel == "auto":
+        return context.choose(options, query, key, value, lax.axis_size(sequence))
+    return options.sequence_parallel
+
+
+def _distribute(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
+    """The operation on operands that are sharded in any way."""
+    explicit = _axes_of(_mesh(operands), AxisType.Explicit)
+    options = operation.options
+    if options.route == "xla" and options.sequence_parallel == "auto":
+        # Ordinary XLA code, which XLA partitions, with derivatives of any order.
+        return _over_explicit(operation, operands) if explicit else operation.local((), *operands)
 
     @custom_vmap
     def call(*operands):
-        return carry(operation, operands)
+        return (_over_explicit if explicit else _over_automatic)(operation, operands)
 
     @call.def_vmap
     def lead(size, mapped, *operands):
-        """A mapped axis becomes a dimension of its own, which may be split like any other."""
+        """A mapped axis becomes a dimension of its own, which is split like any other."""
         operands = [
             x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
             for x, is_mapped in zip(operands, mapped, strict=True)
         ]
-        return _distribute(operation.mapped(), *operands), (True,) * len(operation.results)
+        return _distribute(operation.mapped(), operands), (True,) * len(operation.results)
 
     return calls.first_order_only(call)(*operands)
 
 
-def _over_explicit_axes(
-    operation: _Operation, operands: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
+def _over_explicit(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
     """jax.shard_map over the explicit axes; automatic ones are met inside of it."""
-    mesh, names = _mesh(operands), _explicit_axes(operands)
+    mesh = _mesh(operands)
     offers = [
-        (dims, _spec(jax.typeof(x).sharding, x.ndim))
+        (dims, _axes_by_dimension(jax.typeof(x).sharding, x.ndim))
         for dims, x in zip(operation.operands, operands, strict=True)
     ]
     split = _Split.settle(operation, mesh.shape, operation.extents(operands), offers)
@@ -271,101 +312,109 @@ def _over_explicit_axes(
         jax.sharding.reshard(x, NamedSharding(mesh, spec))
         for x, spec in zip(operands, specs, strict=True)
     ]
-    local = operation
-    if operation.options.route != "xla":
-        local = dataclasses.replace(operation, local=lambda *x: _over_automatic_axes(operation, x))
+
+    def local(sequence, *operands):
+        if sequence or operation.options.route == "xla":
+            return operation.local(sequence, *operands)
+        return _over_automatic(operation, operands)
+
+    on_shard = split.on_shard(dataclasses.replace(operation, local=local))
+    # No names stand for all of them but those that jax.vmap maps over, which only JAX knows.
+    mixed = _axes_of(mesh, AxisType.Auto)
     return jax.shard_map(
-        lambda *x: split.on_shard(local)(*align(x)),
+        lambda *operands: on_shard(*vary_together(operands)),
         mesh=mesh,
         in_specs=specs,
         out_specs=tuple(map(split.spec, operation.results)),
-        axis_names=set(names),
+        axis_names=set(_axes_of(mesh, AxisType.Explicit) if mixed else ()),
     )(*operands)
 
 
-def _over_automatic_axes(
-    operation: _Operation, operands: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
-    """custom_partitioning over the automatic axes; without a mesh it is the operation itself.
+def _over_automatic(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
+    """custom_partitioning over the automatic axes; on one device it is the operation itself.
 
-    Under a jax.shard_map that leaves axes automatic, the partitioner numbers the devices of these
-    axes alone and tells in how many parts, not over which axes, a dimension is split. There a
-    collective would address wrong devices, so no split is chosen that needs one.
+    In a jax.shard_map that leaves some axes automatic, the partitioner numbers the devices of
+    those axes alone and tells in how many parts, not over which axes, a dimension is split. There
+    a collective would address the wrong devices.
     """
-    context = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(context.axis_names, context.axis_types, strict=True))
-    partly_manual = AxisType.Manual in kinds.values()
-    automatic = {name: context.shape[name] for name in kinds if kinds[name] == AxisType.Auto}
-    if partly_manual and not automatic:
-        return operation.local(*operands)
-
+    outside = jax.sharding.get_abstract_mesh()
+    automatic = {name: outside.shape[name] for name in _axes_of(outside, AxisType.Auto)}
+    in_shard_map = AxisType.Manual in outside.axis_types
+    if in_shard_map and not automatic:
+        return operation.local((), *operands)
     extents = operation.extents(operands)
 
-    def settle(mesh, *arrays):
-        if mesh.empty:
-            mesh = AbstractMesh(tuple(automatic.values()), tuple(automatic))
+    def settle(mesh, arrays):
+        mesh = AbstractMesh(tuple(automatic.values()), tuple(automatic)) if mesh.empty else mesh
+        dims = operation.operands + operation.results
         offers = [
             (dims, _decode(x.sharding, x.shape, mesh.shape))
-            for dims, x in zip((*operation.operands, *operation.results), arrays, strict=False)
+            for dims, x in zip(dims, arrays, strict=False)
         ]
-        split = _Split.settle(
-            operation, mesh.shape, extents, offers, communicates=not partly_manual
-        )
+        split = _Split.settle(operation, mesh.shape, extents, offers, communicates=not in_shard_map)
 
-        def shardings(all_dims):
-            return tuple(NamedSharding(mesh, split.spec(dims)) for dims in all_dims)
+        def shardings(arrays):
+            return tuple(NamedSharding(mesh, split.spec(dims)) for dims in arrays)
 
         return split, shardings(operation.operands), shardings(operation.results)
 
     def partition(mesh, operands, results):
-        split, operand_shardings, result_shardings = settle(mesh, *operands, *results)
-        return mesh, split.on_shard(operation), result_shardings, operand_shardings
+        split, operand_shardings, result_shardings = settle(mesh, (*operands, *results))
+
+        def on_shard(*operands):
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # whatever it is outside
+                return split.on_shard(operation)(*operands)
+
+        return mesh, on_shard, result_shardings, operand_shardings
 
     def infer_sharding_from_operands(mesh, operands, results):
-        return settle(mesh, *operands)[2]
+        return settle(mesh, operands)[2]
 
-    call = custom_partitioning(operation.local)
+    call = custom_partitioning(functools.partial(operation.local, ()))
     call.def_partition(
         partition=partition,
-        infer_sharding_from_operands=infer_sharding_from_operands,  # GSPMD
-        sharding_rule=_sharding_rule(operation, extents),  # Shardy
+        infer_sharding_from_operands=infer_sharding_from_operands,  # for GSPMD
+        sharding_rule=_sharding_rule(operation, extents),  # for Shardy
     )
     return call(*operands)
 
 
 def _sharding_rule(operation: _Operation, extents: Mapping[str, int]) -> str:
-    """For Shardy: dimensions with the same letter are sharded alike.
+    """Dimensions with the same letter are sharded alike.
 
-    Query and key/value heads are independent, unless they are the same, because a mesh axis may
-    split the ones and not the others; `_Split` reconciles them.
+    Query and key/value heads are dimensions of their own, unless they are equal in number: a mesh
+    axis may divide the ones and not the others, which is for `_Split` to settle.
     """
-    same = str.maketrans("k", "h") if extents["h"] == extents["k"] else {}
+    letters = str.maketrans("k", "h") if extents["h"] == extents["k"] else {}
 
-    def sides(all_dims):
-        return ", ".join(" ".join(dims.translate(same)) for dims in all_dims)
+    def side(arrays):
+        return ", ".join(" ".join(dims.translate(letters)) for dims in arrays)
 
-    return f"{sides(operation.operands)} -> {sides(operation.results)}"
+    return f"{side(operation.operands)} -> {side(operation.results)}"
 
 
 def _decode(
     sharding: Sharding, shape: tuple[int, ...], mesh: Mapping[str, int]
 ) -> tuple[Axes, ...]:
-    """The mesh axes of every dimension, from what the partitioner hands to a callback."""
+    """The mesh axes of each dimension, from what the partitioner hands to a callback.
+
+    Where that has numbers of parts only, the first free axes that make them; taking one axis for
+    another of its size moves data, and is right all the same.
+    """
     if isinstance(sharding, NamedSharding):
-        return _spec(sharding, len(shape))
+        return _axes_by_dimension(sharding, len(shape))
     free = tuple(mesh)
-    decoded = []
+    found = []
     for whole, part in zip(shape, sharding.shard_shape(shape), strict=True):
-        runs = (free[i:j] for i in range(len(free)) for j in range(i + 1, len(free) + 1))
         parts = whole // part if part else 1
-        names = next((run for run in runs if math.prod(map(mesh.get, run)) == parts > 1), ())
-        free = tuple(name for name in free if name not in names)
-        decoded.append(names)
-    return tuple(decoded)
+        runs = (free[i:j] for i in range(len(free)) for j in range(i + 1, len(free) + 1))
+        axes = next((run for run in runs if math.prod(map(mesh.get, run)) == parts > 1), ())
+        free = tuple(name for name in free if name not in axes)
+        found.append(axes)
+    return tuple(found)
 
 
-def _spec(sharding: NamedSharding, ndim: int) -> tuple[Axes, ...]:
-    """The mesh axes of every dimension."""
+def _axes_by_dimension(sharding: NamedSharding, ndim: int) -> tuple[Axes, ...]:
     entries = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
     return tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -374,32 +423,30 @@ def _spec(sharding: NamedSharding, ndim: int) -> tuple[Axes, ...]:
 
 
 def _mesh(operands: Sequence[jax.Array]) -> AbstractMesh:
-    """The mesh that the operands' types carry; all carry the same, or none."""
+    """The mesh in the operands' types."""
     meshes = [jax.typeof(x).sharding.mesh for x in operands]
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
 
 
-def _explicit_axes(operands: Sequence[jax.Array]) -> Axes:
-    mesh = _mesh(operands)
+def _axes_of(mesh: AbstractMesh, kind: AxisType) -> Axes:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    return tuple(name for name, its_kind in kinds if its_kind == kind)
 
 
-def _index_and_dense_dims(index: Index, dense: Dense) -> tuple[str, ...]:
-    """The dimensions of the arrays that are present, a dot for each that broadcasts."""
-    scores = "bhst"
-    return (
-        *(INDEX for x in index if x is not None),
-        *(
-            "".join(d if n > 1 else "." for d, n in zip(scores, x.shape, strict=True))
-            for x in dense
-            if x is not None
-        ),
+def _dims_of(optional: Index | Dense) -> tuple[str, ...]:
+    """The dimensions of those arrays that are present."""
+    present = [x for x in optional if x is not None]
+    if isinstance(optional, Index):
+        return (INDEX,) * len(present)
+    return tuple(
+        "".join(letter if n > 1 else "." for letter, n in zip(SCORES, x.shape, strict=True))
+        for x in present
     )
 
 
 def _typed_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:
-    """The gradient with its operand's explicit sharding, as custom_vjp demands."""
-    if not _explicit_axes((operand,)):
+    """The gradient with its operand's explicit sharding, as jax.custom_vjp demands."""
+    sharding = jax.typeof(operand).sharding
+    if not _axes_of(sharding.mesh, AxisType.Explicit):
         return gradient
-    return jax.sharding.reshard(gradient, jax.typeof(operand).sharding)
+    return jax.sharding.reshard(gradient, sharding)

@@ -12,6 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_fa3 import sharding
+from jax_fa3.context.layout import vary_together
 from jax_fa3.options import AttentionOptions, Dense, Index
 
 CHECKPOINT_NAME = "context"
@@ -29,7 +30,8 @@ def attend(
     """(out,) or (out, lse): out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch,
     num_heads_q, seqlen_q] float32. Only with `return_lse` does the backward pass take dlse.
     """
-    return _attention(options, return_lse, *sharding.align((query, key, value, index, dense)))
+    # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
+    return _attention(options, return_lse, *vary_together((query, key, value, index, dense)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
