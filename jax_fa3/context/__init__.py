@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import jax
 
+from jax_fa3 import calls
 from jax_fa3.context import allgather, ring, ulysses
 from jax_fa3.context.layout import Axis, Layout
-from jax_fa3.options import AttentionOptions, Index
+from jax_fa3.options import AttentionOptions, Dense, Index
 
 Strategy = Literal["allgather", "ring", "ulysses"]
 
@@ -45,6 +46,8 @@ def forward(
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q] of
     this device's query rows, which see the keys of all devices.
     """
+    if 0 in (query.shape[1], key.shape[1]):  # nothing to exchange
+        return calls.forward(options, query, key, value, index, Dense())
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].forward(axis, layout, options, query, key, value, index)
 
@@ -65,6 +68,9 @@ def backward(
     layout: Layout = "contiguous",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of this device's query, key and value; out and lse are those of `forward`."""
+    if 0 in (query.shape[1], key.shape[1]):
+        gradients = calls.backward(options, query, key, value, out, lse, dout, dlse, index, Dense())
+        return gradients[:3]
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].backward(
         axis, layout, options, query, key, value, out, lse, dout, dlse, index
