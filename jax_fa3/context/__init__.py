@@ -19,11 +19,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+from jax import lax
 
-from jax_fa3 import calls
 from jax_fa3.context import allgather, ring, ulysses
 from jax_fa3.context.layout import Axis, Layout
-from jax_fa3.options import AttentionOptions, Dense, Index
+from jax_fa3.options import AttentionOptions, Index
 
 Strategy = Literal["allgather", "ring", "ulysses"]
 
@@ -46,8 +46,6 @@ def forward(
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q] of
     this device's query rows, which see the keys of all devices.
     """
-    if 0 in (query.shape[1], key.shape[1]):  # nothing to exchange
-        return calls.forward(options, query, key, value, index, Dense())
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].forward(axis, layout, options, query, key, value, index)
 
@@ -68,9 +66,8 @@ def backward(
     layout: Layout = "contiguous",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of this device's query, key and value; out and lse are those of `forward`."""
-    if 0 in (query.shape[1], key.shape[1]):
-        gradients = calls.backward(options, query, key, value, out, lse, dout, dlse, index, Dense())
-        return gradients[:3]
+    # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
+    key, value = lax.optimization_barrier((key, value))
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].backward(
         axis, layout, options, query, key, value, out, lse, dout, dlse, index
