@@ -144,8 +144,8 @@ def memory_bytes(tokens: int, count: int) -> int:
     """A device's peak in a ring's backward pass over zigzag parts: docs/context_parallel.md."""
     rows = tokens // count
     q, kv = 2 * rows * HEADS * HEAD_DIM, 2 * rows * KV_HEADS * 2 * HEAD_DIM
-    kept = min(count, 4) + (2 if count > 4 else 0)  # partial dQ, and their float32 sum
-    return (8 + kept) * q + 10 * kv
+    partial = count if count <= 5 else 7  # of dQ, and their float32 sum
+    return (8 + partial) * q + 11 * kv
 
 
 def peak_bytes(count: int) -> int | None:
