@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+from jax import lax
 
 from jax_fa3.context import allgather, ring, ulysses
 from jax_fa3.context.layout import Axis, Layout
@@ -65,6 +66,8 @@ def backward(
     layout: Layout = "contiguous",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of this device's query, key and value; out and lse are those of `forward`."""
+    # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
+    key, value = lax.optimization_barrier((key, value))
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].backward(
         axis, layout, options, query, key, value, out, lse, dout, dlse, index
@@ -72,13 +75,14 @@ def backward(
 
 
 def choose(options: AttentionOptions, query: Any, key: Any, value: Any, axis_size: int) -> Strategy:
-    """The strategy for these local arrays, or their types.
+    """The strategy for these local arrays, or their types, over `axis_size` devices.
 
-    A ring moves as many bytes as gathering does, merges a partial result at each step and holds
-    one part of the keys at a time. It is right where the memory is needed, where keys are as large
-    as queries (without groups of query heads gathering takes as long as attending), and where a
-    window lets it pass over most steps. Else gathering is: one step at full size, with the sums of
-    a single device. Ulysses is never picked: it depends on the number of heads, and does no less.
+    A ring moves as many bytes as gathering does, but next to its kernels, and it holds one part of
+    the keys at a time; it merges a partial result at each step. It is right where a window lets it
+    pass over most steps, where the gathered keys are as many as all queries (without groups of
+    query heads), and where they take too much memory. Else gathering is: two calls at full size,
+    with the sums of a single device. Ulysses depends on the number of heads and moves queries and
+    outputs too; it is never picked.
     """
     seqlen_k, num_heads_kv = key.shape[1:3]
     row_bytes = num_heads_kv * (key.shape[3] + value.shape[3]) * key.dtype.itemsize

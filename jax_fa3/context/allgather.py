@@ -78,6 +78,8 @@ class _Gathered(Piecewise):
 
     def gather(self, *arrays):
         """Arrays [batch, seqlen_k, ...] of this device to those of the whole sequence."""
+        if arrays[0].shape[1] == 0:  # which XLA refuses
+            return arrays
         whole = (lax.all_gather(x, self.axis.name, axis=1, tiled=True) for x in arrays)
         if self.order == "zigzag":
             whole = (zigzag_unpermute(x, 1, self.axis.size) for x in whole)
@@ -85,6 +87,8 @@ class _Gathered(Piecewise):
 
     def scatter(self, x):
         """The sum over all devices of x [batch, whole sequence, ...], this device's rows of it."""
+        if x.shape[1] == 0:
+            return x
         if self.order == "zigzag":
             x = zigzag_permute(x, 1, self.axis.size)
         return lax.psum_scatter(x, self.axis.name, scatter_dimension=1, tiled=True)

@@ -28,7 +28,7 @@ from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions, Dense, Inde
 
 # Partial results that are kept before they are summed. Summing each one as it comes reads and
 # writes a float32 sum every time; keeping all of them takes the memory of the whole sequence.
-KEPT = 4
+KEPT = 5
 
 
 class Chunks(NamedTuple):
@@ -210,7 +210,7 @@ class Partials:
 
     def add(self, chunks: tuple[int, ...], results: Iterable) -> None:
         for chunk, result in zip(chunks, results, strict=True):
-            if len(self.parts[chunk]) > KEPT:
+            if len(self.parts[chunk]) == KEPT:
                 # Without the barrier XLA fuses all of a chunk's sums into one after the last piece.
                 self.parts[chunk] = [lax.optimization_barrier(self.combine(self.parts[chunk]))]
             self.parts[chunk].append(result)
