@@ -109,6 +109,7 @@ def check_heads(query: Any, key: Any, value: Any) -> None:
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"query has {query.shape[-2]} heads; expected a multiple of key's {key.shape[-2]} heads"
+            + _manual_axes_hint()
         )
 
 
@@ -206,6 +207,20 @@ def _check_equal(what: str, axis: int, **pair: Any) -> None:
             f"{name} has {what} = {x.shape[axis]}, shape {_shape(x)}; expected {y.shape[axis]} "
             f"like {other}, shape {_shape(y)}"
         )
+
+
+def _manual_axes_hint() -> str:
+    """What may be wrong with heads inside jax.shard_map, where they are those of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = [repr(name) for name, kind in kinds if kind == jax.sharding.AxisType.Manual]
+    if not manual:
+        return ""
+    return (
+        f" (these are one device's, inside jax.shard_map over {', '.join(manual)}: where query "
+        "heads are split over a mesh axis and key heads are not, take each device's own heads of "
+        "key and value, as docs/sharding.md shows)"
+    )
 
 
 def _one_of(names: tuple[str, ...]) -> str:
