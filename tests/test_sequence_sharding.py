@@ -53,11 +53,9 @@ def test_strategy(kind, strategy):
 
 
 @both_kinds
-def test_auto_takes_few_steps_for_a_window(kind):
-    """Each device's rows see those of the one before: two exchanges instead of whole keys."""
+def test_auto_takes_a_ring_for_a_window(kind):
     compiled = check(mesh_of(kind, seq=8), WINDOW, P(None, "seq"))
-    kinds = [kind for kind, _ in collectives(compiled)]
-    assert set(kinds) == {"collective-permute"}
+    assert {kind for kind, _ in collectives(compiled)} == {"collective-permute"}
 
 
 @both_kinds
