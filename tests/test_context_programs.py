@@ -105,7 +105,10 @@ def test_exchanges_of_ulysses():
         ("ring", "contiguous", {}, 4),
         ("ring", "contiguous", dict(local_window_size=2), 2),
         ("ring", "contiguous", dict(is_causal=False), 4),
+        ("ring", "zigzag", dict(is_causal=False), 4),
+        ("ring", "zigzag", dict(local_window_size=2), 3 + 2),  # own; neighbours in the sequence
         ("allgather", "zigzag", {}, 2),
+        ("allgather", "zigzag", dict(is_causal=False), 1),
         ("allgather", "contiguous", dict(is_causal=False), 1),
         ("ulysses", "contiguous", {}, 1),
     ],

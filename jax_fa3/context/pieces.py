@@ -71,31 +71,30 @@ def piece(
     """Query chunk i against key chunk j; None where no device sees anything, unless `always`."""
     first_query, first_key = queries.starts[i], keys.starts[j]
     shift = first_query - first_key
-    query_offset = None
-    if not options.has_query_offset:
-        # The last row must reach down to the first key, and the first row up to the last key.
-        offset = options.query_offset + shift
-        to_first, to_last = offset + queries.rows - 1, offset - (keys.rows - 1)
-        seen = (to_first + options.window_right >= 0) & (to_last <= options.window_left)
-        if not always and not seen.any():
-            return None
-        whole = (to_first <= options.window_left) & (to_last + options.window_right >= 0)
-        if whole.all():
-            options = dataclasses.replace(options, window_left=UNBOUNDED, window_right=UNBOUNDED)
-    if min(options.window_left, options.window_right) == UNBOUNDED:
-        options = dataclasses.replace(options, query_offset=0, has_query_offset=False)
-    elif options.has_query_offset:
-        query_offset = jnp.clip(index.query_offset, -MAX_SEQLEN, MAX_SEQLEN) + axis.pick(shift)
-    elif (shift == shift[0]).all():
-        options = dataclasses.replace(options, query_offset=int(offset[0]))
+    if options.has_query_offset:
+        offset = jnp.clip(index.query_offset, -MAX_SEQLEN, MAX_SEQLEN) + axis.pick(shift)
     else:
-        options = dataclasses.replace(options, query_offset=0, has_query_offset=True)
-        query_offset = axis.pick(offset)
+        offsets = options.query_offset + shift
+        left, right = options.window_left, options.window_right
+        # Columns that the last row is right of the first key, and the first row of the last key.
+        most, least = offsets + queries.rows - 1, offsets - (keys.rows - 1)
+        seen = (most + right >= 0) & (least <= left)
+        whole = (most <= left) & (least + right >= 0)
+        if not (always or seen.any()):
+            return None
+        if whole.all():
+            unbounded = dict(window_left=UNBOUNDED, window_right=UNBOUNDED, query_offset=0)
+            options, offset = dataclasses.replace(options, **unbounded), None
+        elif (offsets == offsets[0]).all():
+            options, offset = dataclasses.replace(options, query_offset=int(offsets[0])), None
+        else:
+            options = dataclasses.replace(options, query_offset=0, has_query_offset=True)
+            offset = axis.pick(offsets)
     lengths = (
         None if length is None else local_length(length, axis.pick(first))
         for length, first in zip(index[:2], (first_query, first_key), strict=True)
     )
-    return Piece((i,), (j,), options, Index(*lengths, query_offset))
+    return Piece((i,), (j,), options, Index(*lengths, offset))
 
 
 def all_pieces(
@@ -107,11 +106,20 @@ def all_pieces(
     *,
     own: bool,
 ) -> list[Piece]:
-    """Every chunk of queries against every chunk of keys that some device's rows see.
+    """All rows against all keys where there is no window; else every chunk of queries against every
+    chunk of keys that some device's rows see.
 
     With `own` each chunk has a piece, needed or not: one that sees nothing gives the zeros that
     belong there.
     """
+    if min(options.window_left, options.window_right) == UNBOUNDED:
+        options = dataclasses.replace(options, query_offset=0, has_query_offset=False)
+        lengths = (
+            None if length is None else held_length(axis, length, chunks)
+            for length, chunks in zip(index[:2], (queries, keys), strict=True)
+        )
+        all_queries, all_keys = (tuple(range(len(x.starts))) for x in (queries, keys))
+        return [Piece(all_queries, all_keys, options, Index(*lengths))]
     pairs = [(i, j) for i in range(len(queries.starts)) for j in range(len(keys.starts))]
     found = (
         piece(axis, options, index, queries, keys, i, j, always=own and i % len(keys.starts) == j)
@@ -123,6 +131,14 @@ def all_pieces(
 def local_length(length: jax.Array, start: jax.Array) -> jax.Array:
     """A global length seen from `start`: negative where the sequence ends before it."""
     return jnp.maximum(length, 0) - start
+
+
+def held_length(axis: Axis, length: jax.Array, chunks: Chunks) -> jax.Array:
+    """How many of a device's rows are inside of a sequence of this global length: the first ones,
+    since its chunks stand in the order of the sequence.
+    """
+    parts = (local_length(length, axis.pick(start)) for start in chunks.starts)
+    return sum(jnp.clip(part, 0, chunks.rows) for part in parts)
 
 
 class Rows(NamedTuple):

@@ -36,7 +36,7 @@ from jax_fa3.context.pieces import (
     Piecewise,
     Rows,
     all_pieces,
-    local_length,
+    held_length,
     merge,
     total,
 )
@@ -162,10 +162,7 @@ def _any_pieces(ring: _Ring, options, index, distance) -> list[Piece]:
 def _causal_pieces(ring: _Ring, options, index, distance) -> list[Piece]:
     """The one piece of a visit where rows and keys are a low and a high chunk (see above)."""
     axis, keys = ring.axis, ring.keys.held_by(distance)
-    lengths = None
-    if index.key_lengths is not None:  # a high chunk holds keys only where the low one is full
-        chunks = (local_length(index.key_lengths, axis.pick(start)) for start in keys.starts)
-        lengths = sum(jnp.clip(length, 0, keys.rows) for length in chunks)
+    lengths = None if index.key_lengths is None else held_length(axis, index.key_lengths, keys)
     if distance == 0:
         return [Piece((0, 1), (0, 1), options, Index(key_lengths=lengths))]
     before = keys.starts[0] < ring.queries.starts[0]
