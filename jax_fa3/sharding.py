@@ -60,7 +60,7 @@ def forward(
         return calls.forward(options, *arrays, dense)
 
     dims = (QUERY, KEY, VALUE, *_dims_of(index), *_dims_of(dense))
-    operation = _Operation(options, local, dims, (OUT, LSE), dense != Dense())
+    operation = _Operation(options, local, dims, (OUT, LSE), bool(_dims_of(dense)))
     return _distribute(operation, operands)
 
 
@@ -91,7 +91,7 @@ def backward(
     cotangents = (OUT,) if dlse is None else (OUT, LSE)
     dims = (QUERY, KEY, VALUE, OUT, LSE, *cotangents, *_dims_of(index), *_dims_of(dense))
     results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
-    operation = _Operation(options, local, dims, results, dense != Dense())
+    operation = _Operation(options, local, dims, results, bool(_dims_of(dense)))
     gradients = _distribute(operation, operands)
     return (*map(_typed_like, gradients, differentiable), None)[:4]
 
