@@ -6,6 +6,7 @@
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
+#   make bench-mesh   scaling over the GPUs of this machine
 #   make inplace      build the module into jax_fa3/ for PYTHON
 #   make lint, make format, make clean
 #
@@ -42,7 +43,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo test kernels gpu-test bench bench-quick inplace module gpu-module lint format clean
+.PHONY: setup demo test kernels gpu-test bench bench-quick bench-mesh inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -67,6 +68,9 @@ bench: gpu-module
 
 bench-quick: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention --quick
+
+bench-mesh: gpu-module
+	$(GPU_PYTHON) -m benchmarks.mesh
 
 # ---- building
 

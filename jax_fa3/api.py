@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax_fa3.options import (
     Dense,
     Index,
     Route,
+    SequenceParallel,
     resolve_deterministic,
     resolve_window,
 )
@@ -44,6 +46,7 @@ def dot_product_attention(
     return_residual: Literal[False] = ...,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
 ) -> jax.Array: ...
 
 
@@ -64,6 +67,7 @@ def dot_product_attention(
     return_residual: Literal[True],
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -83,6 +87,7 @@ def dot_product_attention(
     return_residual=False,
     query_offset=None,
     deterministic=None,
+    sequence_parallel="auto",
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -114,6 +119,9 @@ def dot_product_attention(
       deterministic: whether the gradients have equal bits each time; default: whether XLA_FLAGS
         has --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward
         pass always has.
+      sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
+        explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
+        picks one of the first two, "error" raises. With a bias or mask only "auto", which gathers.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual (out, lse), where lse
@@ -141,6 +149,57 @@ def dot_product_attention(
 
     Source: FlashAttention-3, arXiv:2407.08608.
     """
+    options, *operands = prepare(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        query_offset=query_offset,
+        deterministic=deterministic,
+        sequence_parallel=sequence_parallel,
+    )
+    results = _run(options, bool(return_residual), *operands)
+    return results if return_residual else results[0]
+
+
+class Call(NamedTuple):
+    """A checked call: its static choices and its arrays, as the layers below take them."""
+
+    options: AttentionOptions
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    index: Index
+    dense: Dense
+
+
+def prepare(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale,
+    is_causal,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    local_window_size,
+    implementation,
+    return_residual,
+    query_offset,
+    deterministic,
+    sequence_parallel="auto",
+) -> Call:
+    """Checks the arguments of `dot_product_attention` and makes the static choices."""
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
     query, key, value, bias, mask = (validate.as_array(*item) for item in arrays.items())
     query_lengths = validate.as_array("query_seq_lengths", query_seq_lengths)
@@ -160,6 +219,7 @@ def dot_product_attention(
         return_residual=return_residual,
         query_offset=query_offset,
         deterministic=deterministic,
+        sequence_parallel=sequence_parallel,
     )
     scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
     window = resolve_window(local_window_size, is_causal)
@@ -175,12 +235,12 @@ def dot_product_attention(
         has_key_lengths=key_lengths is not None,
         has_query_offset=has_offset_array,
         route=_route(implementation, query, key, value, bias, mask, window, deterministic),
+        sequence_parallel=sequence_parallel,
     )
     if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
         query = query * np.sign(scale).astype(query.dtype)
     index = Index(query_lengths, key_lengths, query_offset if has_offset_array else None)
-    results = _run(options, bool(return_residual), query, key, value, index, Dense(bias, mask))
-    return results if return_residual else results[0]
+    return Call(options, query, key, value, index, Dense(bias, mask))
 
 
 def _route(implementation, query, key, value, bias, mask, window, deterministic) -> Route:
@@ -203,14 +263,28 @@ def _route(implementation, query, key, value, bias, mask, window, deterministic)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(options, return_lse, query, key, value, index: Index, dense: Dense):
+def _run(options, return_lse, *operands):
     """attend() in the layout that users see, compiled once when called outside of jax.jit."""
+    return in_public_layout(functools.partial(attend, options, return_lse), *operands)
+
+
+def in_public_layout(
+    core: Callable[..., tuple[jax.Array, ...]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, ...]:
+    """core(query, key, value, index, dense), (out,) or (out, lse), with or without a batch
+    dimension, index arrays of any rank, and an lse whose heads come last.
+    """
     unbatched = query.ndim == 3
     if unbatched:
         query, key, value = query[None], key[None], value[None]
     batch = query.shape[0]
     index = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), index)
     dense = jax.tree.map(lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape), dense)
-    out, *lse = attend(options, return_lse, query, key, value, index, dense)
+    out, *lse = core(query, key, value, index, dense)
     results = (out, *(jnp.moveaxis(x, 1, 2) for x in lse))
     return tuple(x[0] for x in results) if unbatched else results

@@ -96,7 +96,7 @@ def _wants_kernel(options: AttentionOptions, query: jax.Array, key: jax.Array) -
 
 def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) -> Callable:
     """`kernel` on CUDA, `portable` elsewhere, with a rule for mapped axes."""
-    kernel = _first_order_only(kernel)
+    kernel = first_order_only(kernel)
 
     @custom_vmap
     def operation(*operands):
@@ -120,23 +120,25 @@ def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) 
     return operation
 
 
-def _first_order_only(kernel: Callable) -> Callable:
-    """`kernel` with an error of our own where it is differentiated beyond its gradient."""
-    kernel = jax.custom_jvp(kernel)
+def first_order_only(operation: Callable) -> Callable:
+    """`operation` with an error of our own where it is differentiated beyond its gradient."""
+    operation = jax.custom_jvp(operation)
 
-    @kernel.defjvp
+    @operation.defjvp
     def refuse(primals, tangents):
         raise NotImplementedError(
             "dot_product_attention: the kernels have first derivatives in reverse mode only; pass "
             "implementation='xla' for derivatives of the gradient"
         )
 
-    return kernel
+    return operation
 
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:
     """A result's type, varying over the same manual mesh axes as `like`."""
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
+    like = jax.typeof(like)
+    sharding = like.sharding.update(spec=(None,) * len(shape))
+    return like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding)
 
 
 def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Array) -> int:

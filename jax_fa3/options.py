@@ -20,6 +20,9 @@ MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
 # "auto": the kernels where the program is lowered for CUDA, XLA elsewhere.
 Route = Literal["auto", "fa3", "xla"]
 
+# For a sequence that arrives split over a mesh axis: one of context.py's three, or a choice of it.
+SequenceParallel = Literal["auto", "allgather", "ring", "ulysses", "error"]
+
 
 class Index(NamedTuple):
     """Per-sequence runtime values, int32 [batch]; None where absent."""
@@ -53,7 +56,9 @@ class AttentionOptions:
     has_query_lengths: bool = False
     has_key_lengths: bool = False
     has_query_offset: bool = False
-    route: Route = "auto"  # not part of the kernels' options
+    # Not part of the kernels' options:
+    route: Route = "auto"
+    sequence_parallel: SequenceParallel = "auto"
 
     def to_ffi(self, *, has_dlse: bool = False) -> dict[str, object]:
         """The dictionary attribute of both custom calls, in the exact widths C++ decodes."""

@@ -1,99 +1,452 @@
-"""How one call meets a mesh.
+"""How one call meets a mesh: the operations of calls.py and context.py on each device's part.
 
-Inside jax.shard_map and pmap (manual axes) the call is already local: the operands are made to
-vary over the same axes, so that JAX inserts the sums of replicated operands' gradients. Explicit
-axes are wrapped in jax.shard_map here, over batch and whole key/value heads; everything else is
-gathered. Under automatic axes the call goes straight through.
+Both operations, forward and backward, go the same way, each by itself: which mesh axes split which
+dimension is settled once (`_Split`), and then carried out
+
+    explicit axes     by jax.shard_map over them
+    automatic axes    by custom_partitioning, once XLA's partitioner has settled all shardings
+    manual axes       by nobody: inside jax.shard_map and pmap the call is already local
+
+and on a mixed mesh in that order, one inside the other. Batch and heads are split without
+communication. A sequence that arrives split is left so; context.py exchanges what is needed.
+
+Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
+d head_dim, e head_dim of value; capitals are mapped axes (jax.vmap), which lead; a dot is a
+dimension of extent 1 that broadcasts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+import string
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding
 
-from jax_fa3.options import Dense, Index
+from jax_fa3 import calls, context
+from jax_fa3.context.layout import vary_together
+from jax_fa3.options import AttentionOptions, Dense, Index
 
 Axes = tuple[str, ...]
+Results = tuple[jax.Array, ...]
+
+QUERY, KEY, VALUE, OUT, LSE, INDEX, SCORES = "bshd", "btkd", "btke", "bshe", "bhs", "b", "bhst"
 
 
-def distribute(
-    core: Callable[..., tuple[jax.Array, ...]],
+def forward(
+    options: AttentionOptions,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     index: Index,
     dense: Dense,
-    *,
-    num_results: int,
-) -> tuple[jax.Array, ...]:
-    """core(query, key, value, index, dense), a prefix of (out, lse), on each device's part.
+) -> tuple[jax.Array, jax.Array]:
+    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
+    operands, tree = jax.tree.flatten((query, key, value, index, dense))
 
-    Batch and heads lead out [batch, seq, heads, ...] and lse [batch, heads, seq].
+    def local(sequence, *operands):
+        *arrays, dense = tree.unflatten(operands)
+        if sequence:
+            return context.forward(
+                _strategy(options, sequence, *arrays[:3]), sequence, options, *arrays
+            )
+        return calls.forward(options, *arrays, dense)
+
+    dims = (QUERY, KEY, VALUE, *_dims_of(index), *_dims_of(dense))
+    operation = _Operation(options, local, dims, (OUT, LSE), bool(_dims_of(dense)))
+    return _distribute(operation, operands)
+
+
+def backward(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    index: Index,
+    dense: Dense,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of query, key, value and, where there is one, of the bias, typed as these are."""
+    operands, tree = jax.tree.flatten((query, key, value, out, lse, dout, dlse, index, dense))
+    differentiable = [x for x in (query, key, value, dense.bias) if x is not None]
+
+    def local(sequence, *operands):
+        *arrays, dense = tree.unflatten(operands)
+        if sequence:
+            return context.backward(
+                _strategy(options, sequence, *arrays[:3]), sequence, options, *arrays
+            )
+        return calls.backward(options, *arrays, dense)[: len(differentiable)]
+
+    cotangents = (OUT,) if dlse is None else (OUT, LSE)
+    dims = (QUERY, KEY, VALUE, OUT, LSE, *cotangents, *_dims_of(index), *_dims_of(dense))
+    results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
+    operation = _Operation(options, local, dims, results, bool(_dims_of(dense)))
+    gradients = _distribute(operation, operands)
+    return (*map(_typed_like, gradients, differentiable), None)[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A forward or backward operation, with the dimensions of its operands and results.
+
+    local(sequence, *operands) is what one device does; `sequence` has the bound mesh axes over
+    which query and key rows are split, none where it has all of them.
     """
-    operands = (query, key, value, index, dense)
-    mesh = jax.typeof(query).sharding.mesh
-    explicit = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
+
+    options: AttentionOptions
+    local: Callable[..., Results]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    has_dense: bool
+
+    def mapped(self) -> _Operation:
+        """The operation with one more leading axis."""
+        letter = string.ascii_uppercase[len(self.operands[0]) - len(QUERY)]
+
+        def local(sequence, *operands):
+            return jax.vmap(functools.partial(self.local, sequence))(*operands)
+
+        return dataclasses.replace(
+            self,
+            local=local,
+            operands=tuple(letter + dims for dims in self.operands),
+            results=tuple(letter + dims for dims in self.results),
+        )
+
+    def extents(self, operands: Sequence[jax.Array]) -> dict[str, int]:
+        """The extent of each dimension."""
+        pairs = zip(self.operands, operands, strict=True)
+        return {letter: n for dims, x in pairs for letter, n in zip(dims, x.shape, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Which mesh axes split each dimension of a call; dimensions left out are whole."""
+
+    mesh: Mapping[str, int]  # axis name -> size
+    extents: Mapping[str, int]  # dimension -> extent before the split
+    axes: dict[str, Axes] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def settle(
+        cls,
+        operation: _Operation,
+        mesh: Mapping[str, int],
+        extents: Mapping[str, int],
+        offers: Sequence[tuple[str, tuple[Axes, ...]]],
+        *,
+        communicates: bool = True,
+    ) -> _Split:
+        """The split that `offers` ask for: the dimensions of some arrays, and the axes of each.
+
+        A dimension is split as finely as any array has it; arrays that were split less follow
+        without communication. Batch goes before heads, and heads before the sequence, where they
+        ask for the same axis. Without `communicates`, nothing is split that needs a collective.
+        """
+        split = cls(mesh, extents)
+        for letter in operation.operands[0][:-3]:
+            split.axes[letter] = split._finest(letter, letter, offers)
+        split.axes["h"] = split._finest("h", "hk", offers)
+        split.axes["k"] = split._dividing("k", split.axes["h"])
+        if not communicates:
+            split.axes["h"] = split.axes["k"]
+        sequence = split._finest("s", "s", offers)
+        if sequence and _keeps_sequence_split(operation, split, sequence, communicates):
+            split.axes["s"] = split.axes["t"] = sequence
+        return split
+
+    def spec(self, dims: str) -> PartitionSpec:
+        return PartitionSpec(*(self.axes.get(letter) or None for letter in dims))
+
+    def on_shard(self, operation: _Operation) -> Callable[..., Results]:
+        """The operation on one device's part of every operand."""
+
+        def body(*operands):
+            operands = map(self._select_heads, operands, operation.operands)
+            results = operation.local(self.axes.get("s", ()), *operands)
+            return tuple(map(self._sum, results, operation.results))
+
+        return body
+
+    def parts(self, axes: Axes) -> int:
+        return math.prod(self.mesh[name] for name in axes)
+
+    def _finest(self, letter: str, askers: str, offers) -> Axes:
+        """Of the axes that `offers` have for the dimensions `askers`, those with most parts."""
+        used = {name for axes in self.axes.values() for name in axes}
+        asked = [
+            self._dividing(letter, tuple(name for name in axes if name not in used))
+            for dims, dims_axes in offers
+            for dim, axes in zip(dims, dims_axes, strict=True)
+            if dim in askers
+        ]
+        return max(asked, key=self.parts)
+
+    def _dividing(self, letter: str, axes: Axes) -> Axes:
+        """The first of `axes`, as many as divide the dimension evenly."""
+        while self.extents[letter] % self.parts(axes):
+            axes = axes[:-1]
+        return axes
+
+    def _key_heads(self) -> jax.Array:
+        """Which of its key/value heads this device's query heads need, in order.
+
+        Where query heads are split further than key/value heads, a device has query heads of one
+        group, or the end of one group and the start of the next. The longest runs of query heads
+        that share a key/value head on every device become the groups of the local call.
+        """
+        local_heads = self.extents["h"] // self.parts(self.axes["h"])
+        group = self.extents["h"] // self.extents["k"]
+        run = math.gcd(local_heads, group)
+        first = lax.axis_index(self.axes["h"]) * local_heads
+        heads = (first + run * jnp.arange(local_heads // run)) // group
+        if self.axes["k"]:
+            heads -= lax.axis_index(self.axes["k"]) * self._local_key_heads()
+        return heads
+
+    def _local_key_heads(self) -> int:
+        return self.extents["k"] // self.parts(self.axes["k"])
+
+    def _select_heads(self, x: jax.Array, dims: str) -> jax.Array:
+        if "k" not in dims or self.axes["h"] == self.axes["k"]:
+            return x
+        return jnp.take(x, self._key_heads(), axis=-2, mode="clip")
+
+    def _sum(self, x: jax.Array, dims: str) -> jax.Array:
+        """`x`, a share of the result on each device that has no part of it to itself, summed in
+        float32; the heads that `_select_heads` took are put back where they were.
+        """
+        own = {name for letter in dims for name in self.axes.get(letter, ())}
+        shared = {name for axes in self.axes.values() for name in axes} - own
+        if not shared:
+            return x
+        total = x.astype(jnp.float32)
+        if "k" in dims:
+            heads = jnp.zeros((*x.shape[:-2], self._local_key_heads(), x.shape[-1]), jnp.float32)
+            total = heads.at[..., self._key_heads(), :].add(total)
+        return lax.psum(total, tuple(name for name in self.mesh if name in shared)).astype(x.dtype)
+
+
+def _keeps_sequence_split(
+    operation: _Operation, split: _Split, sequence: Axes, communicates: bool
+) -> bool:
+    """Whether rows that arrive split stay so; where not, they are gathered."""
+    wish = operation.options.sequence_parallel
+    over = f"query arrives with its sequence split over mesh axis {', '.join(map(repr, sequence))}"
+    if wish == "error":
+        raise ValueError(
+            f"{over}, and sequence_parallel is 'error'; expected whole sequences: split batch or "
+            "heads instead, or pass sequence_parallel='auto'"
+        )
+    obstacle = None
+    if split.extents["t"] % split.parts(sequence):
+        obstacle = (
+            f"key has seq = {split.extents['t']}, which is not a multiple of its "
+            f"{split.parts(sequence)} devices"
+        )
+    elif not communicates:
+        obstacle = (
+            "the call stands in a jax.shard_map that leaves this axis automatic; make it manual "
+            "there and use the functions of docs/context_parallel.md"
+        )
+    elif operation.has_dense:
+        obstacle = "a bias or mask needs whole sequences"
+    if obstacle and wish != "auto":
+        raise ValueError(f"{over}, and sequence_parallel is {wish!r}, but {obstacle}")
+    return obstacle is None
+
+
+def _strategy(
+    options: AttentionOptions, sequence: Axes, query: jax.Array, key: jax.Array, value: jax.Array
+) -> context.Strategy:
+    if options.sequence_parallel == "auto":
+        return context.choose(options, query, key, value, lax.axis_size(sequence))
+    return options.sequence_parallel
+
+
+def _distribute(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
+    """The operation on operands that are sharded in any way."""
+    explicit = _axes_of(_mesh(operands), AxisType.Explicit)
+    options = operation.options
+    if options.route == "xla" and options.sequence_parallel == "auto":
+        # Ordinary XLA code, which XLA partitions, with derivatives of any order.
+        return _over_explicit(operation, operands) if explicit else operation.local((), *operands)
+
+    @custom_vmap
+    def call(*operands):
+        return (_over_explicit if explicit else _over_automatic)(operation, operands)
+
+    @call.def_vmap
+    def lead(size, mapped, *operands):
+        """A mapped axis becomes a dimension of its own, which is split like any other."""
+        operands = [
+            x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+            for x, is_mapped in zip(operands, mapped, strict=True)
+        ]
+        return _distribute(operation.mapped(), operands), (True,) * len(operation.results)
+
+    return calls.first_order_only(call)(*operands)
+
+
+def _over_explicit(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
+    """jax.shard_map over the explicit axes; automatic ones are met inside of it."""
+    mesh = _mesh(operands)
+    offers = [
+        (dims, _axes_by_dimension(jax.typeof(x).sharding, x.ndim))
+        for dims, x in zip(operation.operands, operands, strict=True)
     ]
-    if not explicit:
-        return core(*_align(operands))
+    split = _Split.settle(operation, mesh.shape, operation.extents(operands), offers)
+    specs = tuple(map(split.spec, operation.operands))
+    operands = [
+        jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        for x, spec in zip(operands, specs, strict=True)
+    ]
 
-    batch, heads = _split(mesh, query, key, value)
-    heads_third = PartitionSpec(batch, None, heads, None)
+    def local(sequence, *operands):
+        if sequence or operation.options.route == "xla":
+            return operation.local(sequence, *operands)
+        return _over_automatic(operation, operands)
 
-    def dense_spec(x):
-        return PartitionSpec(batch if x.shape[0] > 1 else None, heads if x.shape[1] > 1 else None)
-
-    specs = (
-        *(heads_third for _ in range(3)),
-        jax.tree.map(lambda x: PartitionSpec(batch), index),
-        jax.tree.map(dense_spec, dense),
-    )
-    operands = jax.tree.map(
-        lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), operands, specs
-    )
+    on_shard = split.on_shard(dataclasses.replace(operation, local=local))
+    # No names stand for all of them but those that jax.vmap maps over, which only JAX knows.
+    mixed = _axes_of(mesh, AxisType.Auto)
     return jax.shard_map(
-        lambda *local: core(*_align(local)),
+        lambda *operands: on_shard(*vary_together(operands)),
         mesh=mesh,
         in_specs=specs,
-        out_specs=(heads_third, PartitionSpec(batch, heads))[:num_results],
-        axis_names=set(explicit),
+        out_specs=tuple(map(split.spec, operation.results)),
+        axis_names=set(_axes_of(mesh, AxisType.Explicit) if mixed else ()),
     )(*operands)
 
 
-def _align(operands: Any) -> Any:
-    """The operands, all varying over the union of their varying manual axes."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
-    union = frozenset().union(*varying)
+def _over_automatic(operation: _Operation, operands: Sequence[jax.Array]) -> Results:
+    """custom_partitioning over the automatic axes; on one device it is the operation itself.
 
-    def cast(x):
-        missing = tuple(sorted(union - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, operands)
-
-
-def _split(mesh, query: jax.Array, *key_value: jax.Array) -> tuple[Axes | None, Axes | None]:
-    """Mesh axes over which the batch and the heads are split: the first operand's that has any.
-
-    Heads are split only where every device gets whole key/value heads with their query heads.
+    In a jax.shard_map that leaves some axes automatic, the partitioner numbers the devices of
+    those axes alone and tells in how many parts, not over which axes, a dimension is split. There
+    a collective would address the wrong devices.
     """
-    specs = [jax.typeof(x).sharding.spec for x in (query, *key_value)]
-    batch = next((_axes(spec[0]) for spec in specs if spec[0] is not None), ())
-    for spec in specs:
-        heads = tuple(name for name in _axes(spec[2]) if name not in batch)
-        parts = math.prod(mesh.shape[name] for name in heads)
-        if heads and key_value[0].shape[2] % parts == 0:
-            return batch or None, heads
-    return batch or None, None
+    outside = jax.sharding.get_abstract_mesh()
+    automatic = {name: outside.shape[name] for name in _axes_of(outside, AxisType.Auto)}
+    in_shard_map = AxisType.Manual in outside.axis_types
+    if in_shard_map and not automatic:
+        return operation.local((), *operands)
+    extents = operation.extents(operands)
+
+    def settle(mesh, arrays):
+        mesh = AbstractMesh(tuple(automatic.values()), tuple(automatic)) if mesh.empty else mesh
+        dims = operation.operands + operation.results
+        offers = [
+            (dims, _decode(x.sharding, x.shape, mesh.shape))
+            for dims, x in zip(dims, arrays, strict=False)
+        ]
+        split = _Split.settle(operation, mesh.shape, extents, offers, communicates=not in_shard_map)
+
+        def shardings(arrays):
+            return tuple(NamedSharding(mesh, split.spec(dims)) for dims in arrays)
+
+        return split, shardings(operation.operands), shardings(operation.results)
+
+    def partition(mesh, operands, results):
+        split, operand_shardings, result_shardings = settle(mesh, (*operands, *results))
+
+        def on_shard(*operands):
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # whatever it is outside
+                return split.on_shard(operation)(*operands)
+
+        return mesh, on_shard, result_shardings, operand_shardings
+
+    def infer_sharding_from_operands(mesh, operands, results):
+        return settle(mesh, operands)[2]
+
+    call = custom_partitioning(functools.partial(operation.local, ()))
+    call.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer_sharding_from_operands,  # for GSPMD
+        sharding_rule=_sharding_rule(operation, extents),  # for Shardy
+    )
+    return call(*operands)
 
 
-def _axes(entry: str | Axes | None) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def _sharding_rule(operation: _Operation, extents: Mapping[str, int]) -> str:
+    """Dimensions with the same letter are sharded alike.
+
+    Query and key/value heads are dimensions of their own, unless they are equal in number: a mesh
+    axis may divide the ones and not the others, which is for `_Split` to settle.
+    """
+    letters = str.maketrans("k", "h") if extents["h"] == extents["k"] else {}
+
+    def side(arrays):
+        return ", ".join(" ".join(dims.translate(letters)) for dims in arrays)
+
+    return f"{side(operation.operands)} -> {side(operation.results)}"
+
+
+def _decode(
+    sharding: Sharding, shape: tuple[int, ...], mesh: Mapping[str, int]
+) -> tuple[Axes, ...]:
+    """The mesh axes of each dimension, from what the partitioner hands to a callback.
+
+    Where that has numbers of parts only, the first free axes that make them; taking one axis for
+    another of its size moves data, and is right all the same.
+    """
+    if isinstance(sharding, NamedSharding):
+        return _axes_by_dimension(sharding, len(shape))
+    free = tuple(mesh)
+    found = []
+    for whole, part in zip(shape, sharding.shard_shape(shape), strict=True):
+        parts = whole // part if part else 1
+        runs = (free[i:j] for i in range(len(free)) for j in range(i + 1, len(free) + 1))
+        axes = next((run for run in runs if math.prod(map(mesh.get, run)) == parts > 1), ())
+        free = tuple(name for name in free if name not in axes)
+        found.append(axes)
+    return tuple(found)
+
+
+def _axes_by_dimension(sharding: NamedSharding, ndim: int) -> tuple[Axes, ...]:
+    entries = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    return tuple(
+        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for entry in entries
+    )
+
+
+def _mesh(operands: Sequence[jax.Array]) -> AbstractMesh:
+    """The mesh in the operands' types."""
+    meshes = [jax.typeof(x).sharding.mesh for x in operands]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def _axes_of(mesh: AbstractMesh, kind: AxisType) -> Axes:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, its_kind in kinds if its_kind == kind)
+
+
+def _dims_of(optional: Index | Dense) -> tuple[str, ...]:
+    """The dimensions of those arrays that are present."""
+    present = [x for x in optional if x is not None]
+    if isinstance(optional, Index):
+        return (INDEX,) * len(present)
+    return tuple(
+        "".join(letter if n > 1 else "." for letter, n in zip(SCORES, x.shape, strict=True))
+        for x in present
+    )
+
+
+def _typed_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:
+    """The gradient with its operand's explicit sharding, as jax.custom_vjp demands."""
+    sharding = jax.typeof(operand).sharding
+    if not _axes_of(sharding.mesh, AxisType.Explicit):
+        return gradient
+    return jax.sharding.reshard(gradient, sharding)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import validate
-from jax_fa3.options import resolve_deterministic, resolve_window
+from jax_fa3.options import SequenceParallel, resolve_deterministic, resolve_window
 
 try:
     from jax_fa3 import _C
@@ -50,6 +50,7 @@ def is_supported(
     return_residual: bool = False,
     query_offset: Any = None,
     deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -80,6 +81,7 @@ def is_supported(
         return_residual=return_residual,
         query_offset=query_offset,
         deterministic=deterministic,
+        sequence_parallel=sequence_parallel,
     )
     window = resolve_window(local_window_size, is_causal)
     return (

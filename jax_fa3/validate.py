@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import numbers
 import operator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.options import MAX_SEQLEN
+from jax_fa3.options import MAX_SEQLEN, SequenceParallel
 
 DTYPES = ("bfloat16", "float16", "float32")
 IMPLEMENTATIONS = (None, "fa3", "xla")
+SEQUENCE_PARALLEL = get_args(SequenceParallel)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -38,6 +39,7 @@ def check_call(
     return_residual: Any = False,
     query_offset: Any = None,
     deterministic: Any = None,
+    sequence_parallel: Any = "auto",
 ) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
     check_heads(query, key, value)
@@ -55,11 +57,13 @@ def check_call(
     check_index("key_value_seq_lengths", key_value_seq_lengths, batch, scalar=unbatched)
     check_offset(query_offset, batch)
     check_window(local_window_size)
-    if not (implementation is None or isinstance(implementation, str)) or (
-        implementation not in IMPLEMENTATIONS
-    ):
-        got = _describe(implementation)
-        raise ValueError(f"implementation is {got}; expected one of {IMPLEMENTATIONS}")
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    check_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLEL)
+    if sequence_parallel != "auto" and not (bias is None and mask is None):
+        raise ValueError(
+            f"sequence_parallel is {sequence_parallel!r}; expected 'auto' with a bias or mask, "
+            "which need whole sequences"
+        )
 
 
 def as_array(name: str, x: Any) -> Any:
@@ -105,6 +109,7 @@ def check_heads(query: Any, key: Any, value: Any) -> None:
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"query has {query.shape[-2]} heads; expected a multiple of key's {key.shape[-2]} heads"
+            + _manual_axes_hint()
         )
 
 
@@ -141,6 +146,12 @@ def check_flag(name: str, x: Any) -> None:
     """A Python bool."""
     if not isinstance(x, (bool, np.bool_)):
         raise TypeError(f"{name} is {_describe(x)}; expected a Python bool")
+
+
+def check_choice(name: str, x: Any, choices: tuple[str | None, ...]) -> None:
+    """One of `choices`."""
+    if not (x is None or isinstance(x, str)) or x not in choices:
+        raise ValueError(f"{name} is {_describe(x)}; expected one of {choices}")
 
 
 def check_index(name: str, x: Any, batch: int, *, scalar: bool) -> None:
@@ -196,6 +207,20 @@ def _check_equal(what: str, axis: int, **pair: Any) -> None:
             f"{name} has {what} = {x.shape[axis]}, shape {_shape(x)}; expected {y.shape[axis]} "
             f"like {other}, shape {_shape(y)}"
         )
+
+
+def _manual_axes_hint() -> str:
+    """What may be wrong with heads inside jax.shard_map, where they are those of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = [repr(name) for name, kind in kinds if kind == jax.sharding.AxisType.Manual]
+    if not manual:
+        return ""
+    return (
+        f" (these are one device's, inside jax.shard_map over {', '.join(manual)}: where query "
+        "heads are split over a mesh axis and key heads are not, take each device's own heads of "
+        "key and value, as docs/sharding.md shows)"
+    )
 
 
 def _one_of(names: tuple[str, ...]) -> str:

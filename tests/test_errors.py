@@ -144,6 +144,13 @@ VALUES = [
     (dict(return_residual=1), TypeError, ["return_residual", "1", "bool"]),
     (dict(deterministic="no"), TypeError, ["deterministic", "'no'", "bool"]),
     (dict(deterministic=0), TypeError, ["deterministic", "0", "bool"]),
+    (dict(sequence_parallel="rings"), ValueError, ["sequence_parallel", "'rings'", "'ring'"]),
+    (dict(sequence_parallel=None), ValueError, ["sequence_parallel", "None", "'auto'"]),
+    (
+        dict(sequence_parallel="ring", mask=np.ones((1, 1, 1, 1), bool)),
+        ValueError,
+        ["sequence_parallel", "'ring'", "mask", "'auto'"],
+    ),
     (dict(local_window_size=-1), ValueError, ["local_window_size", "-1", "at least 0"]),
     (dict(local_window_size=(-1, 0)), ValueError, ["local_window_size", "(-1, 0)", "at least 0"]),
     (dict(local_window_size=(0, -3)), ValueError, ["local_window_size", "(0, -3)", "at least 0"]),

@@ -16,10 +16,12 @@ SRC = ROOT / "src"
 # Each line may import from the lines below it.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["adapters", "doctor"],
+    ["adapters", "context_parallel", "doctor"],
     ["api"],
     ["vjp"],
-    ["sharding", "calls"],  # independent of each other
+    ["sharding"],
+    ["context"],
+    ["calls"],
     ["support", "xla", "reference"],
     ["validate"],
     ["options"],
