@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # Each line may import from the lines below it.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["adapters", "doctor"],
+    ["flax", "doctor"],
     ["api"],
     ["vjp"],
     ["sharding", "calls"],  # independent of each other
