@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decoder import Attention
 from tqdm import tqdm
+
+import jax_fa3
+from decoder import Attention
 from training import (
     OUTPUT,
     Setup,
@@ -34,8 +36,6 @@ from training import (
     plot_losses,
     read_text,
 )
-
-import jax_fa3
 
 
 @dataclass(frozen=True)

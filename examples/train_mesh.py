@@ -26,6 +26,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
+
+import jax_fa3
 from training import (
     OUTPUT,
     Setup,
@@ -37,8 +39,6 @@ from training import (
     plot_losses,
     read_text,
 )
-
-import jax_fa3
 
 AXES = ("data", "tensor", "context")
 WIDTH = ("data", "context")  # the axes that split a parameter along the model's width

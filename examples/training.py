@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decoder import Attention, Config, Decoder
 from flax import nnx
+
+from decoder import Attention, Config, Decoder
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
