@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+import jax_fa3
 import tolerance
+from decoder import Config
 from jax_fa3.flax import attention_fn, make_attention_fn
+from training import build
 from transforms import assert_near
 
 HEADS, WIDTH, SEQLEN = 4, 32, 21
@@ -270,6 +273,19 @@ def test_direct_options_reach_the_kernels():
     assert kernels(padding, x, mask=prefix) == 1
     assert kernels(padding, one_row, mask=prefix) == 1
     assert kernels(attention_fn, x, mask=prefix) == 0
+
+
+@pytest.mark.parametrize(("names", "times"), [(["context"], 1), (["other"], 2)])
+def test_remat_keeps_attention_by_its_name(names, times):
+    """In the examples' model: what is saved by name is not run again in the backward pass."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    config = Config(20, 3, 32, 4, 2, 16, jnp.bfloat16, remat=policy)
+    loss, initialise = build(config, jax_fa3.dot_product_attention)
+    tokens = jax.ShapeDtypeStruct((2, 17), "int32")
+    traced = jax.jit(jax.grad(loss)).trace(jax.eval_shape(initialise), tokens)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_fa3_forward(") == 3 * times
+    assert text.count("@jax_fa3_backward(") == 3
 
 
 @pytest.mark.parametrize("flavour", FLAX)
