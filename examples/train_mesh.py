@@ -126,8 +126,8 @@ class Checkpoints:
             self.manager.delete(step)
 
     def save(self, state, losses: list[float]) -> None:
-        """Writes in the background; the arrays are copied before this returns."""
-        items = dict(state=ocp.args.StandardSave(state), losses=ocp.args.JsonSave(losses))
+        """Writes in the background; arrays and losses are copied before this returns."""
+        items = dict(state=ocp.args.StandardSave(state), losses=ocp.args.JsonSave(list(losses)))
         self.manager.save(len(losses), args=ocp.args.Composite(**items))
 
     def restore(self, like):

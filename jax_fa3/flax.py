@@ -25,7 +25,7 @@ from jax_fa3.api import dot_product_attention
 # Keywords of Flax that must be None, and why.
 REFUSED = {
     "module": "the weights of attention are never in memory, so none can be sown",
-    "precision": "products are exact in the input's type and accumulate in float32",
+    "precision": "products are of the inputs' type and add up in float32",
     "einsum_dot_general": "the products are the kernels' own",
     "qk_attn_weights_einsum": "the products are the kernels' own",
     "attn_weights_value_einsum": "the products are the kernels' own",
