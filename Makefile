@@ -2,11 +2,13 @@
 #
 #   make setup        the virtual environment, and the package built in place
 #   make demo         train a small Flax Transformer, compare with jax.nn
+#   make demo-mesh    the same model on a mesh: eight simulated devices, or this machine's GPUs
 #   make test         the test suite; needs no GPU
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-mesh   scaling over the GPUs of this machine
+#   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
 #   make lint, make format, make clean
 #
@@ -43,12 +45,18 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo test kernels gpu-test bench bench-quick bench-mesh inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test bench bench-quick bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
 demo: inplace
 	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
+
+# Interrupted and taken up again; the flag does nothing to GPUs.
+demo-mesh: export XLA_FLAGS += --xla_force_host_platform_device_count=8
+demo-mesh: inplace
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 60
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 100 --resume
 
 test: inplace
 	$(PYTHON) -m pytest $(or $(PYTEST_ARGS),-q -n 2)
@@ -71,6 +79,9 @@ bench-quick: gpu-module
 
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh
+
+bench-train: gpu-module
+	$(GPU_PYTHON) -m benchmarks.train_step
 
 # ---- building
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.render                         # benchmarks/results/attention.json
 python -m benchmarks.render FILE.json --output FOLDER
-python -m benchmarks.render --readme                # also fills in the table of README.md
+python -m benchmarks.render --readme                # also fills in the tables of README.md
 """
 
 import argparse
@@ -14,11 +14,11 @@ from pathlib import Path
 from benchmarks.environment import RESULTS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
 MODES = ("forward", "backward")
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense, by data sheet
 
 
 def mask_name(causal: bool) -> str:
@@ -158,6 +158,12 @@ def plot(results: Results, mode: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def measured_on(environment: dict[str, str]) -> str:
+    facts = [environment["device"], f"driver {environment['driver']}"]
+    facts += [f"jax {environment['jax']}", f"commit {environment['commit']}", environment["date"]]
+    return ", ".join(facts)
+
+
 def readme_table(results: Results) -> str:
     """The numbers section: jax_fa3 / cuDNN per cell, with date and GPU."""
     environment, seqlens = results.data["environment"], results.values("seqlen")
@@ -172,20 +178,50 @@ def readme_table(results: Results) -> str:
                     ]
                     row.append(" / ".join(f"{x:.0f}" if x else "-" for x in speeds))
                 rows.append(row)
-    facts = [environment["device"], f"driver {environment['driver']}"]
-    facts += [f"jax {environment['jax']}", f"commit {environment['commit']}", environment["date"]]
     return (
         f"TFLOP/s by {results.clock} time, jax_fa3 / cuDNN, bf16, {results.data['tokens']} tokens, "
-        f"hidden size {results.data['hidden']}. {', '.join(facts)}.\n\n"
+        f"hidden size {results.data['hidden']}. {measured_on(environment)}.\n\n"
         + table(["pass, head_dim, mask", *map(str, seqlens)], rows)
     )
 
 
-def fill_readme(text: str) -> None:
-    """Puts text between the markers of README.md."""
-    before, rest = README.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+def train_step_table(data: dict) -> str:
+    """Of benchmarks.train_step: a row for each implementation that ran, and what was trained.
+
+    Utilisation is the model's operations, none counted twice, over the device's peak.
+    """
+    model, environment = data["model"], data["environment"]
+    ran = {x["implementation"]: x for x in data["records"] if not x["error"]}
+    peak, rows = PEAK_TFLOPS.get(environment["device"]), []
+    for name, row in ran.items():
+        seconds = row["step_ms"] / 1e3
+        tflops = model["flops"] / seconds / 1e12
+        ratio = row["step_ms"] / ran[OURS]["step_ms"] if OURS in ran else None
+        rows.append(
+            [
+                NAMES[name],
+                f"{row['step_ms']:.1f}",
+                f"{model['batch'] * model['seqlen'] / seconds:,.0f}",
+                f"{tflops / peak:.1%}" if peak else "-",
+                f"{ratio:.3f}" if ratio else "-",
+            ]
+        )
+    return (
+        f"A training step of a decoder of {model['parameters'] / 1e9:.2f}B parameters (Flax nnx, "
+        f"bf16, AdamW, remat that keeps attention): {model['layers']} layers of width "
+        f"{model['width']}, {model['query_heads']} query and {model['key_value_heads']} key/value "
+        f"heads of {model['head_dim']}, {model['batch']} x {model['seqlen']} tokens, causal. "
+        f"{measured_on(environment)}.\n\n"
+        + table(["attention", "step, ms", "tokens/s", "utilisation", "time / jax_fa3's"], rows)
+    )
+
+
+def fill_readme(name: str, text: str) -> None:
+    """Puts text between the markers `name` of README.md."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = README.read_text().split(begin)
+    after = rest.split(end)[1]
+    README.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def write(data: dict, folder: Path) -> str:
@@ -205,12 +241,15 @@ def main() -> int:
     )
     parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "attention.json")
     parser.add_argument("--output", type=Path, help="folder (default: that of the JSON file)")
-    parser.add_argument("--readme", action="store_true", help="fill in README.md's table")
+    parser.add_argument("--readme", action="store_true", help="fill in README.md's tables")
     args = parser.parse_args()
     data = json.loads(args.json.read_text())
     print(write(data, args.output or args.json.parent))
     if args.readme:
-        fill_readme(readme_table(Results(data)))
+        fill_readme("benchmarks", readme_table(Results(data)))
+        train_step = args.json.parent / "train_step.json"
+        if train_step.exists():
+            fill_readme("train-step", train_step_table(json.loads(train_step.read_text())))
     return 0
 
 

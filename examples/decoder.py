@@ -18,7 +18,10 @@ Attention = Callable[..., jax.Array]
 
 @dataclass(frozen=True)
 class Config:
-    """The model's sizes; `num_heads_q` is a multiple of `num_heads_kv`."""
+    """The model's sizes; `num_heads_q` is a multiple of `num_heads_kv`.
+
+    `remat` is one of `jax.checkpoint_policies`, or None where nothing is computed twice.
+    """
 
     vocabulary: int
     num_layers: int
@@ -27,6 +30,7 @@ class Config:
     num_heads_kv: int
     head_dim: int
     dtype: jnp.dtype
+    remat: Callable[..., bool] | None = None  # what a block keeps for its gradient; None: all
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -88,6 +92,7 @@ class Decoder(nnx.Module):
     """Tokens [batch, seqlen] to next-token logits [batch, seqlen, vocabulary] in float32."""
 
     def __init__(self, config: Config, attention: Attention, *, rngs: nnx.Rngs):
+        self.remat = config.remat
         self.embed = nnx.Embed(config.vocabulary, config.width, dtype=config.dtype, rngs=rngs)
         self.blocks = nnx.List(
             [Block(config, attention, rngs=rngs) for _ in range(config.num_layers)]
@@ -96,7 +101,10 @@ class Decoder(nnx.Module):
         self.head = nnx.Linear(config.width, config.vocabulary, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        apply = Block.__call__
+        if self.remat is not None:
+            apply = nnx.remat(apply, policy=self.remat)
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = apply(block, x)
         return self.head(self.norm(x)).astype(jnp.float32)

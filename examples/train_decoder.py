@@ -21,24 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decoder import Attention, Config, Decoder
-from flax import nnx
 from tqdm import tqdm
 
 import jax_fa3
-
-HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What depends on the hardware."""
-
-    config: Config
-    batch: int
-    seqlen: int
-    steps: int
-    learning_rate: float
+from decoder import Attention
+from training import (
+    OUTPUT,
+    Setup,
+    build,
+    choose_setup,
+    describe,
+    draw_batch,
+    make_step,
+    plot_losses,
+    read_text,
+)
 
 
 @dataclass(frozen=True)
@@ -51,54 +48,10 @@ class Measured:
     step_ms: float
 
 
-def choose_setup(vocabulary: int) -> Setup:
-    """A model that trains in a minute or two: on two CPU cores, or on a GPU."""
-    if jax.default_backend() == "gpu":
-        config = Config(vocabulary, 6, 768, 6, 2, 128, jnp.bfloat16)
-        return Setup(config, batch=8, seqlen=2048, steps=200, learning_rate=6e-4)
-    config = Config(vocabulary, 2, 128, 4, 2, 32, jnp.float32)
-    return Setup(config, batch=8, seqlen=256, steps=200, learning_rate=3e-3)
-
-
-def read_text() -> tuple[np.ndarray, int]:
-    """The text as character indices, and how many different characters it has."""
-    text = "".join(path.read_text() for path in sorted((HERE / "data").glob("*.txt")))
-    alphabet, tokens = np.unique(list(text), return_inverse=True)
-    return tokens.astype(np.int32), len(alphabet)
-
-
-def draw_batch(rng: np.random.Generator, tokens: np.ndarray, setup: Setup) -> jax.Array:
-    """Random windows of the text: int32 [batch, seqlen + 1], inputs and targets in one."""
-    starts = rng.integers(0, len(tokens) - setup.seqlen, setup.batch)
-    return jnp.asarray(tokens[starts[:, None] + np.arange(setup.seqlen + 1)])
-
-
-def build(config: Config, attention: Attention):
-    """The model as a pure loss(parameters, tokens), and freshly drawn parameters."""
-    graph, parameters = nnx.split(Decoder(config, attention, rngs=nnx.Rngs(0)))
-
-    def loss(parameters, tokens):
-        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    return loss, parameters
-
-
-def make_step(loss, optimizer: optax.GradientTransformation):
-    """One AdamW step; the state's buffers are reused from step to step."""
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(parameters, state, tokens):
-        value, gradients = jax.value_and_grad(loss)(parameters, tokens)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, value
-
-    return step
-
-
 def train(setup: Setup, tokens: np.ndarray, optimizer: optax.GradientTransformation):
     """Trains on jax_fa3; returns the parameters and the loss of every step."""
-    loss, parameters = build(setup.config, jax_fa3.dot_product_attention)
+    loss, initialise = build(setup.config, jax_fa3.dot_product_attention)
+    parameters = initialise()
     step, state = make_step(loss, optimizer), optimizer.init(parameters)
     rng, losses = np.random.default_rng(0), []
     with tqdm(range(setup.steps), desc="training", unit="step") as progress:
@@ -171,22 +124,6 @@ def print_table(rows: list[Measured]) -> None:
     )
 
 
-def plot_losses(losses: list[float], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.plot(losses, color="#2a6fbb", linewidth=1.5)
-    axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def failures(losses: list[float], rows: list[Measured]) -> list[str]:
     """What the run should have shown and did not.
 
@@ -210,18 +147,14 @@ def failures(losses: list[float], rows: list[Measured]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
-    parser.add_argument("--output", type=Path, default=HERE / "output", help="folder of the PNG")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the PNG")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
     setup = choose_setup(vocabulary)
     setup = replace(setup, steps=args.steps or setup.steps)
-    device, config = jax.devices()[0].device_kind, setup.config
-    print(
-        f"{config.num_layers} layers of width {config.width}, {config.num_heads_q} query and "
-        f"{config.num_heads_kv} key/value heads of {config.head_dim}, {config.dtype.__name__}; "
-        f"batches of {setup.batch} x {setup.seqlen} characters on {device}"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{describe(setup)} on {device}")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, setup.learning_rate, setup.steps // 10, setup.steps, 0.1 * setup.learning_rate
     )

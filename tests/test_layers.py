@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # Each line may import from the lines below it.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["adapters", "context_parallel", "doctor"],
+    ["context_parallel", "flax", "doctor"],
     ["api"],
     ["vjp"],
     ["sharding"],

@@ -1,5 +1,6 @@
 """The call under JAX's transformations, on the CPU: each gives what plain calls give."""
 
+import functools
 import itertools
 
 import jax
@@ -104,6 +105,24 @@ def test_vmap_over_heads():
 
     got = jax.vmap(single, in_axes=2, out_axes=2)(query, key, value)
     assert_near(got, dot_product_attention(query, key, value))
+
+
+def test_vmap_over_heads_within_vmap_over_sequences():
+    """As Equinox's layers map: one head of one sequence at a time, and gradients of the whole."""
+    query, key, value, *_ = operands()
+    key, value = (np.repeat(a, 2, axis=2) for a in (key, value))
+
+    def head(q, k, v):  # [seqlen, head_dim]
+        return dot_product_attention(*(a[:, None] for a in (q, k, v)), is_causal=True)[:, 0]
+
+    mapped = jax.vmap(jax.vmap(head, in_axes=1, out_axes=1))
+
+    def results(attention):
+        out, vjp = jax.vjp(attention, query, key, value)
+        return out, vjp(jnp.sin(3 * out))
+
+    whole = functools.partial(dot_product_attention, is_causal=True)
+    assert_near(jax.jit(lambda: results(mapped))(), jax.jit(lambda: results(whole))())
 
 
 def test_vmap_of_size_zero():

@@ -1,0 +1,102 @@
+"""What the training examples share: setup, text, batches, a pure loss, a step, a plot of losses."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from decoder import Attention, Config, Decoder
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "output"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What depends on the hardware."""
+
+    config: Config
+    batch: int
+    seqlen: int
+    steps: int
+    learning_rate: float
+
+
+def choose_setup(vocabulary: int) -> Setup:
+    """A model that trains in a minute or two: on two CPU cores, or on a GPU."""
+    if jax.default_backend() == "gpu":
+        config = Config(vocabulary, 6, 768, 6, 2, 128, jnp.bfloat16)
+        return Setup(config, batch=8, seqlen=2048, steps=200, learning_rate=6e-4)
+    config = Config(vocabulary, 2, 128, 4, 2, 32, jnp.float32)
+    return Setup(config, batch=8, seqlen=256, steps=200, learning_rate=3e-3)
+
+
+def describe(setup: Setup) -> str:
+    """The model and its batches in one line."""
+    config = setup.config
+    return (
+        f"{config.num_layers} layers of width {config.width}, {config.num_heads_q} query and "
+        f"{config.num_heads_kv} key/value heads of {config.head_dim}, {config.dtype.__name__}; "
+        f"batches of {setup.batch} x {setup.seqlen} characters"
+    )
+
+
+def read_text() -> tuple[np.ndarray, int]:
+    """The text as character indices, and how many different characters it has."""
+    text = "".join(path.read_text() for path in sorted((HERE / "data").glob("*.txt")))
+    alphabet, tokens = np.unique(list(text), return_inverse=True)
+    return tokens.astype(np.int32), len(alphabet)
+
+
+def draw_batch(rng: np.random.Generator, tokens: np.ndarray, setup: Setup) -> np.ndarray:
+    """Random windows of the text: int32 [batch, seqlen + 1], inputs and targets in one."""
+    starts = rng.integers(0, len(tokens) - setup.seqlen, setup.batch)
+    return tokens[starts[:, None] + np.arange(setup.seqlen + 1)]
+
+
+def build(config: Config, attention: Attention):
+    """The model as a pure loss(parameters, tokens), and a function that draws its parameters."""
+
+    def create():
+        return Decoder(config, attention, rngs=nnx.Rngs(0))
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+
+    def loss(parameters, tokens):
+        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return loss, lambda: nnx.state(create())
+
+
+def make_step(loss, optimizer: optax.GradientTransformation, out_shardings=None):
+    """One step, (parameters, state, tokens) -> (parameters, state, loss); it reuses the buffers."""
+
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=out_shardings)
+    def step(parameters, state, tokens):
+        value, gradients = jax.value_and_grad(loss)(parameters, tokens)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, value
+
+    return step
+
+
+def plot_losses(losses: list[float], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.plot(losses, color="#2a6fbb", linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,230 @@
+"""Attention for Flax: what `attention_fn=` of its multi-head layers takes.
+
+    flax.linen.MultiHeadDotProductAttention(num_heads=8, attention_fn=jax_fa3.flax.attention_fn)
+    flax.nnx.MultiHeadAttention(8, 512, attention_fn=jax_fa3.flax.attention_fn, rngs=rngs)
+
+`attention_fn` takes every keyword that Flax passes and honours it or raises. `make_attention_fn`
+makes one with options that Flax has no words for, so that causal and padding masks need not be
+arrays. Flax itself is not imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jax_fa3.api import dot_product_attention
+
+# Keywords of Flax that must be None, and why.
+REFUSED = {
+    "module": "the weights of attention are never in memory, so none can be sown",
+    "precision": "products are of the inputs' type and add up in float32",
+    "einsum_dot_general": "the products are the kernels' own",
+    "qk_attn_weights_einsum": "the products are the kernels' own",
+    "attn_weights_value_einsum": "the products are the kernels' own",
+    "promote_dtype": "give dtype, or cast the inputs before",
+    "input_positions": "rotate query and key before",
+}
+
+
+def make_attention_fn(
+    *,
+    padding_mask: bool = False,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+) -> Callable[..., jax.Array]:
+    """An attention function for Flax's multi-head layers, with options set beforehand.
+
+    It takes query (batch..., T, N, H), key and value (batch..., S, K, H) with any number of batch
+    dimensions, bias and mask broadcastable to (batch..., N, T, S), the mask in any dtype, and
+    returns (batch..., T, N, H) in the `dtype` that Flax passes, or else in the inputs' common one.
+
+    A step of Flax's decode cache is one query row, S > 1 keys and a mask that ends at the row's own
+    key: causal attention and windows then count from the last key that the mask shows, unless
+    query_offset is given.
+
+    Args:
+      padding_mask: promises that masks only hide the padding at the ends of sequences of keys. A
+        mask must then have the shape (batch..., 1, 1, S) and be True up to each sequence's length;
+        it becomes `key_value_seq_lengths`, which the kernels take. The mask of the decode cache is
+        one, and so is `flax.linen.make_attention_mask(jnp.ones((batch, 1)), tokens > 0)`.
+      is_causal: as in `dot_product_attention`; True also counts where nnx passes False.
+      query_seq_lengths, key_value_seq_lengths: int32 (batch...).
+      query_offset: int, or int32 of shape () or (batch...).
+      deterministic: whether gradients have equal bits each time, as in `dot_product_attention`.
+        Flax's keyword of this name, passed at the call, is another one: it switches dropout off.
+      scale, local_window_size, implementation: as in `dot_product_attention`.
+
+    Returns:
+      The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
+      precision, einsum or position of the caller's, naming the keyword, and otherwise what
+      `dot_product_attention` raises.
+
+    Raises:
+      ValueError: padding_mask together with key_value_seq_lengths.
+
+    Numerics:
+      The softmax is in float32 whatever `force_fp32_for_softmax` says. A row that sees no key has
+      output 0; Flax's own attention gives it the mean of the values.
+
+    Example:
+      >>> causal = jax_fa3.flax.make_attention_fn(is_causal=True)
+      >>> layer = flax.nnx.MultiHeadAttention(
+      ...     8, 512, attention_fn=causal, decode=False, rngs=flax.nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 128, 512))).shape
+      (2, 128, 512)
+    """
+    if padding_mask and key_value_seq_lengths is not None:
+        raise ValueError(
+            "key_value_seq_lengths is given and padding_mask is True; expected one of them, since "
+            "padding_mask takes the lengths from the mask"
+        )
+    options = dict(
+        scale=scale,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        deterministic=deterministic,
+    )
+    always_causal = is_causal
+
+    def attention_fn(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Callable | None = None,
+        qk_attn_weights_einsum: Callable | None = None,
+        attn_weights_value_einsum: Callable | None = None,
+        promote_dtype: Callable | None = None,
+        is_causal: bool = False,
+        input_positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention as Flax calls it; `make_attention_fn` says what it honours."""
+        _refuse_dropout(dropout_rate, deterministic)
+        _refuse(
+            module=module,
+            precision=None if precision in ("default", lax.Precision.DEFAULT) else precision,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+            promote_dtype=promote_dtype,
+            input_positions=input_positions,
+        )
+        _check_batch(query, key=key, value=value)
+        batch, seqlen_q, seqlen_k = query.shape[:-3], query.shape[-3], key.shape[-3]
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        bias, mask = _fold_dense("bias", bias, batch), _fold_dense("mask", mask, batch)
+        key_lengths = _fold_lengths(key_value_seq_lengths)
+        offset = query_offset if np.ndim(query_offset) == 0 else jnp.reshape(query_offset, -1)
+        if mask is not None:
+            mask = mask.astype(bool)
+            if seqlen_q == 1 < seqlen_k and offset is None:
+                offset = _lengths(mask, batch) - 1
+            if padding_mask:
+                _check_padding_mask(mask, seqlen_k)
+                key_lengths, mask = _lengths(mask, batch), None
+        out = dot_product_attention(
+            *(_fold(x.astype(dtype)) for x in (query, key, value)),
+            bias,
+            mask,
+            is_causal=always_causal or is_causal,
+            query_seq_lengths=_fold_lengths(query_seq_lengths),
+            key_value_seq_lengths=key_lengths,
+            query_offset=offset,
+            **options,
+        )
+        return out.reshape(*batch, *out.shape[1:])
+
+    return attention_fn
+
+
+attention_fn = make_attention_fn()
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """(batch..., length, heads, head_dim) with all batch dimensions in one."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _fold_dense(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+    """A bias or mask broadcastable to (batch..., N, T, S), as (1 | batch, 1 | N, 1 | T, 1 | S)."""
+    if x is None:
+        return None
+    full = (1,) * (len(batch) + 3 - x.ndim) + x.shape
+    leading = full[:-3]
+    if leading == (1,) * len(batch):
+        return x.reshape(1, *full[-3:])
+    if len(leading) != len(batch) or any(
+        n not in (1, m) for n, m in zip(leading, batch, strict=True)
+    ):
+        raise ValueError(
+            f"{name} has shape {x.shape}; expected one that broadcasts to (batch..., heads, "
+            f"seqlen_q, seqlen_k) with the batch dimensions of query, {batch}"
+        )
+    return _fold(jnp.broadcast_to(x.reshape(full), batch + full[-3:]))
+
+
+def _fold_lengths(x: ArrayLike | None) -> jax.Array | None:
+    """(batch...) with all batch dimensions in one."""
+    return None if x is None else jnp.reshape(x, -1)
+
+
+def _lengths(mask: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """int32 [batch]: the number of keys up to the last that any row of a folded mask sees."""
+    ends = jnp.where(mask.any((1, 2)), jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32), 0)
+    return jnp.broadcast_to(ends.max(1, initial=0), (math.prod(batch),))
+
+
+def _check_batch(query: jax.Array, **others: jax.Array) -> None:
+    for name, x in dict(query=query, **others).items():
+        if x.ndim < 3 or x.shape[:-3] != query.shape[:-3]:
+            expected = "(batch..., length, heads, head_dim)"
+            if name != "query":
+                expected += f" with the batch dimensions of query, {query.shape[:-3]}"
+            raise ValueError(f"{name} has shape {x.shape}; expected {expected}")
+
+
+def _check_padding_mask(mask: jax.Array, seqlen_k: int) -> None:
+    if mask.shape[1:] != (1, 1, seqlen_k):
+        raise ValueError(
+            f"mask ends in {mask.shape[1:]}, heads, rows and keys; expected (1, 1, {seqlen_k}), "
+            "because padding_mask is True"
+        )
+
+
+def _refuse_dropout(rate: float, deterministic: bool) -> None:
+    if rate and not deterministic:
+        raise NotImplementedError(
+            f"dropout_rate is {rate} and deterministic is {deterministic}; expected a rate of 0 or "
+            "deterministic=True: no weight of attention can be dropped"
+        )
+
+
+def _refuse(**keywords: Any) -> None:
+    for name, x in keywords.items():
+        if x is not None:
+            raise NotImplementedError(
+                f"{name} is a {type(x).__name__}; expected None: {REFUSED[name]}"
+            )
