@@ -3,8 +3,8 @@
 // Tiles are numbered: groups of heads whose operands fit L2 together outermost, then blocks, then
 // the heads of the group; where tiles differ in length, longest first within a group. A persistent
 // CTA begins with the tile of its own number and then takes
-//   counted: the lowest number nobody has taken, from a counter in memory;
-//   static:  its number plus the grid's size. Needs no memory; enough where tiles are equal.
+//   by counter: the lowest number nobody has taken, from a counter in memory;
+//   static:     its number plus the grid's size. Needs no memory; enough where tiles are equal.
 #pragma once
 
 #include "base/types.h"

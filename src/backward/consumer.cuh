@@ -4,9 +4,9 @@
 //   for each query block:
 //     issue S^T = K Q^T - LSE / scale, dP^T = V dO^T - delta    delta = rowsum(dO O) - dLSE
 //     P^T = exp(scale S^T);  dS^T = P^T dP^T
-//     publish dS^T;  meet the other warpgroup
-//     issue dQ = dS K, dV += P^T dO, dK += dS^T Q
-//     while dV and dK run: add dQ to the float32 workspace; wait for the next Q
+//     issue dV += P^T dO;  publish dS^T;  meet the other warpgroup
+//     issue dQ = dS K, dK += dS^T Q
+//     while dK runs: add dQ to the float32 workspace; wait for the next Q
 #pragma once
 
 #include "backward/traits.cuh"
@@ -28,14 +28,7 @@ struct BackwardConsumer {
   typename T::Cursor cursor;
   int dscores_buffer = 0;
 
-  // The work tile at hand.
-  WorkTile tile;
-  Mask mask;
-  TileRange queries;
-
-  // Deterministic kernels: the semaphore of the dQ block added last, and what it is to become.
-  int* added = nullptr;
-  int turns_taken = 0;
+  BackwardTile tile;  // the one at hand
 
   CUTE_DEVICE void meet() const { NamedBarrier::sync(T::kConsumerThreads, T::kConsumersMeet); }
   CUTE_DEVICE void sync_warpgroup() const {
@@ -45,8 +38,8 @@ struct BackwardConsumer {
   // Rows past a sequence's length may hold anything, NaN included, and a probability of zero does
   // not stop NaN: they are cleared before a GEMM reads them.
   CUTE_DEVICE void clear_key_tail() const {
-    const int valid = max(mask.key_length - tile.block * T::kBlockN, 0);
-    if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
+    const int valid = max(tile.mask.key_length - tile.at.block * T::kBlockN, 0);
+    if (tile.mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
     const int thread = threadIdx.x - kWarpgroupThreads;
     T::KTile::zero_rows_from(shared.key, valid, thread, T::kConsumerThreads);
     T::VTile::zero_rows_from(shared.value, valid, thread, T::kConsumerThreads);
@@ -55,8 +48,8 @@ struct BackwardConsumer {
   }
   // Each warpgroup clears for itself; both write the same zeros.
   CUTE_DEVICE void clear_query_tail(int m) const {
-    const int valid = mask.query_length - m * T::kBlockM;
-    if (mask.query_length == p.seqlen_q || valid >= T::kBlockM) return;
+    const int valid = tile.mask.query_length - m * T::kBlockM;
+    if (tile.mask.query_length == p.seqlen_q || valid >= T::kBlockM) return;
     wait_full(shared.dout_ring, cursor);
     const int thread = threadIdx.x % kWarpgroupThreads;
     T::QTile::zero_rows_from(shared.query[cursor.stage], valid, thread, kWarpgroupThreads);
@@ -98,9 +91,9 @@ struct BackwardConsumer {
 
     wait_mma<1>(tS);
     // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.
-    if (__any_sync(0xffffffff, queries.cuts(walk.m))) {
-      mask_scores_transposed(tS, mask, walk.m * T::kBlockM + first_query,
-                             tile.block * T::kBlockN + key_block * kWarpgroupRows);
+    if (__any_sync(0xffffffff, tile.queries.cuts(walk.m))) {
+      mask_scores_transposed(tS, tile.mask, walk.m * T::kBlockM + first_query,
+                             tile.at.block * T::kBlockN + key_block * kWarpgroupRows);
     }
     CUTE_UNROLL
     for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);
@@ -122,9 +115,13 @@ struct BackwardConsumer {
     }
     cutlass::arch::fence_view_async_shared();
 
+    const auto tDOt = operand_b(mma_dv, T::DOTile::template transposed_cols<T::kColsV>(
+                                            dout, T::kSplitKeys ? 0 : warpgroup * T::kColsV));
+    const auto tQt = operand_b(mma_dk, T::QTile::template transposed_cols<T::kColsK>(
+                                           query, T::kSplitKeys ? 0 : warpgroup * T::kColsK));
+    if constexpr (T::kSplitKeys) issue_mma<Accumulate::kAdd>(mma_dv, tP, tDOt, tDV);
     meet();
-
-    // dQ first: adding it to memory takes longer than any of these GEMMs.
+    // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
     auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
     issue_mma<Accumulate::kOverwrite>(
         mma_dq,
@@ -133,19 +130,14 @@ struct BackwardConsumer {
         operand_b(mma_dq, T::KTile::template transposed_cols<T::kColsDQ>(
                               shared.key, warpgroup * T::kFirstColDQ)),
         tDQ);
-    const auto tDOt = operand_b(mma_dv, T::DOTile::template transposed_cols<T::kColsV>(
-                                            dout, T::kSplitKeys ? 0 : warpgroup * T::kColsV));
-    const auto tQt = operand_b(mma_dk, T::QTile::template transposed_cols<T::kColsK>(
-                                           query, T::kSplitKeys ? 0 : warpgroup * T::kColsK));
     if constexpr (T::kSplitKeys) {
-      issue_mma<Accumulate::kAdd>(mma_dv, tP, tDOt, tDV);
       issue_mma<Accumulate::kAdd>(mma_dk, tDS, tQt, tDK);
     } else {
       issue_mma<Accumulate::kAdd>(mma_dv, operand_a(mma_dv, T::PTile::tensor(probabilities)), tDOt,
                                   tDV);
       issue_mma<Accumulate::kAdd>(mma_dk, operand_a(mma_dk, T::PTile::tensor(dscores)), tQt, tDK);
     }
-    wait_mma<2>(tDQ);
+    wait_mma<T::kSplitKeys ? 1 : 2>(tDQ);
     add_dquery(tDQ, walk);
     const auto done = cursor;
     cursor.advance();
@@ -160,9 +152,11 @@ struct BackwardConsumer {
 
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
   template <class AccumulatorDQ>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) {
+  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
-    if constexpr (T::kDeterministic) take_turn(walk);
+    if constexpr (T::kDeterministic) {
+      NamedBarrier::sync(T::kOrderThreads, T::kTurn + warpgroup);
+    }
     float* const base = p.dquery + walk.block() * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +
                         threadIdx.x % kWarpgroupThreads * 4;
@@ -173,45 +167,20 @@ struct BackwardConsumer {
       reduce_add(base + (i - skipped) * kWarpgroupThreads, tDQ(i), tDQ(i + 1), tDQ(i + 2),
                  tDQ(i + 3));
     }
-  }
-
-  // Waits until all later key blocks have added to this query block: descending, the order in which
-  // the causal mask lets key blocks reach it, and the one in which the scheduler hands them out.
-  // The turn before is passed on only now, when its additions have long been performed.
-  CUTE_DEVICE void take_turn(const QueryWalk& walk) {
-    const int row = walk.m * T::kBlockM;
-    const int turn = mask.key_tiles(row, row + T::kBlockM, T::kBlockN).end - 1 - tile.block;
-    int* const semaphore = p.semaphore + walk.block() * T::kConsumers + warpgroup;
-    if (threadIdx.x % kWarpgroupThreads == 0) {
-      while (load_acquire(semaphore) != turn) {
-      }
+    if constexpr (T::kDeterministic) {
+      NamedBarrier::arrive(T::kOrderThreads, T::kAdded + warpgroup);
     }
-    pass_turn();
-    added = semaphore;
-    turns_taken = turn + 1;
-  }
-  CUTE_DEVICE void pass_turn() {
-    fence_gpu();
-    sync_warpgroup();
-    if (added != nullptr && threadIdx.x % kWarpgroupThreads == 0) {
-      store_release(added, turns_taken);
-    }
-    added = nullptr;
   }
 
   CUTE_DEVICE void run() {
     using namespace cute;
     for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
-      tile = p.scheduler.tile(index);
-      mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-      const int key_row = tile.block * T::kBlockN;
-      queries = mask.query_tiles(key_row, key_row + T::kBlockN, T::kBlockM);
-
+      tile = BackwardTile::make<T>(p, index);
       auto tDK = make_accumulator<typename T::MmaDK, T::kColsK>();
       auto tDV = make_accumulator<typename T::MmaDV, T::kColsV>();
       clear(tDK);
       clear(tDV);
-      QueryWalk walk(p, tile, queries);
+      QueryWalk walk = tile.walk<T>(p);
       if (walk.more()) {
         wait_full(shared.query_ring, cursor);
         wait_full(shared.key_value_ring, key_value_cursor);
@@ -219,7 +188,7 @@ struct BackwardConsumer {
       }
       meet();  // the buffer of dS is free: both warpgroups' dK have left it
       while (walk.more()) step(tDK, tDV, walk);
-      if (!queries.empty()) {
+      if (!tile.queries.empty()) {
         release(shared.key_value_ring, key_value_cursor);
         key_value_cursor.advance();
       }
@@ -228,7 +197,6 @@ struct BackwardConsumer {
       CUTE_UNROLL
       for (int i = 0; i < size(tDK); ++i) tDK(i) *= p.softmax_scale;
       store_output<typename T::MmaDK, typename T::DKTile>(tDK, p.dkey);
-      if constexpr (T::kDeterministic) pass_turn();
       release(shared.tiles.ring, tiles_cursor);
       tiles_cursor.advance();
     }
@@ -244,9 +212,9 @@ struct BackwardConsumer {
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
     if (threadIdx.x % kWarpgroupThreads == 0) {
-      const int row = tile.block * T::kBlockN + (T::kSplitKeys ? warpgroup * kWarpgroupRows : 0);
+      const int row = tile.at.block * T::kBlockN + (T::kSplitKeys ? warpgroup * kWarpgroupRows : 0);
       const int col = T::kSplitKeys ? 0 : warpgroup * Tile::kCols;
-      if (row < p.seqlen_k) store_tile<Tile>(map, buffer, 0, row, tile.head, tile.batch, col);
+      if (row < p.seqlen_k) store_tile<Tile>(map, buffer, 0, row, tile.at.head, tile.at.batch, col);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
     }

@@ -5,6 +5,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward/consumer.cuh"
+#include "backward/order.cuh"
 #include "backward/producer.cuh"
 
 namespace jax_fa3 {
@@ -20,7 +21,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers);
+    shared.tiles.ring.init(T::kDeterministic ? 2 * T::kConsumers : T::kConsumers);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
@@ -31,7 +32,11 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if constexpr (T::kDeterministic) {
+      if (warp >= 1 && warp <= T::kConsumers) keep_order<T>(p, shared, warp - 1);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     BackwardConsumer<T>{p, shared, warpgroup - 1}.run();

@@ -92,6 +92,8 @@ Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
   p.seqlen_k = static_cast<int>(s.seqlen_k);
   p.heads_per_kv_head = static_cast<int>(s.num_heads_q / s.num_heads_kv);
   p.num_m_blocks = plan.num_m_blocks;
+  p.rotate = T::kDeterministic && plan.head_at_once && problem.mask.window_left >= kUnbounded &&
+             problem.mask.window_right >= kUnbounded;
   p.softmax_scale = problem.softmax_scale;
   p.softmax_scale_log2 = problem.softmax_scale * kLog2e;
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);

@@ -1,6 +1,8 @@
 // Chooses the kernel and lays out the workspace.
 #include "backward/plan.h"
 
+#include <algorithm>
+
 #include "base/shape.h"
 #include "base/text.h"
 
@@ -62,9 +64,10 @@ std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) 
 
 }  // namespace
 
-StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic, int num_sms,
-                                     const std::vector<BackwardKey>& available) {
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
+                                     const std::vector<BackwardKey>& available, int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
+  if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const BackwardKey* key = choose_kernel(shape, deterministic, available);
   if (key == nullptr) {
     return unimplemented(
@@ -74,11 +77,15 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic, int
   plan.key = *key;
   plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key->block_m);
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key->block_n);
-  plan.heads_per_group = choose_heads_per_group(shape, *key);
   const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
+  plan.heads_per_group = choose_heads_per_group(shape, *key);
+  plan.head_at_once = deterministic && plan.num_n_blocks > 0 && plan.num_n_blocks <= plan.grid;
+  if (plan.head_at_once) {
+    plan.heads_per_group = std::min(plan.heads_per_group, plan.grid / plan.num_n_blocks);
+  }
 
   const std::int64_t heads = shape.num_heads_q;
   const std::int64_t m_blocks = plan.num_m_blocks;

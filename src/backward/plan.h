@@ -18,6 +18,7 @@ struct BackwardPlan {
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
+  bool head_at_once;             // a group's tiles are all under way together
 
   // The workspace, in bytes from its start, each part 256-byte aligned.
   std::int64_t dq_offset;            // fp32 dQ in the order the kernel's fragments have it
@@ -28,8 +29,8 @@ struct BackwardPlan {
 };
 
 // `available` is the list of kernels to choose from (backward/dispatch.h has the compiled ones).
-StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic, int num_sms,
-                                     const std::vector<BackwardKey>& available);
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
+                                     const std::vector<BackwardKey>& available, int num_sms);
 
 std::string to_string(const BackwardPlan& plan);
 

@@ -83,9 +83,11 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       const bool empty = lse == -INFINITY;
       const float dlse = p.dlse != nullptr && !empty ? p.dlse[statistic] : 0.f;
       const std::int64_t at = block * T::kBlockM + local_row;
+      const float negative_lse = -lse / p.softmax_scale;
       RowStatistics statistics;
-      statistics.negative_lse =
-          split_statistic(empty ? RowStatistics::kNoGradient : -lse / p.softmax_scale);
+      statistics.negative_lse = split_statistic(empty || negative_lse < RowStatistics::kNoGradient
+                                                    ? RowStatistics::kNoGradient
+                                                    : negative_lse);
       statistics.negative_delta = split_statistic(empty ? 0.f : dlse - sum);
       p.statistics[at] = statistics;
     }

@@ -4,7 +4,6 @@
 // before it is stored.
 #pragma once
 
-#include "attention/mask.h"
 #include "backward/traits.cuh"
 
 namespace jax_fa3 {
@@ -19,31 +18,28 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
   for (int index = blockIdx.x;; index = p.scheduler.next(index)) {
     shared.tiles.publish(index, tiles_cursor);
     if (index >= p.scheduler.num_tiles) break;
-    const WorkTile tile = p.scheduler.tile(index);
-    const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-    const int key_row = tile.block * T::kBlockN;
-    const TileRange queries = mask.query_tiles(key_row, key_row + T::kBlockN, T::kBlockM);
-
+    const BackwardTile tile = BackwardTile::make<T>(p, index);
+    const int key_row = tile.at.block * T::kBlockN;
     bool first = true;
-    for (QueryWalk walk(p, tile, queries); walk.more(); walk.next()) {
+    for (QueryWalk walk = tile.walk<T>(p); walk.more(); walk.next()) {
       auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
       load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
-                                   walk.m * T::kBlockM, walk.head, tile.batch);
+                                   walk.m * T::kBlockM, walk.head, tile.at.batch);
       load_bytes(p.statistics + walk.block() * T::kBlockM, query_full,
                  shared.statistics[cursor.stage], kStatisticsBytes);
       if (first) {  // after the first Q, whose buffer is free earlier
         auto& full =
             acquire(shared.key_value_ring, key_value_cursor, T::KTile::kBytes + T::VTile::kBytes);
-        load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, key_row, tile.head,
-                                     tile.batch);
-        load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, key_row, tile.head,
-                                     tile.batch);
+        load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, key_row, tile.at.head,
+                                     tile.at.batch);
+        load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, key_row,
+                                     tile.at.head, tile.at.batch);
         key_value_cursor.advance();
         first = false;
       }
       auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
       load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
-                                    walk.m * T::kBlockM, walk.head, tile.batch);
+                                    walk.m * T::kBlockM, walk.head, tile.at.batch);
       cursor.advance();
     }
   }

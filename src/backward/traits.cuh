@@ -25,6 +25,7 @@ struct BackwardParams {
   int seqlen_k;
   int heads_per_kv_head;
   int num_m_blocks;
+  bool rotate;  // deterministic kernels where every key block visits every query block
   float softmax_scale;
   float softmax_scale_log2;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
@@ -35,29 +36,71 @@ struct BackwardParams {
 // The query blocks of a work tile, one after another: those that see its keys, for each query head
 // that shares its kv head. One loop rather than two, for the register allocator's sake.
 struct QueryWalk {
-  const int first, last, end_head, num_m_blocks, num_heads, batch;
+  const int first, last, start, end_head, num_m_blocks, num_heads, batch;
   int m, head;
 
-  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
+  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries,
+                        int start)
       : first(queries.begin),
         last(queries.end - 1),
+        start(start),
         end_head(queries.empty() ? 0 : (tile.head + 1) * p.heads_per_kv_head),
         num_m_blocks(p.num_m_blocks),
         num_heads(p.scheduler.num_heads * p.heads_per_kv_head),
         batch(tile.batch),
-        m(queries.begin),
+        m(start),
         head(tile.head * p.heads_per_kv_head) {}
 
   CUTE_DEVICE bool more() const { return head < end_head; }
   CUTE_DEVICE void next() {
-    if (m++ == last) {
-      m = first;
-      ++head;
-    }
+    m = m == last ? first : m + 1;
+    if (m == start) ++head;
   }
   // Number of the block among those of all batches and query heads.
   CUTE_DEVICE std::int64_t block() const {
     return (std::int64_t(batch) * num_heads + head) * num_m_blocks + m;
+  }
+};
+
+// A work tile of the backward pass: what it is and what it has to visit.
+struct BackwardTile {
+  WorkTile at;
+  Mask mask;
+  TileRange queries;
+  int key_blocks;  // of this sequence, with rotation
+
+  template <class T>
+  CUTE_DEVICE static BackwardTile make(const BackwardParams& p, int index) {
+    BackwardTile tile;
+    tile.at = p.scheduler.tile(index);
+    tile.mask = make_mask(p.mask, p.index, tile.at.batch, p.seqlen_q, p.seqlen_k);
+    const int key = tile.at.block * T::kBlockN;
+    tile.queries = tile.mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
+    tile.key_blocks = ceil_div(tile.mask.key_length, T::kBlockN);
+    return tile;
+  }
+
+  // With rotation key block n begins n / key_blocks of the way through the queries, so that at any
+  // time different key blocks are at different query blocks.
+  template <class T>
+  CUTE_DEVICE QueryWalk walk(const BackwardParams& p) const {
+    int start = queries.begin;
+    if constexpr (T::kDeterministic) {
+      if (p.rotate && !queries.empty()) start = queries.end * at.block / key_blocks;
+    }
+    return QueryWalk(p, at, queries, start);
+  }
+
+  // How many key blocks reach query block m before this one does: later ones, which start further
+  // on or see it sooner; with rotation, cyclically from the last one that starts at or before m.
+  template <class T>
+  CUTE_DEVICE int turn(const BackwardParams& p, int m) const {
+    if (p.rotate) {
+      const int turn = ((m + 1) * key_blocks - 1) / queries.end - at.block;
+      return turn < 0 ? turn + key_blocks : turn;
+    }
+    const int row = m * T::kBlockM;
+    return mask.key_tiles(row, row + T::kBlockM, T::kBlockN).end - 1 - at.block;
   }
 };
 
@@ -155,10 +198,14 @@ struct BackwardTraits {
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
+  static constexpr int kOrderThreads = kWarpgroupThreads + 32;
   // Named barriers: who arrives and waits.
   enum NamedBarrier : std::uint32_t {
     kConsumersMeet = 0,  // both consumers, 256 threads
     kWarpgroup = 1,      // + w: all of consumer w, 128 threads
+    // Deterministic kernels: consumer w and the warp that keeps its order, 160 threads.
+    kTurn = 1 + kConsumers,       // + w: consumer w may add to dQ
+    kAdded = 1 + 2 * kConsumers,  // + w: consumer w has added
   };
 };
 
