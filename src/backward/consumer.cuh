@@ -195,7 +195,7 @@ struct BackwardConsumer {
       meet();  // nobody reads dS any more
       store_output<typename T::MmaDV, typename T::DVTile>(tDV, p.dvalue);
       CUTE_UNROLL
-      for (int i = 0; i < size(tDK); ++i) tDK(i) *= p.softmax_scale;
+      for (int i = 0; i < size(tDK); ++i) tDK(i) = finite_or_nan(tDK(i)) * p.softmax_scale;
       store_output<typename T::MmaDK, typename T::DKTile>(tDK, p.dkey);
       release(shared.tiles.ring, tiles_cursor);
       tiles_cursor.advance();

@@ -83,13 +83,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       const bool empty = lse == -INFINITY;
       const float dlse = p.dlse != nullptr && !empty ? p.dlse[statistic] : 0.f;
       const std::int64_t at = block * T::kBlockM + local_row;
-      const float negative_lse = -lse / p.softmax_scale;
-      RowStatistics statistics;
-      statistics.negative_lse = split_statistic(empty || negative_lse < RowStatistics::kNoGradient
-                                                    ? RowStatistics::kNoGradient
-                                                    : negative_lse);
-      statistics.negative_delta = split_statistic(empty ? 0.f : dlse - sum);
-      p.statistics[at] = statistics;
+      p.statistics[at] = empty ? RowStatistics::make(RowStatistics::kNoGradient, 0.f)
+                               : RowStatistics::make(-lse / p.softmax_scale, dlse - sum);
     }
   }
 }

@@ -176,6 +176,8 @@ struct BackwardTraits {
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
+    // Not last: compute-sanitizer takes the halves of this operand for 16 bytes a row each.
+    alignas(1024) RowStatistics statistics[kStages][kBlockM];
     alignas(1024) Element key[KTile::kElements];
     alignas(1024) Element value[VTile::kElements];
     alignas(1024) Element query[kStages][QTile::kElements];
@@ -190,7 +192,6 @@ struct BackwardTraits {
       alignas(
           1024) Element output[kConsumers][kWarpgroupRows * (kColsK > kColsV ? kColsK : kColsV)];
     };
-    alignas(128) RowStatistics statistics[kStages][kBlockM];
     TileNumbers tiles;
     RingBarriers<1> key_value_ring;
     Ring query_ring;  // Q and the statistics
