@@ -11,11 +11,11 @@ from typing import Any, Literal
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, context
 from jax_fa3.context.layout import Layout, vary_together
-from jax_fa3.options import MAX_SEQLEN
+from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.vjp import CHECKPOINT_NAME
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -37,6 +37,7 @@ def ring_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -52,8 +53,9 @@ def ring_attention(
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
         (`zigzag_permute`), T and S even.
-      scale, is_causal, local_window_size, implementation, return_residual, deterministic: as in
-        `dot_product_attention`.
+      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays travel, and
+        each device brings what it has to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
@@ -106,6 +108,7 @@ def allgather_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -141,6 +144,7 @@ def ulysses_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
@@ -168,7 +172,7 @@ def _attend(strategy, query, key, value, axis_name, layout, return_residual, **a
     call = api.prepare(query, key, value, return_residual=return_residual, **arguments)
     _check_layout(layout, size, query=call.query, key=call.key)
 
-    def core(query, key, value, index, _):
+    def core(query, key, value, index, *_):
         # The rank makes the operands vary over the axis even where a caller has copies of them.
         rank = lax.axis_index(axis_name)
         query, key, value, index, _ = vary_together((query, key, value, index, rank))
@@ -222,6 +226,11 @@ def _check_layout(layout, size, **arrays) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
     for name, x in arrays.items():
+        if x.dtype.name == FLOAT8:
+            raise TypeError(
+                f"{name} has dtype {FLOAT8}; expected bfloat16, float16 or float32 (forward_dtype "
+                "brings 16-bit inputs to float8)"
+            )
         seqlen = x.shape[-3]
         if layout == "zigzag" and seqlen % 2:
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import validate
-from jax_fa3.options import SequenceParallel, resolve_deterministic, resolve_window
+from jax_fa3.options import FLOAT8, SequenceParallel, resolve_deterministic, resolve_window
 
 try:
     from jax_fa3 import _C
@@ -51,6 +51,10 @@ def is_supported(
     query_offset: Any = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -82,11 +86,17 @@ def is_supported(
         query_offset=query_offset,
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
+        forward_dtype=forward_dtype,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
     )
     window = resolve_window(local_window_size, is_causal)
+    deterministic = resolve_deterministic(deterministic)
     return (
         call_reason(query, bias, mask)
-        or plan_reason(query, key, value, window, resolve_deterministic(deterministic))
+        or plan_reason(query, key, value, window, deterministic)
+        or float8_reason(query, forward_dtype)
         or device_reason()
     )
 
@@ -97,7 +107,7 @@ def call_reason(query: Any, bias: Any, mask: Any) -> str | None:
         return "the kernels take no bias"
     if mask is not None:
         return "the kernels take no dense mask (lengths, windows and is_causal are free)"
-    if query.dtype.name not in KERNEL_DTYPES:
+    if query.dtype.name not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {query.dtype.name}"
     return None
 
@@ -106,6 +116,8 @@ def plan_reason(
     query: Any, key: Any, value: Any, window: tuple[int, int], deterministic: bool
 ) -> str | None:
     """Why this build has no kernel for the shapes of a legal call in a kernel dtype."""
+    if query.dtype.name == FLOAT8:
+        return None  # float8_reason's matter
     if _C is None:
         return f"the extension module jax_fa3._C cannot be imported ({_import_error})"
     batch = query.shape[0] if query.ndim == 4 else 1
@@ -121,6 +133,13 @@ def plan_reason(
     except ValueError as error:
         return str(error)
     return None
+
+
+def float8_reason(query: Any, forward_dtype: Any) -> str | None:
+    """Why a forward pass in float8 has no kernel; None for other calls."""
+    if forward_dtype is None and query.dtype.name != FLOAT8:
+        return None
+    return "this build has no kernel for a forward pass in float8"
 
 
 def device_reason() -> str | None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fa3 import sharding
+from jax_fa3 import calls, sharding
 from jax_fa3.context.layout import vary_together
-from jax_fa3.options import AttentionOptions, Dense, Index
+from jax_fa3.options import AttentionOptions, Dense, Descales, Index
 
 CHECKPOINT_NAME = "context"
+NO_FLOAT8_GRADIENT = (
+    "float8 inputs have no gradient; pass 16-bit inputs with forward_dtype='float8_e4m3fn'"
+)
 
 
 def attend(
@@ -26,12 +30,26 @@ def attend(
     value: jax.Array,
     index: Index,
     dense: Dense,
+    descales: Descales,
 ) -> tuple[jax.Array, ...]:
     """(out,) or (out, lse): out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch,
     num_heads_q, seqlen_q] float32. Only with `return_lse` does the backward pass take dlse.
+
+    float8 arrays have scales, an output in bfloat16, and no gradient.
     """
     # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
-    return _attention(options, return_lse, *vary_together((query, key, value, index, dense)))
+    query, key, value, index, dense, descales = vary_together(
+        (query, key, value, index, dense, descales)
+    )
+    if descales.query is None:
+        return _attention(options, return_lse, query, key, value, index, dense)
+
+    def forward(*operands):
+        return sharding.forward_float8(options, *operands, jnp.dtype(jnp.bfloat16))
+
+    forward = calls.undifferentiable(forward, NO_FLOAT8_GRADIENT)
+    out, lse = forward(query, key, value, descales, index, dense)
+    return (out, lse) if return_lse else (out,)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
