@@ -126,7 +126,15 @@ def test_signature_extends_theirs():
         (p.name, p.kind, p.default) for p in theirs
     ]
     added = ours[len(shared) :]
-    assert {p.name for p in added} == {"query_offset", "deterministic", "sequence_parallel"}
+    assert {p.name for p in added} == {
+        "query_offset",
+        "deterministic",
+        "sequence_parallel",
+        "forward_dtype",
+        "query_descale",
+        "key_descale",
+        "value_descale",
+    }
     assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto") for p in added)
 
 
