@@ -7,6 +7,7 @@
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
+#   make bench-accuracy   errors on inputs with outliers, on any machine
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
@@ -45,7 +46,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test bench bench-quick bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test bench bench-quick bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -76,6 +77,9 @@ bench: gpu-module
 
 bench-quick: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention --quick
+
+bench-accuracy: inplace
+	$(PYTHON) -m benchmarks.accuracy
 
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh
