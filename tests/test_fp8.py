@@ -119,6 +119,17 @@ def test_sixteen_bit_inputs(case):
     check(case, (out, lse), dequantised(x), cotangents)
 
 
+def test_mask_and_bias():
+    query, key, value = operands()
+    x = quantize_qkv(query, key, value)._asdict()
+    mask = np.tri(140, dtype=bool)
+    want = dot_product_attention(**x, is_causal=True)
+    assert_near(dot_product_attention(**x, mask=mask), want)
+    bias = np.where(mask, 0, -np.inf).astype(np.float32)
+    assert_near(dot_product_attention(**x, bias=bias), want)
+    assert_near(dot_product_attention(query, key, value, mask=mask, forward_dtype=FLOAT8), want)
+
+
 # ---- scales
 
 
@@ -469,6 +480,29 @@ def test_lowers_for_cuda_with_the_sixteen_bit_backward():
     text = jax.jit(from_sixteen_bits).trace(*[shape] * 3).lower(lowering_platforms=("cuda",))
     text = text.as_text()
     assert "jax_fa3_backward" in text and "jax_fa3_forward" not in text
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_quantize_qkv_on_a_mesh(kind, granularity):
+    """Each device its own part, and the largest element of all where one scale is for all."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    arrays = mesh_operands("from_sixteen_bits")
+    call = functools.partial(quantize_qkv, granularity=granularity)
+    with jax.set_mesh(mesh):
+        x = [jax.device_put(a, NamedSharding(mesh, ARRAY)) for a in arrays]
+        compiled = jax.jit(call).lower(*x).compile()
+        assert bool(collectives(compiled)) == (granularity == "tensor")
+        got = compiled(*x)
+    for g, w in zip(got, call(*arrays), strict=True):
+        np.testing.assert_allclose(wide(g), wide(w), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "forward_dtype"), [("bfloat16", FLOAT8), (FLOAT8, None)])
+def test_doctor_answers_for_float8(dtype, forward_dtype, capsys):
+    jax_fa3.doctor(jax.ShapeDtypeStruct((1, 256, 2, 64), dtype), forward_dtype=forward_dtype)
+    answer = capsys.readouterr().out
+    assert "no kernel for a forward pass in float8" in answer and "plan" not in answer
 
 
 # ---- errors
