@@ -226,7 +226,7 @@ def _measure(x: jax.Array, granularity: Granularity) -> jax.Array:
     """Scales [batch, heads, blocks] that bring the largest element of each group to 448."""
     batch, seqlen, heads, _ = x.shape
     largest = jnp.where(jnp.isfinite(x), jnp.abs(x), 0).max(-1, initial=0)
-    largest = jnp.moveaxis(largest, 1, 2)  # [batch, heads, seq]
+    largest = _gather_rows(jnp.moveaxis(largest, 1, 2))  # [batch, heads, seq]
     if granularity == "tensor":
         largest = jnp.broadcast_to(largest.max(initial=0), (batch, heads, 1))
     elif granularity == "head":
@@ -237,6 +237,14 @@ def _measure(x: jax.Array, granularity: Granularity) -> jax.Array:
         largest = jnp.pad(largest, ((0, 0), (0, 0), (0, missing)))
         largest = largest.reshape(batch, heads, blocks, BLOCK).max(-1)
     return jnp.maximum(largest / LARGEST, jnp.finfo(jnp.float32).tiny)  # never 0: it divides
+
+
+def _gather_rows(x: jax.Array) -> jax.Array:
+    """x whole along its last dimension, where an explicit mesh axis splits it."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[-1] is None:
+        return x
+    return jax.sharding.reshard(x, sharding.update(spec=(*sharding.spec[:-1], None)))
 
 
 def spread(query: jax.Array, key: jax.Array, value: jax.Array, given: Descales) -> Descales:
