@@ -340,7 +340,7 @@ def _over_automatic(operation: _Operation, operands: Sequence[jax.Array]) -> Res
     outside = jax.sharding.get_abstract_mesh()
     automatic = {name: outside.shape[name] for name in _axes_of(outside, AxisType.Auto)}
     in_shard_map = AxisType.Manual in outside.axis_types
-    if in_shard_map and not automatic:
+    if in_shard_map and math.prod(automatic.values()) == 1:  # one part, which JAX refuses
         return operation.local((), *operands)
     extents = operation.extents(operands)
 

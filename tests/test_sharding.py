@@ -45,6 +45,14 @@ def test_shard_map(batch_of_eight, expected, shape, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_that_leaves_an_axis_of_one_device_automatic(batch_of_eight, expected, check_vma):
+    specs = dict(mesh=mesh_of((4, 1)), axis_names={"data"}, check_vma=check_vma)
+    specs["in_specs"] = specs["out_specs"] = P("data")
+    got = [jax.jit(jax.shard_map(f, **specs))(*batch_of_eight) for f in (attend, gradient)]
+    assert_near(tuple(got), expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_grad_outside_shard_map(batch_of_eight, expected, check_vma):
     mapped = jax.shard_map(
         attend, mesh=mesh_of((4, 2)), in_specs=PLACES, out_specs=ARRAY, check_vma=check_vma
