@@ -39,5 +39,6 @@ def backward_plan(
     head_dim: int,
     head_dim_v: int,
     deterministic: bool,
+    num_sms: int,
 ) -> dict[str, Any]:
-    """Kernel, tiles and "workspace_bytes" of a backward call. Raises ValueError likewise."""
+    """Kernel, tiles, grid and "workspace_bytes" of a backward call. Raises ValueError likewise."""

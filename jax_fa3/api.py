@@ -234,7 +234,7 @@ def prepare(
         has_query_lengths=query_lengths is not None,
         has_key_lengths=key_lengths is not None,
         has_query_offset=has_offset_array,
-        route=_route(implementation, query, key, value, bias, mask, window, deterministic),
+        route=_route(implementation, query, key, value, bias, mask, scale, window, deterministic),
         sequence_parallel=sequence_parallel,
     )
     if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
@@ -243,11 +243,11 @@ def prepare(
     return Call(options, query, key, value, index, Dense(bias, mask))
 
 
-def _route(implementation, query, key, value, bias, mask, window, deterministic) -> Route:
+def _route(implementation, query, key, value, bias, mask, scale, window, deterministic) -> Route:
     """Kernels or XLA. "auto" leaves the choice to the platform the program is lowered for."""
     if implementation == "xla":
         return "xla"
-    call_reason = support.call_reason(query, bias, mask) or support.plan_reason(
+    call_reason = support.call_reason(query, bias, mask, scale) or support.plan_reason(
         query, key, value, window, deterministic
     )
     reason = call_reason or support.device_reason()

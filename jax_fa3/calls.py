@@ -154,6 +154,7 @@ def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Arr
         head_dim,
         head_dim_v,
         options.deterministic,
+        support.NUM_SMS,
     )
     return plan["workspace_bytes"]
 

@@ -26,6 +26,7 @@ except ImportError as error:
 logger = logging.getLogger("jax_fa3")
 
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+MIN_SCALE = 2.0**-100  # the backward pass divides by it
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
 NUM_SMS = 132  # of an H100 SXM; a plan's support does not depend on it
 
@@ -85,13 +86,13 @@ def is_supported(
     )
     window = resolve_window(local_window_size, is_causal)
     return (
-        call_reason(query, bias, mask)
+        call_reason(query, bias, mask, scale)
         or plan_reason(query, key, value, window, resolve_deterministic(deterministic))
         or device_reason()
     )
 
 
-def call_reason(query: Any, bias: Any, mask: Any) -> str | None:
+def call_reason(query: Any, bias: Any, mask: Any, scale: float | None) -> str | None:
     """What the call asks for that no kernel does."""
     if bias is not None:
         return "the kernels take no bias"
@@ -99,6 +100,8 @@ def call_reason(query: Any, bias: Any, mask: Any) -> str | None:
         return "the kernels take no dense mask (lengths, windows and is_causal are free)"
     if query.dtype.name not in KERNEL_DTYPES:
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {query.dtype.name}"
+    if scale is not None and 0 < abs(scale) < MIN_SCALE:
+        return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
     return None
 
 
@@ -117,7 +120,7 @@ def plan_reason(
     problem = (KERNEL_DTYPES[query.dtype.name], *extents)
     try:
         _C.forward_plan(*problem, *window, NUM_SMS)
-        _C.backward_plan(*problem, deterministic)
+        _C.backward_plan(*problem, deterministic, NUM_SMS)
     except ValueError as error:
         return str(error)
     return None

@@ -96,7 +96,7 @@ def test_workspace_is_the_plans():
 
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
-        plan = support.native().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic)
+        plan = support.native().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic, 132)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,

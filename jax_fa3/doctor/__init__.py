@@ -96,7 +96,9 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
     ]
     window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
     deterministic = resolve_deterministic(options.get("deterministic"))
-    shaped = support.call_reason(query, options.get("bias"), options.get("mask"))
+    shaped = support.call_reason(
+        query, options.get("bias"), options.get("mask"), options.get("scale")
+    )
     if shaped or support.plan_reason(query, key, value, window, deterministic):
         return lines
     batch, seqlen_q, heads_q, head_dim = (1, *query.shape)[-4:]
@@ -104,7 +106,7 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
     dtype = support.KERNEL_DTYPES[query.dtype.name]
     problem = (dtype, batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v)
     forward = support.native().forward_plan(*problem, *window, support.NUM_SMS)
-    backward = support.native().backward_plan(*problem, deterministic)
+    backward = support.native().backward_plan(*problem, deterministic, support.NUM_SMS)
     return [*lines, f"forward plan: {_plan(forward)}", f"backward plan: {_plan(backward)}"]
 
 

@@ -3,13 +3,12 @@
 // Tiles are numbered: groups of heads whose operands fit L2 together outermost, then blocks, then
 // the heads of the group; where tiles differ in length, longest first within a group. A persistent
 // CTA begins with the tile of its own number and then takes
-//   counted: the lowest number nobody has taken, from a counter in memory;
-//   static:  its number plus the grid's size. Needs no memory; enough where tiles are equal.
+//   by counter: the lowest number nobody has taken, from a counter in memory;
+//   static:     its number plus the grid's size. Needs no memory; enough where tiles are equal.
 #pragma once
 
-#include <cute/config.hpp>
-
 #include "base/types.h"
+#include "device/pipeline.cuh"
 #include "device/reduce.cuh"
 
 namespace jax_fa3 {
@@ -43,6 +42,28 @@ struct TileScheduler {
     const int batch_head = first + rest - block * heads;
     return {last_block_first ? num_blocks - 1 - block : block, batch_head % num_heads,
             batch_head / num_heads};
+  }
+};
+
+// The numbers of a CTA's work tiles on their way from the producer thread to the consumers, taken a
+// tile ahead: four stages, so that the producer never waits for a tile to be stored.
+struct TileNumbers {
+  static constexpr int kStages = 4;
+  using Cursor = RingCursor<kStages>;
+
+  RingBarriers<kStages> ring;
+  int number[kStages];
+
+  CUTE_DEVICE void publish(int tile, Cursor& cursor) {
+    wait_empty(ring, cursor);
+    number[cursor.stage] = tile;
+    ring.full[cursor.stage].arrive();
+    cursor.advance();
+  }
+  // For whole warps. release(ring, cursor) must not come before a barrier of the warpgroup.
+  CUTE_DEVICE int read(Cursor cursor) {
+    wait_full(ring, cursor);
+    return __shfl_sync(0xffffffff, number[cursor.stage], 0);
   }
 };
 

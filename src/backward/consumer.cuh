@@ -2,11 +2,11 @@
 // that see it, dK and dV in registers throughout (GQA: over all query heads of the group).
 //
 //   for each query block:
-//     issue S^T = K Q^T, dP^T = V dO^T
-//     P^T = exp2(S^T - LSE);  dS^T = P^T (dP^T - delta)         delta = rowsum(dO O) - dLSE
-//     publish dS^T;  meet the other warpgroup
-//     issue dV += P^T dO, dQ = dS K, dK += dS^T Q
-//     while dK runs: add dQ to the float32 workspace
+//     issue S^T = K Q^T - LSE / scale, dP^T = V dO^T - delta    delta = rowsum(dO O) - dLSE
+//     P^T = exp(scale S^T);  dS^T = P^T dP^T
+//     issue dV += P^T dO;  publish dS^T;  meet the other warpgroup
+//     issue dQ = dS K, dK += dS^T Q
+//     while dK runs: add dQ to the float32 workspace; wait for the next Q
 #pragma once
 
 #include "backward/traits.cuh"
@@ -22,12 +22,13 @@ struct BackwardConsumer {
   const BackwardParams& p;
   typename T::SharedStorage& shared;
   const int warpgroup;  // 0 or 1
-  const WorkTile tile;
-  const Mask mask;
-  const TileRange queries;
 
+  TileNumbers::Cursor tiles_cursor;
+  RingCursor<1> key_value_cursor;
   typename T::Cursor cursor;
   int dscores_buffer = 0;
+
+  BackwardTile tile;  // the one at hand
 
   CUTE_DEVICE void meet() const { NamedBarrier::sync(T::kConsumerThreads, T::kConsumersMeet); }
   CUTE_DEVICE void sync_warpgroup() const {
@@ -37,8 +38,8 @@ struct BackwardConsumer {
   // Rows past a sequence's length may hold anything, NaN included, and a probability of zero does
   // not stop NaN: they are cleared before a GEMM reads them.
   CUTE_DEVICE void clear_key_tail() const {
-    const int valid = max(mask.key_length - tile.block * T::kBlockN, 0);
-    if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
+    const int valid = max(tile.mask.key_length - tile.at.block * T::kBlockN, 0);
+    if (tile.mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
     const int thread = threadIdx.x - kWarpgroupThreads;
     T::KTile::zero_rows_from(shared.key, valid, thread, T::kConsumerThreads);
     T::VTile::zero_rows_from(shared.value, valid, thread, T::kConsumerThreads);
@@ -47,8 +48,8 @@ struct BackwardConsumer {
   }
   // Each warpgroup clears for itself; both write the same zeros.
   CUTE_DEVICE void clear_query_tail(int m) const {
-    const int valid = mask.query_length - m * T::kBlockM;
-    if (mask.query_length == p.seqlen_q || valid >= T::kBlockM) return;
+    const int valid = tile.mask.query_length - m * T::kBlockM;
+    if (tile.mask.query_length == p.seqlen_q || valid >= T::kBlockM) return;
     wait_full(shared.dout_ring, cursor);
     const int thread = threadIdx.x % kWarpgroupThreads;
     T::QTile::zero_rows_from(shared.query[cursor.stage], valid, thread, kWarpgroupThreads);
@@ -57,26 +58,12 @@ struct BackwardConsumer {
     sync_warpgroup();
   }
 
-  // Calls f(i, statistic of the query of accumulator element i), two columns to a load.
-  template <class F>
-  CUTE_DEVICE void for_each_query(const float* statistics, F f) const {
-    const int first = (T::kSplitKeys ? 0 : warpgroup * T::kQueries) + thread_col();
-    CUTE_UNROLL
-    for (int group = 0; group < T::kQueries / 8; ++group) {
-      const float2 pair = *reinterpret_cast<const float2*>(statistics + first + 8 * group);
-      f(4 * group + 0, pair.x);
-      f(4 * group + 1, pair.y);
-      f(4 * group + 2, pair.x);
-      f(4 * group + 3, pair.y);
-    }
-  }
-
-  // One step. `dquery` is this query block's part of the workspace.
+  // One step of the walk; its Q has arrived.
   template <class AccumulatorDK, class AccumulatorDV>
-  CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, int m, float* dquery,
-                        int* semaphore) {
+  CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, QueryWalk& walk) {
     using namespace cute;
     typename T::MmaS mma_s;
+    typename T::Statistics::Mma mma_statistic;
     typename T::MmaDV mma_dv;
     typename T::MmaDK mma_dk;
     typename T::MmaDQ mma_dq;
@@ -87,30 +74,32 @@ struct BackwardConsumer {
     const int key_block = T::kSplitKeys ? warpgroup : 0;    // of 64 keys
     const int query_block = T::kSplitKeys ? 0 : warpgroup;  // of kQueries queries
 
+    const int first_query = query_block * T::kQueries;
+    const auto statistics = operand_b(
+        mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage] + first_query));
+
     auto tS = make_accumulator<typename T::MmaS, T::kQueries>();
     auto tDP = make_accumulator<typename T::MmaS, T::kQueries>();
-    wait_full(shared.query_ring, cursor);
-    clear_query_tail(m);
-    issue_mma<Accumulate::kOverwrite>(
-        mma_s, operand_a(mma_s, T::KTile::row_block(shared.key, key_block)),
-        operand_b(mma_s, T::QTile::template row_block<T::kQueries>(query, query_block)), tS);
+    clear_query_tail(walk.m);
+    issue_mma(mma_s, operand_a(mma_s, T::KTile::row_block(shared.key, key_block)),
+              operand_b(mma_s, T::QTile::template row_block<T::kQueries>(query, query_block)),
+              mma_statistic, T::Statistics::constant(Statistic::kLse), statistics, tS);
     wait_full(shared.dout_ring, cursor);
-    issue_mma<Accumulate::kOverwrite>(
-        mma_s, operand_a(mma_s, T::VTile::row_block(shared.value, key_block)),
-        operand_b(mma_s, T::DOTile::template row_block<T::kQueries>(dout, query_block)), tDP);
+    issue_mma(mma_s, operand_a(mma_s, T::VTile::row_block(shared.value, key_block)),
+              operand_b(mma_s, T::DOTile::template row_block<T::kQueries>(dout, query_block)),
+              mma_statistic, T::Statistics::constant(Statistic::kDelta), statistics, tDP);
 
     wait_mma<1>(tS);
     // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.
-    if (__any_sync(0xffffffff, queries.cuts(m))) {
-      mask_scores_transposed(tS, mask, m * T::kBlockM + query_block * T::kQueries,
-                             tile.block * T::kBlockN + key_block * kWarpgroupRows);
+    if (__any_sync(0xffffffff, tile.queries.cuts(walk.m))) {
+      mask_scores_transposed(tS, tile.mask, walk.m * T::kBlockM + first_query,
+                             tile.at.block * T::kBlockN + key_block * kWarpgroupRows);
     }
-    for_each_query(shared.lse_log2[cursor.stage], [&](int i, float lse_log2) {
-      tS(i) = exp2_approx(fmaf(tS(i), p.softmax_scale_log2, -lse_log2));
-    });
+    CUTE_UNROLL
+    for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);
     wait_mma<0>(tDP);
-    for_each_query(shared.delta[cursor.stage],
-                   [&](int i, float delta) { tDP(i) = tS(i) * (tDP(i) - delta); });
+    CUTE_UNROLL
+    for (int i = 0; i < size(tDP); ++i) tDP(i) *= tS(i);
     // Only now, when dP no longer needs float32 P: at head dim 64 both fill 128 registers.
     auto tP = make_operand_a<Element, T::kQueries>();
     auto tDS = make_operand_a<Element, T::kQueries>();
@@ -126,18 +115,13 @@ struct BackwardConsumer {
     }
     cutlass::arch::fence_view_async_shared();
 
-    const auto sdO = T::DOTile::template transposed_cols<T::kColsV>(
-        dout, T::kSplitKeys ? 0 : warpgroup * T::kColsV);
-    const auto sQ = T::QTile::template transposed_cols<T::kColsK>(
-        query, T::kSplitKeys ? 0 : warpgroup * T::kColsK);
-    if constexpr (T::kSplitKeys) {
-      issue_mma<Accumulate::kAdd>(mma_dv, tP, operand_b(mma_dv, sdO), tDV);
-      meet();
-    } else {
-      meet();
-      issue_mma<Accumulate::kAdd>(mma_dv, operand_a(mma_dv, T::PTile::tensor(probabilities)),
-                                  operand_b(mma_dv, sdO), tDV);
-    }
+    const auto tDOt = operand_b(mma_dv, T::DOTile::template transposed_cols<T::kColsV>(
+                                            dout, T::kSplitKeys ? 0 : warpgroup * T::kColsV));
+    const auto tQt = operand_b(mma_dk, T::QTile::template transposed_cols<T::kColsK>(
+                                           query, T::kSplitKeys ? 0 : warpgroup * T::kColsK));
+    if constexpr (T::kSplitKeys) issue_mma<Accumulate::kAdd>(mma_dv, tP, tDOt, tDV);
+    meet();
+    // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
     auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
     issue_mma<Accumulate::kOverwrite>(
         mma_dq,
@@ -147,41 +131,35 @@ struct BackwardConsumer {
                               shared.key, warpgroup * T::kFirstColDQ)),
         tDQ);
     if constexpr (T::kSplitKeys) {
-      issue_mma<Accumulate::kAdd>(mma_dk, tDS, operand_b(mma_dk, sQ), tDK);
+      issue_mma<Accumulate::kAdd>(mma_dk, tDS, tQt, tDK);
     } else {
-      issue_mma<Accumulate::kAdd>(mma_dk, operand_a(mma_dk, T::PTile::tensor(dscores)),
-                                  operand_b(mma_dk, sQ), tDK);
+      issue_mma<Accumulate::kAdd>(mma_dv, operand_a(mma_dv, T::PTile::tensor(probabilities)), tDOt,
+                                  tDV);
+      issue_mma<Accumulate::kAdd>(mma_dk, operand_a(mma_dk, T::PTile::tensor(dscores)), tQt, tDK);
     }
-    wait_mma<1>(tDQ);
-    release(shared.dout_ring, cursor);
-    add_dquery(tDQ, m, dquery, semaphore);
+    wait_mma<T::kSplitKeys ? 1 : 2>(tDQ);
+    add_dquery(tDQ, walk);
+    const auto done = cursor;
+    cursor.advance();
+    walk.next();
+    if (walk.more()) wait_full(shared.query_ring, cursor);
     wait_mma<0>(tDK);
     warpgroup_fence_operand(tDV);
-    release(shared.query_ring, cursor);
-    cursor.advance();
+    release(shared.dout_ring, done);
+    release(shared.query_ring, done);
     dscores_buffer ^= 1;
   }
 
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
   template <class AccumulatorDQ>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, int m, float* dquery,
-                              int* semaphore) const {
-    const int thread = threadIdx.x % kWarpgroupThreads;
+  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
-    // Deterministic: key blocks add in ascending order; the first one that sees this query block
-    // is number 0.
-    const int row = m * T::kBlockM;
-    const int turn = T::kDeterministic
-                         ? tile.block - mask.key_tiles(row, row + T::kBlockM, T::kBlockN).begin
-                         : 0;
     if constexpr (T::kDeterministic) {
-      if (thread == 0) {
-        while (load_acquire(semaphore + warpgroup) != turn) {
-        }
-      }
-      sync_warpgroup();
+      NamedBarrier::sync(T::kOrderThreads, T::kTurn + warpgroup);
     }
-    float* const base = dquery + warpgroup * kFloats * kWarpgroupThreads + thread * 4;
+    float* const base = p.dquery + walk.block() * T::kBlockFloatsDQ +
+                        warpgroup * kFloats * kWarpgroupThreads +
+                        threadIdx.x % kWarpgroupThreads * 4;
     const int skipped = warpgroup == 1 ? T::kSkippedDQ : 0;
     CUTE_UNROLL
     for (int i = 0; i < kFloats; i += 4) {
@@ -190,45 +168,53 @@ struct BackwardConsumer {
                  tDQ(i + 3));
     }
     if constexpr (T::kDeterministic) {
-      __threadfence();
-      sync_warpgroup();
-      if (thread == 0) store_release(semaphore + warpgroup, turn + 1);
+      NamedBarrier::arrive(T::kOrderThreads, T::kAdded + warpgroup);
     }
   }
 
   CUTE_DEVICE void run() {
     using namespace cute;
-    auto tDK = make_accumulator<typename T::MmaDK, T::kColsK>();
-    auto tDV = make_accumulator<typename T::MmaDV, T::kColsV>();
-    clear(tDK);
-    clear(tDV);
-    if (!queries.empty()) {
-      shared.key_value_full.wait(0);
-      clear_key_tail();
+    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
+      tile = BackwardTile::make<T>(p, index);
+      auto tDK = make_accumulator<typename T::MmaDK, T::kColsK>();
+      auto tDV = make_accumulator<typename T::MmaDV, T::kColsV>();
+      clear(tDK);
+      clear(tDV);
+      QueryWalk walk = tile.walk<T>(p);
+      if (walk.more()) {
+        wait_full(shared.query_ring, cursor);
+        wait_full(shared.key_value_ring, key_value_cursor);
+        clear_key_tail();
+      }
+      meet();  // the buffer of dS is free: both warpgroups' dK have left it
+      while (walk.more()) step(tDK, tDV, walk);
+      if (!tile.queries.empty()) {
+        release(shared.key_value_ring, key_value_cursor);
+        key_value_cursor.advance();
+      }
+      meet();  // nobody reads dS any more
+      store_output<typename T::MmaDV, typename T::DVTile>(tDV, p.dvalue);
+      CUTE_UNROLL
+      for (int i = 0; i < size(tDK); ++i) tDK(i) = finite_or_nan(tDK(i)) * p.softmax_scale;
+      store_output<typename T::MmaDK, typename T::DKTile>(tDK, p.dkey);
+      release(shared.tiles.ring, tiles_cursor);
+      tiles_cursor.advance();
     }
-    for (QueryWalk walk(p, tile, queries); walk.more(); walk.next()) {
-      step(tDK, tDV, walk.m, p.dquery + walk.block() * T::kBlockFloatsDQ,
-           p.semaphore + walk.block() * T::kConsumers);
-    }
-    CUTE_UNROLL
-    for (int i = 0; i < size(tDK); ++i) tDK(i) *= p.softmax_scale;
-    meet();  // nobody reads K or V any more
-    store_block<typename T::MmaDV, typename T::VTile, T::kColsV>(tDV, shared.value, p.dvalue);
-    store_block<typename T::MmaDK, typename T::KTile, T::kColsK>(tDK, shared.key, p.dkey);
   }
 
-  // Registers to shared memory to global memory; both warpgroups' parts in one TMA store.
-  template <class Mma, class Tile, int kCols, class Accumulator>
-  CUTE_DEVICE void store_block(const Accumulator& tC, Element* smem, const CUtensorMap& map) const {
-    if constexpr (T::kSplitKeys) {
-      store_accumulator<Mma>(tC, Tile::row_block(smem, warpgroup));
-    } else {
-      store_accumulator<Mma>(tC, Tile::template col_block<kCols>(smem, warpgroup));
-    }
+  // Registers to shared memory to global memory, this warpgroup's part. On return its leader knows
+  // that the buffer has been read.
+  template <class Mma, class Tile, class Accumulator>
+  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map) const {
+    Element* const buffer = shared.output[warpgroup];
+    sync_warpgroup();
+    store_accumulator<Mma>(tC, Tile::tensor(buffer));
     cutlass::arch::fence_view_async_shared();
-    meet();
-    if (warpgroup == 0 && threadIdx.x % kWarpgroupThreads == 0) {
-      store_tile<Tile>(map, smem, 0, tile.block * T::kBlockN, tile.head, tile.batch);
+    sync_warpgroup();
+    if (threadIdx.x % kWarpgroupThreads == 0) {
+      const int row = tile.at.block * T::kBlockN + (T::kSplitKeys ? warpgroup * kWarpgroupRows : 0);
+      const int col = T::kSplitKeys ? 0 : warpgroup * Tile::kCols;
+      if (row < p.seqlen_k) store_tile<Tile>(map, buffer, 0, row, tile.at.head, tile.at.batch, col);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
     }

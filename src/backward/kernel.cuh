@@ -1,10 +1,11 @@
-// FlashAttention backward for Hopper: one CTA per block of keys, one TMA producer thread, two
-// WGMMA consumer warpgroups. docs/design/backward.md draws the schedule.
+// FlashAttention backward for Hopper: persistent CTAs that take blocks of keys, one TMA producer
+// thread, two WGMMA consumer warpgroups. docs/design/backward.md draws the schedule.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward/consumer.cuh"
+#include "backward/order.cuh"
 #include "backward/producer.cuh"
 
 namespace jax_fa3 {
@@ -20,25 +21,25 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.key_value_full.init(1);
+    shared.tiles.ring.init(T::kDeterministic ? 2 * T::kConsumers : T::kConsumers);
+    shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
 
-  const WorkTile tile = p.scheduler.tile(blockIdx.x);
-  const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-  const int key_row = tile.block * T::kBlockN;
-  const TileRange queries = mask.query_tiles(key_row, key_row + T::kBlockN, T::kBlockM);
-
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T>(p, shared, tile, queries);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) produce<T>(p, shared);
+    if constexpr (T::kDeterministic) {
+      if (warp >= 1 && warp <= T::kConsumers) keep_order<T>(p, shared, warp - 1);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    BackwardConsumer<T>{p, shared, warpgroup - 1, tile, mask, queries}.run();
+    BackwardConsumer<T>{p, shared, warpgroup - 1}.run();
   }
 }
 

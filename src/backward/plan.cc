@@ -1,6 +1,8 @@
 // Chooses the kernel and lays out the workspace.
 #include "backward/plan.h"
 
+#include <algorithm>
+
 #include "base/shape.h"
 #include "base/text.h"
 
@@ -10,6 +12,7 @@ namespace {
 constexpr std::int64_t kGroupBytes = 32 << 20;  // of L2, for Q, dO and fp32 dQ of the running heads
 
 constexpr std::int64_t kPartAlignment = 256;     // bytes
+constexpr std::int64_t kStatisticsBytes = 16;    // of a query row
 constexpr std::int64_t kSemaphoresPerBlock = 2;  // one for each consumer warpgroup
 
 // Parts of the workspace one after the other, each aligned.
@@ -62,8 +65,9 @@ std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) 
 }  // namespace
 
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
-                                     const std::vector<BackwardKey>& available) {
+                                     const std::vector<BackwardKey>& available, int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
+  if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const BackwardKey* key = choose_kernel(shape, deterministic, available);
   if (key == nullptr) {
     return unimplemented(
@@ -73,10 +77,15 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   plan.key = *key;
   plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key->block_m);
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key->block_n);
-  plan.heads_per_group = choose_heads_per_group(shape, *key);
   const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
+  plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
+  plan.heads_per_group = choose_heads_per_group(shape, *key);
+  plan.head_at_once = deterministic && plan.num_n_blocks > 0 && plan.num_n_blocks <= plan.grid;
+  if (plan.head_at_once) {
+    plan.heads_per_group = std::min(plan.heads_per_group, plan.grid / plan.num_n_blocks);
+  }
 
   const std::int64_t heads = shape.num_heads_q;
   const std::int64_t m_blocks = plan.num_m_blocks;
@@ -84,13 +93,13 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   JFA_CHECK_OK(workspace.reserve("dQ workspace",
                                  {shape.batch, heads, m_blocks, key->block_m, key->head_dim},
                                  sizeof(float), &plan.dq_offset));
-  JFA_CHECK_OK(workspace.reserve("LSE workspace", {shape.batch, heads, m_blocks, key->block_m},
-                                 sizeof(float), &plan.lse_offset));
-  JFA_CHECK_OK(workspace.reserve("delta workspace", {shape.batch, heads, m_blocks, key->block_m},
-                                 sizeof(float), &plan.delta_offset));
+  JFA_CHECK_OK(workspace.reserve("row statistics", {shape.batch, heads, m_blocks, key->block_m},
+                                 kStatisticsBytes, &plan.statistics_offset));
   JFA_CHECK_OK(workspace.reserve(
       "semaphores", {shape.batch, heads, deterministic ? m_blocks : 0, kSemaphoresPerBlock},
       sizeof(std::int32_t), &plan.semaphore_offset));
+  JFA_CHECK_OK(
+      workspace.reserve("tile counter", {1}, sizeof(std::int32_t), &plan.tile_counter_offset));
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -100,7 +109,8 @@ std::string to_string(const BackwardPlan& plan) {
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 plan.key.deterministic ? " deterministic" : "", " m_blocks=", plan.num_m_blocks,
                 " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
-                " tiles=", plan.num_tiles, " workspace=", plan.workspace_bytes);
+                " tiles=", plan.num_tiles, " grid=", plan.grid,
+                " workspace=", plan.workspace_bytes);
 }
 
 }  // namespace jax_fa3

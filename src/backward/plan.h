@@ -16,19 +16,21 @@ struct BackwardPlan {
   std::int32_t num_m_blocks;     // steps along the queries of one (batch, head)
   std::int32_t num_n_blocks;     // work tiles along the keys of one (batch, kv head)
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
-  std::int64_t num_tiles;        // work tiles in all, one CTA each
+  std::int64_t num_tiles;        // work tiles in all
+  std::int32_t grid;             // persistent CTAs
+  bool head_at_once;             // a group's tiles are all under way together
 
   // The workspace, in bytes from its start, each part 256-byte aligned.
-  std::int64_t dq_offset;         // fp32 dQ in the order the kernel's fragments have it
-  std::int64_t lse_offset;        // fp32 [b, h_q, num_m_blocks * block_m], log2 units
-  std::int64_t delta_offset;      // fp32, same extents: rowsum(dO * O) - dLSE
-  std::int64_t semaphore_offset;  // int32 [b, h_q, num_m_blocks, 2], deterministic kernels only
+  std::int64_t dq_offset;            // fp32 dQ in the order the kernel's fragments have it
+  std::int64_t statistics_offset;    // RowStatistics [b, h_q, num_m_blocks * block_m]
+  std::int64_t semaphore_offset;     // int32 [b, h_q, num_m_blocks, 2], deterministic kernels only
+  std::int64_t tile_counter_offset;  // int32 [1]
   std::int64_t workspace_bytes;
 };
 
 // `available` is the list of kernels to choose from (backward/dispatch.h has the compiled ones).
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
-                                     const std::vector<BackwardKey>& available);
+                                     const std::vector<BackwardKey>& available, int num_sms);
 
 std::string to_string(const BackwardPlan& plan);
 

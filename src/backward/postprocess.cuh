@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kConsumerThreads)
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
       rows[(first_row + 8 * accumulator_row(i + j)) * kStride + first_col +
-           accumulator_col(i + j)] = Element(values[j] * p.softmax_scale);
+           accumulator_col(i + j)] = Element(finite_or_nan(values[j]) * p.softmax_scale);
     }
   }
   __syncthreads();

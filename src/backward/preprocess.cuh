@@ -1,5 +1,6 @@
-// Before the main kernel: per query row delta = rowsum(dO * O) - dLSE and LSE in log2 units, both
-// padded to whole blocks; the dQ workspace and the semaphores zeroed. Memory-bound.
+// Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
+// both padded to whole blocks; the dQ workspace, the semaphores and the tile counter zeroed.
+// Memory-bound.
 #pragma once
 
 #include "attention/mask.h"
@@ -8,14 +9,15 @@
 namespace jax_fa3 {
 
 struct PreprocessParams {
-  const void* out;    // [b, s_q, h_q, d_v]
-  const void* dout;   // [b, s_q, h_q, d_v]
-  const float* lse;   // [b, h_q, s_q]
-  const float* dlse;  // [b, h_q, s_q] or null
-  float* lse_log2;    // [b, h_q, num_m_blocks * kBlockM]
-  float* delta;       // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;      // [b, h_q, num_m_blocks, kBlockM * kHeadDim]
-  int* semaphore;     // [b, h_q, num_m_blocks, kConsumers] or null
+  const void* out;            // [b, s_q, h_q, d_v]
+  const void* dout;           // [b, s_q, h_q, d_v]
+  const float* lse;           // [b, h_q, s_q]
+  const float* dlse;          // [b, h_q, s_q] or null
+  RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]
+  int* semaphore;             // [b, h_q, num_m_blocks, kConsumers] or null
+  int* tile_counter;
+  float softmax_scale;
   MaskOptions mask;
   IndexArrays index;
   int seqlen_q;
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   for (int i = threadIdx.x; i < T::kBlockFloatsDQ / 4; i += kPreprocessThreads) {
     dquery[i] = float4{0.f, 0.f, 0.f, 0.f};
   }
+  if (block == 0 && threadIdx.x == 0) *p.tile_counter = 0;
   if (p.semaphore != nullptr && threadIdx.x < T::kConsumers) {
     p.semaphore[block * T::kConsumers + threadIdx.x] = 0;
   }
@@ -80,9 +83,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       const bool empty = lse == -INFINITY;
       const float dlse = p.dlse != nullptr && !empty ? p.dlse[statistic] : 0.f;
       const std::int64_t at = block * T::kBlockM + local_row;
-      // exp2(S - inf) = 0: a row that sees no key takes part in nothing.
-      p.lse_log2[at] = empty ? INFINITY : lse * kLog2e;
-      p.delta[at] = empty ? 0.f : sum - dlse;
+      p.statistics[at] = empty ? RowStatistics::make(RowStatistics::kNoGradient, 0.f)
+                               : RowStatistics::make(-lse / p.softmax_scale, dlse - sum);
     }
   }
 }

@@ -1,37 +1,47 @@
-// The backward producer: one thread that loads a key block's K and V, then keeps the rings of
-// (Q, LSE) and (dO, delta) filled for every query block of every query head of the group.
+// The backward producer: one thread that walks the CTA's work tiles, tells the consumers their
+// numbers, and keeps the rings of Q and dO filled for every query block of every query head of a
+// group, K and V for each tile. It runs ahead: a tile's first loads are under way while the tile
+// before it is stored.
 #pragma once
 
-#include "attention/mask.h"
 #include "backward/traits.cuh"
 
 namespace jax_fa3 {
 
 template <class T>
-CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& shared,
-                         const WorkTile& tile, const TileRange& queries) {
-  if (queries.empty()) return;
-  shared.key_value_full.arrive_and_expect_tx(T::KTile::kBytes + T::VTile::kBytes);
-  const int key_row = tile.block * T::kBlockN;
-  load_tile<typename T::KTile>(p.key, shared.key_value_full, kEvictFirst, shared.key, key_row,
-                               tile.head, tile.batch);
-  load_tile<typename T::VTile>(p.value, shared.key_value_full, kEvictFirst, shared.value, key_row,
-                               tile.head, tile.batch);
-
-  constexpr int kStatisticsBytes = T::kBlockM * sizeof(float);
+CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& shared) {
+  constexpr int kStatisticsBytes = T::kBlockM * sizeof(RowStatistics);
+  TileNumbers::Cursor tiles_cursor;
+  RingCursor<1> key_value_cursor;
   typename T::Cursor cursor;
-  for (QueryWalk walk(p, tile, queries); walk.more(); walk.next()) {
-    const std::int64_t statistics = walk.block() * T::kBlockM;
-    auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
-    load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
-                                 walk.m * T::kBlockM, walk.head, tile.batch);
-    load_bytes(p.lse_log2 + statistics, query_full, shared.lse_log2[cursor.stage],
-               kStatisticsBytes);
-    auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes + kStatisticsBytes);
-    load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
-                                  walk.m * T::kBlockM, walk.head, tile.batch);
-    load_bytes(p.delta + statistics, dout_full, shared.delta[cursor.stage], kStatisticsBytes);
-    cursor.advance();
+
+  for (int index = blockIdx.x;; index = p.scheduler.next(index)) {
+    shared.tiles.publish(index, tiles_cursor);
+    if (index >= p.scheduler.num_tiles) break;
+    const BackwardTile tile = BackwardTile::make<T>(p, index);
+    const int key_row = tile.at.block * T::kBlockN;
+    bool first = true;
+    for (QueryWalk walk = tile.walk<T>(p); walk.more(); walk.next()) {
+      auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
+      load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
+                                   walk.m * T::kBlockM, walk.head, tile.at.batch);
+      load_bytes(p.statistics + walk.block() * T::kBlockM, query_full,
+                 shared.statistics[cursor.stage], kStatisticsBytes);
+      if (first) {  // after the first Q, whose buffer is free earlier
+        auto& full =
+            acquire(shared.key_value_ring, key_value_cursor, T::KTile::kBytes + T::VTile::kBytes);
+        load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, key_row, tile.at.head,
+                                     tile.at.batch);
+        load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, key_row,
+                                     tile.at.head, tile.at.batch);
+        key_value_cursor.advance();
+        first = false;
+      }
+      auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
+      load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
+                                    walk.m * T::kBlockM, walk.head, tile.at.batch);
+      cursor.advance();
+    }
   }
 }
 

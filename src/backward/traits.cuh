@@ -1,12 +1,10 @@
 // Everything that follows from a backward Config: tiles, MMAs, shared memory, thread roles.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
 #include "attention/scheduler.cuh"
 #include "attention/softmax.cuh"
 #include "backward/config.h"
+#include "backward/statistics.cuh"
 #include "device/mma.cuh"
 #include "device/pipeline.cuh"
 
@@ -18,8 +16,8 @@ struct BackwardParams {
   CUtensorMap dout;         // boxes of kBlockM rows
   CUtensorMap key;          // boxes of kBlockN rows
   CUtensorMap value;        // boxes of kBlockN rows
-  CUtensorMap dkey;         // boxes of kBlockN rows
-  CUtensorMap dvalue;       // boxes of kBlockN rows
+  CUtensorMap dkey;         // boxes of 64 rows
+  CUtensorMap dvalue;       // boxes of 64 rows
   TileScheduler scheduler;  // blocks of keys, kv heads
   MaskOptions mask;
   IndexArrays index;
@@ -27,40 +25,82 @@ struct BackwardParams {
   int seqlen_k;
   int heads_per_kv_head;
   int num_m_blocks;
+  bool rotate;  // deterministic kernels where every key block visits every query block
   float softmax_scale;
   float softmax_scale_log2;
-  const float* lse_log2;  // [b, h_q, num_m_blocks * kBlockM], +inf for a row without gradient
-  const float* delta;     // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;          // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
-  int* semaphore;         // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
+  const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;                    // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
+  int* semaphore;  // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
 };
 
 // The query blocks of a work tile, one after another: those that see its keys, for each query head
 // that shares its kv head. One loop rather than two, for the register allocator's sake.
 struct QueryWalk {
-  const int first, last, end_head, num_m_blocks, num_heads, batch;
+  const int first, last, start, end_head, num_m_blocks, num_heads, batch;
   int m, head;
 
-  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
+  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries,
+                        int start)
       : first(queries.begin),
         last(queries.end - 1),
+        start(start),
         end_head(queries.empty() ? 0 : (tile.head + 1) * p.heads_per_kv_head),
         num_m_blocks(p.num_m_blocks),
         num_heads(p.scheduler.num_heads * p.heads_per_kv_head),
         batch(tile.batch),
-        m(queries.begin),
+        m(start),
         head(tile.head * p.heads_per_kv_head) {}
 
   CUTE_DEVICE bool more() const { return head < end_head; }
   CUTE_DEVICE void next() {
-    if (m++ == last) {
-      m = first;
-      ++head;
-    }
+    m = m == last ? first : m + 1;
+    if (m == start) ++head;
   }
   // Number of the block among those of all batches and query heads.
   CUTE_DEVICE std::int64_t block() const {
     return (std::int64_t(batch) * num_heads + head) * num_m_blocks + m;
+  }
+};
+
+// A work tile of the backward pass: what it is and what it has to visit.
+struct BackwardTile {
+  WorkTile at;
+  Mask mask;
+  TileRange queries;
+  int key_blocks;  // of this sequence, with rotation
+
+  template <class T>
+  CUTE_DEVICE static BackwardTile make(const BackwardParams& p, int index) {
+    BackwardTile tile;
+    tile.at = p.scheduler.tile(index);
+    tile.mask = make_mask(p.mask, p.index, tile.at.batch, p.seqlen_q, p.seqlen_k);
+    const int key = tile.at.block * T::kBlockN;
+    tile.queries = tile.mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
+    tile.key_blocks = ceil_div(tile.mask.key_length, T::kBlockN);
+    return tile;
+  }
+
+  // With rotation key block n begins n / key_blocks of the way through the queries, so that at any
+  // time different key blocks are at different query blocks.
+  template <class T>
+  CUTE_DEVICE QueryWalk walk(const BackwardParams& p) const {
+    int start = queries.begin;
+    if constexpr (T::kDeterministic) {
+      if (p.rotate && !queries.empty()) start = queries.end * at.block / key_blocks;
+    }
+    return QueryWalk(p, at, queries, start);
+  }
+
+  // How many key blocks reach query block m before this one does: later ones, which start further
+  // on or see it sooner; with rotation, cyclically from the last one that starts at or before m.
+  template <class T>
+  CUTE_DEVICE int turn(const BackwardParams& p, int m) const {
+    if (p.rotate) {
+      const int turn = ((m + 1) * key_blocks - 1) / queries.end - at.block;
+      return turn < 0 ? turn + key_blocks : turn;
+    }
+    const int row = m * T::kBlockM;
+    return mask.key_tiles(row, row + T::kBlockM, T::kBlockN).end - 1 - at.block;
   }
 };
 
@@ -75,8 +115,7 @@ enum class Split {
 
 template <class Config>
 struct BackwardTraits {
-  using Element =
-      cute::conditional_t<Config::kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
@@ -89,8 +128,10 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  // Together what the launch gives 384 threads: 168 each.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 
@@ -102,12 +143,16 @@ struct BackwardTraits {
   using KTile = SmemTile<Element, kBlockN, kHeadDim, kChunkK>;
   using VTile = SmemTile<Element, kBlockN, kHeadDimV, kChunkV>;
   using PTile = SmemTile<Element, kBlockN, kBlockM>;  // P^T and dS^T: (key, query)
+  // One warpgroup's dK and dV, on their way to global memory.
+  using DKTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDim : kHeadDim / 2, kChunkK>;
+  using DVTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDimV : kHeadDimV / 2, kChunkV>;
 
   // Queries per warpgroup of S^T and dP^T; columns per warpgroup of dK and dV.
   static constexpr int kQueries = kSplitKeys ? kBlockM : kBlockM / 2;
-  static constexpr int kColsK = kSplitKeys ? kHeadDim : kHeadDim / 2;
-  static constexpr int kColsV = kSplitKeys ? kHeadDimV : kHeadDimV / 2;
+  static constexpr int kColsK = DKTile::kCols;
+  static constexpr int kColsV = DVTile::kCols;
   using MmaS = MmaSS<Element, kQueries, Major::K, Major::K>;
+  using Statistics = StatisticTile<kQueries>;
   using MmaDV = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsV, Major::MN>,
                                     MmaSS<Element, kColsV, Major::K, Major::MN>>;
   using MmaDK = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsK, Major::MN>,
@@ -131,25 +176,37 @@ struct BackwardTraits {
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
-    alignas(1024) Element key[KTile::kElements];    // later dK
-    alignas(1024) Element value[VTile::kElements];  // later dV
+    // Not last: compute-sanitizer takes the halves of this operand for 16 bytes a row each.
+    alignas(1024) RowStatistics statistics[kStages][kBlockM];
+    alignas(1024) Element key[KTile::kElements];
+    alignas(1024) Element value[VTile::kElements];
     alignas(1024) Element query[kStages][QTile::kElements];
     alignas(1024) Element dout[kStages][DOTile::kElements];
-    // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
-    alignas(1024) Element dscores[2][PTile::kElements];
-    alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
-    alignas(16) float lse_log2[kStages][kBlockM];
-    alignas(16) float delta[kStages][kBlockM];
-    TransactionBarrier key_value_full;
-    Ring query_ring;  // Q and LSE
-    Ring dout_ring;   // dO and delta
+    union {
+      // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
+      struct {
+        alignas(1024) Element dscores[2][PTile::kElements];
+        alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
+      };
+      // Between work tiles, for each warpgroup: dV, then dK.
+      alignas(
+          1024) Element output[kConsumers][kWarpgroupRows * (kColsK > kColsV ? kColsK : kColsV)];
+    };
+    TileNumbers tiles;
+    RingBarriers<1> key_value_ring;
+    Ring query_ring;  // Q and the statistics
+    Ring dout_ring;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
+  static constexpr int kOrderThreads = kWarpgroupThreads + 32;
   // Named barriers: who arrives and waits.
   enum NamedBarrier : std::uint32_t {
     kConsumersMeet = 0,  // both consumers, 256 threads
     kWarpgroup = 1,      // + w: all of consumer w, 128 threads
+    // Deterministic kernels: consumer w and the warp that keeps its order, 160 threads.
+    kTurn = 1 + kConsumers,       // + w: consumer w may add to dQ
+    kAdded = 1 + 2 * kConsumers,  // + w: consumer w has added
   };
 };
 

@@ -87,6 +87,25 @@ CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
   if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
 }
 
+// As issue_mma with Accumulate::kOverwrite, C = A * B + A' * B' in one group. A' is a register
+// operand, B' one k-step.
+template <class Mma, class A, class B, class Mma2, class A2, class B2, class C>
+CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, Mma2 mma2, const A2& tA2,
+                           const B2& tB2, C& tC) {
+  cute::warpgroup_fence_operand(const_cast<A2&>(tA2));
+  cute::warpgroup_arrive();
+  mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(tA); ++k) {
+    cute::gemm(mma, tA(cute::_, cute::_, k), tB(cute::_, cute::_, k), tC);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  mma2.accumulate_ = cute::GMMA::ScaleOut::One;
+  cute::gemm(mma2, tA2(cute::_, cute::_, 0), tB2(cute::_, cute::_, 0), tC);
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(tC);
+}
+
 // Waits until at most kPending groups are in flight, and makes `tC` readable.
 template <int kPending, class C>
 CUTE_DEVICE void wait_mma(C& tC) {

@@ -22,6 +22,10 @@ CUTE_DEVICE int fetch_add(int* address, int value) {
   return previous;
 }
 
+// Orders this thread's accesses before the fence before other threads' accesses that observe a
+// later store_release.
+CUTE_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 CUTE_DEVICE int load_acquire(const int* address) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

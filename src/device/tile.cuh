@@ -9,9 +9,17 @@
 // registers, g in global memory.
 #pragma once
 
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
 #include <cute/tensor.hpp>
 
+#include "base/types.h"
+
 namespace jax_fa3 {
+
+template <DType kDType>
+using ElementOf = cute::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
 template <class Element_, int kRows_, int kCols_, int kChunkCols_ = kCols_ % 64 == 0 ? 64 : 32>
 struct SmemTile {

@@ -79,16 +79,16 @@ CUTE_DEVICE void load_bytes(const void* global, TransactionBarrier& barrier, voi
   cute::SM90_BULK_COPY_G2S::copy(global, reinterpret_cast<std::uint64_t*>(&barrier), smem, bytes);
 }
 
-// Stores the rows of one box (make_tensor_map's `rows`), which start at `smem_row` of the tile. One
-// thread calls it.
+// Stores the rows of one box (make_tensor_map's `rows`), which start at `smem_row` of the tile, to
+// rows from `row` and columns from `col` of one head. One thread calls it.
 template <class Tile>
 CUTE_DEVICE void store_tile(const CUtensorMap& map, const typename Tile::Element* smem,
-                            int smem_row, int row, int head, int batch) {
+                            int smem_row, int row, int head, int batch, int col = 0) {
   CUTE_UNROLL
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     cute::SM90_TMA_STORE_4D::copy(&map,
                                   smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
-                                  chunk * Tile::kChunkCols, head, row, batch);
+                                  col + chunk * Tile::kChunkCols, head, row, batch);
   }
 }
 

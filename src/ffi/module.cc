@@ -91,7 +91,6 @@ nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t
   dict["num_m_blocks"] = plan.num_m_blocks;
   dict["heads_per_group"] = plan.heads_per_group;
   dict["longest_first"] = plan.longest_first;
-  dict["counted"] = plan.counted;
   dict["num_tiles"] = plan.num_tiles;
   dict["grid"] = plan.grid;
   return dict;
@@ -99,20 +98,22 @@ nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t
 
 nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
                        std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
-                       std::int64_t head_dim, std::int64_t head_dim_v, bool deterministic) {
+                       std::int64_t head_dim, std::int64_t head_dim_v, bool deterministic,
+                       int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  const auto planned = plan_backward(shape, deterministic, plannable_backward_kernels());
+  const auto planned = plan_backward(shape, deterministic, plannable_backward_kernels(), num_sms);
   const BackwardPlan& plan = value_or_raise(planned);
   nb::dict dict = to_dict(plan.key);
   dict["num_m_blocks"] = plan.num_m_blocks;
   dict["num_n_blocks"] = plan.num_n_blocks;
   dict["heads_per_group"] = plan.heads_per_group;
   dict["num_tiles"] = plan.num_tiles;
+  dict["grid"] = plan.grid;
   dict["dq_offset"] = plan.dq_offset;
-  dict["lse_offset"] = plan.lse_offset;
-  dict["delta_offset"] = plan.delta_offset;
+  dict["statistics_offset"] = plan.statistics_offset;
   dict["semaphore_offset"] = plan.semaphore_offset;
+  dict["tile_counter_offset"] = plan.tile_counter_offset;
   dict["workspace_bytes"] = plan.workspace_bytes;
   return dict;
 }
@@ -138,7 +139,8 @@ NB_MODULE(_C, module) {
              "Tile, order and grid of a forward call. Raises ValueError with the reason.");
   module.def("backward_plan", &backward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "deterministic"_a,
-             "Tile and workspace of a backward call. Raises ValueError with the reason.");
+             "num_sms"_a,
+             "Tile, grid and workspace of a backward call. Raises ValueError with the reason.");
 }
 
 }  // namespace jax_fa3

@@ -25,7 +25,7 @@ struct ForwardConsumer {
   const int warpgroup;  // 0 .. kConsumers - 1
 
   RingCursor<1> query_cursor;
-  typename T::IndexCursor index_cursor;
+  TileNumbers::Cursor tiles_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
@@ -131,15 +131,10 @@ struct ForwardConsumer {
     value_cursor.advance();
   }
 
-  CUTE_DEVICE int next_tile() const {
-    wait_full(shared.index_ring, index_cursor);
-    return __shfl_sync(0xffffffff, shared.tile_index[index_cursor.stage], 0);
-  }
-
   CUTE_DEVICE void run() {
     using namespace cute;
     if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
-    for (int index; (index = next_tile()) < p.scheduler.num_tiles;) {
+    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       const int block_row = tile.block * T::kBlockM;
@@ -172,8 +167,8 @@ struct ForwardConsumer {
       }
       query_cursor.advance();
       // Not before the barriers of store_output: by then every warp has read the number.
-      release(shared.index_ring, index_cursor);
-      index_cursor.advance();
+      release(shared.tiles.ring, tiles_cursor);
+      tiles_cursor.advance();
     }
     tma_store_wait<0>();  // shared memory must outlive the last store
   }

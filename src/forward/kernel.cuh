@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.index_ring.init(T::kConsumers);
+    shared.tiles.ring.init(T::kConsumers);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);

@@ -32,8 +32,8 @@ Status launch_forward(const ForwardPlan& plan, const ForwardProblem& problem, cu
                               plan.heads_per_group,
                               static_cast<int>(plan.num_tiles),
                               plan.longest_first,
-                              plan.counted ? problem.tile_counter : nullptr};
-  if (plan.counted) {
+                              plan.longest_first ? problem.tile_counter : nullptr};
+  if (plan.longest_first) {
     JFA_CHECK_OK(cuda_status(cudaMemsetAsync(problem.tile_counter, 0, sizeof(int), stream),
                              "cudaMemsetAsync of the tile counter"));
   }

@@ -74,7 +74,6 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   plan.longest_first = plan.num_m_blocks > 1 && options.window_right < kUnbounded &&
                        schedule.cycles.back() > schedule.cycles.front();
   plan.heads_per_group = plan.longest_first ? choose_heads_per_group(shape) : 1;
-  plan.counted = plan.longest_first;
   return schedule;
 }
 
@@ -97,7 +96,7 @@ double makespan(const Schedule& schedule) {
   };
   std::vector<double> busy(plan.grid, 0.0);
   for (std::int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-    if (plan.counted) {  // the CTA that is free first takes the next tile
+    if (plan.longest_first) {  // the CTA that is free first takes the next tile
       std::pop_heap(busy.begin(), busy.end(), std::greater<>());
       busy.back() += cycles_of(tile);
       std::push_heap(busy.begin(), busy.end(), std::greater<>());
@@ -153,8 +152,8 @@ std::string to_string(const ForwardPlan& plan) {
   return concat("forward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 " m_blocks=", plan.num_m_blocks, " heads_per_group=", plan.heads_per_group,
-                " longest_first=", plan.longest_first, " counted=", plan.counted,
-                " tiles=", plan.num_tiles, " grid=", plan.grid);
+                " longest_first=", plan.longest_first, " tiles=", plan.num_tiles,
+                " grid=", plan.grid);
 }
 
 }  // namespace jax_fa3

@@ -15,8 +15,7 @@ struct ForwardPlan {
   ForwardKey key;
   std::int32_t num_m_blocks;     // work tiles along the queries of one (batch, head)
   std::int32_t heads_per_group;  // (batch, head) pairs whose K and V are live in L2 at once
-  bool longest_first;            // tiles differ in length: deepest rows first
-  bool counted;                  // CTAs take tiles from a counter in memory, not in fixed steps
+  bool longest_first;            // tiles differ in length: deepest rows first, from a counter
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
 };

@@ -11,17 +11,10 @@ namespace jax_fa3 {
 template <class T>
 CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
-  typename T::IndexCursor index_cursor;
+  TileNumbers::Cursor tiles_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
-  const auto publish = [&](int index) {
-    wait_empty(shared.index_ring, index_cursor);
-    shared.tile_index[index_cursor.stage] = index;
-    shared.index_ring.full[index_cursor.stage].arrive();
-    index_cursor.advance();
-  };
-
-  publish(blockIdx.x);
+  shared.tiles.publish(blockIdx.x, tiles_cursor);
   for (int index = blockIdx.x, next; index < p.scheduler.num_tiles; index = next) {
     const WorkTile tile = p.scheduler.tile(index);
     const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
@@ -31,7 +24,7 @@ CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shar
 
     // Early: the consumers find the next tile's number waiting.
     next = p.scheduler.next(index);
-    publish(next);
+    shared.tiles.publish(next, tiles_cursor);
 
     // Each warpgroup's rows by themselves: it goes on to them as soon as it is done with its last
     // ones, while the others still finish.

@@ -1,18 +1,12 @@
 // Everything that follows from a forward Config: tiles, MMAs, shared memory, thread roles.
 #pragma once
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
 #include "attention/scheduler.cuh"
 #include "device/mma.cuh"
 #include "device/pipeline.cuh"
 #include "forward/config.h"
 
 namespace jax_fa3 {
-
-template <DType kDType>
-using ElementOf = cute::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
 // What the kernel is launched with. Tensor maps travel by value, so that a captured launch stays
 // valid for as long as its buffers do.
@@ -73,18 +67,12 @@ struct ForwardTraits {
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
-  // Numbers of work tiles on their way to the consumers. The producer publishes one ahead of the
-  // tile it loads, which is itself ahead of the tile the consumers store.
-  static constexpr int kIndexStages = 4;
-  using IndexCursor = RingCursor<kIndexStages>;
-
   struct SharedStorage {
     alignas(1024) Element query[QTile::kElements];
     alignas(1024) Element key[kStages][KTile::kElements];
     alignas(1024) Element value[kStages][VTile::kElements];
     alignas(1024) Element own_output[kOwnOutput ? OTile::kElements : 8];
-    int tile_index[kIndexStages];  // num_tiles or more after the last tile
-    RingBarriers<kIndexStages> index_ring;
+    TileNumbers tiles;
     RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;

@@ -35,7 +35,7 @@ ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sm
 }
 
 BackwardPlan backward(const Shape& s, bool deterministic = false) {
-  const auto plan = plan_backward(s, deterministic, kBackward);
+  const auto plan = plan_backward(s, deterministic, kBackward, kSms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -90,8 +90,8 @@ void groups_fit_l2() {
   gqa.num_heads_kv = 8;
   CHECK(forward(gqa, kCausal).heads_per_group == 64);
   // Tiles that differ in length are handed out by a counter.
-  CHECK(forward(gqa, kCausal).counted);
-  CHECK(!forward(gqa).counted);
+  CHECK(forward(gqa, kCausal).longest_first);
+  CHECK(!forward(gqa).longest_first);
   // Backward: Q, dO and fp32 dQ of 8192 queries of d128 are 8 MB, of a group of four heads 32.
   CHECK(backward(shape(1, 8192, 16, 128)).heads_per_group == 4);
   Shape gqa_backward = shape(1, 8192, 64, 128);
@@ -103,7 +103,7 @@ void empty_problems() {
   for (const Shape& s : {shape(0, 512, 4, 64), shape(1, 0, 4, 64)}) {
     const ForwardPlan plan = forward(s, kCausal);
     CHECK(plan.num_tiles == 0 && plan.grid == 0);
-    CHECK(backward(s, true).workspace_bytes == 0);
+    CHECK(backward(s, true).grid == 0);
   }
   Shape no_keys = shape(1, 512, 4, 64);
   no_keys.seqlen_k = 0;
@@ -120,11 +120,12 @@ void workspace_layout() {
     CHECK(plan.key.deterministic == deterministic);
     CHECK(plan.num_m_blocks == 16 && plan.num_n_blocks == 8 && plan.num_tiles == 120);
     CHECK(plan.dq_offset == 0);
-    CHECK(plan.lse_offset == aligned(rows * 128 * 4));
-    CHECK(plan.delta_offset == plan.lse_offset + aligned(rows * 4));
-    CHECK(plan.semaphore_offset == plan.delta_offset + aligned(rows * 4));
+    CHECK(plan.statistics_offset == aligned(rows * 128 * 4));
+    CHECK(plan.semaphore_offset == plan.statistics_offset + aligned(rows * 16));
     const std::int64_t semaphores = deterministic ? aligned(3 * 5 * 16 * 2 * 4) : 0;
-    CHECK(plan.workspace_bytes == plan.semaphore_offset + semaphores);
+    CHECK(plan.tile_counter_offset == plan.semaphore_offset + semaphores);
+    CHECK(plan.workspace_bytes == plan.tile_counter_offset + 256);
+    CHECK(plan.grid == 120 && plan.head_at_once == deterministic);
   }
 }
 
@@ -135,15 +136,15 @@ void beyond_32_bits() {
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
   CHECK_REFUSES(plan_forward(tiles, kDense, kForward, kSms).status(), "below 2^31");
-  CHECK_REFUSES(plan_backward(tiles, false, kBackward).status(), "below 2^31");
+  CHECK_REFUSES(plan_backward(tiles, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
-  CHECK_REFUSES(plan_backward(bytes, false, kBackward).status(), "64-bit");
+  CHECK_REFUSES(plan_backward(bytes, false, kBackward, kSms).status(), "64-bit");
 }
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
     CHECK_REFUSES(plan_forward(s, kDense, kForward, kSms).status(), part);
-    CHECK_REFUSES(plan_backward(s, false, kBackward).status(), part);
+    CHECK_REFUSES(plan_backward(s, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
   refuses(shape(1, (1 << 28) + 1, 1, 64), "seqlen_q must be in [0, 268435456], got 268435457");
