@@ -178,12 +178,16 @@ DEEP = vary(  # several blocks of keys, and rows that start in a masked one
     head_dim=16,
 )
 
-CASES = HEADS + DIMS + SEQLENS + EMPTY + WINDOWS + OFFSETS + LENGTHS + SCALES + DEEP
-
-VALUE_DIMS = vary(  # without kernels
+VALUE_DIMS = vary(
     dict(head_dim=24, head_dim_v=40),
     dict(head_dim=48, head_dim_v=8, causal=True, heads_kv=1),
-    dict(head_dim=16, head_dim_v=17, key_lengths=(7, 60), dtype="float32"),
+    dict(head_dim=192, head_dim_v=128, causal=True),
+    dict(head_dim=128, head_dim_v=192, window=(30, 5)),
+    dict(head_dim=192, head_dim_v=64, key_lengths=(65, 17), offset=7, causal=True),
 )
+
+CASES = HEADS + DIMS + VALUE_DIMS + SEQLENS + EMPTY + WINDOWS + OFFSETS + LENGTHS + SCALES + DEEP
+
+ODD_DIMS = vary(dict(head_dim=16, head_dim_v=17, key_lengths=(7, 60), dtype="float32"))  # XLA's
 
 assert len({case.name for case in CASES}) == len(CASES), "two cases share a name"

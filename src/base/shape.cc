@@ -38,12 +38,7 @@ Status check_shape(const Shape& shape) {
                                    shape.num_heads_q, " and ", shape.num_heads_kv));
   }
   JFA_CHECK_OK(check_head_dim("head_dim", shape.head_dim));
-  JFA_CHECK_OK(check_head_dim("head_dim_v", shape.head_dim_v));
-  if (shape.head_dim_v != shape.head_dim) {
-    return unimplemented(
-        concat("head_dim_v must equal head_dim, got ", shape.head_dim_v, " and ", shape.head_dim));
-  }
-  return {};
+  return check_head_dim("head_dim_v", shape.head_dim_v);
 }
 
 Status check_mask(const MaskOptions& mask) {
@@ -56,9 +51,11 @@ std::string no_kernel_message(const char* direction, const Shape& shape,
                               const std::vector<int>& head_dims) {
   std::string built;
   for (const int dim : head_dims) built += concat(built.empty() ? "" : ", ", dim);
-  return concat("no ", direction, " kernel for ", to_string(shape.dtype),
-                " head_dim=", shape.head_dim, ": this build has ", to_string(shape.dtype),
-                " head dims [", built, "]; rebuild with JAX_FA3_HEAD_DIMS and JAX_FA3_DTYPES ",
+  std::string wanted = concat(" head_dim=", shape.head_dim);
+  if (shape.head_dim_v != shape.head_dim) wanted += concat(" head_dim_v=", shape.head_dim_v);
+  return concat("no ", direction, " kernel for ", to_string(shape.dtype), wanted,
+                ": this build has ", to_string(shape.dtype), " head dims [", built,
+                "]; rebuild with JAX_FA3_HEAD_DIMS and JAX_FA3_DTYPES ",
                 "(CMake options) that cover it");
 }
 

@@ -157,8 +157,8 @@ void refusals() {
   s.num_heads_kv = 4;
   refuses(s, "num_heads_q must be a multiple of num_heads_kv, got 6 and 4");
   s = shape(1, 1, 1, 64);
-  s.head_dim_v = 128;
-  refuses(s, "head_dim_v must equal head_dim, got 128 and 64");
+  s.head_dim_v = 60;
+  refuses(s, "head_dim_v must be a multiple of 8 in [8, 256], got 60");
   s = shape(1, 1, 1, 64);
   s.dtype = DType::kFP16;
   refuses(s, "no ");

@@ -160,7 +160,26 @@ BATCHED = [
     for causal, deterministic in ((True, True), (False, False))
 ]
 
-LARGE = unique([*large_cases(), *BATCHED])
+VALUE_DIMS = [
+    Case(
+        batch=1,
+        seqlen_q=sq,
+        seqlen_k=sk,
+        heads_q=4,
+        heads_kv=2,
+        head_dim=192,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        deterministic=deterministic,
+        **resolve(feature, sq, sk),
+    )
+    for head_dim_v, dtype in ((128, "bfloat16"), (128, "float16"), (72, "bfloat16"))
+    for (sq, sk), feature, deterministic in zip(
+        SHAPES[:6], FEATURES[1:7], itertools.cycle((True, False)), strict=False
+    )
+]
+
+LARGE = unique([*large_cases(), *BATCHED, *VALUE_DIMS])
 PADDED = [case for case in SHARED + LARGE if case.query_lengths or case.key_lengths]
 
 DETERMINISTIC = [
@@ -171,10 +190,11 @@ DETERMINISTIC = [
         heads_q=hq,
         heads_kv=hkv,
         head_dim=head_dim,
+        head_dim_v=head_dim_v,
         deterministic=True,
         **mask,
     )
-    for head_dim in COMPILED_HEAD_DIMS
+    for head_dim, head_dim_v in (*((d, d) for d in COMPILED_HEAD_DIMS), (192, 128))
     for (hq, hkv), mask in zip(
         ((4, 4), (8, 2), (4, 1)), (dict(), dict(causal=True), dict(window=(150, 70))), strict=True
     )

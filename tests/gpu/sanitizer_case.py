@@ -33,6 +33,7 @@ CASES = [
         dict(head_dim=192, seqlen_q=1, key_lengths=(65, 128)),
         dict(head_dim=256, causal=True, deterministic=True, dtype="float16"),
         dict(head_dim=248, window=(0, 70)),
+        dict(head_dim=192, head_dim_v=128, causal=True),
     )
 ]
 
