@@ -101,8 +101,8 @@ def dot_product_attention(
     Args:
       query: (B, T, N, H) or (T, N, H); bfloat16, float16 or float32.
       key: (B, S, K, H) or (S, K, H), of query's dtype.
-      value: (B, S, K, H) or (S, K, H), of query's dtype. Its last dimension may differ from H and is
-        then the output's.
+      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
+        is then the output's.
       bias: floating, broadcastable to (B, N, T, S); added to the scaled scores. Runs through XLA.
       mask: bool, broadcastable to (B, N, T, S); True where a row sees a key. Runs through XLA.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).

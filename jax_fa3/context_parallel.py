@@ -46,7 +46,7 @@ def ring_attention(
     Args:
       query: (B, T, heads, H) or (T, heads, H); bfloat16, float16 or float32.
       key: (B, S, kv_heads, H) or (S, kv_heads, H), of query's dtype; kv_heads divides heads.
-      value: like key; through XLA its last dimension may differ from H and is then the output's.
+      value: like key; its last dimension may differ from H and is then the output's.
       axis_name: the mesh axis, or axes, over which the sequence is divided; manual here, as it is
         inside `jax.shard_map`.
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
