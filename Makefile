@@ -6,6 +6,7 @@
 #   make test         the test suite; needs no GPU
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
+#   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
@@ -16,7 +17,7 @@
 #   CUDA        ON or OFF: with or without kernels. Default: ON where a GPU is visible
 #   VENV, PINS  the virtual environment, with requirements/dev.txt as it is or (PINS=newest) unpinned
 #   PYTHON      what the module is built for and run with; default: VENV's
-#   GPU_PYTHON  the same for gpu-test and bench, which build only if the kernels do not import
+#   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
 #   JOBS        parallel compile jobs
 
@@ -45,7 +46,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test bench bench-quick bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -68,6 +69,9 @@ kernels: module
 
 gpu-test: gpu-module
 	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+gpu-mesh-test: gpu-module
+	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu/test_mesh.py $(PYTEST_ARGS)
 
 bench: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention

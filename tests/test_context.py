@@ -7,25 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import contract
 import jax_fa3
 from case import Case
 from cases import vary
-from oracle import Results
-
-FUNCTIONS = {
-    "ring": jax_fa3.ring_attention,
-    "allgather": jax_fa3.allgather_attention,
-    "ulysses": jax_fa3.ulysses_attention,
-}
-LAYOUTS = ("contiguous", "zigzag")
-PART = P(None, "seq")
-
-# XLA's CPU compiler takes most of these tests' time, and its optimizations most of that.
-QUICK = {"xla_backend_optimization_level": 0}
+from meshes import LAYOUTS, PART, STRATEGIES, check_strategy, compiled_for, mesh_of
 
 CASES = vary(
     dict(heads_kv=8),
@@ -67,57 +54,6 @@ CASES = vary(
 )
 
 
-def mesh_of(**axes):
-    count = int(np.prod(list(axes.values())))
-    kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(
-        tuple(axes.values()), tuple(axes), axis_types=kinds, devices=jax.devices()[:count]
-    )
-
-
-def compiled(function, *args):
-    return jax.jit(function).lower(*args).compile(compiler_options=QUICK)
-
-
-def in_layout(layout, size, x, inverse=False):
-    """[batch, seq, ...] in natural order to that of the layout, or back."""
-    if layout == "contiguous" or x.shape[1] == 0:
-        return x
-    order = np.asarray(jax_fa3.zigzag_permute(jnp.arange(x.shape[1]), 0, size))
-    return x[:, np.argsort(order) if inverse else order]
-
-
-def check(case, strategy, layout, size, check_vma=True):
-    """Output, LSE and gradients of a case over `size` devices, against the oracle."""
-
-    def local(query, key, value, dout, dlse, index):
-        attend = functools.partial(
-            FUNCTIONS[strategy],
-            axis_name="seq",
-            layout=layout,
-            return_residual=True,
-            **case.options,
-            **index,
-        )
-        results, vjp = jax.vjp(attend, query, key, value)
-        return *results, *vjp((dout, dlse))
-
-    mapped = jax.shard_map(
-        local,
-        mesh=mesh_of(seq=size),
-        in_specs=(*(PART,) * 5, P()),
-        out_specs=PART,
-        check_vma=check_vma,
-    )
-    inputs = case.inputs()
-    if case.query_lengths or case.key_lengths:
-        inputs = contract.spoil_padding(case, inputs)
-    parts = [in_layout(layout, size, x) for x in inputs]
-    got = compiled(mapped, *parts, case.index_arrays)(*parts, case.index_arrays)
-    got = Results(*(in_layout(layout, size, np.asarray(x), inverse=True) for x in got))
-    contract.compare(case, inputs, got)
-
-
 def sizes(cases):
     """Each case with one number of devices, all of them in turn."""
     return [(case, (4, 2, 8)[i % 3]) for i, case in enumerate(cases)]
@@ -127,7 +63,7 @@ def sizes(cases):
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])
 @pytest.mark.parametrize(("case", "size"), sizes(CASES), ids=lambda x: getattr(x, "name", x))
 def test_case(case, size, strategy, layout):
-    check(case, strategy, layout, size, check_vma=layout == "contiguous")
+    check_strategy(case, strategy, layout, size, check_vma=layout == "contiguous")
 
 
 CAUSAL = dataclasses.replace(CASES[0], causal=True, heads_kv=2)
@@ -138,7 +74,7 @@ CAUSAL = dataclasses.replace(CASES[0], causal=True, heads_kv=2)
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])
 def test_causal_over_any_number_of_devices(strategy, layout, size):
     case = dataclasses.replace(CAUSAL, seqlen_q=48, seqlen_k=48, heads_kv=4, batch=1)
-    check(case, strategy, layout, size, check_vma=layout == "zigzag")
+    check_strategy(case, strategy, layout, size, check_vma=layout == "zigzag")
 
 
 @pytest.mark.parametrize(
@@ -156,19 +92,19 @@ def test_causal_over_any_number_of_devices(strategy, layout, size):
 def test_ulysses(case, layout, size):
     if size == 3:
         case = dataclasses.replace(case, seqlen_q=48, seqlen_k=48)
-    check(case, "ulysses", layout, size)
+    check_strategy(case, "ulysses", layout, size)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])
 def test_odd_number_of_rows_goes_without_halves(strategy):
-    check(dataclasses.replace(CAUSAL, seqlen_q=36, seqlen_k=36), strategy, "contiguous", 4)
+    check_strategy(dataclasses.replace(CAUSAL, seqlen_q=36, seqlen_k=36), strategy, "contiguous", 4)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])
 def test_error_stays_within_the_rule_over_many_devices(strategy):
     """Eight partial results in bfloat16, merged: rounding must not add up."""
     case = Case(1, 512, 512, 2, 1, 64, causal=True)
-    check(case, strategy, "contiguous", 8)
+    check_strategy(case, strategy, "contiguous", 8)
 
 
 def attend_whole(query, key, value):
@@ -188,12 +124,12 @@ def near(got, want):
         assert np.linalg.norm(g - w) <= 1e-5 * np.linalg.norm(w)
 
 
-@pytest.mark.parametrize("strategy", FUNCTIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_scan_and_remat_beside_batch_and_head_axes(strategy):
     """Three layers under scan and remat, in float32, on a mesh of data, seq and heads."""
     case = dataclasses.replace(CAUSAL, dtype="float32", heads_kv=4)
     operands = case.inputs()[:3]
-    attend = functools.partial(FUNCTIONS[strategy], axis_name="seq", is_causal=True)
+    attend = functools.partial(STRATEGIES[strategy], axis_name="seq", is_causal=True)
 
     def layers(function):
         @functools.partial(
@@ -212,29 +148,29 @@ def test_scan_and_remat_beside_batch_and_head_axes(strategy):
     mapped = jax.shard_map(
         layers(attend), mesh=mesh_of(data=2, seq=2, model=2), in_specs=spec, out_specs=spec
     )
-    got = compiled(gradient_of(mapped), *operands)(*operands)
-    want = compiled(gradient_of(layers(attend_whole)), *operands)(*operands)
+    got = compiled_for(gradient_of(mapped), *operands)(*operands)
+    want = compiled_for(gradient_of(layers(attend_whole)), *operands)(*operands)
     near(got, want)
 
 
-@pytest.mark.parametrize("strategy", FUNCTIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_batch_and_over_two_mesh_axes(strategy):
     """(seq, heads, head_dim) arrays; the sequence divided over two axes as over one."""
     case = dataclasses.replace(CAUSAL, dtype="float32", batch=1)
     operands = [x[0] for x in case.inputs()[:3]]
-    attend = functools.partial(FUNCTIONS[strategy], axis_name=("outer", "inner"), is_causal=True)
+    attend = functools.partial(STRATEGIES[strategy], axis_name=("outer", "inner"), is_causal=True)
     spec = P(("outer", "inner"))
     mapped = jax.shard_map(attend, mesh=mesh_of(outer=2, inner=2), in_specs=spec, out_specs=spec)
-    got = compiled(gradient_of(mapped), *operands)(*operands)
-    near(got, compiled(gradient_of(attend_whole), *operands)(*operands))
+    got = compiled_for(gradient_of(mapped), *operands)(*operands)
+    near(got, compiled_for(gradient_of(attend_whole), *operands)(*operands))
 
 
-@pytest.mark.parametrize("strategy", FUNCTIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_keys_that_every_device_has_a_copy_of(strategy):
     """Replicated operands: their gradients are the sums over the devices' copies."""
     case = dataclasses.replace(CAUSAL, dtype="float32", heads_kv=4, causal=False, seqlen_k=24)
     operands = case.inputs()[:3]
-    attend = functools.partial(FUNCTIONS[strategy], axis_name="seq")
+    attend = functools.partial(STRATEGIES[strategy], axis_name="seq")
     mapped = jax.shard_map(attend, mesh=mesh_of(seq=4), in_specs=(PART, P(), P()), out_specs=PART)
 
     def whole(query, key, value):
@@ -242,5 +178,5 @@ def test_keys_that_every_device_has_a_copy_of(strategy):
             query, *(jnp.tile(x, (1, 4, 1, 1)) for x in (key, value))
         )
 
-    got = compiled(gradient_of(mapped), *operands)(*operands)
-    near(got, compiled(gradient_of(whole), *operands)(*operands))
+    got = compiled_for(gradient_of(mapped), *operands)(*operands)
+    near(got, compiled_for(gradient_of(whole), *operands)(*operands))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_fa3
 from jax_fa3 import context
 from jax_fa3.options import AttentionOptions
-from test_context import FUNCTIONS, PART, compiled, mesh_of
+from meshes import PART, STRATEGIES, compiled_for, mesh_of
 from test_lowering import custom_calls, lower
 
 DEVICES = 4
@@ -31,7 +31,7 @@ def operands(dtype):
 def programs(strategy, layout="contiguous", dtype="float32", **options):
     """(function, args) of the strategy over DEVICES: its forward pass, its backward pass alone."""
     options = dict(is_causal=True) | options
-    attend = functools.partial(FUNCTIONS[strategy], axis_name="seq", layout=layout, **options)
+    attend = functools.partial(STRATEGIES[strategy], axis_name="seq", layout=layout, **options)
     mapped = jax.shard_map(attend, mesh=mesh_of(seq=DEVICES), in_specs=PART, out_specs=PART)
     x = operands(dtype)
     out, pullback = jax.eval_shape(lambda *x: jax.vjp(mapped, *x), *x)
@@ -40,7 +40,7 @@ def programs(strategy, layout="contiguous", dtype="float32", **options):
 
 def collectives(function, args):
     """{name: [elements of each result]} of a program's collectives, after XLA's optimizations."""
-    text = compiled(function, *args).as_text()
+    text = compiled_for(function, *args).as_text()
     found = {}
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     for result, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", text):
@@ -145,10 +145,10 @@ def shard_mapped(function, size=2):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )
-@pytest.mark.parametrize("strategy", FUNCTIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_refusals(strategy, options, error, message):
     x = jnp.zeros((2, 6, 4, 8))
-    attend = functools.partial(FUNCTIONS[strategy], **dict(axis_name="seq") | options)
+    attend = functools.partial(STRATEGIES[strategy], **dict(axis_name="seq") | options)
     with pytest.raises(error, match=re.escape(message)):
         jax.eval_shape(shard_mapped(attend), x, x, x)
 

@@ -14,33 +14,12 @@ from case import Case
 from collectives import collectives, total_bytes
 from contract import compare
 from jax_fa3 import dot_product_attention
+from meshes import both_kinds, check_heads, compiled_for, mesh_of, place, vector_jacobian
 from oracle import Results
 from transforms import assert_near, attend, gradient, operands
 
 ARRAY, INDEX = P("data", None, "model"), P("data")
 PLACES = (ARRAY,) * 3 + (INDEX,) * 3
-KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-both_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def mesh_of(kind, **sizes):
-    count = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(kind,) * len(sizes),
-        devices=jax.devices()[:count],
-    )
-
-
-def place(mesh, arrays, places):
-    return [
-        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, places, strict=True)
-    ]
-
-
-def compiled_for(function, *x):
-    return jax.jit(function).lower(*x).compile()
 
 
 @functools.cache
@@ -52,21 +31,6 @@ def batch_of_eight():
 def expected():
     """Results and gradients on one device."""
     return jax.jit(attend)(*batch_of_eight()), jax.jit(gradient)(*batch_of_eight())
-
-
-def vector_jacobian(case, **options):
-    """Results and gradients of a case as a function of its inputs."""
-
-    def run(query, key, value, dout, dlse):
-        def call(*x):
-            return dot_product_attention(
-                *x, return_residual=True, **case.options, **case.index_arrays, **options
-            )
-
-        results, vjp = jax.vjp(call, query, key, value)
-        return *results, *vjp((dout, dlse))
-
-    return run
 
 
 # ---- fewer key/value heads than devices
@@ -81,13 +45,7 @@ def vector_jacobian(case, **options):
 def test_replicated_key_heads(kind, heads_q, heads_kv, devices):
     """Each device attends to the heads its queries belong to; gradients are summed once."""
     case = Case(seqlen_q=20, seqlen_k=20, heads_q=heads_q, heads_kv=heads_kv, head_dim=16)
-    mesh = mesh_of(kind, model=devices)
-    split = P(None, None, "model")
-    with jax.set_mesh(mesh):
-        x = place(mesh, case.inputs(), (split, P(), P(), split, split))
-        compiled = compiled_for(vector_jacobian(case), *x)
-        results = compiled(*x)
-    compare(case, case.inputs(), Results(*map(np.asarray, results)))
+    compiled = check_heads(kind, case, devices)
     if heads_kv % devices == 0:  # each device's own heads' gradients, collected where typed so
         assert {kind for kind, _ in collectives(compiled)} <= {"all-gather"}
     else:

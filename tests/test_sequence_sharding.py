@@ -10,8 +10,15 @@ from case import Case
 from collectives import collectives
 from contract import compare
 from jax_fa3 import dot_product_attention
+from meshes import (
+    KINDS,
+    both_kinds,
+    check_sequence,
+    mesh_of,
+    place,
+    vector_jacobian,
+)
 from oracle import Results
-from test_partitioning import KINDS, both_kinds, compiled_for, mesh_of, place, vector_jacobian
 
 CASE = Case(
     seqlen_q=32,
@@ -32,29 +39,17 @@ MOVES = {
 }
 
 
-def check(mesh, case, split, *, keys=None, **options):
-    """The case under `mesh` against the oracle; returns the compiled program."""
-    keys = split if keys is None else keys
-    with jax.set_mesh(mesh):
-        x = place(mesh, case.inputs(), (split, keys, keys, split, P(*split[:3])))
-        compiled = compiled_for(vector_jacobian(case, **options), *x)
-        results = compiled(*x)
-    compare(case, case.inputs(), Results(*map(np.asarray, results)))
-    assert results[0].sharding.spec[1] == split[1]
-    return compiled
-
-
 @both_kinds
 @pytest.mark.parametrize("strategy", MOVES)
 def test_strategy(kind, strategy):
     mesh = mesh_of(kind, data=2, seq=4)
-    compiled = check(mesh, CASE, P("data", "seq"), sequence_parallel=strategy)
+    compiled = check_sequence(mesh, CASE, P("data", "seq"), sequence_parallel=strategy)
     assert {kind for kind, _ in collectives(compiled)} <= MOVES[strategy]
 
 
 @both_kinds
 def test_auto_takes_a_ring_for_a_window(kind):
-    compiled = check(mesh_of(kind, seq=8), WINDOW, P(None, "seq"))
+    compiled = check_sequence(mesh_of(kind, seq=8), WINDOW, P(None, "seq"))
     assert {kind for kind, _ in collectives(compiled)} == {"collective-permute"}
 
 
@@ -63,18 +58,18 @@ def test_sequence_batch_and_heads(kind):
     """Three axes at once, the heads' finer than the key heads."""
     case = Case(seqlen_q=16, seqlen_k=16, heads_q=4, heads_kv=1, head_dim=16, causal=True)
     mesh = mesh_of(kind, data=2, seq=2, model=2)
-    check(mesh, case, P("data", "seq", "model"), keys=P("data", "seq"))
+    check_sequence(mesh, case, P("data", "seq", "model"), keys=P("data", "seq"))
 
 
 @both_kinds
 def test_sequence_over_two_axes(kind):
     mesh = mesh_of(kind, a=2, b=4)
-    check(mesh, CASE, P(None, ("a", "b")), sequence_parallel="allgather")
+    check_sequence(mesh, CASE, P(None, ("a", "b")), sequence_parallel="allgather")
 
 
 @both_kinds
 def test_queries_split_keys_whole(kind):
-    check(mesh_of(kind, seq=4), CASE, P(None, "seq"), keys=P())
+    check_sequence(mesh_of(kind, seq=4), CASE, P(None, "seq"), keys=P())
 
 
 @both_kinds
@@ -95,7 +90,7 @@ def test_keys_that_do_not_divide_are_gathered(kind):
 @both_kinds
 def test_float32_goes_the_same_way_when_asked(kind):
     case = Case(seqlen_q=32, seqlen_k=32, heads_q=4, heads_kv=2, head_dim=16, dtype="float32")
-    compiled = check(mesh_of(kind, seq=4), case, P(None, "seq"), sequence_parallel="ring")
+    compiled = check_sequence(mesh_of(kind, seq=4), case, P(None, "seq"), sequence_parallel="ring")
     assert {kind for kind, _ in collectives(compiled)} == {"collective-permute"}
 
 

@@ -1,5 +1,6 @@
 """The GPU session: it runs when JAX_FA3_REQUIRE_GPU asks for it (see ../conftest.py), fails where
-there is no Hopper GPU, and writes the record of a whole run."""
+there is no Hopper GPU, and writes the record of a whole run. What needs several GPUs is a suite of
+its own, collected where it is named."""
 
 import pathlib
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 import record
 
-HERE = pathlib.Path(__file__).parent
+collect_ignore = ["test_mesh.py"]
 
 
 def pytest_configure(config):
@@ -25,7 +26,7 @@ def hopper():
 
 
 class Recorder:
-    """Counts outcomes and writes the record when nothing of the suite was left out."""
+    """Counts outcomes and writes the record of a suite when nothing of it was left out."""
 
     def __init__(self, config):
         self.config, self.start = config, time.monotonic()
@@ -46,15 +47,18 @@ class Recorder:
             self.skipped[report.nodeid] = str(report.longrepr[-1])
 
     def whole_suite(self, session):
-        arguments = [pathlib.Path(argument).resolve() for argument in self.config.args]
-        return (
-            arguments == [HERE]
-            and not self.left_out
+        """The suite that was run from end to end, if one was."""
+        whole = (
+            not self.left_out
             and not session.shouldstop
             and not session.shouldfail
-            and sum(self.counts.values()) >= session.testscollected
+            and sum(self.counts.values()) >= session.testscollected > 0
         )
+        arguments = [pathlib.Path(argument).resolve() for argument in self.config.args]
+        named = [x for x in record.SUITES.values() if arguments == [record.ROOT / x.tests]]
+        return named[0] if named and whole else None
 
     def pytest_sessionfinish(self, session):
-        if self.whole_suite(session):
-            record.write(self.counts, self.skipped, time.monotonic() - self.start)
+        suite = self.whole_suite(session)
+        if suite:
+            record.write(suite, self.counts, self.skipped, time.monotonic() - self.start)

@@ -1,10 +1,10 @@
-"""RECORD.json: proof that the GPU suite passed on these very kernel sources.
+"""Records: proof that a GPU suite passed on these very sources.
 
-    make gpu-test                        writes it at the end of a whole run
-    python tests/gpu/record.py --check   fails unless it fits the source tree and nothing failed
+    make gpu-test, make gpu-mesh-test    write theirs at the end of a whole run
+    python tests/gpu/record.py --check [gpu|mesh]
+                                         fails unless it fits the source tree and nothing failed
 
-The check needs neither JAX nor a GPU.  The hash covers what is compiled into the kernels: every
-file under src/ and cmake/, and CMakeLists.txt.
+The check needs neither JAX nor a GPU.
 """
 
 import argparse
@@ -15,24 +15,44 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RECORD = pathlib.Path("tests/gpu/RECORD.json")
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "numpy")
+KERNEL_SOURCES = ("src/**/*", "cmake/**/*", "CMakeLists.txt")
 
 
-def kernel_sources(root):
+class Suite(NamedTuple):
+    """A part of the GPU tests that is run as a whole; paths are those of the repository."""
+
+    tests: str  # what pytest is given
+    record: str
+    target: str  # of make
+    sources: tuple[str, ...]  # what the hash covers
+
+
+SUITES = {
+    "gpu": Suite("tests/gpu", "tests/gpu/RECORD.json", "gpu-test", KERNEL_SOURCES),
+    "mesh": Suite(
+        "tests/gpu/test_mesh.py",
+        "tests/gpu/MESH_RECORD.json",
+        "gpu-mesh-test",
+        (*KERNEL_SOURCES, "jax_fa3/**/*.py"),
+    ),
+}
+
+
+def sources(suite, root):
     """Files that the hash covers, in a fixed order."""
-    files = [
-        path for folder in ("src", "cmake") for path in (root / folder).rglob("*") if path.is_file()
-    ]
-    return sorted([*files, root / "CMakeLists.txt"])
+    return sorted(
+        path for pattern in suite.sources for path in root.glob(pattern) if path.is_file()
+    )
 
 
-def source_hash(root=ROOT):
+def source_hash(suite, root=ROOT):
     """SHA-256 over relative names and contents."""
     digest = hashlib.sha256()
-    for path in kernel_sources(root):
+    for path in sources(suite, root):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
@@ -53,15 +73,17 @@ def package_versions():
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 
-def write(counts, skipped, seconds, root=ROOT):
+def write(suite, counts, skipped, seconds, root=ROOT):
     """Write the record of a finished run; `skipped` maps test names to reasons."""
     import jax
 
-    device = jax.devices()[0]
+    devices = jax.devices()
+    device = devices[0]
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "source_hash": source_hash(root),
+        "source_hash": source_hash(suite, root),
         "gpu": device.device_kind,
+        "gpus": len(devices),
         "driver": driver_version(),
         "platform": " ".join(device.client.platform_version.split()),
         "python": sys.version.split()[0],
@@ -70,39 +92,43 @@ def write(counts, skipped, seconds, root=ROOT):
         "skipped": skipped,
         "seconds": round(seconds),
     }
-    (root / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (root / suite.record).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def problems(root=ROOT):
-    """Why the record does not vouch for the source tree; empty when it does."""
+def problems(suite, root=ROOT):
+    """Why a suite's record does not vouch for the source tree; empty when it does."""
     try:
-        record = json.loads((root / RECORD).read_text())
+        record = json.loads((root / suite.record).read_text())
     except OSError as error:
-        return [f"{RECORD} cannot be read ({error}): run `make gpu-test` on a Hopper machine"]
+        advice = f"run `make {suite.target}` on a Hopper machine"
+        return [f"{suite.record} cannot be read ({error}): {advice}"]
     except ValueError as error:
-        return [f"{RECORD} is not JSON: {error}"]
-    found, current = [], source_hash(root)
+        return [f"{suite.record} is not JSON: {error}"]
+    found, current = [], source_hash(suite, root)
     if record.get("source_hash") != current:
         found.append(
-            f"{RECORD} is for source {str(record.get('source_hash'))[:12]}, the tree is "
-            f"{current[:12]}: run `make gpu-test` again"
+            f"{suite.record} is for source {str(record.get('source_hash'))[:12]}, the tree is "
+            f"{current[:12]}: run `make {suite.target}` again"
         )
     counts = record.get("counts", {})
     if counts.get("failed") != 0:
-        found.append(f"{RECORD} has {counts.get('failed')} failed tests, expected 0")
+        found.append(f"{suite.record} has {counts.get('failed')} failed tests, expected 0")
     if not counts.get("passed"):
-        found.append(f"{RECORD} has {counts.get('passed')} passed tests, expected some")
+        found.append(f"{suite.record} has {counts.get('passed')} passed tests, expected some")
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail unless the record fits")
-    if not parser.parse_args().check:
-        print(source_hash())
+    parser.add_argument("suite", nargs="?", choices=SUITES, default="gpu")
+    arguments = parser.parse_args()
+    suite = SUITES[arguments.suite]
+    if not arguments.check:
+        print(source_hash(suite))
         return 0
-    found = problems()
-    print("\n".join(found) or f"{RECORD} fits the source.")
+    found = problems(suite)
+    print("\n".join(found) or f"{suite.record} fits the source.")
     return 1 if found else 0
 
 

@@ -1,0 +1,131 @@
+"""What the tests on several devices share, on simulated ones and on GPUs: meshes, arrays on them,
+and a case run over a mesh against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import contract
+import jax_fa3
+from jax_fa3 import dot_product_attention
+from oracle import Results
+
+KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+both_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+STRATEGIES = {
+    "ring": jax_fa3.ring_attention,
+    "allgather": jax_fa3.allgather_attention,
+    "ulysses": jax_fa3.ulysses_attention,
+}
+LAYOUTS = ("contiguous", "zigzag")
+PART = P(None, "seq")
+
+
+def mesh_of(kind=AxisType.Auto, /, **sizes):
+    """A mesh of the first devices, all axes of one kind."""
+    count = int(np.prod(list(sizes.values())))
+    kinds, devices = (kind,) * len(sizes), jax.devices()[:count]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def place(mesh, arrays, places):
+    return [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, places, strict=True)
+    ]
+
+
+def compiled_for(function, *x):
+    """On the CPU with little optimization, which takes most of the time there."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function).lower(*x).compile(compiler_options=options)
+
+
+def vector_jacobian(case, **options):
+    """Results and gradients of a case as a function of its inputs."""
+
+    def run(query, key, value, dout, dlse):
+        def call(*x):
+            return dot_product_attention(
+                *x, return_residual=True, **case.options, **case.index_arrays, **options
+            )
+
+        results, vjp = jax.vjp(call, query, key, value)
+        return *results, *vjp((dout, dlse))
+
+    return run
+
+
+def check_heads(kind, case, devices, **options):
+    """A case with its query heads split and its key heads on every device, against the oracle;
+    returns the compiled program."""
+    mesh, split = mesh_of(kind, model=devices), P(None, None, "model")
+    with jax.set_mesh(mesh):
+        x = place(mesh, case.inputs(), (split, P(), P(), split, split))
+        compiled = compiled_for(vector_jacobian(case, **options), *x)
+        results = compiled(*x)
+    contract.compare(case, case.inputs(), Results(*map(np.asarray, results)))
+    return compiled
+
+
+def check_sequence(mesh, case, split, *, keys=None, **options):
+    """A case with its sequence split as `split` says, against the oracle; returns the compiled
+    program."""
+    keys = split if keys is None else keys
+    with jax.set_mesh(mesh):
+        x = place(mesh, case.inputs(), (split, keys, keys, split, P(*split[:3])))
+        compiled = compiled_for(vector_jacobian(case, **options), *x)
+        results = compiled(*x)
+    contract.compare(case, case.inputs(), Results(*map(np.asarray, results)))
+    assert results[0].sharding.spec[1] == split[1]
+    return compiled
+
+
+def in_layout(layout, size, x, inverse=False):
+    """[batch, seq, ...] in natural order to that of the layout, or back."""
+    if layout == "contiguous" or x.shape[1] == 0:
+        return x
+    order = np.asarray(jax_fa3.zigzag_permute(jnp.arange(x.shape[1]), 0, size))
+    return x[:, np.argsort(order) if inverse else order]
+
+
+def strategy_program(case, strategy, layout, size, *, check_vma=True, **options):
+    """(function, arguments) of a strategy's results and gradients over `size` devices."""
+
+    def local(query, key, value, dout, dlse, index):
+        attend = functools.partial(
+            STRATEGIES[strategy],
+            axis_name="seq",
+            layout=layout,
+            return_residual=True,
+            **case.options,
+            **index,
+            **options,
+        )
+        results, vjp = jax.vjp(attend, query, key, value)
+        return *results, *vjp((dout, dlse))
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh_of(seq=size),
+        in_specs=(*(PART,) * 5, P()),
+        out_specs=PART,
+        check_vma=check_vma,
+    )
+    inputs = case.inputs()
+    if case.query_lengths or case.key_lengths:
+        inputs = contract.spoil_padding(case, inputs)
+    return mapped, (*(in_layout(layout, size, x) for x in inputs), case.index_arrays)
+
+
+def check_strategy(case, strategy, layout, size, **options):
+    """Output, LSE and gradients of a case over `size` devices, against the oracle."""
+    function, x = strategy_program(case, strategy, layout, size, **options)
+    got = compiled_for(function, *x)(*x)
+    got = Results(*(in_layout(layout, size, np.asarray(x), inverse=True) for x in got))
+    contract.compare(case, case.inputs(), got)
