@@ -9,6 +9,7 @@ src/ffi/forward.cc and src/ffi/backward.cc bind.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,14 @@ BACKWARD = "jax_fa3_backward"
 if support.native() is not None:
     for _name, _capsule in support.native().registrations().items():
         jax.ffi.register_ffi_target(_name, _capsule, platform="CUDA")
+
+
+class Operations(Protocol):
+    """Whatever has the two operations with the operands and results of `forward` and `backward`
+    here: this module, and what divides them among devices. Hashable."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]]
 
 
 def forward(

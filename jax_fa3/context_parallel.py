@@ -5,18 +5,15 @@ Each is `dot_product_attention` of the whole sequence, given and returning each 
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jax_fa3 import api, context
+from jax_fa3 import api, context, sharding
 from jax_fa3.context.layout import Layout, vary_together
 from jax_fa3.options import MAX_SEQLEN
-from jax_fa3.vjp import CHECKPOINT_NAME
+from jax_fa3.vjp import attend
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -168,44 +165,55 @@ def _attend(strategy, query, key, value, axis_name, layout, return_residual, **a
     call = api.prepare(query, key, value, return_residual=return_residual, **arguments)
     _check_layout(layout, size, query=call.query, key=call.key)
 
-    def core(query, key, value, index, _):
+    divided = _Divided(strategy, axis_name, layout)
+
+    def core(query, key, value, index, dense):
         # The rank makes the operands vary over the axis even where a caller has copies of them.
-        rank = lax.axis_index(axis_name)
-        query, key, value, index, _ = vary_together((query, key, value, index, rank))
-        where = (strategy, axis_name, layout)
-        return _attention(where, call.options, bool(return_residual), query, key, value, index)
+        query, _ = vary_together((query, lax.axis_index(axis_name)))
+        return attend(call.options, bool(return_residual), query, key, value, index, dense, divided)
 
     results = api.in_public_layout(core, *call[1:])
     return results if return_residual else results[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(where, options, return_lse, query, key, value, index):
-    return _forward(where, options, return_lse, query, key, value, index)[0]
+class _Divided(NamedTuple):
+    """The two operations over a divided sequence. A device's part of the work goes through
+    sharding.py, which divides batch and heads where their axes are automatic here."""
 
+    strategy: context.Strategy
+    axis_name: str | tuple[str, ...]
+    layout: Layout
 
-def _forward(where, options, return_lse, query, key, value, index):
-    strategy, axis_name, layout = where
-    out, lse = (
-        checkpoint_name(x, CHECKPOINT_NAME)
-        for x in context.forward(
-            strategy, axis_name, options, query, key, value, index, layout=layout
+    def forward(self, options, query, key, value, index, _):
+        return context.forward(
+            self.strategy,
+            self.axis_name,
+            options,
+            query,
+            key,
+            value,
+            index,
+            layout=self.layout,
+            local=sharding,
         )
-    )
-    return ((out, lse) if return_lse else (out,)), (query, key, value, out, lse, index)
 
-
-def _backward(where, options, return_lse, residuals, cotangents):
-    strategy, axis_name, layout = where
-    *residuals, index = residuals
-    dout, dlse = cotangents if return_lse else (*cotangents, None)
-    gradients = context.backward(
-        strategy, axis_name, options, *residuals, dout, dlse, index, layout=layout
-    )
-    return *gradients, None
-
-
-_attention.defvjp(_forward, _backward)
+    def backward(self, options, query, key, value, out, lse, dout, dlse, index, _):
+        gradients = context.backward(
+            self.strategy,
+            self.axis_name,
+            options,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            dout,
+            dlse,
+            index,
+            layout=self.layout,
+            local=sharding,
+        )
+        return *gradients, None
 
 
 def _axis_size(function, axis_name) -> int:

@@ -12,6 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_fa3 import sharding
+from jax_fa3.calls import Operations
 from jax_fa3.context.layout import vary_together
 from jax_fa3.options import AttentionOptions, Dense, Index
 
@@ -26,33 +27,35 @@ def attend(
     value: jax.Array,
     index: Index,
     dense: Dense,
+    operations: Operations = sharding,
 ) -> tuple[jax.Array, ...]:
     """(out,) or (out, lse): out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch,
     num_heads_q, seqlen_q] float32. Only with `return_lse` does the backward pass take dlse.
     """
     # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
-    return _attention(options, return_lse, *vary_together((query, key, value, index, dense)))
+    operands = vary_together((query, key, value, index, dense))
+    return _attention(operations, options, return_lse, *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(options, return_lse, query, key, value, index, dense):
-    out, lse = sharding.forward(options, query, key, value, index, dense)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(operations, options, return_lse, query, key, value, index, dense):
+    out, lse = operations.forward(options, query, key, value, index, dense)
     return (out, lse) if return_lse else (out,)
 
 
-def _forward(options, return_lse, query, key, value, index, dense):
+def _forward(operations, options, return_lse, query, key, value, index, dense):
     out, lse = (
         checkpoint_name(x, CHECKPOINT_NAME)
-        for x in sharding.forward(options, query, key, value, index, dense)
+        for x in operations.forward(options, query, key, value, index, dense)
     )
     residuals = (query, key, value, out, lse, index, dense)
     return ((out, lse) if return_lse else (out,)), residuals
 
 
-def _backward(options, return_lse, residuals, cotangents):
+def _backward(operations, options, return_lse, residuals, cotangents):
     query, key, value, out, lse, index, dense = residuals
     dout, dlse = cotangents if return_lse else (*cotangents, None)
-    dquery, dkey, dvalue, dbias = sharding.backward(
+    dquery, dkey, dvalue, dbias = operations.backward(
         options, query, key, value, out, lse, dout, dlse, index, dense
     )
     return dquery, dkey, dvalue, None, Dense(bias=dbias)

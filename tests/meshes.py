@@ -94,10 +94,11 @@ def in_layout(layout, size, x, inverse=False):
     return x[:, np.argsort(order) if inverse else order]
 
 
-def strategy_program(case, strategy, layout, size, *, check_vma=True, **options):
-    """(function, arguments) of a strategy's results and gradients over `size` devices."""
+def strategy_call(case, strategy, layout, **options):
+    """Results and gradients of a case on one device of the mesh axis seq, as a function of its part
+    of the inputs and of the index arrays."""
 
-    def local(query, key, value, dout, dlse, index):
+    def run(query, key, value, dout, dlse, index):
         attend = functools.partial(
             STRATEGIES[strategy],
             axis_name="seq",
@@ -110,8 +111,13 @@ def strategy_program(case, strategy, layout, size, *, check_vma=True, **options)
         results, vjp = jax.vjp(attend, query, key, value)
         return *results, *vjp((dout, dlse))
 
+    return run
+
+
+def strategy_program(case, strategy, layout, size, *, check_vma=True, **options):
+    """(function, arguments) of a strategy's results and gradients over `size` devices."""
     mapped = jax.shard_map(
-        local,
+        strategy_call(case, strategy, layout, **options),
         mesh=mesh_of(seq=size),
         in_specs=(*(PART,) * 5, P()),
         out_specs=PART,

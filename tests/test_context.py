@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import contract
 import jax_fa3
 from case import Case
 from cases import vary
-from meshes import LAYOUTS, PART, STRATEGIES, check_strategy, compiled_for, mesh_of
+from collectives import collectives
+from meshes import (
+    LAYOUTS,
+    PART,
+    STRATEGIES,
+    check_strategy,
+    compiled_for,
+    mesh_of,
+    place,
+    strategy_call,
+)
+from oracle import Results
 
 CASES = vary(
     dict(heads_kv=8),
@@ -151,6 +163,30 @@ def test_scan_and_remat_beside_batch_and_head_axes(strategy):
     got = compiled_for(gradient_of(mapped), *operands)(*operands)
     want = compiled_for(gradient_of(layers(attend_whole)), *operands)(*operands)
     near(got, want)
+
+
+def test_automatic_axes_beside_a_ring():
+    """A shard_map over seq alone: batch and heads are divided as by one over all axes, and the same
+    moves between devices."""
+    case = dataclasses.replace(CAUSAL, heads_q=4, query_lengths=(64, 40))
+    mesh, split, lengths = mesh_of(data=2, seq=2, model=2), P("data", "seq", "model"), P("data")
+    x = place(mesh, (*case.inputs(), *case.index_arrays.values()), (*(split,) * 5, lengths))
+
+    def program(specs, names):
+        run = strategy_call(case, "ring", "contiguous")
+        mapped = jax.shard_map(
+            lambda *x: run(*x[:5], dict(query_seq_lengths=x[5])),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=specs[0],
+            axis_names=names,
+        )
+        return compiled_for(mapped, *x)
+
+    everywhere = program((*(split,) * 5, lengths), {"data", "seq", "model"})
+    beside = program((*(PART,) * 5, P()), {"seq"})
+    assert sorted(collectives(beside)) == sorted(collectives(everywhere))
+    contract.compare(case, case.inputs(), Results(*map(np.asarray, beside(*x))))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

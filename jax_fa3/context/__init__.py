@@ -3,6 +3,7 @@
 Every function here runs once on each device of the axis, with the axis name bound (inside
 jax.shard_map, or where a partitioned operation is lowered), on 4-D local arrays of equal shape on
 all devices. `options` and `index` speak of the whole sequence: lengths and offsets are global.
+Pieces of the work are calls of `local`, which is calls.py, or what partitions these further.
 
 Three strategies, each a forward and a backward function:
 
@@ -21,6 +22,8 @@ from typing import Any, Literal
 import jax
 from jax import lax
 
+from jax_fa3 import calls
+from jax_fa3.calls import Operations
 from jax_fa3.context import allgather, ring, ulysses
 from jax_fa3.context.layout import Axis, Layout
 from jax_fa3.options import AttentionOptions, Index
@@ -42,12 +45,13 @@ def forward(
     index: Index,
     *,
     layout: Layout = "contiguous",
+    local: Operations = calls,
 ) -> tuple[jax.Array, jax.Array]:
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q] of
     this device's query rows, which see the keys of all devices.
     """
     axis = Axis.bound(axis_name)
-    return _STRATEGIES[strategy].forward(axis, layout, options, query, key, value, index)
+    return _STRATEGIES[strategy].forward(local, axis, layout, options, query, key, value, index)
 
 
 def backward(
@@ -64,13 +68,14 @@ def backward(
     index: Index,
     *,
     layout: Layout = "contiguous",
+    local: Operations = calls,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of this device's query, key and value; out and lse are those of `forward`."""
     # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
     key, value = lax.optimization_barrier((key, value))
     axis = Axis.bound(axis_name)
     return _STRATEGIES[strategy].backward(
-        axis, layout, options, query, key, value, out, lse, dout, dlse, index
+        local, axis, layout, options, query, key, value, out, lse, dout, dlse, index
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jax_fa3.calls import Operations
 from jax_fa3.context.layout import (
     Axis,
     Layout,
@@ -26,6 +27,7 @@ from jax_fa3.options import AttentionOptions, Index
 
 
 def forward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -34,7 +36,7 @@ def forward(
     value: jax.Array,
     index: Index,
 ) -> tuple[jax.Array, jax.Array]:
-    work = _Gathered(axis, layout, options, query, key, index)
+    work = _Gathered(local, axis, layout, options, query, key, index)
     rows, whole = work.reorder(Rows(query)), work.gather(key, value)
     outs = Partials(work.queries, merge)
     for piece in work.pieces:
@@ -43,6 +45,7 @@ def forward(
 
 
 def backward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -55,7 +58,7 @@ def backward(
     dlse: jax.Array | None,
     index: Index,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    work = _Gathered(axis, layout, options, query, key, index)
+    work = _Gathered(local, axis, layout, options, query, key, index)
     rows, whole = work.reorder(Rows(query, out, lse, dout, dlse)), work.gather(key, value)
     dqueries, dkeys = Partials(work.queries, total), Partials(work.keys, total)
     for piece in work.pieces:
@@ -69,11 +72,11 @@ def backward(
 class _Gathered(Piecewise):
     """A device's rows against the whole sequence of keys."""
 
-    def __init__(self, axis, layout, options, query, key, index):
+    def __init__(self, local, axis, layout, options, query, key, index):
         order = balanced(layout, options, axis.size, query.shape[1])
         queries = Chunks.of(chunk_table(order, axis.size), query.shape[1])
         keys = Chunks(np.zeros((1, axis.size), int), key.shape[1] * axis.size)
-        super().__init__(axis, order, queries, keys)
+        super().__init__(local, axis, order, queries, keys)
         self.pieces = all_pieces(axis, options, index, queries, keys, own=True)
 
     def gather(self, *arrays):

@@ -1,7 +1,7 @@
 """Attention of some of the rows a device holds against some of the keys: the pieces that a strategy
 is made of, and their sums.
 
-A Piece is one call of calls.forward or calls.backward. Its mask is the global one moved to where
+A Piece is one call of an operation on one device. Its mask is the global one moved to where
 its rows and keys stand, as tight as it can be told when the program is traced: no mask where every
 device sees all of it, a static offset where all devices agree, an offset in an array otherwise;
 and no piece at all where no device sees any of it. The kernels skip what a mask leaves out.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa3 import calls
+from jax_fa3.calls import Operations
 from jax_fa3.context.layout import Axis, Order, pack, unpack, vary_together
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions, Dense, Index
 
@@ -165,8 +165,9 @@ class Rows(NamedTuple):
 class Piecewise:
     """A device's share of the work in the order it is done in; runs pieces of it."""
 
-    def __init__(self, axis: Axis, order: Order, queries: Chunks, keys: Chunks):
-        self.axis, self.order, self.queries, self.keys = axis, order, queries, keys
+    def __init__(self, local: Operations, axis: Axis, order: Order, queries: Chunks, keys: Chunks):
+        self.local, self.axis, self.order = local, axis, order
+        self.queries, self.keys = queries, keys
 
     def reorder(self, rows: Rows) -> Rows:
         """This device's rows to those it works on."""
@@ -179,7 +180,7 @@ class Piecewise:
     def forward(self, piece: Piece, rows: Rows, key: jax.Array, value: jax.Array) -> Iterable:
         """(out, lse) for each of the piece's query chunks."""
         query, key, value, index = self._operands(piece, rows, key, value)
-        out, lse = calls.forward(piece.options, query, key, value, index, Dense())
+        out, lse = self.local.forward(piece.options, query, key, value, index, Dense())
         count = len(piece.queries)
         return zip(jnp.split(out, count, 1), jnp.split(lse, count, 2), strict=True)
 
@@ -190,7 +191,7 @@ class Piecewise:
         query, key, value, index = self._operands(piece, rows, key, value)
         out, dout = (self._rows(piece, x, 1) for x in (rows.out, rows.dout))
         lse, dlse = (self._rows(piece, x, 2) for x in (rows.lse, rows.dlse))
-        dquery, dkey, dvalue, _ = calls.backward(
+        dquery, dkey, dvalue, _ = self.local.backward(
             piece.options, query, key, value, out, lse, dout, dlse, index, Dense()
         )
         count = len(piece.keys)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa3.calls import Operations
 from jax_fa3.context.layout import Axis, Layout, balanced, chunk_table, pack, unpack
 from jax_fa3.context.pieces import (
     Chunks,
@@ -44,6 +45,7 @@ from jax_fa3.options import UNBOUNDED, AttentionOptions, Index
 
 
 def forward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -52,7 +54,7 @@ def forward(
     value: jax.Array,
     index: Index,
 ) -> tuple[jax.Array, jax.Array]:
-    ring = _Ring(axis, layout, options, query, key, index)
+    ring = _Ring(local, axis, layout, options, query, key, index)
     rows, keys = ring.reorder(Rows(query)), ring.restack(key, value)
     outs = Partials(ring.queries, merge)
     for visit in ring.visits:
@@ -65,6 +67,7 @@ def forward(
 
 
 def backward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -77,7 +80,7 @@ def backward(
     dlse: jax.Array | None,
     index: Index,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    ring = _Ring(axis, layout, options, query, key, index)
+    ring = _Ring(local, axis, layout, options, query, key, index)
     rows, keys = ring.reorder(Rows(query, out, lse, dout, dlse)), ring.restack(key, value)
     dqueries = Partials(ring.queries, total)
     own = travelling = None  # gradients of keys and values, packed, float32
@@ -112,11 +115,11 @@ class _Visit(NamedTuple):
 class _Ring(Piecewise):
     """A device's rows against the keys of one device after the other."""
 
-    def __init__(self, axis, layout, options, query, key, index):
+    def __init__(self, local, axis, layout, options, query, key, index):
         seqlens = query.shape[1], key.shape[1]
         order = balanced(layout, options, axis.size, *seqlens)
         table = chunk_table(order, axis.size)
-        super().__init__(axis, order, *(Chunks.of(table, n) for n in seqlens))
+        super().__init__(local, axis, order, *(Chunks.of(table, n) for n in seqlens))
         halves = order != "contiguous" and seqlens[0] == seqlens[1]
         pieces_of = _causal_pieces if halves and _only_causal(options) else _any_pieces
         found = [pieces_of(self, options, index, distance) for distance in range(axis.size)]

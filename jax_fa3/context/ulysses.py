@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa3 import calls
+from jax_fa3.calls import Operations
 from jax_fa3.context.layout import Axis, Layout, zigzag_permute, zigzag_unpermute
 from jax_fa3.options import AttentionOptions, Dense, Index
 
 
 def forward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -32,11 +33,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     exchange = _Exchange(axis, layout, query, key)
     query, key, value = exchange.operands(query, key, value)
-    out, lse = calls.forward(options, query, key, value, index, Dense())
+    out, lse = local.forward(options, query, key, value, index, Dense())
     return exchange.to_sequence(out), exchange.to_sequence(lse, heads=1)
 
 
 def backward(
+    local: Operations,
     axis: Axis,
     layout: Layout,
     options: AttentionOptions,
@@ -53,7 +55,7 @@ def backward(
     out, dout = (exchange.to_heads(x) for x in (out, dout))
     lse, dlse = (None if x is None else exchange.to_heads(x, heads=1) for x in (lse, dlse))
     query, key, value = exchange.operands(query, key, value)
-    dquery, dkey, dvalue, _ = calls.backward(
+    dquery, dkey, dvalue, _ = local.backward(
         options, query, key, value, out, lse, dout, dlse, index, Dense()
     )
     dkey, dvalue = (exchange.sum_repeats(exchange.to_sequence(x)) for x in (dkey, dvalue))
