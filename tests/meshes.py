@@ -46,19 +46,23 @@ def compiled_for(function, *x):
     return jax.jit(function).lower(*x).compile(compiler_options=options)
 
 
+def run(function, *x):
+    return compiled_for(function, *x)(*x)
+
+
 def vector_jacobian(case, **options):
     """Results and gradients of a case as a function of its inputs."""
 
-    def run(query, key, value, dout, dlse):
+    def results(query, key, value, dout, dlse):
         def call(*x):
             return dot_product_attention(
                 *x, return_residual=True, **case.options, **case.index_arrays, **options
             )
 
-        results, vjp = jax.vjp(call, query, key, value)
-        return *results, *vjp((dout, dlse))
+        primals, vjp = jax.vjp(call, query, key, value)
+        return *primals, *vjp((dout, dlse))
 
-    return run
+    return results
 
 
 def check_heads(kind, case, devices, **options):
@@ -98,7 +102,7 @@ def strategy_call(case, strategy, layout, **options):
     """Results and gradients of a case on one device of the mesh axis seq, as a function of its part
     of the inputs and of the index arrays."""
 
-    def run(query, key, value, dout, dlse, index):
+    def results(query, key, value, dout, dlse, index):
         attend = functools.partial(
             STRATEGIES[strategy],
             axis_name="seq",
@@ -108,10 +112,10 @@ def strategy_call(case, strategy, layout, **options):
             **index,
             **options,
         )
-        results, vjp = jax.vjp(attend, query, key, value)
-        return *results, *vjp((dout, dlse))
+        primals, vjp = jax.vjp(attend, query, key, value)
+        return *primals, *vjp((dout, dlse))
 
-    return run
+    return results
 
 
 def strategy_program(case, strategy, layout, size, *, check_vma=True, **options):
@@ -132,6 +136,6 @@ def strategy_program(case, strategy, layout, size, *, check_vma=True, **options)
 def check_strategy(case, strategy, layout, size, **options):
     """Output, LSE and gradients of a case over `size` devices, against the oracle."""
     function, x = strategy_program(case, strategy, layout, size, **options)
-    got = compiled_for(function, *x)(*x)
+    got = run(function, *x)
     got = Results(*(in_layout(layout, size, np.asarray(x), inverse=True) for x in got))
     contract.compare(case, case.inputs(), got)

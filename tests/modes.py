@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_fa3 import dot_product_attention
-from meshes import place
+from meshes import place, run
 
 ARRAY, INDEX = P("data", None, "model"), P("data")  # batch and heads; batch
 PLACES = (ARRAY,) * 5 + (INDEX,) * 3
@@ -47,7 +47,7 @@ class Problem:
     @functools.cache  # noqa: B019  (lives as long as the session)
     def expected(self, transform):
         """The results on one device."""
-        return jax.tree.map(np.asarray, jax.jit(getattr(self, transform))(*self.operands))
+        return jax.tree.map(np.asarray, run(getattr(self, transform), *self.operands))
 
     def attend(self, query, key, value, *index):
         """Output and LSE; -inf made a number so that results can be subtracted."""
@@ -121,8 +121,8 @@ class Problem:
     def pmapped(self, transform, devices):
         """The results of jax.pmap over the first devices, each with its part of the batch."""
         parts = [x.reshape(devices, -1, *x.shape[1:]) for x in self.operands]
-        run = jax.pmap(getattr(self, transform), devices=jax.devices()[:devices])
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), run(*parts))
+        mapped = jax.pmap(getattr(self, transform), devices=jax.devices()[:devices])
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), mapped(*parts))
 
 
 def checks(mode):

@@ -22,6 +22,7 @@ from meshes import (
     compiled_for,
     mesh_of,
     place,
+    run,
     strategy_call,
 )
 from oracle import Results
@@ -66,14 +67,16 @@ CASES = vary(
 )
 
 
-def sizes(cases):
-    """Each case with one number of devices, all of them in turn."""
-    return [(case, (4, 2, 8)[i % 3]) for i, case in enumerate(cases)]
+def walk(cases):
+    """Each case with both strategies, each in another layout; layouts and devices in turn."""
+    for i, case in enumerate(cases):
+        for j, strategy in enumerate(("ring", "allgather")):
+            yield case, (4, 2)[i % 2], strategy, LAYOUTS[(i // 2 + j) % 2]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["ring", "allgather"])
-@pytest.mark.parametrize(("case", "size"), sizes(CASES), ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(
+    ("case", "size", "strategy", "layout"), walk(CASES), ids=lambda x: getattr(x, "name", x)
+)
 def test_case(case, size, strategy, layout):
     check_strategy(case, strategy, layout, size, check_vma=layout == "contiguous")
 
@@ -81,7 +84,7 @@ def test_case(case, size, strategy, layout):
 CAUSAL = dataclasses.replace(CASES[0], causal=True, heads_kv=2)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])
 def test_causal_over_any_number_of_devices(strategy, layout, size):
@@ -160,8 +163,8 @@ def test_scan_and_remat_beside_batch_and_head_axes(strategy):
     mapped = jax.shard_map(
         layers(attend), mesh=mesh_of(data=2, seq=2, model=2), in_specs=spec, out_specs=spec
     )
-    got = compiled_for(gradient_of(mapped), *operands)(*operands)
-    want = compiled_for(gradient_of(layers(attend_whole)), *operands)(*operands)
+    got = run(gradient_of(mapped), *operands)
+    want = run(gradient_of(layers(attend_whole)), *operands)
     near(got, want)
 
 
@@ -173,9 +176,9 @@ def test_automatic_axes_beside_a_ring():
     x = place(mesh, (*case.inputs(), *case.index_arrays.values()), (*(split,) * 5, lengths))
 
     def program(specs, names):
-        run = strategy_call(case, "ring", "contiguous")
+        call = strategy_call(case, "ring", "contiguous")
         mapped = jax.shard_map(
-            lambda *x: run(*x[:5], dict(query_seq_lengths=x[5])),
+            lambda *x: call(*x[:5], dict(query_seq_lengths=x[5])),
             mesh=mesh,
             in_specs=specs,
             out_specs=specs[0],
@@ -197,8 +200,8 @@ def test_without_batch_and_over_two_mesh_axes(strategy):
     attend = functools.partial(STRATEGIES[strategy], axis_name=("outer", "inner"), is_causal=True)
     spec = P(("outer", "inner"))
     mapped = jax.shard_map(attend, mesh=mesh_of(outer=2, inner=2), in_specs=spec, out_specs=spec)
-    got = compiled_for(gradient_of(mapped), *operands)(*operands)
-    near(got, compiled_for(gradient_of(attend_whole), *operands)(*operands))
+    got = run(gradient_of(mapped), *operands)
+    near(got, run(gradient_of(attend_whole), *operands))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -214,5 +217,5 @@ def test_keys_that_every_device_has_a_copy_of(strategy):
             query, *(jnp.tile(x, (1, 4, 1, 1)) for x in (key, value))
         )
 
-    got = compiled_for(gradient_of(mapped), *operands)(*operands)
-    near(got, compiled_for(gradient_of(whole), *operands)(*operands))
+    got = run(gradient_of(mapped), *operands)
+    near(got, run(gradient_of(whole), *operands))

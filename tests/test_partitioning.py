@@ -14,7 +14,7 @@ from case import Case
 from collectives import collectives, total_bytes
 from contract import compare
 from jax_fa3 import dot_product_attention
-from meshes import both_kinds, check_heads, compiled_for, mesh_of, place, vector_jacobian
+from meshes import both_kinds, check_heads, compiled_for, mesh_of, place, run, vector_jacobian
 from oracle import Results
 from transforms import assert_near, attend, gradient, operands
 
@@ -30,7 +30,7 @@ def batch_of_eight():
 @functools.cache
 def expected():
     """Results and gradients on one device."""
-    return jax.jit(attend)(*batch_of_eight()), jax.jit(gradient)(*batch_of_eight())
+    return run(attend, *batch_of_eight()), run(gradient, *batch_of_eight())
 
 
 # ---- fewer key/value heads than devices
@@ -84,9 +84,7 @@ def test_replicated_key_heads_inside_shard_map():
 
     with pytest.raises(ValueError, match=r"query has 2 heads.*key's 4 heads.*'model'.*own heads"):
         jax.jit(mapped(naive))(query, key, value)
-    assert_near(
-        jax.jit(mapped(selecting))(query, key, value), dot_product_attention(query, key, value)
-    )
+    assert_near(run(mapped(selecting), query, key, value), dot_product_attention(query, key, value))
 
 
 # ---- operands sharded differently
@@ -106,7 +104,7 @@ def test_replicated_cotangents_come_to_the_query(kind):
         x = place(mesh, batch_of_eight(), PLACES)
         compiled = compiled_for(gradients, *x)
         assert collectives(compiled) == []
-        assert_near(compiled(*x), jax.jit(gradients)(*batch_of_eight()))
+        assert_near(compiled(*x), run(gradients, *batch_of_eight()))
 
 
 @both_kinds
@@ -130,7 +128,7 @@ def test_the_finest_split_of_any_operand(kind, places):
             assert collectives(forward) == []
         else:
             forward = compiled_for(attend, *x)
-        assert_near((forward(*x), jax.jit(gradient)(*x)), expected())
+        assert_near((forward(*x), run(gradient, *x)), expected())
 
 
 @both_kinds
@@ -139,14 +137,14 @@ def test_head_dim_is_gathered(kind):
     with jax.set_mesh(mesh):
         wrong = P("data", None, None, "model")
         x = place(mesh, batch_of_eight(), (wrong,) * 3 + PLACES[3:])
-        assert_near((jax.jit(attend)(*x), jax.jit(gradient)(*x)), expected())
+        assert_near((run(attend, *x), run(gradient, *x)), expected())
 
 
 def test_gradients_are_typed_as_their_operands():
     mesh = mesh_of(AxisType.Explicit, data=4, model=2)
     with jax.set_mesh(mesh):
         x = place(mesh, batch_of_eight(), (ARRAY, P("data"), P(), *PLACES[3:]))
-        for grad, operand in zip(jax.jit(gradient)(*x), x, strict=False):
+        for grad, operand in zip(run(gradient, *x), x, strict=False):
             assert jax.typeof(grad).sharding == jax.typeof(operand).sharding
 
 
@@ -158,7 +156,7 @@ def test_bias_and_mask(kind, shape):
     bias = rng.standard_normal(shape, np.float32)
     mask = rng.random((8, 1, 20, 24)) < 0.8
 
-    def run(query, key, value, bias, mask):
+    def gradients(query, key, value, bias, mask):
         def call(query, key, value, bias):
             out, lse = dot_product_attention(query, key, value, bias, mask, return_residual=True)
             return jnp.sum(jnp.sin(3 * out.astype(jnp.float32))) + jnp.sum(jnp.cos(lse))
@@ -169,8 +167,8 @@ def test_bias_and_mask(kind, shape):
     mesh = mesh_of(kind, data=4, model=2)
     with jax.set_mesh(mesh):
         of_bias = P("data" if shape[0] > 1 else None, "model" if shape[1] > 1 else None)
-        got = jax.jit(run)(*place(mesh, x, (ARRAY,) * 3 + (of_bias, P("data"))))
-    assert_near(got, jax.jit(run)(*x))
+        got = run(gradients, *place(mesh, x, (ARRAY,) * 3 + (of_bias, P("data"))))
+    assert_near(got, run(gradients, *x))
 
 
 def test_ordinary_xla_code_has_second_derivatives():
@@ -184,10 +182,10 @@ def test_ordinary_xla_code_has_second_derivatives():
 
         return jax.jvp(jax.grad(loss), (query,), (query,))[1]
 
-    want = jax.jit(product)(*x)
+    want = run(product, *x)
     mesh = mesh_of(AxisType.Explicit, data=4, model=2)
     with jax.set_mesh(mesh):
-        assert_near(jax.jit(product)(*place(mesh, x, PLACES[:3])), want)
+        assert_near(run(product, *place(mesh, x, PLACES[:3])), want)
 
 
 def test_second_derivative_of_the_kernels_raises():
@@ -235,7 +233,7 @@ def test_explicit_axes_export():
         exported = jax.export.export(jax.jit(gradient))(*x)
         again = jax.export.deserialize(exported.serialize())
         assert again.nr_devices == 8
-        assert_near(jax.jit(again.call)(*x), expected()[1])
+        assert_near(run(again.call, *x), expected()[1])
 
 
 def test_shard_map_exports():
@@ -244,7 +242,7 @@ def test_shard_map_exports():
     x = place(mesh, batch_of_eight(), PLACES)
     exported = jax.export.export(jax.jit(mapped))(*x)
     again = jax.export.deserialize(exported.serialize())
-    assert_near(jax.jit(again.call)(*x), expected()[1])
+    assert_near(run(again.call, *x), expected()[1])
 
 
 def test_automatic_axes_do_not_export():

@@ -16,6 +16,7 @@ from meshes import (
     check_sequence,
     mesh_of,
     place,
+    run,
     vector_jacobian,
 )
 from oracle import Results
@@ -81,7 +82,7 @@ def test_keys_that_do_not_divide_are_gathered(kind):
         compare(
             case,
             case.inputs(),
-            Results(*map(np.asarray, jax.jit(vector_jacobian(case))(*x))),
+            Results(*map(np.asarray, run(vector_jacobian(case), *x))),
         )
         with pytest.raises(Exception, match="'ring', but key has seq = 30.*not a multiple.*4"):
             jax.jit(vector_jacobian(case, sequence_parallel="ring"))(*x)
@@ -103,7 +104,7 @@ def test_explicit_sequence_beside_an_automatic_batch():
         compare(
             case,
             case.inputs(),
-            Results(*map(np.asarray, jax.jit(vector_jacobian(case))(*x))),
+            Results(*map(np.asarray, run(vector_jacobian(case), *x))),
         )
 
 
@@ -118,7 +119,7 @@ def test_vmap_of_a_split_sequence():
     def call(*x):
         return dot_product_attention(*x, is_causal=True, sequence_parallel="ring")
 
-    got = jax.jit(jax.vmap(call))(*x)
+    got = run(jax.vmap(call), *x)
     want = [call(query, key, value), call(-query, -key, -value)]
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=0.02)
 
