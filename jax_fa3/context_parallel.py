@@ -184,36 +184,22 @@ class _Divided(NamedTuple):
     axis_name: str | tuple[str, ...]
     layout: Layout
 
-    def forward(self, options, query, key, value, index, _):
-        return context.forward(
-            self.strategy,
-            self.axis_name,
-            options,
-            query,
-            key,
-            value,
-            index,
-            layout=self.layout,
-            local=sharding,
-        )
+    def forward(self, options, *operands):
+        return self._run(context.forward, options, operands)
 
-    def backward(self, options, query, key, value, out, lse, dout, dlse, index, _):
-        gradients = context.backward(
+    def backward(self, options, *operands):
+        return *self._run(context.backward, options, operands), None
+
+    def _run(self, function, options, operands):
+        *operands, _ = operands  # without bias and mask
+        return function(
             self.strategy,
             self.axis_name,
             options,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            dout,
-            dlse,
-            index,
+            *operands,
             layout=self.layout,
             local=sharding,
         )
-        return *gradients, None
 
 
 def _axis_size(function, axis_name) -> int:

@@ -31,6 +31,7 @@ def attend(
 ) -> tuple[jax.Array, ...]:
     """(out,) or (out, lse): out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch,
     num_heads_q, seqlen_q] float32. Only with `return_lse` does the backward pass take dlse.
+    `operations` are those of sharding.py, or others for operands that are divided otherwise.
     """
     # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
     operands = vary_together((query, key, value, index, dense))

@@ -75,7 +75,7 @@ def walk(cases):
 
 
 @pytest.mark.parametrize(
-    ("case", "size", "strategy", "layout"), walk(CASES), ids=lambda x: getattr(x, "name", x)
+    ("case", "size", "strategy", "layout"), list(walk(CASES)), ids=lambda x: getattr(x, "name", x)
 )
 def test_case(case, size, strategy, layout):
     check_strategy(case, strategy, layout, size, check_vma=layout == "contiguous")

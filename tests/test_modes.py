@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from case import Case
 from collectives import collectives
-from meshes import both_kinds, compiled_for, mesh_of, place
+from meshes import both_kinds, compiled_for, mesh_of, place, run
 from modes import EXPLICIT, MODES, TRANSFORMS, Problem, assert_split, checks
 from transforms import assert_near
 
@@ -40,6 +40,15 @@ def test_mode(mode, transform):
             results = compiled(*x)
         assert_near(results, PROBLEM.expected(transform))
         assert_split(mesh, results)
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape"), [("automatic and explicit", (1, 2)), ("manual batch", (2, 1))]
+)
+def test_automatic_axis_of_one_device(mode, shape):
+    mesh, function, x = PROBLEM.on_mesh(mode, shape, "results_and_gradients")
+    with jax.set_mesh(mesh):
+        assert_near(run(function, *x), PROBLEM.expected("results_and_gradients"))
 
 
 @pytest.mark.parametrize("mode", [mode for mode, (_, manual) in MODES.items() if not manual])
