@@ -47,6 +47,7 @@ def dot_product_attention(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
 ) -> jax.Array: ...
 
 
@@ -68,6 +69,7 @@ def dot_product_attention(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -88,6 +90,7 @@ def dot_product_attention(
     query_offset=None,
     deterministic=None,
     sequence_parallel="auto",
+    sm_margin=0,
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -122,6 +125,8 @@ def dot_product_attention(
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
         picks one of the first two, "error" raises. With a bias or mask only "auto", which gathers.
+      sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
+        such as the collectives of a ring; 0 to 131.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual (out, lse), where lse
@@ -165,6 +170,7 @@ def dot_product_attention(
         query_offset=query_offset,
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
+        sm_margin=sm_margin,
     )
     results = _run(options, bool(return_residual), *operands)
     return results if return_residual else results[0]
@@ -198,6 +204,7 @@ def prepare(
     query_offset,
     deterministic,
     sequence_parallel="auto",
+    sm_margin=0,
 ) -> Call:
     """Checks the arguments of `dot_product_attention` and makes the static choices."""
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
@@ -220,6 +227,7 @@ def prepare(
         query_offset=query_offset,
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
+        sm_margin=sm_margin,
     )
     scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
     window = resolve_window(local_window_size, is_causal)
@@ -236,6 +244,7 @@ def prepare(
         has_query_offset=has_offset_array,
         route=_route(implementation, query, key, value, bias, mask, scale, window, deterministic),
         sequence_parallel=sequence_parallel,
+        sm_margin=int(sm_margin),
     )
     if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
         query = query * np.sign(scale).astype(query.dtype)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jax_fa3 import support, xla
-from jax_fa3.options import AttentionOptions, Dense, Index
+from jax_fa3.options import NUM_SMS, AttentionOptions, Dense, Index
 
 FORWARD = "jax_fa3_forward"
 BACKWARD = "jax_fa3_backward"
@@ -163,7 +163,7 @@ def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Arr
         head_dim,
         head_dim_v,
         options.deterministic,
-        support.NUM_SMS,
+        NUM_SMS,
     )
     return plan["workspace_bytes"]
 

@@ -34,6 +34,7 @@ def ring_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -49,8 +50,8 @@ def ring_attention(
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
         (`zigzag_permute`), T and S even.
-      scale, is_causal, local_window_size, implementation, return_residual, deterministic: as in
-        `dot_product_attention`.
+      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        sm_margin: as in `dot_product_attention`.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
@@ -103,6 +104,7 @@ def allgather_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -138,6 +140,7 @@ def ulysses_attention(
     return_residual: bool = False,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 

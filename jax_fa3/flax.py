@@ -45,6 +45,7 @@ def make_attention_fn(
     implementation: Literal["fa3", "xla"] | None = None,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
+    sm_margin: int = 0,
 ) -> Callable[..., jax.Array]:
     """An attention function for Flax's multi-head layers, with options set beforehand.
 
@@ -66,7 +67,7 @@ def make_attention_fn(
       query_offset: int, or int32 of shape () or (batch...).
       deterministic: whether gradients have equal bits each time, as in `dot_product_attention`.
         Flax's keyword of this name, passed at the call, is another one: it switches dropout off.
-      scale, local_window_size, implementation: as in `dot_product_attention`.
+      scale, local_window_size, implementation, sm_margin: as in `dot_product_attention`.
 
     Returns:
       The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
@@ -97,6 +98,7 @@ def make_attention_fn(
         local_window_size=local_window_size,
         implementation=implementation,
         deterministic=deterministic,
+        sm_margin=sm_margin,
     )
     always_causal = is_causal
 

@@ -16,6 +16,7 @@ import numpy as np
 
 UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/base/types.h)
 MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
+NUM_SMS = 132  # of an H100 or H200 SXM; what a plan supports does not depend on it
 
 # "auto": the kernels where the program is lowered for CUDA, XLA elsewhere.
 Route = Literal["auto", "fa3", "xla"]
@@ -53,6 +54,7 @@ class AttentionOptions:
     query_offset: int = 0  # the offset of every sequence when has_query_offset is False
     deterministic: bool = False  # the backward pass gives equal bits when repeated
     rescale_threshold: float = 8.0  # log2 units a row maximum may grow before O is rescaled
+    sm_margin: int = 0  # streaming multiprocessors that the kernels leave free
     has_query_lengths: bool = False
     has_key_lengths: bool = False
     has_query_offset: bool = False
@@ -68,6 +70,7 @@ class AttentionOptions:
             "window_right": np.int32(self.window_right),
             "query_offset": np.int32(self.query_offset),
             "rescale_threshold": np.float32(self.rescale_threshold),
+            "sm_margin": np.int32(self.sm_margin),
             "deterministic": self.deterministic,
             "has_query_lengths": self.has_query_lengths,
             "has_key_lengths": self.has_key_lengths,

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import validate
-from jax_fa3.options import SequenceParallel, resolve_deterministic, resolve_window
+from jax_fa3.options import NUM_SMS, SequenceParallel, resolve_deterministic, resolve_window
 
 try:
     from jax_fa3 import _C
@@ -28,7 +28,6 @@ logger = logging.getLogger("jax_fa3")
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
-NUM_SMS = 132  # of an H100 SXM; a plan's support does not depend on it
 
 
 def native() -> ModuleType | None:
@@ -52,6 +51,7 @@ def is_supported(
     query_offset: Any = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -83,6 +83,7 @@ def is_supported(
         query_offset=query_offset,
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
+        sm_margin=sm_margin,
     )
     window = resolve_window(local_window_size, is_causal)
     return (

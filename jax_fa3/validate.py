@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.options import MAX_SEQLEN, SequenceParallel
+from jax_fa3.options import MAX_SEQLEN, NUM_SMS, SequenceParallel
 
 DTYPES = ("bfloat16", "float16", "float32")
 IMPLEMENTATIONS = (None, "fa3", "xla")
@@ -40,6 +40,7 @@ def check_call(
     query_offset: Any = None,
     deterministic: Any = None,
     sequence_parallel: Any = "auto",
+    sm_margin: Any = 0,
 ) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
     check_heads(query, key, value)
@@ -57,6 +58,7 @@ def check_call(
     check_index("key_value_seq_lengths", key_value_seq_lengths, batch, scalar=unbatched)
     check_offset(query_offset, batch)
     check_window(local_window_size)
+    check_sm_margin(sm_margin)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLEL)
     if sequence_parallel != "auto" and not (bias is None and mask is None):
@@ -184,6 +186,13 @@ def check_window(window: Any) -> None:
     for side in sides:
         if _as_int("local_window_size", side, expected) < 0:
             raise ValueError(f"local_window_size is {window!r}; expected {expected}")
+
+
+def check_sm_margin(sm_margin: Any) -> None:
+    """An int that leaves the kernels a multiprocessor."""
+    expected = f"an int from 0 to {NUM_SMS - 1}"
+    if not 0 <= _as_int("sm_margin", sm_margin, expected) < NUM_SMS:
+        raise ValueError(f"sm_margin is {sm_margin!r}; expected {expected}")
 
 
 def _as_int(name: str, x: Any, expected: str) -> int:

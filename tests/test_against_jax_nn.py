@@ -126,8 +126,13 @@ def test_signature_extends_theirs():
         (p.name, p.kind, p.default) for p in theirs
     ]
     added = ours[len(shared) :]
-    assert {p.name for p in added} == {"query_offset", "deterministic", "sequence_parallel"}
-    assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto") for p in added)
+    assert {p.name for p in added} == {
+        "query_offset",
+        "deterministic",
+        "sequence_parallel",
+        "sm_margin",
+    }
+    assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto", 0) for p in added)
 
 
 def test_second_derivative_of_the_xla_implementation():

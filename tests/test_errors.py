@@ -144,6 +144,10 @@ VALUES = [
     (dict(return_residual=1), TypeError, ["return_residual", "1", "bool"]),
     (dict(deterministic="no"), TypeError, ["deterministic", "'no'", "bool"]),
     (dict(deterministic=0), TypeError, ["deterministic", "0", "bool"]),
+    (dict(sm_margin=1.5), TypeError, ["sm_margin", "1.5", "int"]),
+    (dict(sm_margin=True), TypeError, ["sm_margin", "True", "int"]),
+    (dict(sm_margin=-1), ValueError, ["sm_margin", "-1", "from 0 to 131"]),
+    (dict(sm_margin=132), ValueError, ["sm_margin", "132", "from 0 to 131"]),
     (dict(sequence_parallel="rings"), ValueError, ["sequence_parallel", "'rings'", "'ring'"]),
     (dict(sequence_parallel=None), ValueError, ["sequence_parallel", "None", "'auto'"]),
     (
@@ -263,6 +267,7 @@ def test_traced_options_are_refused():
         ("scale", 0.5, ["scale", "traced", "number"]),
         ("is_causal", True, ["is_causal", "bool"]),
         ("deterministic", True, ["deterministic", "bool"]),
+        ("sm_margin", 8, ["sm_margin", "int"]),
         ("local_window_size", 3, ["local_window_size", "int"]),
     ):
         with pytest.raises(TypeError) as error:

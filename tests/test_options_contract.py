@@ -53,6 +53,7 @@ def test_values_reach_the_dictionary():
         query_offset=-7,
         deterministic=True,
         rescale_threshold=0.0,
+        sm_margin=8,
         has_query_lengths=True,
         has_key_lengths=True,
         has_query_offset=True,

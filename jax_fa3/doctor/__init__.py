@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import support
-from jax_fa3.options import resolve_deterministic, resolve_window
+from jax_fa3.options import NUM_SMS, resolve_deterministic, resolve_window
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
@@ -105,8 +105,8 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
     seqlen_k, heads_kv, head_dim_v = value.shape[-3:]
     dtype = support.KERNEL_DTYPES[query.dtype.name]
     problem = (dtype, batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v)
-    forward = support.native().forward_plan(*problem, *window, support.NUM_SMS)
-    backward = support.native().backward_plan(*problem, deterministic, support.NUM_SMS)
+    forward = support.native().forward_plan(*problem, *window, NUM_SMS)
+    backward = support.native().backward_plan(*problem, deterministic, NUM_SMS)
     return [*lines, f"forward plan: {_plan(forward)}", f"backward plan: {_plan(backward)}"]
 
 

@@ -13,12 +13,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-StatusOr<BackwardPlan> plan(const BackwardProblem& problem, const Device& device) {
+StatusOr<BackwardPlan> plan(const BackwardProblem& problem, int num_sms) {
   static PlanCache<BackwardPlan> cache;
-  const int variant = 2 * device.num_sms + problem.deterministic;
+  const int variant = 2 * num_sms + problem.deterministic;
   return cache.get(problem.shape, problem.mask, variant, [&] {
     return plan_backward(problem.shape, problem.deterministic, compiled_backward_kernels(),
-                         device.num_sms);
+                         num_sms);
   });
 }
 
@@ -26,7 +26,8 @@ Status run(const BackwardBuffers& buffers, const Options& options, cudaStream_t 
   JFA_TRY(problem, decode_backward(buffers, options));
   JFA_TRY(device, current_device());
   JFA_CHECK_OK(validate(problem, device));
-  JFA_TRY(chosen, plan(problem, device));
+  JFA_TRY(num_sms, num_sms_to_fill(device, options.sm_margin));
+  JFA_TRY(chosen, plan(problem, num_sms));
   JFA_CHECK_OK(
       validate_workspace(chosen, static_cast<std::int64_t>(buffers.workspace.size_bytes())));
   if (problem.shape.batch == 0) return {};

@@ -13,10 +13,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-StatusOr<ForwardPlan> plan(const ForwardProblem& problem, const Device& device) {
+StatusOr<ForwardPlan> plan(const ForwardProblem& problem, int num_sms) {
   static PlanCache<ForwardPlan> cache;
-  return cache.get(problem.shape, problem.mask, device.num_sms, [&] {
-    return plan_forward(problem.shape, problem.mask, compiled_forward_kernels(), device.num_sms);
+  return cache.get(problem.shape, problem.mask, num_sms, [&] {
+    return plan_forward(problem.shape, problem.mask, compiled_forward_kernels(), num_sms);
   });
 }
 
@@ -24,7 +24,8 @@ Status run(const ForwardBuffers& buffers, const Options& options, cudaStream_t s
   JFA_TRY(problem, decode_forward(buffers, options));
   JFA_TRY(device, current_device());
   JFA_CHECK_OK(validate(problem, device));
-  JFA_TRY(chosen, plan(problem, device));
+  JFA_TRY(num_sms, num_sms_to_fill(device, options.sm_margin));
+  JFA_TRY(chosen, plan(problem, num_sms));
   if (chosen.num_tiles == 0) return {};
   return dispatch_forward(chosen, problem, stream);
 }

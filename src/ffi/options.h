@@ -16,6 +16,7 @@ struct Options {
   std::int32_t window_right;  // columns, inclusive; kUnbounded when off
   std::int32_t query_offset;  // used without the offset array
   float rescale_threshold;    // log2 units
+  std::int32_t sm_margin;     // streaming multiprocessors to leave free
   bool deterministic;
   bool has_query_lengths;
   bool has_key_lengths;
@@ -34,6 +35,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<f
                                       xla::ffi::StructMember<std::int32_t>("window_right"),
                                       xla::ffi::StructMember<std::int32_t>("query_offset"),
                                       xla::ffi::StructMember<float>("rescale_threshold"),
+                                      xla::ffi::StructMember<std::int32_t>("sm_margin"),
                                       xla::ffi::StructMember<bool>("deterministic"),
                                       xla::ffi::StructMember<bool>("has_query_lengths"),
                                       xla::ffi::StructMember<bool>("has_key_lengths"),

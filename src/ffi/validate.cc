@@ -1,5 +1,6 @@
 #include "ffi/validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 
@@ -71,6 +72,13 @@ Status validate(const BackwardProblem& problem, const Device& device) {
                                              {"dkey", problem.dkey},
                                              {"dvalue", problem.dvalue}}));
   return check_aligned(kWorkspaceAlignment, {{"workspace", problem.workspace}});
+}
+
+StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin) {
+  if (sm_margin < 0) {
+    return invalid_argument(concat("sm_margin must be non-negative, got ", sm_margin));
+  }
+  return std::max(1, device.num_sms - sm_margin);
 }
 
 Status validate_workspace(const BackwardPlan& plan, std::int64_t workspace_bytes) {

@@ -12,6 +12,9 @@ namespace jax_fa3 {
 Status validate(const ForwardProblem& problem, const Device& device);
 Status validate(const BackwardProblem& problem, const Device& device);
 
+// How many multiprocessors a launch may fill when it leaves `sm_margin` free: one at least.
+StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin);
+
 // The workspace must hold what the plan lays out in it.
 Status validate_workspace(const BackwardPlan& plan, std::int64_t workspace_bytes);
 

@@ -125,6 +125,7 @@ def large_cases():
 
 
 COMPILED_HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIM_PAIRS = (*((d, d) for d in COMPILED_HEAD_DIMS), (192, 128))  # (head_dim, head_dim_v)
 
 # Several sequences of several tiles, each with its own mask: what the tile scheduler walks over.
 BATCHED = [
@@ -181,21 +182,3 @@ VALUE_DIMS = [
 
 LARGE = unique([*large_cases(), *BATCHED, *VALUE_DIMS])
 PADDED = [case for case in SHARED + LARGE if case.query_lengths or case.key_lengths]
-
-DETERMINISTIC = [
-    Case(
-        batch=2,
-        seqlen_q=900,
-        seqlen_k=900,
-        heads_q=hq,
-        heads_kv=hkv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        deterministic=True,
-        **mask,
-    )
-    for head_dim, head_dim_v in (*((d, d) for d in COMPILED_HEAD_DIMS), (192, 128))
-    for (hq, hkv), mask in zip(
-        ((4, 4), (8, 2), (4, 1)), (dict(), dict(causal=True), dict(window=(150, 70))), strict=True
-    )
-]

@@ -113,35 +113,6 @@ def test_command_buffers_change_no_bit(function, head_dim):
             assert bits(captured(*inputs)) == want
 
 
-# --- determinism ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("seqlen", "heads", "causal"),
-    [
-        (20_000, 2, False),  # more key blocks than SMs
-        (8_192, 4, False),  # several heads' key blocks under way together, each head's in a circle
-        (8_192, 4, True),
-        (1_000, 40, False),
-    ],
-)
-def test_deterministic_gradients_of_many_key_blocks(head_dim, seqlen, heads, causal):
-    """Equal bits each time, and the gradients of the other kernels."""
-    keys = jax.random.split(jax.random.key(seqlen + head_dim), 4)
-    shapes = [heads, heads // 2, heads // 2, heads]
-    x = [
-        jax.random.normal(key, (1, seqlen, count, head_dim), jnp.bfloat16)
-        for key, count in zip(keys, shapes, strict=True)
-    ]
-    run = jax.jit(functools.partial(gradients, is_causal=causal, deterministic=True))
-    want = run(*x)
-    for _ in range(10):
-        assert bits(run(*x)) == bits(want)
-    other = jax.jit(functools.partial(gradients, is_causal=causal, deterministic=False))(*x)
-    transforms.assert_near(want, other, relative=0.01)
-
-
 # --- the softmax's exact mode ---------------------------------------------------------------------
 
 
