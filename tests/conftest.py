@@ -4,8 +4,18 @@ gpu-test` sets), the platform that JAX finds.
 The variables must be set before JAX is first imported, hence here.
 """
 
+import glob
 import os
 
+worker = os.environ.get("PYTEST_XDIST_WORKER")  # "gw" and a number
+if worker:  # several processes share each GPU, and a worker has one GPU
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+        str(i) for i, _ in enumerate(glob.glob("/dev/nvidia[0-9]*"))
+    )
+    if devices:
+        gpus = devices.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -48,8 +48,10 @@ class Recorder:
 
     def whole_suite(self, session):
         """The suite that was run from end to end, if one was."""
+        option = self.config.option  # what workers of pytest-xdist deselect is not seen here
         whole = (
             not self.left_out
+            and not (option.keyword or option.markexpr or option.deselect)
             and not session.shouldstop
             and not session.shouldfail
             and sum(self.counts.values()) >= session.testscollected > 0

@@ -16,6 +16,9 @@ from cases import Case
 from jax_fa3 import dot_product_attention
 from oracle import Results
 
+# Tens of GiB each: one worker runs them all, with pytest -n N --dist loadgroup.
+one_at_a_time = pytest.mark.xdist_group("memory")
+
 
 def gradients(case, query, key, value, dout, dlse):
     """Results of one call, kept on the device."""
@@ -39,6 +42,7 @@ def all_finite(results):
     return all(bool(jnp.isfinite(result).all()) for result in results.values())
 
 
+@one_at_a_time
 def test_many_sequences():
     """query, out, dquery and its float32 accumulator above 2^31 elements; batch above 65535."""
     case = Case(batch=70_000, seqlen_q=128, seqlen_k=64, heads_q=4, heads_kv=1, head_dim=64)
@@ -69,6 +73,7 @@ def test_many_sequences():
     )
 
 
+@one_at_a_time
 def test_many_keys():
     """key, value, dkey and dvalue above 2^31 elements, of which a window at the end is used."""
     case = Case(
