@@ -8,6 +8,7 @@
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
+#   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
@@ -46,7 +47,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -80,6 +81,9 @@ bench: gpu-module
 
 bench-quick: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention --quick
+
+bench-variety: gpu-module
+	$(GPU_PYTHON) -m benchmarks.variety
 
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh

@@ -192,7 +192,7 @@ NO_KERNEL = [
         dict(query=LARGE[0], key=LARGE[1], value=LARGE[1]),
         ["implementation", "fa3", "head_dim", "264", "256"],
     ),
-    (dict(value=array(2, 24, 2, 64)), ["implementation", "fa3", "head_dim", "64", "32"]),
+    (dict(value=array(2, 24, 2, 264)), ["implementation", "fa3", "head_dim_v", "264", "256"]),
     ({}, ["implementation", "fa3", "GPU"]),
 ]
 

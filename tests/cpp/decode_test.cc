@@ -66,7 +66,7 @@ struct Call {
   Dims counter{1};
   ffi::DataType lse_dtype = ffi::DataType::F32;
   std::vector<std::pair<ffi::DataType, Dims>> optionals;
-  Options options{0.125f, kUnbounded, 0, 0, 8.f, false, false, false, false, false};
+  Options options{0.125f, kUnbounded, 0, 0, 8.f, 0, false, false, false, false, false};
   std::uintptr_t query_address = 0;
 
   StatusOr<ForwardProblem> forward() const {
@@ -176,6 +176,10 @@ void refuses_values() {
           "head_dim must be a multiple of 8");
   const Call negative = with([](Call& c) { c.options.rescale_threshold = -1; });
   CHECK_REFUSES(validate(negative.forward().value(), kHopper), "rescale_threshold");
+  CHECK(num_sms_to_fill(kHopper, 0).value() == 132);
+  CHECK(num_sms_to_fill(kHopper, 20).value() == 112);
+  CHECK(num_sms_to_fill(kHopper, 200).value() == 1);
+  CHECK_REFUSES(num_sms_to_fill(kHopper, -1).status(), "sm_margin must be non-negative, got -1");
   BackwardPlan plan{};
   plan.workspace_bytes = 4097;
   CHECK_REFUSES(validate_workspace(plan, 4096), "workspace must have 4097 bytes, got 4096");
