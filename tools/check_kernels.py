@@ -50,7 +50,9 @@ class Kernel:
         if config is None:
             return name
         dtype = ("bf16", "fp16")[int(config.group(1))]
-        head_dim, _, block_m, block_n = re.findall(r"\d+", config.group(2))
+        head_dim, head_dim_v, block_m, block_n = re.findall(r"\d+", config.group(2))
+        if head_dim_v != head_dim:
+            head_dim += f",{head_dim_v}"
         deterministic = " deterministic" if config.group(3) == "1" else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{deterministic}"
 
