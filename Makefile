@@ -9,6 +9,7 @@
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
+#   make bench-accuracy   errors on inputs with outliers, on any machine
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
@@ -47,7 +48,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -84,6 +85,9 @@ bench-quick: gpu-module
 
 bench-variety: gpu-module
 	$(GPU_PYTHON) -m benchmarks.variety
+
+bench-accuracy: inplace
+	$(PYTHON) -m benchmarks.accuracy
 
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh

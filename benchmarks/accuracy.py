@@ -6,6 +6,11 @@ Query, key and value are drawn from N(0, 1) + N(0, 100) * Bernoulli(0.001), the 
 from N(0, 1). The reference is float64 on the inputs before they are rounded to the tested type, so
 the figures hold the rounding of the inputs too. "standard" is the textbook formula with its scores
 and weights kept in the tested type.
+
+The float8 rows start from float16 inputs. Their "standard" has one scale per tensor, float32 sums
+and a softmax in float16, as in the paper; the others are jax_fa3 with its scales for blocks of rows
+("blocks") or one per tensor, and with or without the Hadamard rotation of query and key. "jax_fa3"
+itself, which has both, is `forward_dtype`: its gradients are float16's at a float8 output.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_fa3
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import Function, our_attention
 from benchmarks.problems import DTYPES
@@ -52,6 +58,9 @@ def exact(query, key, value, dout) -> list[np.ndarray]:
     return results
 
 
+FORWARD_ONLY = ("blocks", "Hadamard", "neither", "standard_float8")
+
+
 def standard(query, key, value):
     """Attention with every intermediate result in the type of the inputs."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
@@ -59,18 +68,51 @@ def standard(query, key, value):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def functions() -> dict[str, Function]:
-    return {
-        "jax_fa3": our_attention(),
-        "cudnn": partial(jax.nn.dot_product_attention, implementation="cudnn"),
-        "standard": standard,
-    }
+def standard_float8(query, key, value):
+    """Attention with products of float8, the softmax between them in float16."""
+
+    def rounded(x):
+        scale = jnp.max(jnp.abs(x.astype(jnp.float32))) / 448
+        return (x / scale).astype(jnp.float8_e4m3fn).astype(jnp.bfloat16), scale
+
+    def product(subscripts, x, y):
+        (x, x_scale), (y, y_scale) = rounded(x), rounded(y)
+        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32) * x_scale * y_scale
+
+    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores.astype(jnp.float16), axis=-1)
+    return product("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
 
 
-def outputs(function: Function):
-    """Output and gradients in one program."""
+def quantized(query, key, value, **how):
+    """Attention of what quantize_qkv makes of the inputs."""
+    arrays = jax_fa3.quantize_qkv(query, key, value, **how)
+    return jax_fa3.dot_product_attention(**arrays._asdict())
+
+
+SIXTEEN_BITS = {
+    "jax_fa3": our_attention(),
+    "cudnn": partial(jax.nn.dot_product_attention, implementation="cudnn"),
+    "standard": standard,
+}
+FUNCTIONS: dict[str, dict[str, Function]] = {
+    **dict.fromkeys(DTYPES, SIXTEEN_BITS),
+    "fp8": {
+        "jax_fa3": partial(jax_fa3.dot_product_attention, forward_dtype="float8_e4m3fn"),
+        "blocks": partial(quantized, granularity="block", rotation_seed=None),
+        "Hadamard": partial(quantized, granularity="tensor"),
+        "neither": partial(quantized, granularity="tensor", rotation_seed=None),
+        "standard_float8": standard_float8,
+    },
+}
+
+
+def outputs(name: str, function: Function):
+    """Output and, where it has them, gradients in one program."""
 
     def run(query, key, value, dout):
+        if name in FORWARD_ONLY:
+            return (function(query, key, value),)
         out, pullback = jax.vjp(function, query, key, value)
         return out, *pullback(dout)
 
@@ -83,13 +125,13 @@ def rmse(got, want) -> float:
 
 def measure(arrays: list[np.ndarray]) -> list[dict]:
     want, rows = exact(*arrays), []
-    for dtype in DTYPES:
-        inputs = [jnp.asarray(x, DTYPES[dtype]) for x in arrays]
-        for name, function in functions().items():
+    for dtype, functions in FUNCTIONS.items():
+        inputs = [jnp.asarray(x, DTYPES.get(dtype, jnp.float16)) for x in arrays]
+        for name, function in functions.items():
             row = dict(implementation=name, dtype=dtype, error=None)
             try:
-                got = outputs(function)(*inputs)
-                row |= {x: rmse(g, w) for x, g, w in zip(ARRAYS, got, want, strict=True)}
+                got = outputs(name, function)(*inputs)
+                row |= {x: rmse(g, w) for x, g, w in zip(ARRAYS, got, want, strict=False)}
             except Exception as error:
                 row["error"] = describe(error)
             rows.append(row)
@@ -110,12 +152,14 @@ def render(data: dict) -> str:
 
 
 def dry_run(seqlen: int, heads: int, head_dim: int) -> int:
-    """Lowers jax_fa3 and the standard formula for CUDA."""
-    for dtype in DTYPES.values():
-        shape = jax.ShapeDtypeStruct((1, seqlen, heads, head_dim), dtype)
-        for name in ("jax_fa3", "standard"):
-            outputs(functions()[name]).trace(*[shape] * 4).lower(lowering_platforms=("cuda",))
-            print(f"  {name}, {dtype.__name__}: lowered")
+    """Lowers all but cuDNN, which needs its library, for CUDA."""
+    for dtype, functions in FUNCTIONS.items():
+        array = jax.ShapeDtypeStruct((1, seqlen, heads, head_dim), DTYPES.get(dtype, jnp.float16))
+        for name in functions.keys() - {"cudnn"}:
+            outputs(name, FUNCTIONS[dtype][name]).trace(*[array] * 4).lower(
+                lowering_platforms=("cuda",)
+            )
+            print(f"  {name}, {dtype}: lowered")
     return 0
 
 

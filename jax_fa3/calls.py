@@ -8,6 +8,7 @@ src/ffi/forward.cc and src/ffi/backward.cc bind.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jax_fa3 import support, xla
-from jax_fa3.options import NUM_SMS, AttentionOptions, Dense, Index
+from jax_fa3 import quantize, support, xla
+from jax_fa3.options import NUM_SMS, AttentionOptions, Dense, Descales, Index
 
 FORWARD = "jax_fa3_forward"
 BACKWARD = "jax_fa3_backward"
@@ -44,6 +45,9 @@ def forward(
     dense: Dense,
 ) -> tuple[jax.Array, jax.Array]:
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
+    if options.quantized_forward:
+        run = functools.partial(_quantized_forward, options)
+        return first_order_only(run)(query, key, value, index, dense)
     if not _wants_kernel(options, query, key):
         return xla.forward(options, query, key, value, index, dense)
 
@@ -61,6 +65,27 @@ def forward(
         return xla.forward(options, query, key, value, _unpack(index, present), Dense())
 
     return _operation(options, kernel, portable)(query, key, value, *_pack(index))
+
+
+def forward_float8(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    descales: Descales,
+    index: Index,
+    dense: Dense,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` of float8 arrays, with an output of `dtype`; through XLA on every platform."""
+    return xla.forward(options, query, key, value, index, dense, descales, dtype)
+
+
+def _quantized_forward(options, query, key, value, index, dense):
+    """`forward` of 16-bit arrays by way of float8; the scales are those of the arrays at hand."""
+    quantized, _ = quantize.quantize(query, key, value, index)
+    descales = Descales(*quantized[3:])
+    return forward_float8(options, *quantized[:3], descales, index, dense, query.dtype)
 
 
 def backward(
@@ -129,16 +154,24 @@ def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) 
     return operation
 
 
+FIRST_ORDER_ONLY = (
+    "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
+    "implementation='xla' and no forward_dtype for derivatives of the gradient"
+)
+
+
 def first_order_only(operation: Callable) -> Callable:
     """`operation` with an error of our own where it is differentiated beyond its gradient."""
+    return undifferentiable(operation, FIRST_ORDER_ONLY)
+
+
+def undifferentiable(operation: Callable, reason: str) -> Callable:
+    """`operation`, which raises `reason` where JAX would differentiate it."""
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(
-            "dot_product_attention: the kernels have first derivatives in reverse mode only; pass "
-            "implementation='xla' for derivatives of the gradient"
-        )
+        raise NotImplementedError(f"dot_product_attention: {reason}")
 
     return operation
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import validate
-from jax_fa3.options import NUM_SMS, SequenceParallel, resolve_deterministic, resolve_window
+from jax_fa3.options import FLOAT8, NUM_SMS, SequenceParallel, resolve_deterministic, resolve_window
 
 try:
     from jax_fa3 import _C
@@ -52,6 +52,10 @@ def is_supported(
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -84,11 +88,17 @@ def is_supported(
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
         sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
     )
     window = resolve_window(local_window_size, is_causal)
+    deterministic = resolve_deterministic(deterministic)
     return (
         call_reason(query, bias, mask, scale)
-        or plan_reason(query, key, value, window, resolve_deterministic(deterministic))
+        or plan_reason(query, key, value, window, deterministic)
+        or float8_reason(query, forward_dtype)
         or device_reason()
     )
 
@@ -99,7 +109,7 @@ def call_reason(query: Any, bias: Any, mask: Any, scale: float | None) -> str | 
         return "the kernels take no bias"
     if mask is not None:
         return "the kernels take no dense mask (lengths, windows and is_causal are free)"
-    if query.dtype.name not in KERNEL_DTYPES:
+    if query.dtype.name not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {query.dtype.name}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
@@ -110,6 +120,8 @@ def plan_reason(
     query: Any, key: Any, value: Any, window: tuple[int, int], deterministic: bool
 ) -> str | None:
     """Why this build has no kernel for the shapes of a legal call in a kernel dtype."""
+    if query.dtype.name == FLOAT8:
+        return None  # float8_reason's matter
     if _C is None:
         return f"the extension module jax_fa3._C cannot be imported ({_import_error})"
     batch = query.shape[0] if query.ndim == 4 else 1
@@ -125,6 +137,13 @@ def plan_reason(
     except ValueError as error:
         return str(error)
     return None
+
+
+def float8_reason(query: Any, forward_dtype: Any) -> str | None:
+    """Why a forward pass in float8 has no kernel; None for other calls."""
+    if forward_dtype is None and query.dtype.name != FLOAT8:
+        return None
+    return "this build has no kernel for a forward pass in float8"
 
 
 def device_reason() -> str | None:

@@ -10,7 +10,7 @@ import pytest
 from jax_fa3 import options
 
 SRC = Path(__file__).parents[1] / "src"
-NOT_FOR_KERNELS = {"route", "sequence_parallel"}  # Python's own choice
+NOT_FOR_KERNELS = {"route", "sequence_parallel", "quantized_forward"}  # Python's own choice
 NOT_STATIC = {"has_dlse"}  # decided per direction, by to_ffi's argument
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = options.AttentionOptions(scale=0.5).to_ffi()

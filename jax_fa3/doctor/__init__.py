@@ -96,10 +96,11 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
     ]
     window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
     deterministic = resolve_deterministic(options.get("deterministic"))
-    shaped = support.call_reason(
-        query, options.get("bias"), options.get("mask"), options.get("scale")
-    )
-    if shaped or support.plan_reason(query, key, value, window, deterministic):
+    if (
+        support.call_reason(query, options.get("bias"), options.get("mask"), options.get("scale"))
+        or support.plan_reason(query, key, value, window, deterministic)
+        or support.float8_reason(query, options.get("forward_dtype"))
+    ):
         return lines
     batch, seqlen_q, heads_q, head_dim = (1, *query.shape)[-4:]
     seqlen_k, heads_kv, head_dim_v = value.shape[-3:]
