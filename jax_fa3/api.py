@@ -54,6 +54,7 @@ def dot_product_attention(
     query_descale: ArrayLike | None = None,
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
 ) -> jax.Array: ...
 
 
@@ -80,6 +81,7 @@ def dot_product_attention(
     query_descale: ArrayLike | None = None,
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -105,6 +107,7 @@ def dot_product_attention(
     query_descale=None,
     key_descale=None,
     value_descale=None,
+    value_is_prepared=False,
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -146,9 +149,11 @@ def dot_product_attention(
         rotated and with a scale for every 128 rows (see docs/fp8.md); gradients are those of the
         inputs' type, at the inputs and with the forward pass's out and lse.
       query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
-        float32 (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D inputs: without
-        B. Default 1. `quantize_qkv` makes inputs and scales.
+        positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
+        inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.
       value_descale: likewise, () or (B, K).
+      value_is_prepared: value is as `quantize_qkv(..., prepare_value=True)` has it, which spares
+        the kernels a pass over it.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype, bfloat16 for float8; with return_residual
@@ -199,6 +204,7 @@ def dot_product_attention(
         query_descale=query_descale,
         key_descale=key_descale,
         value_descale=value_descale,
+        value_is_prepared=value_is_prepared,
     )
     results = _run(options, bool(return_residual), *operands)
     return results if return_residual else results[0]
@@ -238,6 +244,7 @@ def prepare(
     query_descale=None,
     key_descale=None,
     value_descale=None,
+    value_is_prepared=False,
 ) -> Call:
     """Checks the arguments of `dot_product_attention` and makes the static choices."""
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
@@ -270,7 +277,9 @@ def prepare(
         query_descale=descales.query,
         key_descale=descales.key,
         value_descale=descales.value,
+        value_is_prepared=value_is_prepared,
     )
+    plain = validate.plain_value(key, value, value_is_prepared)
     scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
     window = resolve_window(local_window_size, is_causal)
     deterministic = resolve_deterministic(deterministic)
@@ -288,7 +297,7 @@ def prepare(
             implementation,
             query,
             key,
-            value,
+            plain,
             bias,
             mask,
             scale,
@@ -299,10 +308,11 @@ def prepare(
         sequence_parallel=sequence_parallel,
         sm_margin=int(sm_margin),
         quantized_forward=forward_dtype is not None,
+        value_is_prepared=bool(value_is_prepared),
     )
     if query.dtype.name == FLOAT8:
         ones = (jnp.float32(1) if x is None else x for x in descales)
-        descales = quantize.spread(query, key, value, Descales(*ones))
+        descales = quantize.spread(query, key, plain, Descales(*ones))
     if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
         query = query * np.sign(scale).astype(query.dtype)
     index = Index(query_lengths, key_lengths, query_offset if has_offset_array else None)
@@ -318,7 +328,9 @@ def _route(
     call_reason = support.call_reason(query, bias, mask, scale) or support.plan_reason(
         query, key, value, window, deterministic
     )
-    reason = call_reason or support.float8_reason(query, forward_dtype) or support.device_reason()
+    float8_reason = support.float8_reason(query, key, value, window, forward_dtype)
+    device_reason = support.device_reason()
+    reason = call_reason or float8_reason or device_reason
     if reason is None:
         return "auto" if implementation is None else "fa3"
     if implementation == "fa3":
@@ -327,7 +339,8 @@ def _route(
             "or 'xla' runs it through XLA."
         )
     support.log_fallback(reason)
-    return "xla" if call_reason or support.has_gpu() else "auto"
+    # Where only float8 has no kernel, "auto" leaves the backward pass to the kernels.
+    return "xla" if call_reason or (device_reason and support.has_gpu()) else "auto"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -17,10 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jax_fa3 import quantize, support, xla
-from jax_fa3.options import NUM_SMS, AttentionOptions, Dense, Descales, Index
+from jax_fa3 import quantize, support, validate, xla
+from jax_fa3.options import (
+    BLOCK,
+    FLOAT8,
+    AttentionOptions,
+    Dense,
+    Descales,
+    Index,
+    num_blocks,
+)
 
 FORWARD = "jax_fa3_forward"
+FORWARD_FLOAT8 = support.FORWARD_FLOAT8
 BACKWARD = "jax_fa3_backward"
 
 if support.native() is not None:
@@ -77,8 +86,40 @@ def forward_float8(
     dense: Dense,
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
-    """`forward` of float8 arrays, with an output of `dtype`; through XLA on every platform."""
-    return xla.forward(options, query, key, value, index, dense, descales, dtype)
+    """`forward` of float8 arrays, with an output of `dtype`; value may be prepared."""
+
+    def portable(query, key, value, query_descale, key_descale, value_descale, *present):
+        if options.value_is_prepared:
+            value = quantize.restore_value(value, key.shape[1])
+        scales = Descales(query_descale, key_descale, value_descale)
+        rest = (_unpack(index, present), dense, scales, dtype)
+        return xla.forward(options, query, key, value, *rest)
+
+    operands = (query, key, value, *descales, *_pack(index))
+    plain, window = validate.plain_value(key, value, options.value_is_prepared), options.window
+    if not _wants_kernel(options, query, key) or support.float8_reason(
+        query, key, plain, window, FLOAT8
+    ):
+        return portable(*operands)
+
+    def kernel(query, key, value, *rest):
+        is_prepared = options.value_is_prepared or options.quantized_forward
+        if options.quantized_forward:  # in one pass with its rounding
+            value = quantize.prepare_value(value)
+        plain = validate.plain_value(key, value, is_prepared)
+        workspace = 0 if is_prepared else _transposed_bytes(query, key, value, options.window)
+        batch, seqlen_q, num_heads_q, _ = query.shape
+        results = (
+            _result(query, (batch, seqlen_q, num_heads_q, plain.shape[-1]), dtype),
+            _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
+            _result(query, (1,), jnp.int32),  # the tile counter
+            _result(query, (workspace,), jnp.uint8),
+        )
+        call = jax.ffi.ffi_call(FORWARD_FLOAT8, results)
+        attributes = dict(options=options.to_ffi(), value_is_prepared=is_prepared)
+        return tuple(call(query, key, value, *rest, **attributes)[:2])
+
+    return _operation(options, kernel, portable)(*operands)
 
 
 def _quantized_forward(options, query, key, value, index, dense):
@@ -106,9 +147,10 @@ def backward(
     cotangents = (dout,) if dlse is None else (dout, dlse)
 
     def kernel(query, key, value, *rest):
+        plan = support.backward_plan(query, key, value, options.deterministic)
         results = (
             *(_result(query, x.shape, x.dtype) for x in (query, key, value)),
-            _result(query, (_workspace_bytes(options, query, value),), jnp.uint8),
+            _result(query, (plan["workspace_bytes"],), jnp.uint8),
         )
         call = jax.ffi.ffi_call(BACKWARD, results)
         attributes = options.to_ffi(has_dlse=dlse is not None)
@@ -183,22 +225,11 @@ def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedAr
     return like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding)
 
 
-def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Array) -> int:
-    batch, seqlen_q, num_heads_q, head_dim = query.shape
-    _, seqlen_k, num_heads_kv, head_dim_v = value.shape
-    plan = support.native().backward_plan(
-        support.KERNEL_DTYPES[query.dtype.name],
-        batch,
-        seqlen_q,
-        seqlen_k,
-        num_heads_q,
-        num_heads_kv,
-        head_dim,
-        head_dim_v,
-        options.deterministic,
-        NUM_SMS,
-    )
-    return plan["workspace_bytes"]
+def _transposed_bytes(query, key, value, window: tuple[int, int]) -> int:
+    """Of a prepared value, whose head_dim is filled up to the kernel's."""
+    plan = support.forward_plan(query, key, value, window, FLOAT8)
+    batch, seqlen, heads, _ = value.shape
+    return batch * heads * plan["head_dim_v"] * num_blocks(seqlen) * BLOCK
 
 
 def _pack(index: Index) -> tuple[jax.Array, ...]:

@@ -19,7 +19,8 @@ MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
 NUM_SMS = 132  # of an H100 or H200 SXM; what a plan supports does not depend on it
 
 FLOAT8 = "float8_e4m3fn"
-BLOCK = 128  # rows of query or key that share a scale, where not all rows of a head do
+BLOCK = 128  # rows of query or key that share a scale, where not all rows of a head do; a prepared
+# value is filled up to a multiple of it
 
 # "auto": the kernels where the program is lowered for CUDA, XLA elsewhere.
 Route = Literal["auto", "fa3", "xla"]
@@ -76,6 +77,11 @@ class AttentionOptions:
     route: Route = "auto"
     sequence_parallel: SequenceParallel = "auto"
     quantized_forward: bool = False  # 16-bit operands are rounded to FLOAT8 for the forward pass
+    value_is_prepared: bool = False  # as quantize.prepare_value has it
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.window_left, self.window_right
 
     def to_ffi(self, *, has_dlse: bool = False) -> dict[str, object]:
         """The dictionary attribute of both custom calls, in the exact widths C++ decodes."""

@@ -4,7 +4,8 @@
 
 Query and key are rotated by the same orthogonal matrix, random signs and then a Hadamard transform,
 which leaves their products as they are and spreads an outlier over its row; that is "incoherent
-processing" (arXiv:2407.08608, section 3.3). Value stays in its own basis.
+processing" (arXiv:2407.08608, section 3.3). Value stays in its own basis, and may be put into the
+order in which a tensor core takes it.
 
 Inside the package scales have the shapes of `options.Descales`.
 """
@@ -39,7 +40,7 @@ class QuantizedQKV(NamedTuple):
 
     query: jax.Array  # (B, T, N, H) float8_e4m3fn
     key: jax.Array  # (B, S, K, H) float8_e4m3fn
-    value: jax.Array  # (B, S, K, H) float8_e4m3fn
+    value: jax.Array  # (B, S, K, H) float8_e4m3fn; prepared (B, K, H, 128 * ceil(S / 128))
     query_descale: jax.Array  # (B, N, nq)
     key_descale: jax.Array  # (B, K, nk)
     value_descale: jax.Array  # (B, K)
@@ -60,6 +61,7 @@ def quantize_qkv(
     *,
     granularity: Granularity = "block",
     rotation_seed: int | None = SEED,
+    prepare_value: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     query_descale: ArrayLike | None = None,
@@ -76,10 +78,12 @@ def quantize_qkv(
       rotation_seed: of the random signs with which query and key are rotated: the same seed and
         head_dim give the same rotation, always. None leaves them as they are. Keys and queries
         that meet must have the same seed.
+      prepare_value: give value in the layout that the kernels read, keys innermost (docs/fp8.md),
+        for `dot_product_attention(..., value_is_prepared=True)`; they need not transpose it then.
       query_seq_lengths, key_value_seq_lengths: int32 (B,); rows from there on are padding, which
         takes no part in a scale and becomes 0.
-      query_descale, key_descale, value_descale: float32 scales of the rotated arrays to use in
-        place of measured ones, of the shapes that `dot_product_attention` takes.
+      query_descale, key_descale, value_descale: positive float32 scales of the rotated arrays to
+        use in place of measured ones, of the shapes that `dot_product_attention` takes.
       return_saturated: also return how many elements were cut to the largest float8, 448 scales.
         With measured scales there are none.
 
@@ -121,20 +125,25 @@ def quantize_qkv(
     validate.check_lengths(arrays[0], index)
     validate.check_choice("granularity", granularity, get_args(Granularity))
     validate.check_seed("rotation_seed", rotation_seed)
+    validate.check_flag("prepare_value", prepare_value)
     validate.check_flag("return_saturated", return_saturated)
-    results = _run(granularity, rotation_seed, *arrays, index, descales)
+    how = (granularity, rotation_seed, bool(prepare_value))
+    results = _run(how, *arrays, index, descales)
     return results if return_saturated else results[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(granularity, seed, query, key, value, index, descales):
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _run(how, query, key, value, index, descales):
     """quantize() with or without a batch dimension, compiled once outside of jax.jit."""
+    granularity, seed, prepare = how
     given = spread(query, key, value, descales)
     unbatched = query.ndim == 3
     if unbatched:
         query, key, value = query[None], key[None], value[None]
     index = jax.tree.map(lambda x: jnp.broadcast_to(x, query.shape[:1]), index)
     quantized, saturated = quantize(query, key, value, index, granularity, seed, given)
+    if prepare:
+        quantized = quantized._replace(value=prepare_value(quantized.value))
     return jax.tree.map(lambda x: x[0], quantized) if unbatched else quantized, saturated
 
 
@@ -159,6 +168,29 @@ def quantize(
         strict=True,
     )
     return QuantizedQKV(*tensors, *descales[:2], descales[2][..., 0]), Saturated(*saturated)
+
+
+def prepare_value(value: jax.Array) -> jax.Array:
+    """value [batch, seqlen_k, num_heads_kv, head_dim_v] as the kernels read it: [batch,
+    num_heads_kv, head_dim_v, keys], zeros up to a multiple of BLOCK keys.
+
+    A tensor core finds the weights of a row where the product before left them, so the keys of
+    each 16 stand in the order of that product's registers: key 8 a + 2 c + e at 4 c + 2 a + e.
+    """
+    batch, seqlen, heads, head_dim = value.shape
+    filled = num_blocks(seqlen) * BLOCK
+    value = _whole(value, 1)
+    value = jnp.pad(value, ((0, 0), (0, filled - seqlen), (0, 0), (0, 0)))
+    value = value.reshape(batch, filled // 16, 2, 4, 2, heads, head_dim)
+    return value.transpose(0, 5, 6, 1, 3, 2, 4).reshape(batch, heads, head_dim, filled)
+
+
+def restore_value(prepared: jax.Array, seqlen: int) -> jax.Array:
+    """The first `seqlen` rows of the value of which `prepare_value` made this."""
+    batch, heads, head_dim, filled = prepared.shape
+    value = prepared.reshape(batch, heads, head_dim, filled // 16, 4, 2, 2)
+    value = value.transpose(0, 3, 5, 4, 6, 1, 2).reshape(batch, filled, heads, head_dim)
+    return lax.slice_in_dim(value, 0, seqlen, axis=1)
 
 
 def _quantize(x, lengths, granularity, seed, descale):
@@ -226,7 +258,7 @@ def _measure(x: jax.Array, granularity: Granularity) -> jax.Array:
     """Scales [batch, heads, blocks] that bring the largest element of each group to 448."""
     batch, seqlen, heads, _ = x.shape
     largest = jnp.where(jnp.isfinite(x), jnp.abs(x), 0).max(-1, initial=0)
-    largest = _gather_rows(jnp.moveaxis(largest, 1, 2))  # [batch, heads, seq]
+    largest = _whole(jnp.moveaxis(largest, 1, 2), 2)  # [batch, heads, seq]
     if granularity == "tensor":
         largest = jnp.broadcast_to(largest.max(initial=0), (batch, heads, 1))
     elif granularity == "head":
@@ -239,31 +271,29 @@ def _measure(x: jax.Array, granularity: Granularity) -> jax.Array:
     return jnp.maximum(largest / LARGEST, jnp.finfo(jnp.float32).tiny)  # never 0: it divides
 
 
-def _gather_rows(x: jax.Array) -> jax.Array:
-    """x whole along its last dimension, where an explicit mesh axis splits it."""
+def _whole(x: jax.Array, axis: int) -> jax.Array:
+    """x with all of the rows along `axis`, where an explicit mesh axis splits them."""
     sharding = jax.typeof(x).sharding
-    if sharding.spec[-1] is None:
+    if sharding.spec[axis] is None:
         return x
-    return jax.sharding.reshard(x, sharding.update(spec=(*sharding.spec[:-1], None)))
+    spec = [None if i == axis else names for i, names in enumerate(sharding.spec)]
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
 def spread(query: jax.Array, key: jax.Array, value: jax.Array, given: Descales) -> Descales:
     """Checked scales of arrays with or without a batch dimension, in the shapes used inside."""
     batch = query.shape[0] if query.ndim == 4 else 1
 
-    def by_block(x, array):
+    def by_head(x, array, *blocks):
         if x is None:
             return None
-        heads = array.shape[-2]
-        blocks = x.shape[-1] if x.ndim == array.ndim - 1 else 1
-        if x.ndim == 0:
-            return jnp.broadcast_to(x, (batch, heads, 1))
-        return x.reshape(batch, heads, blocks)
+        blocks = x.shape[-1:] if x.ndim == array.ndim - 1 else blocks
+        shape = (batch, array.shape[-2], *blocks)
+        return jnp.broadcast_to(x, shape) if x.ndim == 0 else x.reshape(shape)
 
-    value_descale = by_block(given.value, value)
-    if value_descale is not None:
-        value_descale = value_descale[..., 0]
-    return Descales(by_block(given.query, query), by_block(given.key, key), value_descale)
+    return Descales(
+        by_head(given.query, query, 1), by_head(given.key, key, 1), by_head(given.value, value)
+    )
 
 
 def by_row(descale: jax.Array, seqlen: int) -> jax.Array:

@@ -11,8 +11,9 @@ and on a mixed mesh in that order, one inside the other. Batch and heads are spl
 communication. A sequence that arrives split is left so; context.py exchanges what is needed.
 
 Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
-d head_dim, e head_dim of value, m and n the blocks of query and key rows that share a scale;
-capitals are mapped axes (jax.vmap), which lead; a dot is a dimension of extent 1 that broadcasts.
+d head_dim, e head_dim of value, m and n the blocks of query and key rows that share a scale, p the
+keys of a prepared value; capitals are mapped axes (jax.vmap), which lead; a dot is a dimension of
+extent 1 that broadcasts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Axes = tuple[str, ...]
 Results = tuple[jax.Array, ...]
 
 QUERY, KEY, VALUE, OUT, LSE, INDEX, SCORES = "bshd", "btkd", "btke", "bshe", "bhs", "b", "bhst"
-DESCALES = ("bhm", "bkn", "bk")
+DESCALES, PREPARED_VALUE = ("bhm", "bkn", "bk"), "bkep"
 
 
 def forward(
@@ -81,7 +82,8 @@ def forward_float8(
     def local(sequence, *operands):
         return calls.forward_float8(options, *tree.unflatten(operands), dtype)
 
-    dims = (QUERY, KEY, VALUE, *DESCALES, *_dims_of(index), *_dims_of(dense))
+    value_dims = PREPARED_VALUE if options.value_is_prepared else VALUE
+    dims = (QUERY, KEY, value_dims, *DESCALES, *_dims_of(index), *_dims_of(dense))
     operation = _Operation(options, local, dims, (OUT, LSE), "float8 inputs need whole sequences")
     return _distribute(operation, operands)
 

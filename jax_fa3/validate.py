@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3.options import (
+    BLOCK,
     FLOAT8,
     MAX_SEQLEN,
     NUM_SMS,
@@ -54,8 +55,13 @@ def check_call(
     query_descale: Any = None,
     key_descale: Any = None,
     value_descale: Any = None,
+    value_is_prepared: Any = False,
 ) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
+    check_flag("value_is_prepared", value_is_prepared)
+    if value_is_prepared:
+        check_prepared(key, value)
+        value = plain_value(key, value, value_is_prepared)
     check_heads(query, key, value, (*DTYPES, FLOAT8))
     check_float8(query, forward_dtype, Descales(query_descale, key_descale, value_descale))
     check_descales(query, key, value, Descales(query_descale, key_descale, value_descale))
@@ -128,6 +134,30 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
             f"query has {query.shape[-2]} heads; expected a multiple of key's {key.shape[-2]} heads"
             + _manual_axes_hint()
         )
+
+
+def check_prepared(key: Any, value: Any) -> None:
+    """A prepared value in float8, whose shape fits key's."""
+    for name, x in (("key", key), ("value", value)):
+        if x is None or x.ndim not in (3, 4) or x.dtype.name != FLOAT8:
+            got = "None" if x is None else f"{x.dtype} of shape {_shape(x)}"
+            raise TypeError(
+                f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
+            )
+    *batch, seqlen, heads, _ = key.shape
+    want = (*batch, heads, value.shape[-2], num_blocks(seqlen) * BLOCK)
+    if tuple(value.shape) != want:
+        raise ValueError(
+            f"value has shape {_shape(value)}; expected {want} with value_is_prepared and key of "
+            f"shape {_shape(key)}: ([batch,] heads, head_dim, seq up to a multiple of {BLOCK})"
+        )
+
+
+def plain_value(key: Any, value: Any, is_prepared: bool) -> Any:
+    """`value`, or the type that it had before it was prepared."""
+    if not is_prepared:
+        return value
+    return jax.ShapeDtypeStruct((*key.shape[:-1], value.shape[-2]), value.dtype)
 
 
 def check_float8(query: Any, forward_dtype: Any, descales: Descales) -> None:

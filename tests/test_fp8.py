@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 import tolerance
 from cases import Case
 from collectives import collectives
+from float8 import FLOAT8, by_row, dequantised, float8_kernel, operands, wide  # noqa: F401
 from jax_fa3 import dot_product_attention, quantize_qkv
+from meshes import KINDS, STRATEGIES, both_kinds, compiled_for, mesh_of, place, run
 from transforms import assert_near
 
-FLOAT8 = "float8_e4m3fn"
 CASES = [
     Case(head_dim=64, seqlen_q=150, seqlen_k=300),
     Case(head_dim=128, seqlen_q=257, seqlen_k=257, causal=True, heads_q=4, dtype="float16"),
@@ -39,25 +39,6 @@ CASES = [
 
 def case_name(case):
     return case.name
-
-
-def wide(x):
-    return np.asarray(x).astype(np.float64)
-
-
-def by_row(descale, seqlen):
-    """[batch, heads, blocks] to [batch, seqlen, heads, 1]."""
-    rows = np.repeat(wide(descale), 128 if descale.shape[-1] > 1 else seqlen, axis=-1)
-    return np.swapaxes(rows[..., :seqlen], 1, 2)[..., None]
-
-
-def dequantised(x):
-    """query, key and value of a QuantizedQKV in float64, in the rotated basis."""
-    return (
-        wide(x.query) * by_row(x.query_descale, x.query.shape[1]),
-        wide(x.key) * by_row(x.key_descale, x.key.shape[1]),
-        wide(x.value) * by_row(x.value_descale[..., None], x.value.shape[1]),
-    )
 
 
 def quantised_inputs(case, **how):
@@ -130,19 +111,6 @@ def test_mask_and_bias():
     assert_near(dot_product_attention(query, key, value, mask=mask, forward_dtype=FLOAT8), want)
 
 
-# ---- scales
-
-
-def operands(seed=0, batch=2, seqlen=140, heads=2, head_dim=16, dtype="bfloat16"):
-    """query, key, value with outliers; every (batch, head) and every block of another size."""
-    rng = np.random.default_rng(seed)
-    arrays = rng.standard_normal((3, batch, seqlen, heads, head_dim))
-    arrays *= 1 + 20 * (rng.random(arrays.shape) < 0.01)
-    arrays *= 1 + np.arange(batch)[:, None, None, None] + 3 * np.arange(heads)[:, None]
-    arrays[:, :, 128:] *= 10
-    return tuple(x.astype(np.float32).astype(dtype) for x in arrays)
-
-
 @pytest.mark.parametrize("shape", [(), (2, 2), (2, 2, 1), (2, 2, 2)], ids=str)
 def test_every_shape_of_scales(shape):
     """Scales multiply the arrays: exactly so where both are powers of two."""
@@ -168,92 +136,6 @@ def test_every_shape_of_scales(shape):
         for b in range(2)
     ]
     np.testing.assert_array_equal(wide(got), wide(np.stack(unbatched)))
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
-def test_scales_bring_the_largest_element_to_448(granularity):
-    arrays = operands()
-    x = quantize_qkv(*arrays, granularity=granularity, rotation_seed=None)
-    blocks = 2 if granularity == "block" else 1
-    assert [d.shape for d in x[3:]] == [(2, 2, blocks), (2, 2, blocks), (2, 2)]
-    for array, got, descale in zip(arrays, x[:3], (*x[3:5], x[5][..., None]), strict=True):
-        assert got.dtype == FLOAT8
-        largest = np.abs(wide(array)).max(-1).swapaxes(1, 2)  # [batch, heads, seq]
-        if descale.shape[-1] == 2:
-            want = np.stack([largest[..., :128].max(-1), largest[..., 128:].max(-1)], -1)
-        else:
-            want = largest.max(None if granularity == "tensor" else -1, keepdims=True)
-        np.testing.assert_allclose(descale, np.broadcast_to(want / 448, descale.shape), rtol=1e-6)
-        error = np.abs(wide(got) * by_row(descale, 140) - wide(array))
-        assert np.all(error <= np.abs(wide(array)) / 16 + 2**-9 * by_row(descale, 140))
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 40, 17])
-def test_rotation(head_dim):
-    """Orthogonal, the same for the same seed, and in blocks of the largest power of two."""
-    eye = np.eye(head_dim, dtype=np.float32)[None, :, None]
-
-    def rotation(seed):
-        x = quantize_qkv(eye, eye, eye, rotation_seed=seed)
-        assert np.array_equal(wide(x.query), wide(x.key))
-        assert np.array_equal(wide(x.value)[0, :, 0] != 0, np.eye(head_dim, dtype=bool))
-        return wide(x.query)[0, :, 0] * wide(x.query_descale)[0, 0, 0]
-
-    order = head_dim & -head_dim
-    matrix = rotation(3)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(head_dim), atol=1e-6)
-    assert np.array_equal(matrix != 0, np.kron(np.eye(head_dim // order), np.ones((order, order))))
-    assert np.array_equal(matrix, rotation(3)) and not np.array_equal(matrix, rotation(4))
-
-
-SIGNS = {0: "++-+-----+-+-++-+++--+-+-++-----", 2**32 - 1: "--+-+--+-+++--++-----+--++++----"}
-
-
-def test_rotation_of_a_seed_never_changes():
-    """Stored keys must meet queries of a later version: the signs of seed 0, and of 2^32 - 1."""
-    ones = np.ones((1, 1, 32), np.float32)
-    eye = np.eye(32, dtype=np.float32)[:, None]
-    for seed, signs in SIGNS.items():
-        x = quantize_qkv(eye, ones, ones, rotation_seed=seed)
-        assert "".join("-+"[int(row[0] > 0)] for row in wide(x.query)[:, 0]) == signs
-
-
-def test_rotation_helps():
-    """Outliers cost less after it."""
-    rng = np.random.default_rng(0)
-    arrays = rng.standard_normal((3, 1, 512, 2, 64))
-    arrays += 10 * rng.standard_normal(arrays.shape) * (rng.random(arrays.shape) < 1e-3)
-    arrays = arrays.astype("bfloat16")
-    exact = wide(dot_product_attention(*(x.astype(np.float32) for x in arrays)))
-
-    def error(**how):
-        x = quantize_qkv(*arrays, **how)
-        return np.sqrt(np.mean((wide(dot_product_attention(**x._asdict())) - exact) ** 2))
-
-    rotated = error()
-    assert rotated < 0.9 * error(rotation_seed=None)
-    assert rotated < 0.9 * error(granularity="tensor", rotation_seed=None)
-
-
-def test_saturation_is_counted():
-    arrays = operands()
-    x, saturated = quantize_qkv(*arrays, return_saturated=True)
-    assert [int(n) for n in saturated] == [0, 0, 0]
-    lengths = np.array([140, 7], np.int32)
-    x, saturated = quantize_qkv(
-        *arrays,
-        rotation_seed=None,
-        query_descale=np.float32(1 / 64),
-        value_descale=x.value_descale / 4,
-        query_seq_lengths=lengths,
-        return_saturated=True,
-    )
-    used = np.arange(140) < lengths[:, None]
-    over = (np.abs(wide(arrays[0])) * 64 >= 464) & used[..., None, None]
-    assert 0 < over.sum() == int(saturated.query) and int(saturated.key) == 0
-    assert np.all(np.abs(wide(x.query)[over]) == 448)
-    np.testing.assert_array_equal(x.query_descale, np.full((2, 2, 1), 1 / 64))
-    assert int(saturated.value) > 0
 
 
 def test_padding_reaches_neither_scale_nor_result():
@@ -316,26 +198,6 @@ def test_gradients_are_the_sixteen_bit_ones_of_the_float8_results():
         assert_near(g, np.swapaxes(w, 1, 2), relative=0.01)
 
 
-def test_quantize_qkv_is_straight_through():
-    """Gradients pass the rounding, go back through the rotation, and stop where it saturates."""
-    x = operands(dtype="float32")[0][:1, :5]
-    (x8, *_), vjp = jax.vjp(lambda x: quantize_qkv(x, x, x)[:1], x)
-    descale = quantize_qkv(x, x, x).query_descale
-    cotangent = np.random.default_rng(0).integers(-8, 8, x.shape).astype(FLOAT8)
-    back = wide(vjp((jnp.asarray(cotangent),))[0])
-    there = quantize_qkv(np.float32(back), x, x)  # rotates it again
-    again = wide(there.query) * by_row(there.query_descale, 5)
-    assert_near(again * by_row(descale, 5), wide(cotangent), relative=0.05)
-
-    def cut(x):
-        return quantize_qkv(x, x, x, rotation_seed=None, query_descale=np.float32(1 / 64)).query
-
-    x8, vjp = jax.vjp(cut, x)
-    gradient = wide(vjp(jnp.ones(x.shape, FLOAT8))[0])
-    np.testing.assert_array_equal(gradient, np.where(np.abs(x) * 64 >= 464, 0.0, 64.0))
-    assert 0 < (gradient == 0).sum() < x.size
-
-
 def test_what_has_no_derivative_says_so():
     query, key, value = operands()
 
@@ -353,10 +215,9 @@ def test_what_has_no_derivative_says_so():
         jax.grad(lambda x: jax.grad(loss)(x).astype(jnp.float32).sum())(query)
 
 
-# ---- transforms and meshes
+# ---- transforms and meshes: with the kernel, which is XLA's float8 behind the rules of a kernel
 
-ARRAY = P("data", None, "model")
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+ARRAY, SCALE, ROWS = P("data", None, "model"), P("data", "model"), P(None, "seq")
 
 
 def from_sixteen_bits(query, key, value):
@@ -369,10 +230,22 @@ def from_sixteen_bits(query, key, value):
     return *results, *vjp(jax.tree.map(jnp.cos, results))
 
 
-def from_float8(*x):
+def from_float8(*x, **options):
     return dot_product_attention(
-        **jax_fa3.QuantizedQKV(*x)._asdict(), is_causal=True, return_residual=True
+        **jax_fa3.QuantizedQKV(*x)._asdict(), is_causal=True, return_residual=True, **options
     )
+
+
+def from_prepared(*x):
+    return from_float8(*x, value_is_prepared=True)
+
+
+FUNCTIONS = {f.__name__: f for f in (from_sixteen_bits, from_float8, from_prepared)}
+PLACES = {
+    "from_sixteen_bits": (ARRAY, ARRAY, ARRAY),
+    "from_float8": (ARRAY, ARRAY, ARRAY, SCALE, SCALE, SCALE),
+    "from_prepared": (ARRAY, ARRAY, SCALE, SCALE, SCALE, SCALE),
+}
 
 
 @functools.cache
@@ -381,86 +254,82 @@ def mesh_operands(function):
     rng = np.random.default_rng(0)
     heads = (4, 2, 2)
     arrays = tuple(rng.standard_normal((4, 140, n, 16)).astype("bfloat16") for n in heads)
-    if function == "from_float8":
-        return tuple(quantize_qkv(*arrays))
-    return arrays
-
-
-FUNCTIONS = {f.__name__: f for f in (from_sixteen_bits, from_float8)}
+    if function == "from_sixteen_bits":
+        return arrays
+    return tuple(quantize_qkv(*arrays, prepare_value=function == "from_prepared"))
 
 
 @functools.cache
 def expected(function):
-    return jax.jit(FUNCTIONS[function])(*mesh_operands(function))
-
-
-def places(x):
-    return ARRAY if x.ndim == 4 else P("data", "model")
+    return jax.tree.map(np.asarray, run(FUNCTIONS[function], *mesh_operands(function)))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("kinds", [(AUTO, AUTO), (EXPLICIT, EXPLICIT), None])
-def test_mesh(kinds, function):
+@pytest.mark.parametrize("kind", [*KINDS.values(), None], ids=[*KINDS, "manual"])
+@pytest.mark.usefixtures("float8_kernel")
+def test_mesh(kind, function):
     """Automatic, explicit and manual axes: the results of one device, and no collective."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds or (AUTO, AUTO))
+    mesh = mesh_of(kind or KINDS["automatic"], data=4, model=2)
     call = FUNCTIONS[function]
     with jax.set_mesh(mesh):
-        x = [jax.device_put(a, NamedSharding(mesh, places(a))) for a in mesh_operands(function)]
-        if kinds is None:
-            call = jax.shard_map(call, in_specs=tuple(map(places, x)), out_specs=ARRAY)
-        compiled = jax.jit(call).lower(*x).compile()
+        x = place(mesh, mesh_operands(function), PLACES[function])
+        if kind is None:
+            call = jax.shard_map(call, in_specs=PLACES[function], out_specs=ARRAY)
+        compiled = compiled_for(call, *x)
         assert collectives(compiled) == []
         assert_near(compiled(*x), expected(function), relative=0.02)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.usefixtures("float8_kernel")
 def test_fewer_key_heads_than_devices(function):
     """Each device takes its heads of key and value, and their scales with them."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(EXPLICIT, EXPLICIT))
+    mesh = mesh_of(KINDS["explicit"], data=2, model=4)
     with jax.set_mesh(mesh):
         x = mesh_operands(function)
-        query = jax.device_put(x[0], NamedSharding(mesh, ARRAY))
-        rest = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in x[1:]]
-        got = jax.jit(FUNCTIONS[function])(query, *rest)
-        assert_near(got, expected(function), relative=0.02)
+        x = place(mesh, x, (ARRAY, *[P("data")] * (len(x) - 1)))
+        assert_near(run(FUNCTIONS[function], *x), expected(function), relative=0.02)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@both_kinds
+@pytest.mark.usefixtures("float8_kernel")
 def test_split_sequences(kind, function):
     """Rows that arrive split: right, whatever travels."""
-    mesh = jax.make_mesh((4,), ("seq",), axis_types=(kind,))
+    mesh = mesh_of(kind, seq=4)
     with jax.set_mesh(mesh):
-        x = [
-            jax.device_put(a, NamedSharding(mesh, P(None, "seq" if a.ndim == 4 else None)))
-            for a in mesh_operands(function)
-        ]
-        assert_near(jax.jit(FUNCTIONS[function])(*x), expected(function), relative=0.06)
+        specs = [ROWS if spec == ARRAY else P() for spec in PLACES[function]]
+        x = place(mesh, mesh_operands(function), specs)
+        assert_near(run(FUNCTIONS[function], *x), expected(function), relative=0.06)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.usefixtures("float8_kernel")
 def test_context_parallel(strategy):
-    attention = getattr(jax_fa3, f"{strategy}_attention")
-    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AUTO,))
     call = functools.partial(
-        attention, axis_name="seq", is_causal=True, return_residual=True, forward_dtype=FLOAT8
+        STRATEGIES[strategy],
+        axis_name="seq",
+        is_causal=True,
+        return_residual=True,
+        forward_dtype=FLOAT8,
     )
-    spec = P(None, "seq")
-    with jax.set_mesh(mesh):
-        got = jax.jit(jax.shard_map(call, in_specs=spec, out_specs=spec))(
-            *mesh_operands("from_sixteen_bits")
-        )
+    with jax.set_mesh(mesh_of(seq=2)):
+        call = jax.shard_map(call, in_specs=ROWS, out_specs=ROWS)
+        got = run(call, *mesh_operands("from_sixteen_bits"))
     assert_near(got, expected("from_sixteen_bits")[:2], relative=0.06)
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.usefixtures("float8_kernel")
 def test_vmap_scan_and_remat(function, implementation):
+    options = {
+        "from_sixteen_bits": dict(forward_dtype=FLOAT8),
+        "from_float8": {},
+        "from_prepared": dict(value_is_prepared=True),
+    }[function]
     call = functools.partial(
-        dot_product_attention,
-        is_causal=True,
-        implementation=implementation,
-        **({} if function == "from_float8" else dict(forward_dtype=FLOAT8)),
+        dot_product_attention, is_causal=True, implementation=implementation, **options
     )
     names = jax_fa3.QuantizedQKV._fields
     x = dict(zip(names, mesh_operands(function), strict=False))
@@ -475,32 +344,6 @@ def test_vmap_scan_and_remat(function, implementation):
     assert_near(scanned[:, 0], want)
 
 
-def test_lowers_for_cuda_with_the_sixteen_bit_backward():
-    shape = jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16")
-    text = jax.jit(from_sixteen_bits).trace(*[shape] * 3).lower(lowering_platforms=("cuda",))
-    text = text.as_text()
-    assert "jax_fa3_backward" in text and "jax_fa3_forward" not in text
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "block"])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-def test_quantize_qkv_on_a_mesh(kind, granularity):
-    """Each device its own part, and the largest element of all where one scale is for all."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    arrays = mesh_operands("from_sixteen_bits")
-    call = functools.partial(quantize_qkv, granularity=granularity)
-    with jax.set_mesh(mesh):
-        x = [jax.device_put(a, NamedSharding(mesh, ARRAY)) for a in arrays]
-        compiled = jax.jit(call).lower(*x).compile()
-        assert bool(collectives(compiled)) == (granularity == "tensor")
-        rows = [jax.device_put(a, NamedSharding(mesh, P(None, "data"))) for a in arrays]
-        results = compiled(*x), jax.jit(call)(*rows)
-    want = call(*arrays)
-    for got in results:
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_allclose(wide(g), wide(w), rtol=1e-6)
-
-
 @pytest.mark.parametrize(("dtype", "forward_dtype"), [("bfloat16", FLOAT8), (FLOAT8, None)])
 def test_doctor_answers_for_float8(dtype, forward_dtype, capsys):
     jax_fa3.doctor(jax.ShapeDtypeStruct((1, 256, 2, 64), dtype), forward_dtype=forward_dtype)
@@ -512,7 +355,7 @@ def test_doctor_answers_for_float8(dtype, forward_dtype, capsys):
 
 Q, K = operands()[:2]
 Q8 = np.asarray(Q).astype(ml_dtypes.float8_e4m3fn)
-SCALE = np.ones((2, 2), np.float32)
+SCALES = np.ones((2, 2), np.float32)
 WRONG = [
     (dict(forward_dtype="float8_e5m2"), ValueError, ["forward_dtype", "float8_e5m2", FLOAT8]),
     (dict(forward_dtype=8), ValueError, ["forward_dtype is 8", FLOAT8]),
@@ -522,7 +365,8 @@ WRONG = [
         ["query", "float32", "bfloat16 or float16", "forward_dtype"],
     ),
     (dict(query=Q8), TypeError, ["key", "bfloat16", FLOAT8]),
-    (dict(query_descale=SCALE), ValueError, ["query_descale", "bfloat16", FLOAT8]),
+    (dict(query_descale=SCALES), ValueError, ["query_descale", "bfloat16", FLOAT8]),
+    (dict(value_is_prepared=True), TypeError, ["key", "bfloat16", "value_is_prepared"]),
 ]
 WRONG_FLOAT8 = [
     (dict(forward_dtype=FLOAT8), TypeError, ["query", FLOAT8, "forward_dtype"]),
@@ -536,8 +380,14 @@ WRONG_FLOAT8 = [
         ValueError,
         ["query_descale", "(2, 2, 3)", "(2, 2, 2)"],
     ),
-    (dict(value_descale=SCALE[..., None]), ValueError, ["value_descale", "(2, 2, 1)", "(2, 2)"]),
-    (dict(value_descale=SCALE.astype("float16")), TypeError, ["value_descale", "float16"]),
+    (dict(value_descale=SCALES[..., None]), ValueError, ["value_descale", "(2, 2, 1)", "(2, 2)"]),
+    (dict(value_descale=SCALES.astype("float16")), TypeError, ["value_descale", "float16"]),
+    (
+        dict(value_is_prepared=True),
+        ValueError,
+        ["value", "(2, 140, 2, 16)", "(2, 2, 2, 256)", "value_is_prepared"],
+    ),
+    (dict(value_is_prepared=2), TypeError, ["value_is_prepared", "2"]),
     (dict(sequence_parallel="ring"), ValueError, ["sequence_parallel", "ring", FLOAT8]),
     (dict(implementation="fa3"), NotImplementedError, ["fa3", "no kernel", "float8"]),
 ]
@@ -553,23 +403,6 @@ def test_wrong_calls(good, change, error, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        (dict(granularity="row"), ValueError, ["granularity", "row", "block"]),
-        (dict(rotation_seed=-1), ValueError, ["rotation_seed", "-1", "at least 0"]),
-        (dict(rotation_seed=0.5), TypeError, ["rotation_seed", "0.5", "an int or None"]),
-        (dict(query=Q8, key=Q8, value=Q8), TypeError, ["query", FLOAT8, "float32"]),
-        (dict(query_seq_lengths=SCALE), TypeError, ["query_seq_lengths", "float32", "int32"]),
-        (dict(key_descale=SCALE[0, :1]), ValueError, ["key_descale", "(1,)", "(2, 2)"]),
-    ],
-)
-def test_wrong_quantisation(change, error, words):
-    with pytest.raises(error) as caught:
-        quantize_qkv(**dict(query=Q, key=K, value=K) | change)
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
 def test_sixteen_bit_calls_with_forward_dtype_and_fa3_say_there_is_no_kernel():
     with pytest.raises(NotImplementedError, match="no kernel for a forward pass in float8"):
         dot_product_attention(Q, K, K, forward_dtype=FLOAT8, implementation="fa3")
@@ -577,7 +410,9 @@ def test_sixteen_bit_calls_with_forward_dtype_and_fa3_say_there_is_no_kernel():
 
 
 def test_ring_attention_takes_no_float8_inputs():
-    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AUTO,))
     call = functools.partial(jax_fa3.ring_attention, axis_name="seq")
-    with jax.set_mesh(mesh), pytest.raises(TypeError, match="query has dtype float8_e4m3fn.*forw"):
-        jax.shard_map(call, in_specs=P(None, "seq"), out_specs=P(None, "seq"))(Q8, Q8, Q8)
+    with (
+        jax.set_mesh(mesh_of(seq=2)),
+        pytest.raises(TypeError, match="query has dtype float8_e4m3fn.*forw"),
+    ):
+        jax.shard_map(call, in_specs=ROWS, out_specs=ROWS)(Q8, Q8, Q8)
