@@ -146,8 +146,8 @@ def dot_product_attention(
       sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
         such as the collectives of a ring; 0 to 131.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
-        rotated and with a scale for every 128 rows (see docs/fp8.md); gradients are those of the
-        inputs' type, at the inputs and with the forward pass's out and lse.
+        rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
+        inputs' type, at the inputs as float8 rounded them, and straight-through.
       query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
         positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
         inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.

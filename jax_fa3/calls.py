@@ -141,7 +141,13 @@ def backward(
     index: Index,
     dense: Dense,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value and, where there is one, of the bias."""
+    """Gradients of query, key, value and, where there is one, of the bias.
+
+    With a forward pass in float8, gradients at the arrays as it rounded them: only those give the
+    weights whose rows add up to 1 with its lse, and whose output is `out`.
+    """
+    if options.quantized_forward:
+        query, key, value = quantize.rounded(query, key, value, index)
     if not _wants_kernel(options, query, key):
         return xla.backward(options, query, key, value, out, lse, dout, dlse, index, dense)
     cotangents = (dout,) if dlse is None else (dout, dlse)

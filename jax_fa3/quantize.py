@@ -170,6 +170,24 @@ def quantize(
     return QuantizedQKV(*tensors, *descales[:2], descales[2][..., 0]), Saturated(*saturated)
 
 
+def rounded(
+    query: jax.Array, key: jax.Array, value: jax.Array, index: Index
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """16-bit arrays as their forward pass in float8 has them, in their own dtype and basis."""
+    x, _ = quantize(query, key, value, index)
+
+    def read(float8, descale, like, seed):
+        array = float8.astype(like.dtype)  # which holds it exactly
+        array = array.astype(jnp.float32) if seed is None else _rotate(array, seed, back=True)
+        return (array * by_row(descale, like.shape[1])[..., None]).astype(like.dtype)
+
+    return (
+        read(x.query, x.query_descale, query, SEED),
+        read(x.key, x.key_descale, key, SEED),
+        read(x.value, x.value_descale[..., None], value, None),
+    )
+
+
 def prepare_value(value: jax.Array) -> jax.Array:
     """value [batch, seqlen_k, num_heads_kv, head_dim_v] as the kernels read it: [batch,
     num_heads_kv, head_dim_v, keys], zeros up to a multiple of BLOCK keys.
@@ -209,15 +227,15 @@ def _quantize(x, lengths, granularity, seed, descale):
     return x.astype(FLOAT8), descale, saturates.sum(dtype=jnp.int32)
 
 
-def _rotate(x: jax.Array, seed: int) -> jax.Array:
-    """x @ rotation, in float32.
+def _rotate(x: jax.Array, seed: int, *, back: bool = False) -> jax.Array:
+    """x @ rotation, or x @ rotation^T, which undoes it, in float32.
 
     The matrix goes in as -1, 0 and 1, which 16 bits hold exactly, so that 16-bit arrays take the
     fast way through a matrix unit and their products are exact.
     """
     head_dim = x.shape[-1]
     product = jnp.einsum(
-        "...d,de->...e",
+        "...e,de->...d" if back else "...d,de->...e",
         x,
         _rotation(head_dim, seed).astype(x.dtype),
         precision=lax.Precision.HIGHEST,

@@ -6,6 +6,7 @@ dequantised arrays the exact one.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,27 +176,23 @@ def test_nonfinite_elements_become_nan_where_they_are(poison):
 # ---- derivatives
 
 
-def test_gradients_are_the_sixteen_bit_ones_of_the_float8_results():
-    """The formulas of the 16-bit backward pass, given the forward pass's out and lse."""
-    case = Case(head_dim=32, heads_q=4, seqlen_q=50, seqlen_k=70, causal=True, offset=20)
+def rotated_back(x, seed=0):
+    """x [..., head_dim] in the basis from which quantize_qkv rotates."""
+    eye = np.eye(x.shape[-1], dtype=np.float32)[None, :, None]
+    rotated = quantize_qkv(eye, eye, eye, rotation_seed=seed)
+    return x @ (wide(rotated.query)[0, :, 0] * wide(rotated.query_descale)[0, 0, 0]).T
+
+
+def test_gradients_are_those_at_the_rounded_arrays():
+    case = Case(head_dim=32, heads_q=4, seqlen_q=50, seqlen_k=170, causal=True, offset=120)
     query, key, value, dout, dlse = case.inputs()
-    (out, lse), vjp = jax.vjp(lambda *x: attend(case, *x, forward_dtype=FLOAT8), query, key, value)
+    _, vjp = jax.vjp(lambda *x: attend(case, *x, forward_dtype=FLOAT8), query, key, value)
     got = vjp((jnp.asarray(dout), jnp.asarray(dlse)))
-    q, k, v, do = (np.swapaxes(wide(x), 1, 2) for x in (query, key, value, dout))
-    k, v = (np.repeat(x, 2, axis=1) for x in (k, v))
-    scores = case.softmax_scale * q @ k.swapaxes(2, 3)
-    lse, dl = (np.swapaxes(wide(x), 1, 2)[..., None] for x in (lse, dlse))
-    probs = np.where(case.sees[:, None], np.exp(scores - lse), 0)
-    delta = (do * np.swapaxes(wide(out), 1, 2)).sum(-1, keepdims=True)
-    dscores = case.softmax_scale * probs * (do @ v.swapaxes(2, 3) - delta + dl)
-    want = (
-        dscores @ k,
-        (dscores.swapaxes(2, 3) @ q).reshape(2, 2, 2, 70, 32).sum(2),
-        (probs.swapaxes(2, 3) @ do).reshape(2, 2, 2, 70, 32).sum(2),
-    )
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == case.dtype
-        assert_near(g, np.swapaxes(w, 1, 2), relative=0.01)
+    query, key, value = dequantised(quantised_inputs(case)[0])
+    results = case.reference((rotated_back(query), rotated_back(key), value, dout, dlse))
+    for name, gradient in zip(("dquery", "dkey", "dvalue"), got, strict=True):
+        assert gradient.dtype == case.dtype
+        assert_near(gradient, getattr(results, name), relative=0.02)
 
 
 def test_what_has_no_derivative_says_so():
@@ -349,6 +346,19 @@ def test_doctor_answers_for_float8(dtype, forward_dtype, capsys):
     jax_fa3.doctor(jax.ShapeDtypeStruct((1, 256, 2, 64), dtype), forward_dtype=forward_dtype)
     answer = capsys.readouterr().out
     assert "no kernel for a forward pass in float8" in answer and "plan" not in answer
+
+
+@pytest.mark.usefixtures("float8_kernel")
+def test_doctor_shows_the_plans_of_both_passes(capsys):
+    shape = (1, 256, 2, 64)
+    jax_fa3.doctor(jax.ShapeDtypeStruct(shape, "bfloat16"), forward_dtype=FLOAT8)
+    assert re.findall(r"(\w+) plan:", capsys.readouterr().out) == ["forward", "backward"]
+    jax_fa3.doctor(
+        *[jax.ShapeDtypeStruct(shape, FLOAT8)] * 2,
+        jax.ShapeDtypeStruct((1, 2, 64, 256), FLOAT8),
+        value_is_prepared=True,
+    )
+    assert re.findall(r"(\w+) plan:", capsys.readouterr().out) == ["forward"]
 
 
 # ---- errors
