@@ -29,7 +29,7 @@ VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 GPU_PYTHON ?= $(PYTHON)
 HEAD_DIMS ?= 64,96,128,192,256
-DTYPES ?= bf16,fp16
+DTYPES ?= bf16,fp16,e4m3
 JOBS ?= $(shell nproc)
 
 # The pinned environment also holds the build tools and headers, whatever PYTHON is.

@@ -63,12 +63,12 @@ Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
   // Arrays without elements may have no address; their maps are never used.
   const auto address = [&](const void* data) { return data ? data : problem.workspace; };
   const auto rows_of_query = [&](CUtensorMap* map, const void* data, auto tile, std::int64_t d) {
-    return make_tensor_map<decltype(tile)>(map, address(data), s.dtype, s.batch, s.seqlen_q,
-                                           s.num_heads_q, d);
+    return make_tensor_map<decltype(tile)>(map, address(data), s.batch, s.seqlen_q, s.num_heads_q,
+                                           d);
   };
   const auto rows_of_key = [&](CUtensorMap* map, const void* data, auto tile, std::int64_t d) {
-    return make_tensor_map<decltype(tile)>(map, address(data), s.dtype, s.batch, s.seqlen_k,
-                                           s.num_heads_kv, d);
+    return make_tensor_map<decltype(tile)>(map, address(data), s.batch, s.seqlen_k, s.num_heads_kv,
+                                           d);
   };
   const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
   int* const tile_counter = reinterpret_cast<int*>(workspace + plan.tile_counter_offset);

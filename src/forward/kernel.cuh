@@ -9,10 +9,9 @@
 
 namespace jax_fa3 {
 
-template <class Config>
-__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
-  using T = ForwardTraits<Config>;
+// The page: barriers once, then each warpgroup its role.
+template <class T, class Consumer>
+CUTE_DEVICE void run_forward(const typename T::Params& p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
@@ -34,8 +33,15 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     if (threadIdx.x == 0) produce<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    ForwardConsumer<T>{p, shared, warpgroup - 1}.run();
+    Consumer{{p, shared, warpgroup - 1}}.run();
   }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using T = ForwardTraits<Config>;
+  run_forward<T, ForwardConsumer<T>>(p);
 }
 
 }  // namespace jax_fa3

@@ -1,0 +1,89 @@
+#include "forward/schedule.h"
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "attention/mask.h"
+#include "base/shape.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr std::int64_t kGroupBytes = 64 << 20;  // of K and V of the running heads
+constexpr int kWarpgroupRows = 64;
+constexpr double kTileCycles = 4000;               // of a work tile outside its main loop
+constexpr std::int64_t kMaxWalkedTiles = 1 << 14;  // beyond, balance is perfect enough
+
+// (batch, head) pairs whose K and V fit L2 together; query heads that share K and V stay together.
+std::int32_t choose_heads_per_group(const Shape& shape, int element_bytes) {
+  const std::int64_t kv_bytes =
+      element_bytes * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
+  const std::int64_t kv_heads =
+      heads_in_l2(shape.batch * shape.num_heads_kv, kv_bytes, kGroupBytes);
+  return static_cast<std::int32_t>(kv_heads * (shape.num_heads_q / shape.num_heads_kv));
+}
+
+// Tiles handed out as attention/scheduler.cuh does; cycles[block] is a row block's at full lengths.
+double makespan(const TileOrder& order, const std::vector<double>& cycles) {
+  if (order.grid == 0) return 0;
+  const std::int64_t num_heads = order.num_tiles / order.num_m_blocks;
+  if (order.num_tiles > kMaxWalkedTiles) {
+    double total = 0;
+    for (const double block_cycles : cycles) total += block_cycles * num_heads;
+    return total / order.grid;
+  }
+  const auto cycles_of = [&](std::int64_t tile) {
+    const std::int64_t group = tile / (std::int64_t{order.heads_per_group} * order.num_m_blocks);
+    const std::int64_t first = group * order.heads_per_group;
+    const std::int64_t heads = std::min<std::int64_t>(order.heads_per_group, num_heads - first);
+    const auto block = (tile - first * order.num_m_blocks) / heads;
+    return cycles[order.longest_first ? order.num_m_blocks - 1 - block : block];
+  };
+  std::vector<double> busy(order.grid, 0.0);
+  for (std::int64_t tile = 0; tile < order.num_tiles; ++tile) {
+    if (order.longest_first) {  // the CTA that is free first takes the next tile
+      std::pop_heap(busy.begin(), busy.end(), std::greater<>());
+      busy.back() += cycles_of(tile);
+      std::push_heap(busy.begin(), busy.end(), std::greater<>());
+    } else {
+      busy[tile % order.grid] += cycles_of(tile);
+    }
+  }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
+}  // namespace
+
+StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
+                                 const TileModel& model, int num_sms) {
+  TileOrder order;
+  order.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), model.block_m);
+  const auto num_tiles = count_tiles(shape.batch, shape.num_heads_q, order.num_m_blocks);
+  if (!num_tiles.ok()) return num_tiles.status();
+  order.num_tiles = num_tiles.value();
+  order.grid = static_cast<std::int32_t>(std::min<std::int64_t>(num_sms, order.num_tiles));
+
+  const int seqlen_q = static_cast<int>(shape.seqlen_q);
+  const Mask mask =
+      make_mask(options, IndexArrays{}, 0, seqlen_q, static_cast<int>(shape.seqlen_k));
+  std::vector<double> cycles;
+  cycles.reserve(order.num_m_blocks);
+  for (int row = 0; row < seqlen_q; row += model.block_m) {
+    // A warpgroup's 64 rows pass over the key tiles that they do not see.
+    double tiles = 0;
+    for (int first = row; first < row + model.block_m; first += kWarpgroupRows) {
+      const TileRange range = mask.key_tiles(first, first + kWarpgroupRows, model.block_n);
+      tiles += range.end - range.begin;
+    }
+    cycles.push_back(kTileCycles + model.key_tile_cycles * tiles * kWarpgroupRows / model.block_m);
+  }
+  // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
+  order.longest_first =
+      order.num_m_blocks > 1 && options.window_right < kUnbounded && cycles.back() > cycles.front();
+  order.heads_per_group =
+      order.longest_first ? choose_heads_per_group(shape, model.element_bytes) : 1;
+  return Schedule{order, makespan(order, cycles)};
+}
+
+}  // namespace jax_fa3
