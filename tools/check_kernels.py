@@ -20,7 +20,7 @@ from pathlib import Path
 
 MAX_SPILL = 64  # bytes of spill stores per kernel
 BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
-MAIN_KERNEL = re.compile(r"\d(forward|forward_float8|backward)_kernelI")
+MAIN_KERNEL = re.compile(r"\d(forward|backward)_kernelI")
 CONFIG = re.compile(
     r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)(?:Lb([01])E)?"
 )

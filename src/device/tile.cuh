@@ -40,12 +40,17 @@ struct SmemTile {
   static_assert(sizeof(Element) <= 2 && kRows % 8 == 0 && kCols % kChunkCols == 0);
   static_assert(kChunkBytes == 128 || kChunkBytes == 64 || kChunkBytes == 32);
 
-  using AtomK = cute::conditional_t<
-      kChunkBytes == 128, cute::GMMA::Layout_K_SW128_Atom<Element>,
-      cute::conditional_t<kChunkBytes == 64, cute::GMMA::Layout_K_SW64_Atom<Element>,
-                          cute::GMMA::Layout_K_SW32_Atom<Element>>>;
-  using AtomMn = cute::conditional_t<kChunkBytes == 128, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  // The swizzle by the chunk's bytes: 128, 64 or 32.
+  template <class Atom128, class Atom64, class Atom32>
+  using BySwizzle =
+      cute::conditional_t<kChunkBytes == 128, Atom128,
+                          cute::conditional_t<kChunkBytes == 64, Atom64, Atom32>>;
+  using AtomK = BySwizzle<cute::GMMA::Layout_K_SW128_Atom<Element>,
+                          cute::GMMA::Layout_K_SW64_Atom<Element>,
+                          cute::GMMA::Layout_K_SW32_Atom<Element>>;
+  using AtomMn = BySwizzle<cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                           cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                           cute::GMMA::Layout_MN_SW32_Atom<Element>>;
   // (row, col)
   using Layout =
       decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));

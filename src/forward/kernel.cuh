@@ -1,17 +1,17 @@
 // FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, one TMA producer thread,
-// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule.
+// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule. Traits and
+// Consumer are those of the operands' type: forward/ for 16 bits, forward_float8/ for 8.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "forward/consumer.cuh"
 #include "forward/producer.cuh"
 
 namespace jax_fa3 {
 
-// The page: barriers once, then each warpgroup its role.
 template <class T, class Consumer>
-CUTE_DEVICE void run_forward(const typename T::Params& p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    forward_kernel(const __grid_constant__ typename T::Params p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
@@ -35,13 +35,6 @@ CUTE_DEVICE void run_forward(const typename T::Params& p) {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer{{p, shared, warpgroup - 1}}.run();
   }
-}
-
-template <class Config>
-__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
-  using T = ForwardTraits<Config>;
-  run_forward<T, ForwardConsumer<T>>(p);
 }
 
 }  // namespace jax_fa3

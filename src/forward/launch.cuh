@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/launch.cuh"
+#include "forward/consumer.cuh"
 #include "forward/kernel.cuh"
 #include "forward/launch.h"
 
@@ -51,8 +52,8 @@ Status launch_forward(const ForwardPlan& plan, const ForwardProblem& problem, cu
   JFA_CHECK_OK(make_tensor_map<typename T::OTile>(&p.out, problem.out, s.batch, s.seqlen_q,
                                                   s.num_heads_q, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
-  return launch_kernel("forward_kernel", forward_kernel<Config>, dim3(plan.grid), T::kThreads,
-                       sizeof(typename T::SharedStorage), stream, p);
+  return launch_kernel("forward_kernel", forward_kernel<T, ForwardConsumer<T>>, dim3(plan.grid),
+                       T::kThreads, sizeof(typename T::SharedStorage), stream, p);
 }
 
 }  // namespace jax_fa3

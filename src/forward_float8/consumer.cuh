@@ -59,7 +59,6 @@ struct ForwardFloat8Consumer : ForwardWarpgroup<T, ForwardFloat8Consumer<T>> {
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
 
     // Scales: constant over these rows, one for each key tile.
-    const int head_kv = tile.head / p.heads_per_kv_head;
     const int batch_head = tile.batch * p.scheduler.num_heads + tile.head;
     const int batch_head_kv = batch_head / p.heads_per_kv_head;
     const float* const query_descale =

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "forward/launch.cuh"
-#include "forward_float8/kernel.cuh"
+#include "forward_float8/consumer.cuh"
 #include "forward_float8/launch.h"
 #include "forward_float8/transpose.h"
 
@@ -40,8 +40,8 @@ Status launch_forward_float8(const ForwardFloat8Plan& plan, const ForwardFloat8P
   p.query_descales = static_cast<int>(problem.query_descales);
   p.key_descales = static_cast<int>(problem.key_descales);
   p.out_is_fp16 = s.dtype == DType::kFP16;
-  return launch_kernel("forward_float8_kernel", forward_float8_kernel<Config>, dim3(plan.grid),
-                       T::kThreads, sizeof(typename T::SharedStorage), stream, p);
+  return launch_kernel("forward_kernel", forward_kernel<T, ForwardFloat8Consumer<T>>,
+                       dim3(plan.grid), T::kThreads, sizeof(typename T::SharedStorage), stream, p);
 }
 
 }  // namespace jax_fa3
