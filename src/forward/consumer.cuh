@@ -11,19 +11,48 @@
 // bulk, runs without a compare.
 #pragma once
 
-#include "forward/warpgroup.cuh"
+#include "attention/softmax.cuh"
+#include "forward/traits.cuh"
 
 namespace jax_fa3 {
 
 template <class T>
-struct ForwardConsumer : ForwardWarpgroup<T, ForwardConsumer<T>> {
-  using Base = ForwardWarpgroup<T, ForwardConsumer<T>>;
-  using Base::key_cursor;
-  using Base::p;
-  using Base::query_cursor;
-  using Base::shared;
-  using Base::value_cursor;
-  using Base::warpgroup;
+struct ForwardConsumer {
+  using NamedBarrier = cutlass::arch::NamedBarrier;
+
+  const typename T::Params& p;
+  typename T::SharedStorage& shared;
+  const int warpgroup;  // 0 .. kConsumers - 1
+
+  RingCursor<1> query_cursor;
+  TileNumbers::Cursor tiles_cursor;
+  typename T::Cursor key_cursor, value_cursor;
+
+  // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
+  // under another's GEMMs.
+  CUTE_DEVICE void take_turn() const {
+    NamedBarrier::sync(2 * kWarpgroupThreads, T::kOrder + warpgroup);
+  }
+  CUTE_DEVICE void pass_turn() const {
+    NamedBarrier::arrive(2 * kWarpgroupThreads, T::kOrder + (warpgroup + 1) % T::kConsumers);
+  }
+
+  // Passes over key tiles that other warpgroups' rows see and none of this one's does. A warpgroup
+  // has a turn for each loaded tile but one, whether it uses the tile or not.
+  CUTE_DEVICE void skip(int tiles, int turns) {
+    for (int i = 0; i < tiles; ++i) {
+      if (i < turns) {
+        take_turn();
+        pass_turn();
+      }
+      wait_full(shared.key_ring, key_cursor);
+      release(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      wait_full(shared.value_ring, value_cursor);
+      release(shared.value_ring, value_cursor);
+      value_cursor.advance();
+    }
+  }
 
   // V rows past the sequence's keys may hold anything, NaN included, and P = 0 does not stop
   // NaN. Only the right-most tile can have such rows. Every warpgroup clears them for itself,
@@ -35,7 +64,7 @@ struct ForwardConsumer : ForwardWarpgroup<T, ForwardConsumer<T>> {
     T::VTile::zero_rows_from(shared.value[value_cursor.stage], valid,
                              threadIdx.x % kWarpgroupThreads, kWarpgroupThreads);
     cutlass::arch::fence_view_async_shared();
-    this->sync_warpgroup();
+    NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
   }
 
   template <class AccumulatorO>
@@ -75,10 +104,10 @@ struct ForwardConsumer : ForwardWarpgroup<T, ForwardConsumer<T>> {
 
     const auto step = [&](auto masked) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
-      this->take_turn();
+      take_turn();
       issue_scores(tS);
       issue_output();
-      this->pass_turn();
+      pass_turn();
       wait_mma<1>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
@@ -103,14 +132,92 @@ struct ForwardConsumer : ForwardWarpgroup<T, ForwardConsumer<T>> {
   }
 
   template <class AccumulatorO>
-  CUTE_DEVICE void finish(AccumulatorO& tO, OnlineSoftmax& softmax, const WorkTile&,
-                          const bool (&exists)[2], float (&lse)[2]) const {
+  CUTE_DEVICE void finish(AccumulatorO& tO, OnlineSoftmax& softmax, const bool (&exists)[2],
+                          float (&lse)[2]) const {
     softmax.finish(tO, p.softmax_scale, exists, lse);
   }
 
   template <class AccumulatorO, class Tensor>
   CUTE_DEVICE void write_output(const AccumulatorO& tO, Tensor&& sO) const {
     store_accumulator<typename T::MmaO>(tO, sO);
+  }
+
+  CUTE_DEVICE void run() { run_as(*this); }
+
+  // `self` is this consumer, or one that derives from it and hides attend, finish or write_output.
+  template <class Self>
+  CUTE_DEVICE void run_as(Self& self) {
+    using namespace cute;
+    if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
+    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
+      const WorkTile tile = p.scheduler.tile(index);
+      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+      const int block_row = tile.block * T::kBlockM;
+      const int row = block_row + warpgroup * kWarpgroupRows;
+      // What the producer loads, and what of it this warpgroup's rows see.
+      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
+      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
+
+      auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
+      clear(tO);
+      typename T::Softmax softmax;
+      wait_full(shared.query_ring[warpgroup], query_cursor);
+      if (!keys.empty()) {
+        skip(loaded.end - keys.end, loaded.end - keys.end);
+        self.attend(tO, softmax, tile, mask, keys, row);
+        skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
+      } else {
+        if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+        skip(loaded.end - loaded.begin, loaded.end - loaded.begin - 1);
+      }
+      const int first_row = row + thread_row();
+      const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
+      float lse[2];
+      self.finish(tO, softmax, exists, lse);
+      store_lse(lse, tile, first_row);
+      store_output(self, tO, tile, row);
+      if constexpr (!T::kOwnOutput) {
+        tma_store_wait<0>();
+        release(shared.query_ring[warpgroup], query_cursor);
+      }
+      query_cursor.advance();
+      // Not before the barriers of store_output: by then every warp has read the number.
+      release(shared.tiles.ring, tiles_cursor);
+      tiles_cursor.advance();
+    }
+    tma_store_wait<0>();  // shared memory must outlive the last store
+  }
+
+  CUTE_DEVICE void store_lse(const float (&lse)[2], const WorkTile& tile, int first_row) const {
+    float* row_lse =
+        p.lse + (std::int64_t(tile.batch) * p.scheduler.num_heads + tile.head) * p.seqlen_q;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 8 * r;
+      if (threadIdx.x % 4 == 0 && row < p.seqlen_q) row_lse[row] = lse[r];
+    }
+  }
+
+  // Registers to shared memory to global memory, this warpgroup's 64 rows. One thread stores, and
+  // before anyone writes the buffer again it waits until the previous store has read it.
+  template <class Self, class AccumulatorO>
+  CUTE_DEVICE void store_output(Self& self, const AccumulatorO& tO, const WorkTile& tile, int row) {
+    using namespace cute;
+    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
+    if constexpr (T::kOwnOutput) {
+      if (leader) tma_store_wait<0>();
+      NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+    }
+    self.write_output(tO, T::OTile::row_block(shared.output(), warpgroup));
+    cutlass::arch::fence_view_async_shared();
+    NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+    if (leader) {
+      if (row < p.seqlen_q) {
+        store_tile<typename T::OTile>(p.out, shared.output(), warpgroup * kWarpgroupRows, row,
+                                      tile.head, tile.batch);
+      }
+      tma_store_arrive();
+    }
   }
 };
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (threadIdx.x == 0) produce<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    Consumer{{p, shared, warpgroup - 1}}.run();
+    Consumer{p, shared, warpgroup - 1}.run();
   }
 }
 

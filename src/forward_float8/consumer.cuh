@@ -8,14 +8,14 @@
 
 #include <cfloat>
 
-#include "forward/warpgroup.cuh"
+#include "forward/consumer.cuh"
 #include "forward_float8/traits.cuh"
 
 namespace jax_fa3 {
 
 template <class T>
-struct ForwardFloat8Consumer : ForwardWarpgroup<T, ForwardFloat8Consumer<T>> {
-  using Base = ForwardWarpgroup<T, ForwardFloat8Consumer<T>>;
+struct ForwardFloat8Consumer : ForwardConsumer<T> {
+  using Base = ForwardConsumer<T>;
   using Base::key_cursor;
   using Base::p;
   using Base::query_cursor;
@@ -46,7 +46,7 @@ struct ForwardFloat8Consumer : ForwardWarpgroup<T, ForwardFloat8Consumer<T>> {
       group.w &= prepared_word_mask(3, valid - first);
     }
     cutlass::arch::fence_view_async_shared();
-    this->sync_warpgroup();
+    Base::NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
   }
 
   template <class AccumulatorO>
@@ -148,8 +148,8 @@ struct ForwardFloat8Consumer : ForwardWarpgroup<T, ForwardFloat8Consumer<T>> {
   }
 
   template <class AccumulatorO>
-  CUTE_DEVICE void finish(AccumulatorO& tO, Float8Softmax& softmax, const WorkTile&,
-                          const bool (&exists)[2], float (&lse)[2]) const {
+  CUTE_DEVICE void finish(AccumulatorO& tO, Float8Softmax& softmax, const bool (&exists)[2],
+                          float (&lse)[2]) const {
     softmax.finish(tO, value_descale, exists, lse);
   }
 
@@ -165,6 +165,8 @@ struct ForwardFloat8Consumer : ForwardWarpgroup<T, ForwardFloat8Consumer<T>> {
     }
     store_rounded<typename T::MmaO>(rounded, sO);
   }
+
+  CUTE_DEVICE void run() { this->run_as(*this); }
 };
 
 }  // namespace jax_fa3
