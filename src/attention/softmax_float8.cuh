@@ -7,7 +7,7 @@ namespace jax_fa3 {
 
 // As OnlineSoftmax, but row_max is in scaled log2 units and kShift below the maximum, so that P
 // uses the range of e4m3 (at most 448); it follows the maximum exactly. Sums are of P before it is
-// rounded.
+// rounded. finish() takes the natural logarithm of 2 for a scale.
 struct Float8Softmax : OnlineSoftmax {
   static constexpr float kShift = 8.f;  // log2 units: P <= 256
 
@@ -45,16 +45,6 @@ struct Float8Softmax : OnlineSoftmax {
       row_sum[r] += tS(i);
     }
     return rescale;
-  }
-
-  // As OnlineSoftmax::finish, with O multiplied by `value_descale`. The shift needs no undoing: P
-  // and its sums have it alike, and so has row_max, to which the LSE adds the logarithm of the sum.
-  template <class Accumulator>
-  CUTE_DEVICE void finish(Accumulator& tO, float value_descale, const bool (&exists)[2],
-                          float (&lse)[2]) {
-    OnlineSoftmax::finish(tO, kLn2, exists, lse);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tO); ++i) tO(i) *= value_descale;
   }
 };
 

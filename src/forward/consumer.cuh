@@ -68,8 +68,8 @@ struct ForwardConsumer {
   }
 
   template <class AccumulatorO>
-  CUTE_DEVICE void attend(AccumulatorO& tO, OnlineSoftmax& softmax, const WorkTile&,
-                          const Mask& mask, const TileRange& keys, int row) {
+  CUTE_DEVICE void attend(AccumulatorO& tO, OnlineSoftmax& softmax, const Mask& mask,
+                          const TileRange& keys, int row) {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
     using namespace cute;
@@ -131,22 +131,7 @@ struct ForwardConsumer {
     value_cursor.advance();
   }
 
-  template <class AccumulatorO>
-  CUTE_DEVICE void finish(AccumulatorO& tO, OnlineSoftmax& softmax, const bool (&exists)[2],
-                          float (&lse)[2]) const {
-    softmax.finish(tO, p.softmax_scale, exists, lse);
-  }
-
-  template <class AccumulatorO, class Tensor>
-  CUTE_DEVICE void write_output(const AccumulatorO& tO, Tensor&& sO) const {
-    store_accumulator<typename T::MmaO>(tO, sO);
-  }
-
-  CUTE_DEVICE void run() { run_as(*this); }
-
-  // `self` is this consumer, or one that derives from it and hides attend, finish or write_output.
-  template <class Self>
-  CUTE_DEVICE void run_as(Self& self) {
+  CUTE_DEVICE void run() {
     using namespace cute;
     if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
     for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
@@ -160,11 +145,11 @@ struct ForwardConsumer {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      typename T::Softmax softmax;
+      OnlineSoftmax softmax;
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         skip(loaded.end - keys.end, loaded.end - keys.end);
-        self.attend(tO, softmax, tile, mask, keys, row);
+        attend(tO, softmax, mask, keys, row);
         skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
       } else {
         if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
@@ -173,9 +158,9 @@ struct ForwardConsumer {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      self.finish(tO, softmax, exists, lse);
+      softmax.finish(tO, p.softmax_scale, exists, lse);
       store_lse(lse, tile, first_row);
-      store_output(self, tO, tile, row);
+      store_output(tO, tile, row);
       if constexpr (!T::kOwnOutput) {
         tma_store_wait<0>();
         release(shared.query_ring[warpgroup], query_cursor);
@@ -200,15 +185,15 @@ struct ForwardConsumer {
 
   // Registers to shared memory to global memory, this warpgroup's 64 rows. One thread stores, and
   // before anyone writes the buffer again it waits until the previous store has read it.
-  template <class Self, class AccumulatorO>
-  CUTE_DEVICE void store_output(Self& self, const AccumulatorO& tO, const WorkTile& tile, int row) {
+  template <class AccumulatorO>
+  CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
     using namespace cute;
     const bool leader = threadIdx.x % kWarpgroupThreads == 0;
     if constexpr (T::kOwnOutput) {
       if (leader) tma_store_wait<0>();
       NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     }
-    self.write_output(tO, T::OTile::row_block(shared.output(), warpgroup));
+    store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(shared.output(), warpgroup));
     cutlass::arch::fence_view_async_shared();
     NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     if (leader) {

@@ -1,5 +1,5 @@
-// One consumer warpgroup's share of a work tile in float8: the schedule is that of
-// forward/consumer.cuh. What differs:
+// One consumer warpgroup in float8: the schedule is that of forward/consumer.cuh, and so are turns
+// and passed-over tiles. What differs:
 //   - the scale of the logits is a number per key tile: it multiplies the scores in the same FFMA
 //     that subtracts the maximum, and the maximum is kept in scaled units;
 //   - P is rounded to e4m3 without leaving the thread (attention/prepared_value.h);
@@ -20,10 +20,9 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   using Base::p;
   using Base::query_cursor;
   using Base::shared;
+  using Base::tiles_cursor;
   using Base::value_cursor;
   using Base::warpgroup;
-
-  float value_descale = 1.f;  // of the present tile, once its keys are done
 
   // Keys past the sequence's end may hold anything, NaN included, and P = 0 does not stop NaN. Only
   // the right-most tile can have such keys. Every warpgroup clears them for itself, before its own
@@ -46,7 +45,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       group.w &= prepared_word_mask(3, valid - first);
     }
     cutlass::arch::fence_view_async_shared();
-    Base::NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+    sync_warpgroup();
   }
 
   template <class AccumulatorO>
@@ -139,34 +138,87 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     for (; n >= keys.begin; --n) step(true_type{});
 
     if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
-    value_descale = __ldg(p.value_descale + batch_head_kv);
+    const float value_descale = __ldg(p.value_descale + batch_head_kv);
     issue_output(keys.begin);
     wait_mma<0>(tSum);
     release(shared.value_ring, value_cursor);
     value_cursor.advance();
     if constexpr (T::kPromote > 0) promote();
+    CUTE_UNROLL
+    for (int i = 0; i < size(tO); ++i) tO(i) *= value_descale;
   }
 
+  // The work tiles one after another, as ForwardConsumer::run.
+  CUTE_DEVICE void run() {
+    using namespace cute;
+    static_assert(T::kOwnOutput);
+    if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
+    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
+      const WorkTile tile = p.scheduler.tile(index);
+      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+      const int block_row = tile.block * T::kBlockM;
+      const int row = block_row + warpgroup * kWarpgroupRows;
+      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
+      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
+
+      auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
+      clear(tO);
+      Float8Softmax softmax;
+      wait_full(shared.query_ring[warpgroup], query_cursor);
+      if (!keys.empty()) {
+        this->skip(loaded.end - keys.end, loaded.end - keys.end);
+        attend(tO, softmax, tile, mask, keys, row);
+        this->skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
+      } else {
+        release(shared.query_ring[warpgroup], query_cursor);
+        this->skip(loaded.end - loaded.begin, loaded.end - loaded.begin - 1);
+      }
+      const int first_row = row + thread_row();
+      const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
+      float lse[2];
+      // P and its sums are shifted alike, and so is row_max, to which the LSE adds the sum's
+      // logarithm: the shift needs no undoing.
+      softmax.finish(tO, kLn2, exists, lse);
+      this->store_lse(lse, tile, first_row);
+      store_output(tO, tile, row);
+      query_cursor.advance();
+      // Not before the barriers of store_output: by then every warp has read the number.
+      release(shared.tiles.ring, tiles_cursor);
+      tiles_cursor.advance();
+    }
+    tma_store_wait<0>();  // shared memory must outlive the last store
+  }
+
+  // As ForwardConsumer::store_output, rounded to the type that the call asks for.
   template <class AccumulatorO>
-  CUTE_DEVICE void finish(AccumulatorO& tO, Float8Softmax& softmax, const bool (&exists)[2],
-                          float (&lse)[2]) const {
-    softmax.finish(tO, value_descale, exists, lse);
-  }
-
-  template <class AccumulatorO, class Tensor>
-  CUTE_DEVICE void write_output(const AccumulatorO& tO, Tensor&& sO) const {
-    auto rounded = cute::make_tensor_like<std::uint16_t>(tO);
+  CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
+    using namespace cute;
+    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
+    if (leader) tma_store_wait<0>();
+    sync_warpgroup();
+    auto rounded = make_tensor_like<std::uint16_t>(tO);
     if (p.out_is_fp16) {
-      auto fp16 = cute::recast<cutlass::half_t>(rounded);
+      auto fp16 = recast<cutlass::half_t>(rounded);
       convert(tO, fp16);
     } else {
-      auto bf16 = cute::recast<cutlass::bfloat16_t>(rounded);
+      auto bf16 = recast<cutlass::bfloat16_t>(rounded);
       convert(tO, bf16);
     }
-    store_rounded<typename T::MmaO>(rounded, sO);
+    store_rounded<typename T::MmaO>(rounded, T::OTile::row_block(shared.output(), warpgroup));
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup();
+    if (leader) {
+      if (row < p.seqlen_q) {
+        store_tile<typename T::OTile>(p.out, shared.output(), warpgroup * kWarpgroupRows, row,
+                                      tile.head, tile.batch);
+      }
+      tma_store_arrive();
+    }
   }
 
-  CUTE_DEVICE void run() { this->run_as(*this); }
+  CUTE_DEVICE void sync_warpgroup() const {
+    Base::NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
+  }
 };
 
 }  // namespace jax_fa3
