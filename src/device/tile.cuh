@@ -21,12 +21,13 @@ namespace jax_fa3 {
 template <DType kDType>
 using ElementOf = cute::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
-constexpr int chunk_bytes(int row_bytes) {
-  return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
+template <class Element>
+constexpr int chunk_cols(int cols) {
+  constexpr int kSize = sizeof(Element);
+  return (cols * kSize % 128 == 0 ? 128 : cols * kSize % 64 == 0 ? 64 : 32) / kSize;
 }
 
-template <class Element_, int kRows_, int kCols_,
-          int kChunkCols_ = chunk_bytes(kCols_* int(sizeof(Element_))) / int(sizeof(Element_))>
+template <class Element_, int kRows_, int kCols_, int kChunkCols_ = chunk_cols<Element_>(kCols_)>
 struct SmemTile {
   using Element = Element_;
   static constexpr int kRows = kRows_;
@@ -42,15 +43,14 @@ struct SmemTile {
 
   // The swizzle by the chunk's bytes: 128, 64 or 32.
   template <class Atom128, class Atom64, class Atom32>
-  using BySwizzle =
-      cute::conditional_t<kChunkBytes == 128, Atom128,
-                          cute::conditional_t<kChunkBytes == 64, Atom64, Atom32>>;
-  using AtomK = BySwizzle<cute::GMMA::Layout_K_SW128_Atom<Element>,
-                          cute::GMMA::Layout_K_SW64_Atom<Element>,
-                          cute::GMMA::Layout_K_SW32_Atom<Element>>;
-  using AtomMn = BySwizzle<cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                           cute::GMMA::Layout_MN_SW64_Atom<Element>,
-                           cute::GMMA::Layout_MN_SW32_Atom<Element>>;
+  using BySwizzle = cute::conditional_t<kChunkBytes == 128, Atom128,
+                                        cute::conditional_t<kChunkBytes == 64, Atom64, Atom32>>;
+  using AtomK =
+      BySwizzle<cute::GMMA::Layout_K_SW128_Atom<Element>, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                cute::GMMA::Layout_K_SW32_Atom<Element>>;
+  using AtomMn =
+      BySwizzle<cute::GMMA::Layout_MN_SW128_Atom<Element>, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                cute::GMMA::Layout_MN_SW32_Atom<Element>>;
   // (row, col)
   using Layout =
       decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));

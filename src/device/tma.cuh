@@ -23,12 +23,12 @@ constexpr std::uint64_t kEvictLast =
     static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 
 template <class Element>
-constexpr CUtensorMapDataType kTensorMapType = sizeof(Element) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                               : cute::is_same_v<Element, cutlass::bfloat16_t>
-                                                   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                               : cute::is_same_v<Element, cutlass::half_t>
-                                                   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                   : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+constexpr CUtensorMapDataType tensor_map_type() {
+  if (sizeof(Element) == 1) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (cute::is_same_v<Element, cutlass::bfloat16_t>) return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (cute::is_same_v<Element, cutlass::half_t>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return CU_TENSOR_MAP_DATA_TYPE_UINT16;
+}
 
 // The map of a dense array of Tile's elements, in boxes of one chunk of Tile's columns; extents and
 // box in elements, innermost first. Elements outside the array read as zero and are not written.
@@ -43,7 +43,7 @@ Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t 
   }
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
-      map, kTensorMapType<typename Tile::Element>, 4, const_cast<void*>(data), extents, strides,
+      map, tensor_map_type<typename Tile::Element>(), 4, const_cast<void*>(data), extents, strides,
       box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
       Tile::kChunkBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
       : Tile::kChunkBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
