@@ -133,7 +133,7 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 
 # ---- style
 
-CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh tests/cpp/*)
+CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh src/*/*.cu tests/cpp/*)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
