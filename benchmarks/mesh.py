@@ -148,6 +148,13 @@ def memory_bytes(tokens: int, count: int) -> int:
     return (8 + partial) * q + 11 * kv
 
 
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a device holds while the program runs, arguments and results among it, by XLA's plan."""
+    plan = compiled.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return held - plan.alias_size_in_bytes
+
+
 def peak_bytes(count: int) -> int | None:
     """The highest mark of a device's allocator since the process began."""
     marks = [device.memory_stats() for device in jax.devices()[:count]]
@@ -160,8 +167,10 @@ def measure_long(tokens: int, count: int) -> dict:
     row = dict(way=way.name, devices=count, tokens=tokens, error=None)
     try:
         inputs = draw(way.shapes(tokens, count), count, way.spec)
-        row["ms"] = clock(divided(way, count, MODES[1]), inputs, rounds=1)[0]
-        row |= dict(peak_bytes=peak_bytes(count), expected_bytes=memory_bytes(tokens, count))
+        compiled = divided(way, count, MODES[1]).lower(*inputs).compile()
+        row["ms"] = clock(compiled, inputs, rounds=1)[0]
+        row |= dict(peak_bytes=peak_bytes(count), program_bytes=program_bytes(compiled))
+        row["expected_bytes"] = memory_bytes(tokens, count)
     except Exception as error:
         row["error"] = describe(error)
     return row
@@ -183,7 +192,10 @@ def measure(way: Way, tokens: int, mode: str, count: int, rounds: int, alone: di
         key = (mode, *shapes[0])
         if key not in alone:
             alone[key] = clock(whole(mode), draw(shapes, 1, PartitionSpec()), rounds)
-        times = clock(divided(way, count, mode), draw(shapes, count, way.spec), rounds)
+        inputs = draw(shapes, count, way.spec)
+        compiled = divided(way, count, mode).lower(*inputs).compile()
+        times = clock(compiled, inputs, rounds)
+        row |= dict(program_bytes=program_bytes(compiled))
         row |= dict(ms=statistics.median(times), ms_rounds=times, one_device_ms_rounds=alone[key])
         row["efficiency"] = statistics.median(alone[key]) / count / row["ms"]
     except Exception as error:

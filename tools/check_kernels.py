@@ -52,7 +52,9 @@ class Kernel:
         if config is None:
             return name
         dtype = {"0": "bf16", "1": "fp16", None: "e4m3"}[config.group(1)]
-        head_dim, _, block_m, block_n, *promote = re.findall(r"\d+", config.group(2))
+        head_dim, head_dim_v, block_m, block_n, *promote = re.findall(r"\d+", config.group(2))
+        if head_dim_v != head_dim:
+            head_dim += f",{head_dim_v}"
         options = " deterministic" if config.group(3) == "1" else ""
         options += f" promote {promote[0]}" if promote else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
