@@ -11,9 +11,9 @@
 
 namespace jax_fa3 {
 
-// Rows that see more keys than this are summed in two levels where a kernel for it is compiled: the
-// error of the tensor cores' accumulation grows with the number of keys, and it is below that of
-// rounding P to e4m3 up to here.
+// Rows that see more keys than this are summed in two levels where a kernel for it is compiled,
+// since the error of the tensor cores' accumulation grows with the number of keys. A first choice,
+// not yet from measured error.
 constexpr std::int64_t kPromoteAboveKeys = 8192;
 
 constexpr std::int64_t kFloat8HeadDimMultiple = 16;  // 16 bytes, the granularity of TMA
