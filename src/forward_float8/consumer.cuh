@@ -23,6 +23,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   using Base::tiles_cursor;
   using Base::value_cursor;
   using Base::warpgroup;
+  static_assert(T::kOwnOutput, "outputs are wider than inputs: O does not fit Q's buffer");
 
   // Keys past the sequence's end may hold anything, NaN included, and P = 0 does not stop NaN. Only
   // the right-most tile can have such keys. Every warpgroup clears them for itself, before its own
@@ -137,7 +138,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     for (; n >= keys.full_begin; --n) step(false_type{});
     for (; n >= keys.begin; --n) step(true_type{});
 
-    if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+    release(shared.query_ring[warpgroup], query_cursor);
     const float value_descale = __ldg(p.value_descale + batch_head_kv);
     issue_output(keys.begin);
     wait_mma<0>(tSum);
@@ -151,7 +152,6 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   // The work tiles one after another, as ForwardConsumer::run.
   CUTE_DEVICE void run() {
     using namespace cute;
-    static_assert(T::kOwnOutput);
     if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
     for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
       const WorkTile tile = p.scheduler.tile(index);
