@@ -73,6 +73,15 @@ struct OnlineSoftmax {
   // What O must be multiplied with before the next P V is added, if `rescale`.
   float correction[2] = {1.f, 1.f};
 
+  // Begins with other rows.
+  CUTE_DEVICE void reset_if(bool condition) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      row_max[r] = condition ? -INFINITY : row_max[r];
+      row_sum[r] = condition ? 0.f : row_sum[r];
+    }
+  }
+
   // Turns S into P = exp2((S - max) * scale_log2) and updates max and sum. Returns, uniformly
   // over the warp, whether the reference maximum moved.
   template <class Accumulator>

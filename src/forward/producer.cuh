@@ -10,7 +10,7 @@ namespace jax_fa3 {
 
 template <class T>
 CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shared) {
-  RingCursor<1> query_cursor;
+  typename T::QueryCursor query_cursor;
   TileNumbers::Cursor tiles_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
@@ -32,8 +32,9 @@ CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shar
       CUTE_NO_UNROLL
       for (int w = 0; w < T::kConsumers; ++w) {
         auto& full = acquire(shared.query_ring[w], query_cursor, T::QTile::kBytes / T::kConsumers);
-        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query, w * kWarpgroupRows,
-                                     row + w * kWarpgroupRows, tile.head, tile.batch);
+        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query[query_cursor.stage],
+                                     w * kWarpgroupRows, row + w * kWarpgroupRows, tile.head,
+                                     tile.batch);
       }
       query_cursor.advance();
     };

@@ -52,32 +52,30 @@ struct ForwardTraits {
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
   using MmaO = MmaRS<Element, kHeadDimV, Major::MN>;
 
-  // As many stages as shared memory holds beside Q, up to four. O has a buffer of its own where
-  // that still leaves two stages; then the next Q loads while the last P V runs. Elsewhere O is
-  // staged through Q's buffer.
+  // Two Q where that leaves two stages of K and V: then the pipeline runs through from one work
+  // tile into the next. As many stages as the rest holds, up to four. O is staged where its Q was.
   static constexpr int kSharedBytes = 227 * 1024 - 1024;  // less barriers and alignment
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
-  static constexpr bool kOwnOutput =
-      QTile::kBytes + OTile::kBytes + 2 * kStageBytes <= kSharedBytes;
-  static constexpr int kFreeBytes = kSharedBytes - QTile::kBytes - (kOwnOutput ? OTile::kBytes : 0);
-  static constexpr int kStages = kFreeBytes / kStageBytes < 4 ? kFreeBytes / kStageBytes : 4;
+  static constexpr bool kOverlapTiles = 2 * QTile::kBytes + 2 * kStageBytes <= kSharedBytes;
+  static constexpr int kQueryStages = kOverlapTiles ? 2 : 1;
+  static constexpr int kFreeStages = (kSharedBytes - kQueryStages * QTile::kBytes) / kStageBytes;
+  static constexpr int kStages = kFreeStages < 4 ? kFreeStages : 4;
   static_assert(kStages >= 2, "K and V need two stages each");
-  static_assert(kOwnOutput || OTile::kBytes <= QTile::kBytes);
+  static_assert(OTile::kBytes <= QTile::kBytes);
 
+  using QueryRing = RingBarriers<kQueryStages>;
+  using QueryCursor = RingCursor<kQueryStages>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
-    alignas(1024) Element query[QTile::kElements];
+    alignas(1024) Element query[kQueryStages][QTile::kElements];
     alignas(1024) Element key[kStages][KTile::kElements];
     alignas(1024) Element value[kStages][VTile::kElements];
-    alignas(1024) Element own_output[kOwnOutput ? OTile::kElements : 8];
     TileNumbers tiles;
-    RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
+    QueryRing query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;
-
-    CUTE_DEVICE Element* output() { return kOwnOutput ? own_output : query; }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
