@@ -63,15 +63,21 @@ struct ForwardConsumer {
     }
   }
 
-  // Passes over key tiles that other warpgroups' rows see and none of this one's does.
+  // Passes over key tiles that other warpgroups' rows see and none of this one's does, with nothing
+  // pending. Each one's V comes after the next one's K, and must not be held for longer: the other
+  // warpgroups need its stage.
+  CUTE_DEVICE void pass_over_key() {
+    wait_full(shared.key_ring, key_cursor);
+    release_key();
+    pass_over_values();
+    ++skipped_values;
+  }
   CUTE_DEVICE void pass_over(int tiles) {
-    for (int i = 0; i < tiles; ++i) {
+    for (; tiles > 0; --tiles) {
       take_turn();
       pass_turn();
-      wait_full(shared.key_ring, key_cursor);
-      release_key();
+      pass_over_key();
     }
-    skipped_values += tiles;
   }
 
   // V rows past the sequence's keys may hold anything, NaN included, and P = 0 does not stop
@@ -115,12 +121,17 @@ struct ForwardConsumer {
       store(tO, softmax, unfinished);
       clear(tO);
     };
-    const auto drain = [&] {
+    // Ends the pending work tile, if it may in the turn of a key tile that is passed over.
+    const auto drain = [&](bool passes) {
+      if (passes) take_turn();
       issue_output();
+      if (passes) pass_turn();
       wait_mma<0>(tO);
       release_value();
+      if (passes) pass_over_key();
       finish(softmax);
       pending = false;
+      return int(passes);
     };
 
     if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
@@ -134,17 +145,16 @@ struct ForwardConsumer {
       const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
       const Unfinished current{tile, row, mask.query_length, query_cursor.stage};
 
+      int passed = keys.empty() ? loaded.end - loaded.begin : loaded.end - keys.end;
+      if (pending && (keys.empty() || passed > 0)) passed -= drain(passed > 0);
+      pass_over(passed);
+      wait_full(shared.query_ring[warpgroup], query_cursor);
       if (keys.empty()) {
-        if (pending) drain();
-        pass_over(loaded.end - loaded.begin);
         pass_over_values();
-        wait_full(shared.query_ring[warpgroup], query_cursor);
         unfinished = current;
         softmax = OnlineSoftmax{};
         finish(softmax);
       } else {
-        pass_over(loaded.end - keys.end);
-        wait_full(shared.query_ring[warpgroup], query_cursor);
         int n = keys.end - 1;
         if (!pending) {  // nothing to overlap with
           auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
@@ -187,10 +197,11 @@ struct ForwardConsumer {
             softmax.rescale(tO);
           }
         }
-        pass_over(keys.begin - loaded.begin);
         unfinished = current;
         pending = true;
-        if constexpr (!T::kOverlapTiles) drain();
+        passed = keys.begin - loaded.begin;
+        if (!T::kOverlapTiles || passed > 0) passed -= drain(passed > 0);
+        pass_over(passed);
       }
       release_stored();
       query_cursor.advance();
@@ -198,7 +209,7 @@ struct ForwardConsumer {
       release(shared.tiles.ring, tiles_cursor);
       tiles_cursor.advance();
     }
-    if (pending) drain();
+    if (pending) drain(false);
     tma_store_wait<0>();  // shared memory must outlive the last store
   }
 
@@ -229,6 +240,7 @@ struct ForwardConsumer {
       if (threadIdx.x % 4 == 0 && row < p.seqlen_q) row_lse[row] = lse[r];
     }
 
+    release_stored();
     auto* const buffer = shared.query[work.query_stage];
     store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(buffer, warpgroup));
     cutlass::arch::fence_view_async_shared();
