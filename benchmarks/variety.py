@@ -1,6 +1,6 @@
 """Shapes beyond the grid, each beside the plain shape it should be as fast as.
 
-    python -m benchmarks.variety                        # all, in some 2 minutes of one GPU
+    python -m benchmarks.variety                        # all, on a Hopper GPU
     python -m benchmarks.variety --filter 'window'
     python -m benchmarks.variety --dry-run              # trace and lower only; needs no GPU
 
@@ -21,16 +21,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from jax.experimental.mosaic.gpu import profiler
+import jax.numpy as jnp
 
+from benchmarks.attention import expect_custom_call
 from benchmarks.environment import RESULTS, environment, save
-from benchmarks.implementations import our_attention
+from benchmarks.implementations import Implementation, our_attention
 from benchmarks.problems import DTYPES
 from benchmarks.render import table
-from benchmarks.timing import describe, shapes_of
+from benchmarks.timing import Program, describe
+from jax_fa3.support import native
 
 MODES = ("forward", "backward")
-COMPILED_DIMS = (64, 96, 128, 192, 256)
+COMPILED_DIMS = sorted({kernel["head_dim"] for kernel in native().listed_kernels()})
 SUSTAINED_S = 2.0
 
 
@@ -58,15 +60,24 @@ class Shape:
         tail = "-deterministic" * self.deterministic
         return f"d{dims}-{mask}-s{self.seqlen}-b{self.batch}-h{heads}-{self.dtype}{tail}"
 
-    def arrays(self) -> list[jax.ShapeDtypeStruct]:
+    @property
+    def numpy_dtype(self) -> jnp.dtype:
+        return jnp.dtype(DTYPES[self.dtype])
+
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """query, key, value and the output's cotangent."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         dims = (self.head_dim, self.head_dim, self.head_dim_v, self.head_dim_v)
-        dtype = DTYPES[self.dtype]
         return [
-            jax.ShapeDtypeStruct((self.batch, self.seqlen, h, d), dtype)
+            jax.ShapeDtypeStruct((self.batch, self.seqlen, h, d), self.numpy_dtype)
             for h, d in zip(heads, dims, strict=True)
         ]
+
+    def inputs(self) -> list[jax.Array]:
+        """N(0, 1) values for `shapes`."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = self.shapes()
+        return [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
 
     def flops(self, mode: str) -> float:
         """Two for each multiply-add; head dims as the kernels have them."""
@@ -117,55 +128,23 @@ def comparisons() -> list[tuple[str, Shape, Shape]]:
     return rows
 
 
-class Timed:
-    """A shape in one direction: compiled, then timed round by round."""
-
-    def __init__(self, shape: Shape, mode: str):
-        self.shape, self.mode, self.error, self.us = shape, mode, None, []
-
-    def lower(self, platform: str):
-        *qkv, dout = self.shape.arrays()
-        attend = self.shape.attend()
-        if self.mode == "forward":
-            return [jax.jit(attend).trace(*qkv).lower(lowering_platforms=(platform,))]
-        residuals = jax.jit(lambda *x: jax.vjp(attend, *x)[1]).trace(*qkv)
-        pullback = jax.jit(lambda pull, dout: pull(dout)).trace(shapes_of(residuals.out_info), dout)
-        return [x.lower(lowering_platforms=(platform,)) for x in (residuals, pullback)]
-
-    def compile(self):
-        try:
-            self.compiled = [x.compile() for x in self.lower("cuda")]
-        except Exception as error:
-            self.error = describe(error)
-
-    def load(self):
-        keys = jax.random.split(jax.random.key(0), 4)
-        arrays = [
-            jax.random.normal(key, x.shape, x.dtype)
-            for key, x in zip(keys, self.shape.arrays(), strict=True)
-        ]
-        *qkv, dout = arrays
-        self.args = qkv if self.mode == "forward" else (self.compiled[0](*qkv), dout)
-
-    def round(self, iterations: int, last: bool):
-        clock = profiler.Cupti(finalize=last)
-        _, times = clock.measure(self.compiled[-1], iterations=iterations)(*self.args)
-        self.us.append(statistics.median(times) * 1e3)
-
-    def tflops(self) -> float:
-        return self.shape.flops(self.mode) / statistics.median(self.us) / 1e6
+OURS = Implementation("jax_fa3", lambda shape, mode: shape.attend())
 
 
-def measure(pair: list[Timed], rounds: int) -> None:
-    for timed in pair:
-        if timed.error is None:
-            timed.load()
+def measure(pair: list[Program], rounds: int) -> None:
+    """Kernel times of both, turn by turn, if both compiled."""
+    for program in pair:
+        program.kernel_us, program.calls = [], 16
+        program.attempt(program.take, program.problem.inputs())
     for i in range(rounds):
-        for timed in pair[:: 1 if i % 2 == 0 else -1]:
-            if timed.error is None:
-                timed.round(8, i == rounds - 1)
-    for timed in pair:
-        timed.args = timed.compiled = None
+        for program in pair[:: 1 if i % 2 == 0 else -1]:
+            program.attempt(program.kernel_round, i == rounds - 1)
+    for program in pair:
+        program.args = None
+
+
+def tflops(program: Program) -> float:
+    return program.problem.flops(program.mode) / statistics.median(program.kernel_us) / 1e6
 
 
 def sustained(mode: str, causal: bool, rounds: int) -> dict:
@@ -175,9 +154,7 @@ def sustained(mode: str, causal: bool, rounds: int) -> dict:
     cudnn = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     times = {}
     try:
-        *qkv, dout = (
-            jax.random.normal(jax.random.key(0), x.shape, x.dtype) for x in shape.arrays()
-        )
+        *qkv, dout = shape.inputs()
         for _ in range(rounds):
             for name, attend in (("jax_fa3", shape.attend()), ("cudnn", cudnn)):
                 if mode == "forward":
@@ -223,14 +200,17 @@ def main() -> int:
     args = parser.parse_args()
     start = time.monotonic()
     chosen = [x for x in comparisons() if re.search(args.filter, f"{x[0]}:{x[1].label}")]
-    timed = {(s, m): Timed(s, m) for _, *pair in chosen for s in pair for m in MODES}
+    programs = {(s, m): Program(OURS, s, m) for _, *pair in chosen for s in pair for m in MODES}
+    for program in programs.values():
+        program.attempt(program.lower, "cuda")
+        if args.dry_run:
+            program.attempt(expect_custom_call, program)
+            print(f"  {program.label:60} {program.error or 'lowered'}")
     if args.dry_run:
-        for x in timed.values():
-            found = f"jax_fa3_{x.mode}" in x.lower("cuda")[-1].as_text()
-            print(f"  {x.mode}:{x.shape.label}: {'kernel' if found else 'NO KERNEL'}")
-        return 0
+        return 1 if any(program.error for program in programs.values()) else 0
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(Timed.compile, timed.values()))
+        for program in programs.values():
+            pool.submit(program.attempt, program.compile)
     data = dict(environment=environment(), records=[], skipped=[])
     path = args.output / "variety.json"
     for what, shape, plain in chosen:
@@ -239,14 +219,13 @@ def main() -> int:
             if time.monotonic() - start > args.budget_s:
                 data["skipped"].append(row)
                 continue
-            pair = [Timed(x, mode) for x in (shape, plain)]
-            for mine, x in zip(pair, (shape, plain), strict=True):
-                mine.compiled, mine.error = timed[x, mode].compiled, timed[x, mode].error
+            pair = [programs[x, mode] for x in (shape, plain)]
             measure(pair, args.rounds)
-            row["error"] = pair[0].error or pair[1].error
+            row["error"] = next((e for x in pair for e in (x.error, x.clock_error) if e), None)
             if row["error"] is None:
-                ours, theirs = (x.tflops() for x in pair)
-                row |= dict(tflops=ours, ratio=ours / theirs, us=pair[0].us, beside_us=pair[1].us)
+                ours, theirs = map(tflops, pair)
+                row |= dict(tflops=ours, ratio=ours / theirs)
+                row |= dict(us=pair[0].kernel_us, beside_us=pair[1].kernel_us)
             data["records"].append(row)
             result = row["error"] or f"{row['tflops']:6.0f} TFLOP/s, ratio {row['ratio']:.3f}"
             print(f"  {what:18} {mode}:{shape.label:50} {result}", flush=True)

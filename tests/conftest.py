@@ -7,21 +7,17 @@ The variables must be set before JAX is first imported, hence here.
 import glob
 import os
 
-worker = os.environ.get("PYTEST_XDIST_WORKER")  # "gw" and a number
-if worker:  # several processes share each GPU, and a worker has one GPU
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
-        str(i) for i, _ in enumerate(glob.glob("/dev/nvidia[0-9]*"))
-    )
-    if devices:
-        gpus = devices.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
     ).strip()
+elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one GPU each, shared
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
 
 
 def pytest_report_header():

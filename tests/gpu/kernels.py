@@ -24,6 +24,11 @@ def poison():
     return np.full(LARGEST_BLOCK, 0xFF, np.uint8)
 
 
+def bits(tree):
+    """The bytes of every array."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
 def spoil_free_memory(sizes):
     """Fill with NaN the free blocks that allocations of these sizes in bytes will get.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from kernels import HEAD_DIM_PAIRS
+from kernels import HEAD_DIM_PAIRS, bits
 
 import transforms
 from jax_fa3 import dot_product_attention
@@ -57,10 +57,6 @@ def attention(query, key, value, dout, **options):
     call = functools.partial(dot_product_attention, return_residual=True, **options)
     (out, lse), vjp = jax.vjp(call, query, key, value)
     return out, lse, *vjp((dout, jnp.sin(lse)))
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def differing(functions, operands, repeats):

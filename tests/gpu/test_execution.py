@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernels import spoil_free_memory
+from kernels import bits, spoil_free_memory
 
 import jax_fa3
 import tolerance
@@ -20,10 +20,6 @@ from jax_fa3.vjp import attend
 CASE = Case(batch=2, seqlen_q=300, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=64, causal=True)
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 KERNEL_ATTEND = functools.partial(transforms.attend, implementation="fa3")
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def compiled_text(function, *args):
