@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kDeterministic ? 2 * T::kConsumers : T::kConsumers);
+    // The consumers, those who keep their order, and the warp that prefetches.
+    shared.tiles.ring.init((T::kDeterministic ? 2 : 1) * T::kConsumers + 1);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if (warp == 3) prefetch<T>(p, shared);
     if constexpr (T::kDeterministic) {
       if (warp >= 1 && warp <= T::kConsumers) keep_order<T>(p, shared, warp - 1);
     }

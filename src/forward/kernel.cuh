@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers);
+    shared.tiles.ring.init(T::kConsumers + 1);  // and the warp that prefetches
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     ForwardConsumer<T>{p, shared, warpgroup - 1}.run();
