@@ -9,6 +9,7 @@
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
+#   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
@@ -47,7 +48,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety ablation-builds bench-ablation bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -85,6 +86,18 @@ bench-quick: gpu-module
 bench-variety: gpu-module
 	$(GPU_PYTHON) -m benchmarks.variety
 
+# The forward kernel of head dim 128 with parts left out, each variant a build of its own.
+ABLATIONS := none prefetch rescale ping-pong overlap 192-rows 192-rows,overlap 192-rows,specialisation
+
+ablation-builds:
+	@for without in $(ABLATIONS); do \
+		$(MAKE) --no-print-directory module CUDA=ON PYTHON=$(GPU_PYTHON) HEAD_DIMS=128 DTYPES=bf16 \
+			BUILD=build/ablation/$$without WITHOUT=$$without || exit; \
+	done
+
+bench-ablation: ablation-builds
+	$(GPU_PYTHON) -m benchmarks.ablation build/ablation
+
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh
 
@@ -102,7 +115,7 @@ module: $(VENV)/.ready $(TOOLS)/.ready
 		-DPython_EXECUTABLE=$(abspath $(shell command -v $(PYTHON))) \
 		-DJAX_FA3_TOOLS_PYTHON=$(CURDIR)/$(TOOLS)/bin/python \
 		-DJAX_FA3_CUDA=$(CUDA) -DJAX_FA3_HEAD_DIMS=$(HEAD_DIMS) -DJAX_FA3_DTYPES=$(DTYPES) \
-		-DJAX_FA3_WERROR=ON --log-level=NOTICE
+		-DJAX_FA3_WITHOUT=$(WITHOUT) -DJAX_FA3_WERROR=ON --log-level=NOTICE
 	$(TOOLS)/bin/cmake --build $(BUILD) -j $(JOBS)
 
 # The kernels, unless they are there and import.

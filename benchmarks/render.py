@@ -118,15 +118,20 @@ def markdown(results: Results) -> str:
     return "\n".join(out)
 
 
-def plot(results: Results, mode: str, path: Path) -> None:
-    """Speed over sequence length: a panel per head dimension and mask."""
+def pyplot():
+    """matplotlib.pyplot, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(results: Results, mode: str, path: Path) -> None:
+    """Speed over sequence length: a panel per head dimension and mask."""
     dims, masks, seqlens = (results.values(x) for x in ("head_dim", "causal", "seqlen"))
-    figure, panels = pyplot.subplots(
+    figure, panels = pyplot().subplots(
         len(masks), len(dims), figsize=(3.6 * len(dims), 2.7 * len(masks)),
         sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
@@ -155,7 +160,7 @@ def plot(results: Results, mode: str, path: Path) -> None:
     )
     figure.suptitle(f"Attention {mode}, {results.data['environment']['device']}", x=0.02, ha="left")
     figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def measured_on(environment: dict[str, str]) -> str:

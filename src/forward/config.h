@@ -1,7 +1,14 @@
 // A forward kernel's static choices. Everything else is a runtime field of the problem.
 #pragma once
 
+#include <string_view>
+
 #include "base/types.h"
+
+// What a build for the ablation benchmark leaves out, separated by commas.
+#ifndef JAX_FA3_WITHOUT
+#define JAX_FA3_WITHOUT ""
+#endif
 
 namespace jax_fa3 {
 
@@ -19,6 +26,10 @@ constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
          a.block_m == b.block_m && a.block_n == b.block_n;
 }
 
+constexpr bool has_feature(std::string_view name) {
+  return std::string_view(JAX_FA3_WITHOUT).find(name) == std::string_view::npos;
+}
+
 template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_>
 struct ForwardConfig {
   static constexpr DType kDType = kDType_;
@@ -26,6 +37,14 @@ struct ForwardConfig {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
+
+  static constexpr bool kSpecialised =
+      has_feature("specialisation");                           // a warpgroup that only loads
+  static constexpr bool kPingPong = has_feature("ping-pong");  // warpgroups issue GEMMs in turns
+  static constexpr bool kOverlap = has_feature("overlap");     // softmax under the own O += P V
+  static constexpr bool kConditionalRescale = has_feature("rescale");  // or at every new maximum
+  static constexpr bool kPrefetch = has_feature("prefetch");  // the next tile's operands, into L2
+
   static constexpr ForwardKey kKey{kDType, kHeadDim, kHeadDimV, kBlockM, kBlockN};
 };
 

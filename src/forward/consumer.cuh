@@ -31,10 +31,12 @@ struct ForwardConsumer {
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
   // under another's GEMMs.
   CUTE_DEVICE void take_turn() const {
-    NamedBarrier::sync(2 * kWarpgroupThreads, T::kOrder + warpgroup);
+    if constexpr (T::kPingPong) NamedBarrier::sync(2 * kWarpgroupThreads, T::kOrder + warpgroup);
   }
   CUTE_DEVICE void pass_turn() const {
-    NamedBarrier::arrive(2 * kWarpgroupThreads, T::kOrder + (warpgroup + 1) % T::kConsumers);
+    if constexpr (T::kPingPong) {
+      NamedBarrier::arrive(2 * kWarpgroupThreads, T::kOrder + (warpgroup + 1) % T::kConsumers);
+    }
   }
 
   // Passes over key tiles that other warpgroups' rows see and none of this one's does. A warpgroup
@@ -76,6 +78,7 @@ struct ForwardConsumer {
     const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.softmax_scale_log2;
+    const float threshold = T::kConditionalRescale ? p.rescale_threshold : 0.f;
 
     const auto issue_scores = [&](auto& tS) {
       wait_full(shared.key_ring, key_cursor);
@@ -97,25 +100,32 @@ struct ForwardConsumer {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
-      softmax.update(tS, scale_log2, p.rescale_threshold);  // O is zero: no rescale
+      softmax.update(tS, scale_log2, threshold);  // O is zero: no rescale
       convert(tS, tP);
       clear_value_tail(mask, n);
     }
 
-    const auto step = [&](auto masked) {
-      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
-      take_turn();
-      issue_scores(tS);
-      issue_output();
-      pass_turn();
-      wait_mma<1>(tS);
-      release(shared.key_ring, key_cursor);
-      key_cursor.advance();
-      if constexpr (decltype(masked)::value) mask_scores(tS, mask, row, n * T::kBlockN);
-      const bool rescale = softmax.update(tS, scale_log2, p.rescale_threshold);
+    const auto finish_output = [&] {
       wait_mma<0>(tO);
       release(shared.value_ring, value_cursor);
       value_cursor.advance();
+    };
+    const auto step = [&](auto masked) {
+      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
+      take_turn();
+      if constexpr (!T::kOverlap) {
+        issue_output();
+        finish_output();
+      }
+      issue_scores(tS);
+      if constexpr (T::kOverlap) issue_output();
+      pass_turn();
+      wait_mma<T::kOverlap ? 1 : 0>(tS);
+      release(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      if constexpr (decltype(masked)::value) mask_scores(tS, mask, row, n * T::kBlockN);
+      const bool rescale = softmax.update(tS, scale_log2, threshold);
+      if constexpr (T::kOverlap) finish_output();
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);
     };
@@ -126,9 +136,7 @@ struct ForwardConsumer {
 
     if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
     issue_output();
-    wait_mma<0>(tO);
-    release(shared.value_ring, value_cursor);
-    value_cursor.advance();
+    finish_output();
   }
 
   CUTE_DEVICE void run() {

@@ -6,6 +6,7 @@
 
 #include "forward/consumer.cuh"
 #include "forward/producer.cuh"
+#include "forward/unspecialised.cuh"
 
 namespace jax_fa3 {
 
@@ -20,7 +21,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers + 1);  // and the warp that prefetches
+    shared.tiles.ring.init(T::kConsumers + T::kPrefetch);  // the warp that prefetches reads too
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -29,10 +30,14 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
   __syncthreads();
 
   const int warpgroup = cutlass::canonical_warp_group_idx();
-  if (warpgroup == 0) {
+  if constexpr (!T::kSpecialised) {
+    UnspecialisedForward<T>{p, shared, warpgroup}.run();
+  } else if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
+    if constexpr (T::kPrefetch) {
+      if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     ForwardConsumer<T>{p, shared, warpgroup - 1}.run();

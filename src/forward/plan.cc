@@ -12,7 +12,9 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr std::int64_t kGroupBytes = 64 << 20;  // of K and V of the running heads
+// Of K and V of a group of heads: what is tried, and how much longer the smallest may take.
+constexpr std::int64_t kGroupBytes[] = {1 << 20, 4 << 20, 16 << 20, 64 << 20};
+constexpr double kGroupSlack = 1.02;
 constexpr int kWarpgroupRows = 64;
 constexpr double kTileCycles = 4000;               // of a work tile outside its main loop
 constexpr double kFlopsPerCycle = 4096;            // of one SM's tensor cores, 16-bit
@@ -37,11 +39,10 @@ struct Schedule {
   std::vector<double> cycles;  // [num_m_blocks] of a row block's work tile, at full lengths
 };
 
-// (batch, head) pairs whose K and V fit L2 together; query heads that share K and V stay together.
-std::int32_t choose_heads_per_group(const Shape& shape) {
+// (batch, head) pairs whose K and V take `bytes`; query heads that share K and V stay together.
+std::int32_t heads_per_group(const Shape& shape, std::int64_t bytes) {
   const std::int64_t kv_bytes = 2 * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
-  const std::int64_t kv_heads =
-      heads_in_l2(shape.batch * shape.num_heads_kv, kv_bytes, kGroupBytes);
+  const std::int64_t kv_heads = heads_in_l2(shape.batch * shape.num_heads_kv, kv_bytes, bytes);
   return static_cast<std::int32_t>(kv_heads * (shape.num_heads_q / shape.num_heads_kv));
 }
 
@@ -73,7 +74,7 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   plan.longest_first = plan.num_m_blocks > 1 && options.window_right < kUnbounded &&
                        schedule.cycles.back() > schedule.cycles.front();
-  plan.heads_per_group = plan.longest_first ? choose_heads_per_group(shape) : 1;
+  plan.heads_per_group = 1;
   return schedule;
 }
 
@@ -107,6 +108,26 @@ double makespan(const Schedule& schedule) {
   return *std::max_element(busy.begin(), busy.end());
 }
 
+// The schedule's makespan, with its groups of heads chosen. Large groups have the longest tiles of
+// many heads first, which balances best; small ones read K and V from memory once, by CTAs that run
+// side by side. The smallest that costs next to nothing.
+double choose_groups(const Shape& shape, Schedule* schedule) {
+  ForwardPlan& plan = schedule->plan;
+  if (!plan.longest_first) return makespan(*schedule);
+  std::vector<std::pair<std::int32_t, double>> tried;
+  double best = std::numeric_limits<double>::infinity();
+  for (const std::int64_t bytes : kGroupBytes) {
+    plan.heads_per_group = heads_per_group(shape, bytes);
+    tried.emplace_back(plan.heads_per_group, makespan(*schedule));
+    best = std::min(best, tried.back().second);
+  }
+  for (const auto& [heads, cycles] : tried) {
+    plan.heads_per_group = heads;
+    if (cycles <= kGroupSlack * best) return cycles;
+  }
+  return best;
+}
+
 // The smallest compiled head dims of `shape.dtype` that hold the problem's; zeros when none do.
 std::pair<int, int> choose_head_dims(const Shape& shape, const std::vector<ForwardKey>& available) {
   std::pair<int, int> best{0, 0};
@@ -137,12 +158,14 @@ StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
         key.head_dim_v != head_dims.second) {
       continue;
     }
-    const StatusOr<Schedule> schedule = make_schedule(shape, mask, key, num_sms);
-    if (!schedule.ok()) return schedule.status();
-    const double cycles = makespan(schedule.value());
+    if (!has_feature("192-rows") && key.block_m == 192) continue;
+    const StatusOr<Schedule> made = make_schedule(shape, mask, key, num_sms);
+    if (!made.ok()) return made.status();
+    Schedule schedule = made.value();
+    const double cycles = choose_groups(shape, &schedule);
     if (cycles < best_cycles) {
       best_cycles = cycles;
-      best = schedule.value().plan;
+      best = schedule.plan;
     }
   }
   return best;

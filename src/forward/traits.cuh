@@ -37,7 +37,12 @@ struct ForwardTraits {
 
   // Roles: warpgroup 0 produces, the others consume 64 query rows each.
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr bool kSpecialised = Config::kSpecialised;
+  static constexpr int kThreads = (kConsumers + kSpecialised) * kWarpgroupThreads;
+  static constexpr bool kPingPong = Config::kPingPong;
+  static constexpr bool kOverlap = Config::kOverlap;
+  static constexpr bool kConditionalRescale = Config::kConditionalRescale;
+  static constexpr bool kPrefetch = Config::kPrefetch;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kConsumers == 2 || kConsumers == 3);

@@ -88,7 +88,9 @@ void groups_fit_l2() {
   // Query heads of one key head stay together.
   Shape gqa = shape(1, 16384, 64, 128);
   gqa.num_heads_kv = 8;
-  CHECK(forward(gqa, kCausal).heads_per_group == 64);
+  CHECK(forward(gqa, kCausal).heads_per_group % 8 == 0);
+  // Small groups where many tiles balance anyway; K and V of all heads would not stay in L2.
+  CHECK(forward(shape(32, 512, 16, 128), kCausal).heads_per_group == 16);
   // Tiles that differ in length are handed out by a counter.
   CHECK(forward(gqa, kCausal).longest_first);
   CHECK(!forward(gqa).longest_first);
