@@ -2,7 +2,7 @@
 # units, the dispatch tables and what the plans choose from.
 #
 # Forward rows:  head_dim head_dim_v block_m block_n
-# Backward rows: the same, each compiled with and without deterministic dQ.
+# Backward rows: the same, each compiled with dQ in the main kernel and in one of its own.
 # A head dim's first row is its main tile; the planner weighs it against the others.
 
 set(JAX_FA3_FORWARD_TILES

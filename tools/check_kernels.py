@@ -20,7 +20,7 @@ from pathlib import Path
 
 MAX_SPILL = 64  # bytes of spill stores per kernel
 BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
-MAIN_KERNEL = re.compile(r"\d(forward|backward)_kernelI")
+MAIN_KERNEL = re.compile(r"\d(forward|backward|dquery)_kernelI")
 CONFIG = re.compile(r"\d(?:Forward|Backward)ConfigILNS_5DTypeE(\d)((?:ELi\d+)+)(?:ELb([01]))?E")
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -53,8 +53,8 @@ class Kernel:
         head_dim, head_dim_v, block_m, block_n = re.findall(r"\d+", config.group(2))
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
-        deterministic = " deterministic" if config.group(3) == "1" else ""
-        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{deterministic}"
+        separate = ", separate dQ" if config.group(3) == "1" else ""
+        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{separate}"
 
 
 def read_log(log: str) -> dict[str, Kernel]:

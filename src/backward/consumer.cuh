@@ -7,6 +7,9 @@
 //     issue dV += P^T dO;  publish dS^T;  meet the other warpgroup
 //     issue dQ = dS K, dK += dS^T Q
 //     while dK runs: add dQ to the float32 workspace; wait for the next Q
+//
+// Without fused dQ the warpgroups share nothing where each has keys of its own: no publishing, no
+// meeting. Where they share a block of keys, both still need all of P and dS.
 #pragma once
 
 #include "backward/traits.cuh"
@@ -105,31 +108,33 @@ struct BackwardConsumer {
     auto tDS = make_operand_a<Element, T::kQueries>();
     convert(tS, tP);
     convert(tDP, tDS);
-    if constexpr (T::kSplitKeys) {
+    if constexpr (T::kSplitKeys && T::kFusedDQ) {
       store_rounded<typename T::MmaS>(tDS, T::PTile::row_block(dscores, warpgroup));
-    } else {
+    } else if constexpr (!T::kSplitKeys) {
       store_rounded<typename T::MmaS>(
           tP, T::PTile::template col_block<T::kQueries>(probabilities, warpgroup));
       store_rounded<typename T::MmaS>(
           tDS, T::PTile::template col_block<T::kQueries>(dscores, warpgroup));
     }
-    cutlass::arch::fence_view_async_shared();
+    if constexpr (T::kSharesScores) cutlass::arch::fence_view_async_shared();
 
     const auto tDOt = operand_b(mma_dv, T::DOTile::template transposed_cols<T::kColsV>(
                                             dout, T::kSplitKeys ? 0 : warpgroup * T::kColsV));
     const auto tQt = operand_b(mma_dk, T::QTile::template transposed_cols<T::kColsK>(
                                            query, T::kSplitKeys ? 0 : warpgroup * T::kColsK));
     if constexpr (T::kSplitKeys) issue_mma<Accumulate::kAdd>(mma_dv, tP, tDOt, tDV);
-    meet();
+    if constexpr (T::kSharesScores) meet();
     // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
     auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
-    issue_mma<Accumulate::kOverwrite>(
-        mma_dq,
-        operand_a(mma_dq, T::PTile::template transposed_cols<kWarpgroupRows>(
-                              dscores, T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0)),
-        operand_b(mma_dq, T::KTile::template transposed_cols<T::kColsDQ>(
-                              shared.key, warpgroup * T::kFirstColDQ)),
-        tDQ);
+    if constexpr (T::kFusedDQ) {
+      issue_mma<Accumulate::kOverwrite>(
+          mma_dq,
+          operand_a(mma_dq, T::PTile::template transposed_cols<kWarpgroupRows>(
+                                dscores, T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0)),
+          operand_b(mma_dq, T::KTile::template transposed_cols<T::kColsDQ>(
+                                shared.key, warpgroup * T::kFirstColDQ)),
+          tDQ);
+    }
     if constexpr (T::kSplitKeys) {
       issue_mma<Accumulate::kAdd>(mma_dk, tDS, tQt, tDK);
     } else {
@@ -137,8 +142,10 @@ struct BackwardConsumer {
                                   tDV);
       issue_mma<Accumulate::kAdd>(mma_dk, operand_a(mma_dk, T::PTile::tensor(dscores)), tQt, tDK);
     }
-    wait_mma<T::kSplitKeys ? 1 : 2>(tDQ);
-    add_dquery(tDQ, walk);
+    if constexpr (T::kFusedDQ) {
+      wait_mma<T::kSplitKeys ? 1 : 2>(tDQ);
+      add_dquery(tDQ, walk);
+    }
     const auto done = cursor;
     cursor.advance();
     walk.next();
@@ -154,9 +161,6 @@ struct BackwardConsumer {
   template <class AccumulatorDQ>
   CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
-    if constexpr (T::kDeterministic) {
-      NamedBarrier::sync(T::kOrderThreads, T::kTurn + warpgroup);
-    }
     float* const base = p.dquery + walk.block() * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +
                         threadIdx.x % kWarpgroupThreads * 4;
@@ -166,9 +170,6 @@ struct BackwardConsumer {
       if (i < skipped) continue;
       reduce_add(base + (i - skipped) * kWarpgroupThreads, tDQ(i), tDQ(i + 1), tDQ(i + 2),
                  tDQ(i + 3));
-    }
-    if constexpr (T::kDeterministic) {
-      NamedBarrier::arrive(T::kOrderThreads, T::kAdded + warpgroup);
     }
   }
 
@@ -180,7 +181,7 @@ struct BackwardConsumer {
       auto tDV = make_accumulator<typename T::MmaDV, T::kColsV>();
       clear(tDK);
       clear(tDV);
-      QueryWalk walk = tile.walk<T>(p);
+      QueryWalk walk = tile.walk(p);
       if (walk.more()) {
         wait_full(shared.query_ring, cursor);
         wait_full(shared.key_value_ring, key_value_cursor);

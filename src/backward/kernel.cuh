@@ -5,7 +5,6 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward/consumer.cuh"
-#include "backward/order.cuh"
 #include "backward/producer.cuh"
 
 namespace jax_fa3 {
@@ -21,8 +20,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    // The consumers, those who keep their order, and the warp that prefetches.
-    shared.tiles.ring.init((T::kDeterministic ? 2 : 1) * T::kConsumers + 1);
+    shared.tiles.ring.init(T::kConsumers + 1);  // the warp that prefetches reads too
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
@@ -33,12 +31,8 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
-    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (warp == 3) prefetch<T>(p, shared);
-    if constexpr (T::kDeterministic) {
-      if (warp >= 1 && warp <= T::kConsumers) keep_order<T>(p, shared, warp - 1);
-    }
+    if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     BackwardConsumer<T>{p, shared, warpgroup - 1}.run();

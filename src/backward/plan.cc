@@ -11,9 +11,15 @@ namespace {
 
 constexpr std::int64_t kGroupBytes = 32 << 20;  // of L2, for Q, dO and fp32 dQ of the running heads
 
-constexpr std::int64_t kPartAlignment = 256;     // bytes
-constexpr std::int64_t kStatisticsBytes = 16;    // of a query row
-constexpr std::int64_t kSemaphoresPerBlock = 2;  // one for each consumer warpgroup
+constexpr std::int64_t kPartAlignment = 256;       // bytes
+constexpr std::int64_t kStatisticsBytes = 16;      // of a query row
+constexpr std::int64_t kKeyValueBytes = 16 << 20;  // of L2, for K and V in the dQ kernel
+
+// Two kernels do seven GEMMs where a fused one does five. They win where adding dQ to memory, or
+// filling and emptying its workspace, costs more than that.
+bool prefers_separate_dq(const Shape& shape) {
+  return std::max(shape.head_dim, shape.head_dim_v) > 128 || shape.seqlen_k <= 512;
+}
 
 // Parts of the workspace one after the other, each aligned.
 class Workspace {
@@ -40,11 +46,11 @@ class Workspace {
 };
 
 // The smallest fitting kernel; the first listed among equals. Null when there is none.
-const BackwardKey* choose_kernel(const Shape& shape, bool deterministic,
+const BackwardKey* choose_kernel(const Shape& shape, bool separate_dq,
                                  const std::vector<BackwardKey>& available) {
   const BackwardKey* best = nullptr;
   for (const BackwardKey& key : available) {
-    if (key.dtype != shape.dtype || key.deterministic != deterministic) continue;
+    if (key.dtype != shape.dtype || key.separate_dq != separate_dq) continue;
     if (key.head_dim < shape.head_dim || key.head_dim_v < shape.head_dim_v) continue;
     if (best == nullptr || key.head_dim < best->head_dim ||
         (key.head_dim == best->head_dim && key.head_dim_v < best->head_dim_v)) {
@@ -62,13 +68,22 @@ std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) 
                                                group * shape.seqlen_q * row_bytes, kGroupBytes));
 }
 
+// (batch, query head) pairs whose K and V fit L2 together.
+std::int32_t choose_dq_heads_per_group(const Shape& shape) {
+  const std::int64_t bytes = 2 * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
+  const std::int64_t group = shape.num_heads_q / shape.num_heads_kv;
+  return static_cast<std::int32_t>(
+      group * heads_in_l2(shape.batch * shape.num_heads_kv, bytes, kKeyValueBytes));
+}
+
 }  // namespace
 
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
                                      const std::vector<BackwardKey>& available, int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
-  const BackwardKey* key = choose_kernel(shape, deterministic, available);
+  const BackwardKey* key =
+      choose_kernel(shape, deterministic || prefers_separate_dq(shape), available);
   if (key == nullptr) {
     return unimplemented(
         no_kernel_message("backward", shape, compiled_head_dims(shape, available)));
@@ -82,24 +97,26 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
   plan.heads_per_group = choose_heads_per_group(shape, *key);
-  plan.head_at_once = deterministic && plan.num_n_blocks > 0 && plan.num_n_blocks <= plan.grid;
-  if (plan.head_at_once) {
-    plan.heads_per_group = std::min(plan.heads_per_group, plan.grid / plan.num_n_blocks);
-  }
+
+  const auto dq_tiles =
+      count_tiles(shape.batch, shape.num_heads_q,
+                  ceil_div(static_cast<std::int32_t>(shape.seqlen_q), kDQueryBlockM));
+  if (!dq_tiles.ok()) return dq_tiles.status();
+  plan.dq_num_tiles = plan.key.separate_dq ? dq_tiles.value() : 0;
+  plan.dq_grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.dq_num_tiles, num_sms));
+  plan.dq_heads_per_group = choose_dq_heads_per_group(shape);
 
   const std::int64_t heads = shape.num_heads_q;
   const std::int64_t m_blocks = plan.num_m_blocks;
   Workspace workspace;
-  JFA_CHECK_OK(workspace.reserve("dQ workspace",
-                                 {shape.batch, heads, m_blocks, key->block_m, key->head_dim},
-                                 sizeof(float), &plan.dq_offset));
+  JFA_CHECK_OK(workspace.reserve(
+      "dQ workspace",
+      {shape.batch, heads, key->separate_dq ? 0 : m_blocks, key->block_m, key->head_dim},
+      sizeof(float), &plan.dq_offset));
   JFA_CHECK_OK(workspace.reserve("row statistics", {shape.batch, heads, m_blocks, key->block_m},
                                  kStatisticsBytes, &plan.statistics_offset));
-  JFA_CHECK_OK(workspace.reserve(
-      "semaphores", {shape.batch, heads, deterministic ? m_blocks : 0, kSemaphoresPerBlock},
-      sizeof(std::int32_t), &plan.semaphore_offset));
   JFA_CHECK_OK(
-      workspace.reserve("tile counter", {1}, sizeof(std::int32_t), &plan.tile_counter_offset));
+      workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -107,7 +124,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.deterministic ? " deterministic" : "", " m_blocks=", plan.num_m_blocks,
+                plan.key.separate_dq ? " separate dQ" : "", " m_blocks=", plan.num_m_blocks,
                 " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
                 " tiles=", plan.num_tiles, " grid=", plan.grid,
                 " workspace=", plan.workspace_bytes);

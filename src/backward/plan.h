@@ -18,13 +18,16 @@ struct BackwardPlan {
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
-  bool head_at_once;             // a group's tiles are all under way together
+
+  // The separate dQ kernel's.
+  std::int32_t dq_heads_per_group;  // (batch, query head) pairs whose K and V are in use at once
+  std::int64_t dq_num_tiles;
+  std::int32_t dq_grid;
 
   // The workspace, in bytes from its start, each part 256-byte aligned.
-  std::int64_t dq_offset;            // fp32 dQ in the order the kernel's fragments have it
-  std::int64_t statistics_offset;    // RowStatistics [b, h_q, num_m_blocks * block_m]
-  std::int64_t semaphore_offset;     // int32 [b, h_q, num_m_blocks, 2], deterministic kernels only
-  std::int64_t tile_counter_offset;  // int32 [1]
+  std::int64_t dq_offset;             // fp32 dQ in the order of fragments; empty if separate
+  std::int64_t statistics_offset;     // RowStatistics [b, h_q, num_m_blocks * block_m]
+  std::int64_t tile_counters_offset;  // int32 [2], of the main and the dQ kernel
   std::int64_t workspace_bytes;
 };
 

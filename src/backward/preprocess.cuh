@@ -1,5 +1,5 @@
 // Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
-// both padded to whole blocks; the dQ workspace, the semaphores and the tile counter zeroed.
+// both padded to whole blocks; the workspace of a fused dQ and the tile counters zeroed.
 // Memory-bound.
 #pragma once
 
@@ -14,9 +14,8 @@ struct PreprocessParams {
   const float* lse;           // [b, h_q, s_q]
   const float* dlse;          // [b, h_q, s_q] or null
   RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]
-  int* semaphore;             // [b, h_q, num_m_blocks, kConsumers] or null
-  int* tile_counter;
+  float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
+  int* tile_counters;         // [2]
   float softmax_scale;
   MaskOptions mask;
   IndexArrays index;
@@ -45,14 +44,13 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   const std::int64_t batch = batch_head / p.num_heads;
   const Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
 
-  auto* const dquery = reinterpret_cast<float4*>(p.dquery + block * T::kBlockFloatsDQ);
-  for (int i = threadIdx.x; i < T::kBlockFloatsDQ / 4; i += kPreprocessThreads) {
-    dquery[i] = float4{0.f, 0.f, 0.f, 0.f};
+  if constexpr (T::kFusedDQ) {
+    auto* const dquery = reinterpret_cast<float4*>(p.dquery + block * T::kBlockFloatsDQ);
+    for (int i = threadIdx.x; i < T::kBlockFloatsDQ / 4; i += kPreprocessThreads) {
+      dquery[i] = float4{0.f, 0.f, 0.f, 0.f};
+    }
   }
-  if (block == 0 && threadIdx.x == 0) *p.tile_counter = 0;
-  if (p.semaphore != nullptr && threadIdx.x < T::kConsumers) {
-    p.semaphore[block * T::kConsumers + threadIdx.x] = 0;
-  }
+  if (block == 0 && threadIdx.x < 2) p.tile_counters[threadIdx.x] = 0;
 
   const int lane = threadIdx.x % kLanes;
   CUTE_UNROLL

@@ -21,7 +21,7 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
     const BackwardTile tile = BackwardTile::make<T>(p, index);
     const int key_row = tile.at.block * T::kBlockN;
     bool first = true;
-    for (QueryWalk walk = tile.walk<T>(p); walk.more(); walk.next()) {
+    for (QueryWalk walk = tile.walk(p); walk.more(); walk.next()) {
       auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
       load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
                                    walk.m * T::kBlockM, walk.head, tile.at.batch);
@@ -59,7 +59,7 @@ CUTE_DEVICE void prefetch(const BackwardParams& p, typename T::SharedStorage& sh
     if (leader && later < p.scheduler.num_tiles) {
       const BackwardTile tile = BackwardTile::make<T>(p, later);
       const int key_row = tile.at.block * T::kBlockN;
-      QueryWalk walk = tile.walk<T>(p);
+      QueryWalk walk = tile.walk(p);
       if (walk.more()) {
         prefetch_rows<typename T::KTile>(p.key, key_row, tile.at.head, tile.at.batch);
         prefetch_rows<typename T::VTile>(p.value, key_row, tile.at.head, tile.at.batch);

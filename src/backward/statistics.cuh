@@ -40,6 +40,10 @@ struct alignas(16) RowStatistics {
 
   static constexpr float kNoGradient = -1e38f;  // makes P = 0
 
+  CUTE_DEVICE static float sum(const StatisticTerms& split) {
+    return float(split.terms[0]) + float(split.terms[1]) + float(split.terms[2]);
+  }
+
   CUTE_DEVICE static RowStatistics make(float negative_lse, float negative_delta) {
     return {split_statistic(negative_lse < kNoGradient ? kNoGradient : negative_lse),
             split_statistic(isnan(negative_delta) ? INFINITY : negative_delta)};

@@ -25,36 +25,33 @@ struct BackwardParams {
   int seqlen_k;
   int heads_per_kv_head;
   int num_m_blocks;
-  bool rotate;  // deterministic kernels where every key block visits every query block
   float softmax_scale;
   float softmax_scale_log2;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;                    // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order
-  int* semaphore;  // [b, h_q, num_m_blocks, kConsumers], deterministic kernels only
+  float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
 };
 
 // The query blocks of a work tile, one after another: those that see its keys, for each query head
 // that shares its kv head. One loop rather than two, for the register allocator's sake.
 struct QueryWalk {
-  const int first, last, start, end_head, num_m_blocks, num_heads, batch;
+  const int first, end, end_head, num_m_blocks, num_heads, batch;
   int m, head;
 
-  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries,
-                        int start)
+  CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
       : first(queries.begin),
-        last(queries.end - 1),
-        start(start),
+        end(queries.end),
         end_head(queries.empty() ? 0 : (tile.head + 1) * p.heads_per_kv_head),
         num_m_blocks(p.num_m_blocks),
         num_heads(p.scheduler.num_heads * p.heads_per_kv_head),
         batch(tile.batch),
-        m(start),
+        m(first),
         head(tile.head * p.heads_per_kv_head) {}
 
   CUTE_DEVICE bool more() const { return head < end_head; }
   CUTE_DEVICE void next() {
-    m = m == last ? first : m + 1;
-    if (m == start) ++head;
+    if (++m < end) return;
+    m = first;
+    ++head;
   }
   // Number of the block among those of all batches and query heads.
   CUTE_DEVICE std::int64_t block() const {
@@ -67,7 +64,6 @@ struct BackwardTile {
   WorkTile at;
   Mask mask;
   TileRange queries;
-  int key_blocks;  // of this sequence, with rotation
 
   template <class T>
   CUTE_DEVICE static BackwardTile make(const BackwardParams& p, int index) {
@@ -76,32 +72,10 @@ struct BackwardTile {
     tile.mask = make_mask(p.mask, p.index, tile.at.batch, p.seqlen_q, p.seqlen_k);
     const int key = tile.at.block * T::kBlockN;
     tile.queries = tile.mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
-    tile.key_blocks = ceil_div(tile.mask.key_length, T::kBlockN);
     return tile;
   }
 
-  // With rotation key block n begins n / key_blocks of the way through the queries, so that at any
-  // time different key blocks are at different query blocks.
-  template <class T>
-  CUTE_DEVICE QueryWalk walk(const BackwardParams& p) const {
-    int start = queries.begin;
-    if constexpr (T::kDeterministic) {
-      if (p.rotate && !queries.empty()) start = queries.end * at.block / key_blocks;
-    }
-    return QueryWalk(p, at, queries, start);
-  }
-
-  // How many key blocks reach query block m before this one does: later ones, which start further
-  // on or see it sooner; with rotation, cyclically from the last one that starts at or before m.
-  template <class T>
-  CUTE_DEVICE int turn(const BackwardParams& p, int m) const {
-    if (p.rotate) {
-      const int turn = ((m + 1) * key_blocks - 1) / queries.end - at.block;
-      return turn < 0 ? turn + key_blocks : turn;
-    }
-    const int row = m * T::kBlockM;
-    return mask.key_tiles(row, row + T::kBlockM, T::kBlockN).end - 1 - at.block;
-  }
+  CUTE_DEVICE QueryWalk walk(const BackwardParams& p) const { return QueryWalk(p, at, queries); }
 };
 
 // How two warpgroups divide a step (kBlockM queries against kBlockN keys).
@@ -120,7 +94,7 @@ struct BackwardTraits {
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
-  static constexpr bool kDeterministic = Config::kDeterministic;
+  static constexpr bool kFusedDQ = !Config::kSeparateDQ;
   static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kHeadDim;
   static constexpr bool kSplitKeys = kSplit == Split::kKeys;
 
@@ -158,6 +132,9 @@ struct BackwardTraits {
   using MmaDK = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsK, Major::MN>,
                                     MmaSS<Element, kColsK, Major::K, Major::MN>>;
 
+  // Whether one warpgroup's dS goes into the other's GEMMs.
+  static constexpr bool kSharesScores = kFusedDQ || !kSplitKeys;
+
   // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.
   // A half narrower than 64 columns would starve the tensor core: then the second half starts
   // early and the kOverlap columns that both make are kept once.
@@ -185,7 +162,7 @@ struct BackwardTraits {
     union {
       // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
       struct {
-        alignas(1024) Element dscores[2][PTile::kElements];
+        alignas(1024) Element dscores[2][kSharesScores ? PTile::kElements : 8];
         alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
       };
       // Between work tiles, for each warpgroup: dV, then dK.
@@ -199,14 +176,9 @@ struct BackwardTraits {
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
-  static constexpr int kOrderThreads = kWarpgroupThreads + 32;
-  // Named barriers: who arrives and waits.
   enum NamedBarrier : std::uint32_t {
     kConsumersMeet = 0,  // both consumers, 256 threads
     kWarpgroup = 1,      // + w: all of consumer w, 128 threads
-    // Deterministic kernels: consumer w and the warp that keeps its order, 160 threads.
-    kTurn = 1 + kConsumers,       // + w: consumer w may add to dQ
-    kAdded = 1 + 2 * kConsumers,  // + w: consumer w has added
   };
 };
 

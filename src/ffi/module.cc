@@ -46,15 +46,11 @@ nb::dict key_dict(const char* direction, const Key& key) {
   return dict;
 }
 
-nb::dict to_dict(const ForwardKey& key) {
-  nb::dict dict = key_dict("forward", key);
-  dict["deterministic"] = true;
-  return dict;
-}
+nb::dict to_dict(const ForwardKey& key) { return key_dict("forward", key); }
 
 nb::dict to_dict(const BackwardKey& key) {
   nb::dict dict = key_dict("backward", key);
-  dict["deterministic"] = key.deterministic;
+  dict["separate_dq"] = key.separate_dq;
   return dict;
 }
 
@@ -112,8 +108,7 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
   dict["grid"] = plan.grid;
   dict["dq_offset"] = plan.dq_offset;
   dict["statistics_offset"] = plan.statistics_offset;
-  dict["semaphore_offset"] = plan.semaphore_offset;
-  dict["tile_counter_offset"] = plan.tile_counter_offset;
+  dict["tile_counters_offset"] = plan.tile_counters_offset;
   dict["workspace_bytes"] = plan.workspace_bytes;
   return dict;
 }

@@ -119,16 +119,21 @@ void workspace_layout() {
     const BackwardPlan plan = backward(s, deterministic);
     const std::int64_t rows = 3 * 5 * std::int64_t{plan.num_m_blocks} * plan.key.block_m;
     const auto aligned = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
-    CHECK(plan.key.deterministic == deterministic);
+    CHECK(plan.key.separate_dq == deterministic);
     CHECK(plan.num_m_blocks == 16 && plan.num_n_blocks == 8 && plan.num_tiles == 120);
     CHECK(plan.dq_offset == 0);
-    CHECK(plan.statistics_offset == aligned(rows * 128 * 4));
-    CHECK(plan.semaphore_offset == plan.statistics_offset + aligned(rows * 16));
-    const std::int64_t semaphores = deterministic ? aligned(3 * 5 * 16 * 2 * 4) : 0;
-    CHECK(plan.tile_counter_offset == plan.semaphore_offset + semaphores);
-    CHECK(plan.workspace_bytes == plan.tile_counter_offset + 256);
-    CHECK(plan.grid == 120 && plan.head_at_once == deterministic);
+    CHECK(plan.statistics_offset == (deterministic ? 0 : aligned(rows * 128 * 4)));
+    CHECK(plan.tile_counters_offset == plan.statistics_offset + aligned(rows * 16));
+    CHECK(plan.workspace_bytes == plan.tile_counters_offset + 256);
+    CHECK(plan.grid == 120);
+    CHECK(plan.dq_num_tiles == (deterministic ? 3 * 5 * 8 : 0));
+    CHECK(plan.dq_grid == plan.dq_num_tiles);
   }
+}
+
+void separate_dq_where_it_is_faster() {
+  CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
+  CHECK(backward(shape(32, 512, 16, 128)).key.separate_dq);  // the workspace would cost too much
 }
 
 void beyond_32_bits() {
@@ -177,7 +182,7 @@ void refusals() {
 
 void printable() {
   CHECK(test::contains(to_string(forward(shape(1, 512, 4, 64))), "forward bf16 head_dim=64/64"));
-  CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "deterministic"));
+  CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "separate dQ"));
 }
 
 }  // namespace
@@ -191,6 +196,7 @@ int main() {
   jax_fa3::groups_fit_l2();
   jax_fa3::empty_problems();
   jax_fa3::workspace_layout();
+  jax_fa3::separate_dq_where_it_is_faster();
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
   jax_fa3::printable();
