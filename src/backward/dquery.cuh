@@ -50,8 +50,8 @@ struct DQueryTraits {
 
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
