@@ -50,8 +50,9 @@ struct DQueryTraits {
 
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  // The widest dQ takes from the producer what it can spare.
+  static constexpr int kProducerRegisters = kHeadDim > 192 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kHeadDim > 192 ? 240 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;

@@ -146,8 +146,11 @@ Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
                                T::kThreads, sizeof(typename T::SharedStorage), stream, p));
   }
   if (!has_queries) return {};
-  if constexpr (T::kFusedDQ) return launch_postprocess<Config>(plan, problem, p, stream);
-  return launch_dquery<Config>(plan, problem, p, stream);
+  if constexpr (T::kFusedDQ) {
+    return launch_postprocess<Config>(plan, problem, p, stream);
+  } else {
+    return launch_dquery<Config>(plan, problem, p, stream);
+  }
 }
 
 }  // namespace jax_fa3
