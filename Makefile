@@ -87,7 +87,7 @@ bench-variety: gpu-module
 	$(GPU_PYTHON) -m benchmarks.variety
 
 # The forward kernel of head dim 128 with parts left out, each variant a build of its own.
-ABLATIONS := none prefetch rescale ping-pong overlap 192-rows 192-rows,overlap 192-rows,specialisation
+ABLATIONS := none rescale ping-pong overlap 192-rows 192-rows,overlap 192-rows,specialisation
 
 ablation-builds:
 	@for without in $(ABLATIONS); do \

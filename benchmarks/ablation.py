@@ -22,7 +22,6 @@ from benchmarks.render import pyplot, table
 PROBLEM = Problem(batch=4, seqlen=8448, heads=16, head_dim=128)
 PARTS = {
     "none": "the whole kernel",
-    "prefetch": "next work tile's operands fetched into L2",
     "rescale": "O rescaled only when a maximum grew by 2^8",
     "ping-pong": "warpgroups take turns to issue GEMMs",
     "overlap": "softmax under the warpgroup's own O += P V",

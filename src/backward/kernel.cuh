@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers + 1);  // the warp that prefetches reads too
+    shared.tiles.ring.init(T::kConsumers);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     BackwardConsumer<T>{p, shared, warpgroup - 1}.run();

@@ -45,34 +45,4 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
   }
 }
 
-// One warp that fetches into L2 what a later work tile begins with, while this one is at work: the
-// tile as many further on as there are CTAs, whoever will take it. All CTAs begin their tiles at
-// about the same time, and without it memory would stand idle between those times and hold up
-// everyone at them.
-template <class T>
-CUTE_DEVICE void prefetch(const BackwardParams& p, typename T::SharedStorage& shared) {
-  constexpr int kSteps = 512 / T::kBlockM;
-  const bool leader = threadIdx.x % 32 == 0;
-  TileNumbers::Cursor tiles_cursor;
-  for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
-    const int later = index + int(gridDim.x);
-    if (leader && later < p.scheduler.num_tiles) {
-      const BackwardTile tile = BackwardTile::make<T>(p, later);
-      const int key_row = tile.at.block * T::kBlockN;
-      QueryWalk walk = tile.walk(p);
-      if (walk.more()) {
-        prefetch_rows<typename T::KTile>(p.key, key_row, tile.at.head, tile.at.batch);
-        prefetch_rows<typename T::VTile>(p.value, key_row, tile.at.head, tile.at.batch);
-      }
-      for (int step = 0; step < kSteps && walk.more(); ++step, walk.next()) {
-        prefetch_rows<typename T::QTile>(p.query, walk.m * T::kBlockM, walk.head, tile.at.batch);
-        prefetch_rows<typename T::DOTile>(p.dout, walk.m * T::kBlockM, walk.head, tile.at.batch);
-      }
-    }
-    __syncwarp();
-    if (leader) shared.tiles.ring.empty[tiles_cursor.stage].arrive();
-    tiles_cursor.advance();
-  }
-}
-
 }  // namespace jax_fa3

@@ -73,16 +73,6 @@ CUTE_DEVICE void load_tile(const CUtensorMap& map, TransactionBarrier& barrier,
   load_rows<Tile>(map, barrier, cache_hint, smem, 0, row, head, batch);
 }
 
-// Fetches the rows of one box, from `row` of one head, into L2. Nothing waits for it. One thread
-// calls it.
-template <class Tile>
-CUTE_DEVICE void prefetch_rows(const CUtensorMap& map, int row, int head, int batch) {
-  CUTE_UNROLL
-  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, chunk * Tile::kChunkCols, head, row, batch);
-  }
-}
-
 // Loads `bytes` contiguous bytes, a multiple of 16. One thread calls it.
 CUTE_DEVICE void load_bytes(const void* global, TransactionBarrier& barrier, void* smem,
                             int bytes) {

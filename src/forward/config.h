@@ -43,7 +43,6 @@ struct ForwardConfig {
   static constexpr bool kPingPong = has_feature("ping-pong");  // warpgroups issue GEMMs in turns
   static constexpr bool kOverlap = has_feature("overlap");     // softmax under the own O += P V
   static constexpr bool kConditionalRescale = has_feature("rescale");  // or at every new maximum
-  static constexpr bool kPrefetch = has_feature("prefetch");  // the next tile's operands, into L2
 
   static constexpr ForwardKey kKey{kDType, kHeadDim, kHeadDimV, kBlockM, kBlockN};
 };

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers + T::kPrefetch);  // the warp that prefetches reads too
+    shared.tiles.ring.init(T::kConsumers);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -35,9 +35,6 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
   } else if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if constexpr (T::kPrefetch) {
-      if (threadIdx.x / 32 == 1) prefetch<T>(p, shared);
-    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     ForwardConsumer<T>{p, shared, warpgroup - 1}.run();

@@ -59,36 +59,4 @@ CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shar
   }
 }
 
-// One warp that fetches the next work tile's operands into L2 while this one is at work: all CTAs
-// begin their tiles at about the same time, and without it memory would stand idle between those
-// times and hold up everyone at them. Of long sequences only what comes first, since the rings
-// cover the latency of the rest.
-template <class T>
-CUTE_DEVICE void prefetch(const ForwardParams& p, typename T::SharedStorage& shared) {
-  constexpr int kTiles = 1024 / T::kBlockN;
-  const bool leader = threadIdx.x % 32 == 0;
-  TileNumbers::Cursor cursor;
-  for (int index; (index = shared.tiles.read(cursor)) < p.scheduler.num_tiles;) {
-    if (leader && index != blockIdx.x) {
-      const WorkTile tile = p.scheduler.tile(index);
-      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-      const int row = tile.block * T::kBlockM;
-      const int head_kv = tile.head / p.heads_per_kv_head;
-      const TileRange keys = mask.key_tiles(row, row + T::kBlockM, T::kBlockN);
-      CUTE_NO_UNROLL
-      for (int w = 0; w < T::kConsumers; ++w) {
-        prefetch_rows<typename T::QTile>(p.query, row + w * kWarpgroupRows, tile.head, tile.batch);
-      }
-      CUTE_NO_UNROLL
-      for (int n = keys.end - 1; n >= max(keys.begin, keys.end - kTiles); --n) {
-        prefetch_rows<typename T::KTile>(p.key, n * T::kBlockN, head_kv, tile.batch);
-        prefetch_rows<typename T::VTile>(p.value, n * T::kBlockN, head_kv, tile.batch);
-      }
-    }
-    __syncwarp();
-    if (leader) shared.tiles.ring.empty[cursor.stage].arrive();
-    cursor.advance();
-  }
-}
-
 }  // namespace jax_fa3

@@ -42,7 +42,6 @@ struct ForwardTraits {
   static constexpr bool kPingPong = Config::kPingPong;
   static constexpr bool kOverlap = Config::kOverlap;
   static constexpr bool kConditionalRescale = Config::kConditionalRescale;
-  static constexpr bool kPrefetch = Config::kPrefetch;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kConsumers == 2 || kConsumers == 3);
