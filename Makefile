@@ -30,7 +30,7 @@ VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 GPU_PYTHON ?= $(PYTHON)
 HEAD_DIMS ?= 64,96,128,192,256
-DTYPES ?= bf16,fp16
+DTYPES ?= bf16,fp16,e4m3
 JOBS ?= $(shell nproc)
 
 # The pinned environment also holds the build tools and headers, whatever PYTHON is.
@@ -146,7 +146,7 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 
 # ---- style
 
-CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh tests/cpp/*)
+CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh src/*/*.cu tests/cpp/*)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,9 @@
 #
 # Forward rows:  head_dim head_dim_v block_m block_n
 # Backward rows: the same, each compiled with dQ in the main kernel and in one of its own.
-# A head dim's first row is its main tile; the planner weighs it against the others.
+# Float8 rows:   head_dim head_dim_v block_m block_n promote (forward_float8/config.h)
+# A head dim's first row is its main tile; the planner weighs it against the others, for float8
+# among those that promote or those that do not.
 
 set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128"
@@ -26,5 +28,24 @@ set(JAX_FA3_BACKWARD_TILES
   "256 256  64  64"
 )
 
+set(JAX_FA3_FORWARD_FLOAT8_TILES
+  " 64  64 192 128 0"
+  " 64  64 128 128 0"
+  " 64  64 128 128 4"
+  " 96  96 192 128 0"
+  " 96  96 128 128 0"
+  " 96  96 128 128 4"
+  "128 128 128 128 0"
+  "128 128 128 128 4"
+  "192 128 128 128 0"
+  "192 128 128 128 4"
+  "192 192 128 128 0"
+  "256 256 128 128 0"
+)
+
+set(JAX_FA3_FORWARD_DTYPES bf16 fp16)
+set(JAX_FA3_BACKWARD_DTYPES bf16 fp16)
+set(JAX_FA3_FORWARD_FLOAT8_DTYPES e4m3)
+
 set(JAX_FA3_ALL_HEAD_DIMS 64 96 128 192 256)
-set(JAX_FA3_ALL_DTYPES bf16 fp16)
+set(JAX_FA3_ALL_DTYPES bf16 fp16 e4m3)

@@ -29,6 +29,22 @@ def forward_plan(
 ) -> dict[str, Any]:
     """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
 
+def forward_float8_plan(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    window_left: int,
+    window_right: int,
+    value_is_prepared: bool,
+    num_sms: int,
+) -> dict[str, Any]:
+    """Kernel, tiles, grid and "workspace_bytes" of a forward call on e4m3 arrays. Raises ValueError
+    likewise. "promote" is the number of key tiles summed by the tensor cores alone, 0 for all."""
+
 def backward_plan(
     dtype: str,
     batch: int,

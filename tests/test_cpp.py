@@ -10,10 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
-PLANS = ["src/base/shape.cc", "src/forward/plan.cc", "src/backward/plan.cc"]
+PLANS = [
+    "src/base/shape.cc",
+    "src/forward/schedule.cc",
+    "src/forward/plan.cc",
+    "src/forward_float8/plan.cc",
+    "src/backward/plan.cc",
+]
 SOURCES = {
     "plan": PLANS,
     "mask": [],
+    "prepared_value": [],
     "decode": ["src/base/shape.cc", "src/ffi/decode.cc", "src/ffi/validate.cc"],
 }
 

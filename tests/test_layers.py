@@ -29,7 +29,15 @@ PYTHON_LAYERS = [
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
 
-CPP_RANK = {"ffi": 4, "forward": 3, "backward": 3, "attention": 2, "device": 1, "base": 0}
+CPP_RANK = {
+    "ffi": 5,
+    "forward_float8": 4,
+    "forward": 3,
+    "backward": 3,
+    "attention": 2,
+    "device": 1,
+    "base": 0,
+}
 
 
 def module_of(path):

@@ -3,8 +3,8 @@
     python tools/check_kernels.py BUILD_FOLDER [--max-spill BYTES]
 
 Fails on a WGMMA-serialisation or other C75xx warning (an ignored setmaxnreg is one), on spill
-stores above the limit, on a main kernel without tensor-core (HGMMA) or TMA load (UTMALDG)
-instructions, and when a generated unit lacks a kernel. Prints one row per kernel.
+stores above the limit, on a main kernel without tensor-core (HGMMA, of 8 bits QGMMA) or TMA load
+(UTMALDG) instructions, and when a generated unit lacks a kernel. Prints one row per kernel.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pathlib import Path
 MAX_SPILL = 64  # bytes of spill stores per kernel
 BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
 MAIN_KERNEL = re.compile(r"\d(forward|backward|dquery)_kernelI")
-CONFIG = re.compile(r"\d(?:Forward|Backward)ConfigILNS_5DTypeE(\d)((?:ELi\d+)+)(?:ELb([01]))?E")
+CONFIG = re.compile(
+    r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)(?:Lb([01])E)?"
+)
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-REQUIRED = ("HGMMA", "UTMALDG")  # instructions of a main kernel
+REQUIRED = ("GMMA", "UTMALDG")  # instructions of a main kernel
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Kernel:
     registers: int = 0
     spill_stores: int = 0  # bytes
     instructions: int = 0
-    hgmma: int = 0
+    gmma: int = 0
     utmaldg: int = 0
 
     @property
@@ -49,12 +51,13 @@ class Kernel:
         config = CONFIG.search(self.mangled)
         if config is None:
             return name
-        dtype = ("bf16", "fp16")[int(config.group(1))]
-        head_dim, head_dim_v, block_m, block_n = re.findall(r"\d+", config.group(2))
+        dtype = {"0": "bf16", "1": "fp16", None: "e4m3"}[config.group(1)]
+        head_dim, head_dim_v, block_m, block_n, *promote = re.findall(r"\d+", config.group(2))
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
-        separate = ", separate dQ" if config.group(3) == "1" else ""
-        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{separate}"
+        options = ", separate dQ" if config.group(3) == "1" else ""
+        options += f", promote {promote[0]}" if promote else ""
+        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
 
 
 def read_log(log: str) -> dict[str, Kernel]:
@@ -95,7 +98,7 @@ def read_sass(kernels: dict[str, Kernel], build_object: Path) -> None:
                 current = kernels.get(match.group(1), Kernel(""))
             elif match := INSTRUCTION.match(line):
                 current.instructions += 1
-                current.hgmma += match.group(1).startswith("HGMMA")
+                current.gmma += match.group(1).startswith(("HGMMA", "QGMMA"))
                 current.utmaldg += match.group(1).startswith("UTMALDG")
     if dump.returncode != 0:
         sys.exit(f"{' '.join(command)} failed")
@@ -120,7 +123,7 @@ def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel
                 f"at most {max_spill} allowed"
             )
     for kernel in mains:
-        counts = dict(zip(REQUIRED, (kernel.hgmma, kernel.utmaldg), strict=True))
+        counts = dict(zip(REQUIRED, (kernel.gmma, kernel.utmaldg), strict=True))
         problems += [
             f"{unit}: {kernel.name}: no {instruction} instruction"
             for instruction, count in counts.items()
@@ -143,14 +146,14 @@ def main() -> int:
         sys.exit(f"{len(logs)} of {len(units)} kernel units are compiled in {args.build}")
 
     problems: list[str] = []
-    print(f"{'kernel':<52} {'registers':>9} {'spill B':>7} {'SASS':>6} {'HGMMA':>5} {'UTMALDG':>7}")
+    print(f"{'kernel':<52} {'registers':>9} {'spill B':>7} {'SASS':>6} {'GMMA':>5} {'UTMALDG':>7}")
     for log in logs:
         kernels, found = check_unit(args.build, log, args.max_spill)
         problems += found
         for k in kernels:
             print(
                 f"{k.name:<52} {k.registers:>9} {k.spill_stores:>7} {k.instructions:>6} "
-                f"{k.hgmma:>5} {k.utmaldg:>7}"
+                f"{k.gmma:>5} {k.utmaldg:>7}"
             )
     for problem in problems:
         print(f"FAILED {problem}")

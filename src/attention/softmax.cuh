@@ -139,7 +139,7 @@ struct OnlineSoftmax {
     }
   }
 
- private:
+ protected:
   // The reference of a row that has seen no key yet: any finite value gives exp2(-inf) = 0.
   CUTE_DEVICE static float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
 };

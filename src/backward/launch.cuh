@@ -42,8 +42,8 @@ Status map_of(CUtensorMap* map, const BackwardProblem& problem, const void* data
               std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim,
               int rows = Tile::kRows) {
   const Shape& s = problem.shape;
-  return make_tensor_map<Tile>(map, data != nullptr ? data : problem.workspace, s.dtype, s.batch,
-                               seqlen, heads, head_dim, rows);
+  return make_tensor_map<Tile>(map, data != nullptr ? data : problem.workspace, s.batch, seqlen,
+                               heads, head_dim, rows);
 }
 
 template <class Config>

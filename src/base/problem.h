@@ -54,6 +54,21 @@ struct ForwardProblem {
   std::int32_t* tile_counter = nullptr;  // [1], workspace
 };
 
+// Rows or keys that share a scale, where there is more than one to a head.
+constexpr int kDescaleBlock = 128;
+
+// The forward pass of e4m3 arrays; shape.dtype is the output's. The logits are
+// softmax_scale * query_descale * key_descale * (query . key).
+struct ForwardFloat8Problem : ForwardProblem {
+  const float* query_descale = nullptr;  // [b, h_q, query_descales]
+  const float* key_descale = nullptr;    // [b, h_kv, key_descales]
+  const float* value_descale = nullptr;  // [b, h_kv]
+  std::int64_t query_descales = 1;       // of a head: 1, or one for each block of rows
+  std::int64_t key_descales = 1;         // of a head: 1, or one for each block of keys
+  bool value_is_prepared = false;        // then value is [b, h_kv, d_v, padded keys]
+  void* workspace = nullptr;             // ForwardFloat8Plan::workspace_bytes, 16-byte aligned
+};
+
 struct BackwardProblem {
   Shape shape;
   MaskOptions mask;

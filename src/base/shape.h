@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/problem.h"
@@ -30,9 +31,30 @@ std::vector<int> compiled_head_dims(const Shape& shape, const std::vector<Key>& 
   return {dims.begin(), dims.end()};
 }
 
-// Why no kernel takes the shape, and the build option that would add one.
-std::string no_kernel_message(const char* direction, const Shape& shape,
+// The eligible kernels whose head dims are the smallest that hold the shape's; none if none do.
+template <class Key, class Eligible>
+std::vector<Key> fitting_kernels(const Shape& shape, const std::vector<Key>& available,
+                                 const Eligible& eligible) {
+  std::vector<Key> fitting;
+  const auto dims = [](const Key& key) { return std::pair(key.head_dim, key.head_dim_v); };
+  for (const Key& key : available) {
+    if (!eligible(key) || key.head_dim < shape.head_dim || key.head_dim_v < shape.head_dim_v) {
+      continue;
+    }
+    if (!fitting.empty() && dims(key) > dims(fitting.front())) continue;
+    if (!fitting.empty() && dims(key) < dims(fitting.front())) fitting.clear();
+    fitting.push_back(key);
+  }
+  return fitting;
+}
+
+// Why no kernel of `dtype` takes the shape, and the build option that would add one.
+std::string no_kernel_message(const char* direction, const char* dtype, const Shape& shape,
                               const std::vector<int>& head_dims);
+inline std::string no_kernel_message(const char* direction, const Shape& shape,
+                                     const std::vector<int>& head_dims) {
+  return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims);
+}
 
 // How many heads to run side by side so that their operands stay within `bytes` of L2 together:
 // groups of equal size as far as possible, at least one head.

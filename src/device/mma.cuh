@@ -23,17 +23,21 @@ CUTE_HOST_DEVICE constexpr int accumulator_col(int i) { return (i >> 2) * 8 + (i
 
 using cute::GMMA::Major;
 
+// The length of one instruction's contraction: 32 bytes.
+template <class Element>
+using StepK = cute::Int<32 / int(sizeof(Element))>;
+
 // Both operands from shared memory.
 template <class Element, int kN, Major kMajorA, Major kMajorB>
 using MmaSS = decltype(cute::make_tiled_mma(
     cute::GMMA::ss_op_selector<Element, Element, float,
-                               cute::Shape<cute::_64, cute::Int<kN>, cute::_16>, kMajorA,
+                               cute::Shape<cute::_64, cute::Int<kN>, StepK<Element>>, kMajorA,
                                kMajorB>()));
 // A from registers, B from shared memory.
 template <class Element, int kN, Major kMajorB>
 using MmaRS = decltype(cute::make_tiled_mma(
     cute::GMMA::rs_op_selector<Element, Element, float,
-                               cute::Shape<cute::_64, cute::Int<kN>, cute::_16>, Major::K,
+                               cute::Shape<cute::_64, cute::Int<kN>, StepK<Element>>, Major::K,
                                kMajorB>()));
 
 template <class Mma, int kN>
@@ -45,9 +49,10 @@ CUTE_DEVICE auto make_accumulator() {
 // An A operand in registers for a contraction over kK.
 template <class Element, int kK>
 CUTE_DEVICE auto make_operand_a() {
+  using Word = cute::Int<4 / int(sizeof(Element))>;  // elements of a register
+  using Steps = cute::Int<kK / StepK<Element>::value>;
   return cute::make_tensor<Element>(
-      cute::Layout<
-          cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kK / 16>>>{});
+      cute::Layout<cute::Shape<cute::Shape<Word, cute::_2, cute::_2>, cute::_1, Steps>>{});
 }
 
 // Rounds an accumulator (or a part of it) to 16 bits, element by element.
@@ -61,13 +66,41 @@ CUTE_DEVICE void convert(const Accumulator& source, Operand& target) {
   *reinterpret_cast<cutlass::Array<Element, kCount>*>(target.data()) = converter(from);
 }
 
+// Element v of an 8-bit operand A that convert_float8 makes is element float8_source(v) of the
+// accumulator. Of 16 columns a thread has four in a row, a pair here and a pair 8 further on; they
+// become four neighbouring positions of the contraction, so that the operand's columns are those
+// of the accumulator in another order within every 16: position 4c + i stands for column
+// 8 (i / 2) + 2c + i % 2. B must have its rows in the same order.
+CUTE_HOST_DEVICE constexpr int float8_source(int v) {
+  const int pair = v % 4 / 2, row = v / 4 % 2;
+  return v / 8 * 8 + 4 * pair + 2 * row + v % 2;
+}
+
+// Rounds an accumulator to e4m3 (saturating), as an operand A.
+template <class Accumulator, class Operand>
+CUTE_DEVICE void convert_float8(const Accumulator& source, Operand& target) {
+  using Element = cutlass::float_e4m3_t;
+  static_assert(cute::is_same_v<typename Operand::value_type, Element>);
+  constexpr int kCount = decltype(cute::size(source))::value;
+  static_assert(kCount == decltype(cute::size(target))::value);
+  cutlass::NumericArrayConverter<Element, float, 4> converter;
+  CUTE_UNROLL
+  for (int v = 0; v < kCount; v += 4) {
+    cutlass::Array<float, 4> word;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) word[i] = source(float8_source(v + i));
+    *reinterpret_cast<cutlass::Array<Element, 4>*>(&target(v)) = converter(word);
+  }
+}
+
 enum class Accumulate { kOverwrite, kAdd };
 
 // Issues C (+)= A * B for operands already partitioned (descriptors or registers) and commits
 // the group; returns before it is done. C and a register A must not be touched until
-// wait_mma has returned for this group.
+// wait_mma has returned for this group. kAdd with `keep` false, a choice made at run time, drops
+// what C held.
 template <Accumulate kMode, class Mma, class A, class B, class C>
-CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
+CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC, bool keep = true) {
   constexpr bool kRegisterA =
       !cute::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
   if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
@@ -75,8 +108,8 @@ CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC) {
   // is read before it is written stays allocated around the whole loop.
   if constexpr (kMode == Accumulate::kAdd) cute::warpgroup_fence_operand(tC);
   cute::warpgroup_arrive();
-  mma.accumulate_ =
-      kMode == Accumulate::kOverwrite ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  mma.accumulate_ = kMode == Accumulate::kOverwrite || !keep ? cute::GMMA::ScaleOut::Zero
+                                                             : cute::GMMA::ScaleOut::One;
   CUTE_UNROLL
   for (int k = 0; k < cute::size<2>(tA); ++k) {
     cute::gemm(mma, tA(cute::_, cute::_, k), tB(cute::_, cute::_, k), tC);

@@ -1,8 +1,8 @@
 // A 2-D tile in shared memory, as TMA writes it and WGMMA reads it.
 //
-// Columns are cut into chunks of one swizzled row (128 bytes, or 64 where the width is not a
-// multiple of 64 elements); a chunk holds all rows. The same bytes serve WGMMA as a K-major
-// operand (contracted along the columns) and as an MN-major one (contracted along the rows).
+// Columns are cut into chunks of one swizzled row, the widest of 128, 64 and 32 bytes that divides
+// the width; a chunk holds all rows. The same bytes serve WGMMA as a K-major operand (contracted
+// along the columns) and, if of 16 bits, as an MN-major one (contracted along the rows).
 //
 // CuTe's grammar of tensor names: the letters after the first say what is partitioned how
 // (tSrS: accumulator of S, by the MMA that makes S, in registers); s in shared memory, r in
@@ -21,23 +21,36 @@ namespace jax_fa3 {
 template <DType kDType>
 using ElementOf = cute::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
-template <class Element_, int kRows_, int kCols_, int kChunkCols_ = kCols_ % 64 == 0 ? 64 : 32>
+template <class Element>
+constexpr int chunk_cols(int cols) {
+  constexpr int kSize = sizeof(Element);
+  return (cols * kSize % 128 == 0 ? 128 : cols * kSize % 64 == 0 ? 64 : 32) / kSize;
+}
+
+template <class Element_, int kRows_, int kCols_, int kChunkCols_ = chunk_cols<Element_>(kCols_)>
 struct SmemTile {
   using Element = Element_;
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kChunkCols = kChunkCols_;
+  static constexpr int kChunkBytes = kChunkCols * int(sizeof(Element));
   static constexpr int kChunks = kCols / kChunkCols;
   static constexpr int kChunkElements = kRows * kChunkCols;
   static constexpr int kElements = kRows * kCols;
   static constexpr int kBytes = kElements * sizeof(Element);
-  static_assert(sizeof(Element) == 2 && kRows % 8 == 0 && kCols % kChunkCols == 0);
-  static_assert(kChunkCols == 64 || kChunkCols == 32);
+  static_assert(sizeof(Element) <= 2 && kRows % 8 == 0 && kCols % kChunkCols == 0);
+  static_assert(kChunkBytes == 128 || kChunkBytes == 64 || kChunkBytes == 32);
 
-  using AtomK = cute::conditional_t<kChunkCols == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
-  using AtomMn = cute::conditional_t<kChunkCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  // The swizzle by the chunk's bytes: 128, 64 or 32.
+  template <class Atom128, class Atom64, class Atom32>
+  using BySwizzle = cute::conditional_t<kChunkBytes == 128, Atom128,
+                                        cute::conditional_t<kChunkBytes == 64, Atom64, Atom32>>;
+  using AtomK =
+      BySwizzle<cute::GMMA::Layout_K_SW128_Atom<Element>, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                cute::GMMA::Layout_K_SW32_Atom<Element>>;
+  using AtomMn =
+      BySwizzle<cute::GMMA::Layout_MN_SW128_Atom<Element>, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                cute::GMMA::Layout_MN_SW32_Atom<Element>>;
   // (row, col)
   using Layout =
       decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
@@ -75,7 +88,7 @@ struct SmemTile {
 
   // Zeroes rows [first_row, kRows), with `threads` threads of which this is number `thread`.
   CUTE_DEVICE static void zero_rows_from(Element* data, int first_row, int thread, int threads) {
-    constexpr int kVectorsPerRow = kChunkCols * int(sizeof(Element)) / 16;
+    constexpr int kVectorsPerRow = kChunkBytes / 16;
     const int vectors = (kRows - first_row) * kVectorsPerRow;
     CUTE_NO_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {

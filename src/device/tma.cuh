@@ -1,4 +1,5 @@
-// TMA: tensor maps of (batch, seq, heads, head_dim) arrays, tile loads and stores.
+// TMA: tensor maps of (batch, seq, heads, head_dim) and (batch, heads, rows, cols) arrays, tile
+// loads and stores.
 #pragma once
 
 #include <cuda.h>
@@ -21,34 +22,56 @@ constexpr std::uint64_t kEvictFirst =
 constexpr std::uint64_t kEvictLast =
     static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 
-// The map of a dense (batch, seqlen, heads, head_dim) array of 16-bit elements, in boxes of
-// kRows rows of one head by one chunk of columns. Elements outside the array read as zero and
-// are not written. An empty extent becomes 1: such a map is never used to load or store.
+template <class Element>
+constexpr CUtensorMapDataType tensor_map_type() {
+  if (sizeof(Element) == 1) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (cute::is_same_v<Element, cutlass::bfloat16_t>) return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (cute::is_same_v<Element, cutlass::half_t>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return CU_TENSOR_MAP_DATA_TYPE_UINT16;
+}
+
+// The map of a dense array of Tile's elements, in boxes of one chunk of Tile's columns; extents and
+// box in elements, innermost first. Elements outside the array read as zero and are not written.
+// An empty extent becomes 1: such a map is never used to load or store.
 template <class Tile>
-Status make_tensor_map(CUtensorMap* map, const void* data, DType dtype, std::int64_t batch,
-                       std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim,
-                       int rows = Tile::kRows) {
-  const auto extent = [](std::int64_t n) { return static_cast<cuuint64_t>(n > 0 ? n : 1); };
-  const cuuint64_t extents[4] = {extent(head_dim), extent(heads), extent(seqlen), extent(batch)};
-  const cuuint64_t row_bytes = extents[0] * sizeof(typename Tile::Element);
-  const cuuint64_t strides[3] = {row_bytes, row_bytes * extents[1],
-                                 row_bytes * extents[1] * extents[2]};
-  const cuuint32_t box[4] = {Tile::kChunkCols, 1, static_cast<cuuint32_t>(rows), 1};
+Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t (&shape)[4],
+                         const cuuint32_t (&box)[4]) {
+  cuuint64_t extents[4], strides[4];  // strides in bytes
+  for (int i = 0; i < 4; ++i) {
+    extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
+    strides[i] = extents[i] * (i == 0 ? sizeof(typename Tile::Element) : strides[i - 1]);
+  }
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
-      map,
-      dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(data), extents, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      Tile::kChunkCols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      map, tensor_map_type<typename Tile::Element>(), 4, const_cast<void*>(data), extents, strides,
+      box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      Tile::kChunkBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+      : Tile::kChunkBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                : CU_TENSOR_MAP_SWIZZLE_32B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return internal_error("cuTensorMapEncodeTiled returned CUresult " + std::to_string(result) +
-                          " for an array of shape (" + std::to_string(batch) + ", " +
-                          std::to_string(seqlen) + ", " + std::to_string(heads) + ", " +
-                          std::to_string(head_dim) + ")");
+                          " for an array of shape (" + std::to_string(shape[3]) + ", " +
+                          std::to_string(shape[2]) + ", " + std::to_string(shape[1]) + ", " +
+                          std::to_string(shape[0]) + ")");
   }
   return {};
+}
+
+// A (batch, seqlen, heads, head_dim) array, in boxes of `rows` rows of one head.
+template <class Tile>
+Status make_tensor_map(CUtensorMap* map, const void* data, std::int64_t batch, std::int64_t seqlen,
+                       std::int64_t heads, std::int64_t head_dim, int rows = Tile::kRows) {
+  return encode_tensor_map<Tile>(map, data, {head_dim, heads, seqlen, batch},
+                                 {Tile::kChunkCols, 1, static_cast<cuuint32_t>(rows), 1});
+}
+
+// A (batch, heads, rows, cols) array, in boxes of Tile's rows of one head.
+template <class Tile>
+Status make_plane_map(CUtensorMap* map, const void* data, std::int64_t batch, std::int64_t heads,
+                      std::int64_t rows, std::int64_t cols) {
+  return encode_tensor_map<Tile>(map, data, {cols, rows, heads, batch},
+                                 {Tile::kChunkCols, Tile::kRows, 1, 1});
 }
 
 // Loads the rows of one box (make_tensor_map's `rows`) from `row` of one head to `smem_row` of the
@@ -71,6 +94,19 @@ CUTE_DEVICE void load_tile(const CUtensorMap& map, TransactionBarrier& barrier,
                            std::uint64_t cache_hint, typename Tile::Element* smem, int row,
                            int head, int batch) {
   load_rows<Tile>(map, barrier, cache_hint, smem, 0, row, head, batch);
+}
+
+// Loads columns [col, col + kCols) of the rows of one head, of a map by make_plane_map.
+template <class Tile>
+CUTE_DEVICE void load_plane(const CUtensorMap& map, TransactionBarrier& barrier,
+                            std::uint64_t cache_hint, typename Tile::Element* smem, int col,
+                            int head, int batch) {
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
+                                 smem + chunk * Tile::kChunkElements,
+                                 col + chunk * Tile::kChunkCols, 0, head, batch);
+  }
 }
 
 // Loads `bytes` contiguous bytes, a multiple of 16. One thread calls it.

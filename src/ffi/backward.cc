@@ -28,8 +28,8 @@ Status run(const BackwardBuffers& buffers, const Options& options, cudaStream_t 
   JFA_CHECK_OK(validate(problem, device));
   JFA_TRY(num_sms, num_sms_to_fill(device, options.sm_margin));
   JFA_TRY(chosen, plan(problem, num_sms));
-  JFA_CHECK_OK(
-      validate_workspace(chosen, static_cast<std::int64_t>(buffers.workspace.size_bytes())));
+  JFA_CHECK_OK(validate_workspace(chosen.workspace_bytes,
+                                  static_cast<std::int64_t>(buffers.workspace.size_bytes())));
   if (problem.shape.batch == 0) return {};
   return dispatch_backward(chosen, problem, stream);
 }

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/prepared_value.h"
 #include "base/text.h"
 #include "ffi/error.h"
 
@@ -57,6 +58,28 @@ StatusOr<Shape> decode_shape(const AnyBuffer& query, const AnyBuffer& key, const
   shape.head_dim = q[3];
   shape.head_dim_v = value.dimensions()[3];
   return shape;
+}
+
+StatusOr<DType> decode_16_bit(const char* name, const AnyBuffer& buffer) {
+  const DataType type = buffer.element_type();
+  if (type == DataType::BF16) return DType::kBF16;
+  if (type == DataType::F16) return DType::kFP16;
+  return invalid_argument(concat(name, " must be BF16 or F16, got ", type));
+}
+
+// The scales of query or key: [batch, heads, 1] or one for each 128 rows.
+Status decode_descale(const char* name, const AnyBuffer& buffer, std::int64_t batch,
+                      std::int64_t heads, std::int64_t seqlen, const float** pointer,
+                      std::int64_t* count) {
+  JFA_CHECK_OK(expect(name, buffer, DataType::F32, {batch, heads, -1}));
+  *count = buffer.dimensions()[2];
+  const std::int64_t blocks = ceil_div<std::int64_t>(seqlen, kDescaleBlock);
+  if (*count != 1 && *count != blocks) {
+    return invalid_argument(concat(name, " must have 1 or ", blocks, " scales of a head (one for ",
+                                   kDescaleBlock, " rows), got ", *count));
+  }
+  *pointer = static_cast<const float*>(buffer.untyped_data());
+  return {};
 }
 
 // Takes the optional operands one after the other.
@@ -123,6 +146,58 @@ StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Opt
   problem.out = buffers.out.untyped_data();
   problem.lse = static_cast<float*>(buffers.lse.untyped_data());
   problem.tile_counter = static_cast<std::int32_t*>(buffers.tile_counter.untyped_data());
+  Optionals optionals(buffers.rest);
+  JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
+  return problem;
+}
+
+StatusOr<ForwardFloat8Problem> decode_forward_float8(const ForwardFloat8Buffers& buffers,
+                                                     const Options& options,
+                                                     bool value_is_prepared) {
+  ForwardFloat8Problem problem;
+  Shape& s = problem.shape;
+  constexpr DataType kType = DataType::F8E4M3FN;
+  JFA_CHECK_OK(expect("query", buffers.query, kType, {-1, -1, -1, -1}));
+  const auto q = buffers.query.dimensions();
+  JFA_CHECK_OK(expect("key", buffers.key, kType, {q[0], -1, -1, q[3]}));
+  const auto k = buffers.key.dimensions();
+  const std::int64_t padded = padded_keys(k[1]);
+  JFA_CHECK_OK(
+      expect("value", buffers.value, kType,
+             value_is_prepared ? Extents{q[0], k[2], -1, padded} : Extents{q[0], k[1], k[2], -1}));
+  JFA_TRY(out_type, decode_16_bit("out", buffers.out));
+  s.dtype = out_type;
+  s.batch = q[0];
+  s.seqlen_q = q[1];
+  s.seqlen_k = k[1];
+  s.num_heads_q = q[2];
+  s.num_heads_kv = k[2];
+  s.head_dim = q[3];
+  s.head_dim_v = buffers.value.dimensions()[value_is_prepared ? 2 : 3];
+  JFA_CHECK_OK(expect("out", buffers.out, buffers.out.element_type(),
+                      {s.batch, s.seqlen_q, s.num_heads_q, s.head_dim_v}));
+  JFA_CHECK_OK(expect("lse", buffers.lse, DataType::F32, {s.batch, s.num_heads_q, s.seqlen_q}));
+  JFA_CHECK_OK(expect("tile_counter", buffers.tile_counter, DataType::S32, {1}));
+  JFA_CHECK_OK(expect("workspace", buffers.workspace, DataType::U8, {-1}));
+  JFA_CHECK_OK(decode_descale("query_descale", buffers.query_descale, s.batch, s.num_heads_q,
+                              s.seqlen_q, &problem.query_descale, &problem.query_descales));
+  JFA_CHECK_OK(decode_descale("key_descale", buffers.key_descale, s.batch, s.num_heads_kv,
+                              s.seqlen_k, &problem.key_descale, &problem.key_descales));
+  JFA_CHECK_OK(
+      expect("value_descale", buffers.value_descale, DataType::F32, {s.batch, s.num_heads_kv}));
+  if (options.has_dlse) return invalid_argument("has_dlse must be false in the forward pass");
+
+  problem.mask = mask_of(options);
+  problem.softmax_scale = options.scale;
+  problem.value_is_prepared = value_is_prepared;
+  problem.query = buffers.query.untyped_data();
+  problem.key = buffers.key.untyped_data();
+  problem.value = buffers.value.untyped_data();
+  problem.value_descale = static_cast<const float*>(buffers.value_descale.untyped_data());
+  problem.out = buffers.out.untyped_data();
+  problem.lse = static_cast<float*>(buffers.lse.untyped_data());
+  problem.tile_counter = static_cast<std::int32_t*>(buffers.tile_counter.untyped_data());
+  problem.workspace = buffers.workspace.untyped_data();
   Optionals optionals(buffers.rest);
   JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
   return problem;

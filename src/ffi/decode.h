@@ -19,6 +19,20 @@ struct ForwardBuffers {
   xla::ffi::AnyBuffer tile_counter;
 };
 
+struct ForwardFloat8Buffers {
+  xla::ffi::AnyBuffer query;
+  xla::ffi::AnyBuffer key;
+  xla::ffi::AnyBuffer value;
+  xla::ffi::AnyBuffer query_descale;
+  xla::ffi::AnyBuffer key_descale;
+  xla::ffi::AnyBuffer value_descale;
+  xla::ffi::RemainingArgs rest;  // index arrays, those that `options` announces
+  xla::ffi::AnyBuffer out;
+  xla::ffi::AnyBuffer lse;
+  xla::ffi::AnyBuffer tile_counter;
+  xla::ffi::AnyBuffer workspace;
+};
+
 struct BackwardBuffers {
   xla::ffi::AnyBuffer query;
   xla::ffi::AnyBuffer key;
@@ -34,6 +48,9 @@ struct BackwardBuffers {
 };
 
 StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Options& options);
+StatusOr<ForwardFloat8Problem> decode_forward_float8(const ForwardFloat8Buffers& buffers,
+                                                     const Options& options,
+                                                     bool value_is_prepared);
 StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const Options& options);
 
 }  // namespace jax_fa3

@@ -7,6 +7,7 @@ struct XLA_FFI_Error;
 struct XLA_FFI_CallFrame;
 
 XLA_FFI_Error* jax_fa3_forward(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* jax_fa3_forward_float8(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* jax_fa3_backward(XLA_FFI_CallFrame* call_frame);
 
 }  // extern "C"

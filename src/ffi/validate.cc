@@ -64,6 +64,14 @@ Status validate(const ForwardProblem& problem, const Device& device) {
       concat("rescale_threshold must be non-negative and finite, got ", problem.rescale_threshold));
 }
 
+Status validate(const ForwardFloat8Problem& problem, const Device& device) {
+  JFA_CHECK_OK(check_common(problem, device));
+  JFA_CHECK_OK(check_aligned(kWordAlignment, {{"query_descale", problem.query_descale},
+                                              {"key_descale", problem.key_descale},
+                                              {"value_descale", problem.value_descale}}));
+  return check_aligned(kTmaAlignment, {{"workspace", problem.workspace}});
+}
+
 Status validate(const BackwardProblem& problem, const Device& device) {
   JFA_CHECK_OK(check_common(problem, device));
   JFA_CHECK_OK(check_aligned(kWordAlignment, {{"dlse", problem.dlse}}));
@@ -81,10 +89,10 @@ StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin) {
   return std::max(1, device.num_sms - sm_margin);
 }
 
-Status validate_workspace(const BackwardPlan& plan, std::int64_t workspace_bytes) {
-  if (workspace_bytes >= plan.workspace_bytes) return {};
+Status validate_workspace(std::int64_t needed_bytes, std::int64_t workspace_bytes) {
+  if (workspace_bytes >= needed_bytes) return {};
   return invalid_argument(
-      concat("workspace must have ", plan.workspace_bytes, " bytes, got ", workspace_bytes));
+      concat("workspace must have ", needed_bytes, " bytes, got ", workspace_bytes));
 }
 
 }  // namespace jax_fa3

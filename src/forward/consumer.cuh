@@ -20,7 +20,7 @@ template <class T>
 struct ForwardConsumer {
   using NamedBarrier = cutlass::arch::NamedBarrier;
 
-  const ForwardParams& p;
+  const typename T::Params& p;
   typename T::SharedStorage& shared;
   const int warpgroup;  // 0 .. kConsumers - 1
 

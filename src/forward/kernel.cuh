@@ -1,19 +1,18 @@
 // FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, one TMA producer thread,
-// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule.
+// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule. Traits and
+// Consumer are those of the operands' type: forward/ for 16 bits, forward_float8/ for 8.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "forward/consumer.cuh"
 #include "forward/producer.cuh"
 #include "forward/unspecialised.cuh"
 
 namespace jax_fa3 {
 
-template <class Config>
-__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
-  using T = ForwardTraits<Config>;
+template <class T, class Consumer>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    forward_kernel(const __grid_constant__ typename T::Params p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, 1)
     if (threadIdx.x == 0) produce<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    ForwardConsumer<T>{p, shared, warpgroup - 1}.run();
+    Consumer{p, shared, warpgroup - 1}.run();
   }
 }
 

@@ -8,16 +8,12 @@
 #include "base/problem.h"
 #include "base/status.h"
 #include "forward/config.h"
+#include "forward/schedule.h"
 
 namespace jax_fa3 {
 
-struct ForwardPlan {
+struct ForwardPlan : TileOrder {
   ForwardKey key;
-  std::int32_t num_m_blocks;     // work tiles along the queries of one (batch, head)
-  std::int32_t heads_per_group;  // (batch, head) pairs whose K and V are live in L2 at once
-  bool longest_first;            // tiles differ in length: deepest rows first, from a counter
-  std::int64_t num_tiles;        // work tiles in all
-  std::int32_t grid;             // persistent CTAs
 };
 
 // `available` is the list of kernels to choose from (forward/dispatch.h has the compiled ones).

@@ -9,7 +9,7 @@
 namespace jax_fa3 {
 
 template <class T>
-CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
   TileNumbers::Cursor tiles_cursor;
   typename T::Cursor key_cursor, value_cursor;
@@ -51,8 +51,8 @@ CUTE_DEVICE void produce(const ForwardParams& p, typename T::SharedStorage& shar
       if (n == keys.end - 1) load_queries();  // after the first K, which does not wait for them
       if (n < keys.end - 1) {
         auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
-        load_tile<typename T::VTile>(p.value, full, kEvictLast, shared.value[value_cursor.stage],
-                                     (n + 1) * T::kBlockN, head_kv, tile.batch);
+        T::load_value(p, full, shared.value[value_cursor.stage], (n + 1) * T::kBlockN, head_kv,
+                      tile.batch);
         value_cursor.advance();
       }
     }

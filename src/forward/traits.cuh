@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/scheduler.cuh"
+#include "attention/softmax.cuh"
 #include "device/mma.cuh"
 #include "device/pipeline.cuh"
 #include "forward/config.h"
@@ -27,25 +28,21 @@ struct ForwardParams {
   float* lse;  // [b, h_q, s_q]
 };
 
+// The operands of a Config: element types, tiles in shared memory, matrix products.
 template <class Config>
-struct ForwardTraits {
+struct ForwardOperands {
+  using Params = ForwardParams;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
 
-  // Roles: warpgroup 0 produces, the others consume 64 query rows each.
-  static constexpr int kConsumers = kBlockM / kWarpgroupRows;
+  // What an ablation build may leave out.
   static constexpr bool kSpecialised = Config::kSpecialised;
-  static constexpr int kThreads = (kConsumers + kSpecialised) * kWarpgroupThreads;
   static constexpr bool kPingPong = Config::kPingPong;
   static constexpr bool kOverlap = Config::kOverlap;
   static constexpr bool kConditionalRescale = Config::kConditionalRescale;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-  static_assert(kConsumers == 2 || kConsumers == 3);
-  static_assert(kConsumerRegisters * kConsumers + kProducerRegisters <= 512);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using KTile = SmemTile<Element, kBlockN, kHeadDim>;
@@ -55,6 +52,29 @@ struct ForwardTraits {
   // S = Q K^T, O += P V with P from registers.
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
   using MmaO = MmaRS<Element, kHeadDimV, Major::MN>;
+  using Softmax = OnlineSoftmax;
+
+  CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
+                                     int key, int head, int batch) {
+    load_tile<VTile>(p.value, full, kEvictLast, smem, key, head, batch);
+  }
+};
+
+// What follows from the operands' tiles: thread roles, stages and shared memory.
+template <class Operands>
+struct ForwardLayout : Operands {
+  using typename Operands::KTile;
+  using typename Operands::OTile;
+  using typename Operands::QTile;
+  using typename Operands::VTile;
+
+  // Roles: warpgroup 0 produces, the others consume 64 query rows each.
+  static constexpr int kConsumers = Operands::kBlockM / kWarpgroupRows;
+  static constexpr int kThreads = (kConsumers + Operands::kSpecialised) * kWarpgroupThreads;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static_assert(kConsumers == 2 || kConsumers == 3);
+  static_assert(kConsumerRegisters * kConsumers + kProducerRegisters <= 512);
 
   // As many stages as shared memory holds beside Q, up to four. O has a buffer of its own where
   // that still leaves two stages; then the next Q loads while the last P V runs. Elsewhere O is
@@ -72,16 +92,20 @@ struct ForwardTraits {
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
-    alignas(1024) Element query[QTile::kElements];
-    alignas(1024) Element key[kStages][KTile::kElements];
-    alignas(1024) Element value[kStages][VTile::kElements];
-    alignas(1024) Element own_output[kOwnOutput ? OTile::kElements : 8];
+    using Output = typename OTile::Element;
+
+    alignas(1024) typename QTile::Element query[QTile::kElements];
+    alignas(1024) typename KTile::Element key[kStages][KTile::kElements];
+    alignas(1024) typename VTile::Element value[kStages][VTile::kElements];
+    alignas(1024) Output own_output[kOwnOutput ? OTile::kElements : 8];
     TileNumbers tiles;
     RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;
 
-    CUTE_DEVICE Element* output() { return kOwnOutput ? own_output : query; }
+    CUTE_DEVICE Output* output() {
+      return kOwnOutput ? own_output : reinterpret_cast<Output*>(query);
+    }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -91,5 +115,8 @@ struct ForwardTraits {
     kOutput = kConsumers,  // + w: all of consumer w; 128 threads
   };
 };
+
+template <class Config>
+using ForwardTraits = ForwardLayout<ForwardOperands<Config>>;
 
 }  // namespace jax_fa3

@@ -180,15 +180,94 @@ void refuses_values() {
   CHECK(num_sms_to_fill(kHopper, 20).value() == 112);
   CHECK(num_sms_to_fill(kHopper, 200).value() == 1);
   CHECK_REFUSES(num_sms_to_fill(kHopper, -1).status(), "sm_margin must be non-negative, got -1");
-  BackwardPlan plan{};
-  plan.workspace_bytes = 4097;
-  CHECK_REFUSES(validate_workspace(plan, 4096), "workspace must have 4097 bytes, got 4096");
+  CHECK_REFUSES(validate_workspace(4097, 4096), "workspace must have 4097 bytes, got 4096");
+  CHECK(validate_workspace(4096, 4096).ok());
+}
+
+struct Float8Call {
+  ffi::DataType dtype = ffi::DataType::F8E4M3FN;
+  ffi::DataType out_dtype = ffi::DataType::F16;
+  Dims query{2, 300, 6, 64};
+  Dims key{2, 200, 3, 64};
+  Dims value{2, 200, 3, 48};
+  Dims query_descale{2, 6, 3};
+  Dims key_descale{2, 3, 1};
+  Dims value_descale{2, 3};
+  Dims out{2, 300, 6, 48};
+  bool value_is_prepared = false;
+  std::uintptr_t workspace_address = 0;
+  std::vector<std::pair<ffi::DataType, Dims>> optionals;
+  Options options = Call().options;
+
+  StatusOr<ForwardFloat8Problem> decode() const {
+    constexpr auto kF32 = ffi::DataType::F32;
+    Buffers b;
+    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
+    return decode_forward_float8(
+        {b.make(dtype, query), b.make(dtype, key), b.make(dtype, value),
+         b.make(kF32, query_descale), b.make(kF32, key_descale), b.make(kF32, value_descale),
+         b.optionals(), b.make(out_dtype, out), b.make(kF32, {2, 6, 300}),
+         b.make(ffi::DataType::S32, {1}), b.make(ffi::DataType::U8, {4096}, workspace_address)},
+        options, value_is_prepared);
+  }
+};
+
+void decodes_float8() {
+  Float8Call call;
+  call.options.has_key_lengths = true;
+  call.optionals = {{ffi::DataType::S32, {2}}};
+  const auto plain = call.decode();
+  CHECK_DETAIL(plain.ok(), plain.status().message());
+  const ForwardFloat8Problem& problem = plain.value();
+  CHECK(problem.shape.dtype == DType::kFP16);
+  CHECK(problem.shape.seqlen_q == 300 && problem.shape.seqlen_k == 200);
+  CHECK(problem.shape.num_heads_q == 6 && problem.shape.num_heads_kv == 3);
+  CHECK(problem.shape.head_dim == 64 && problem.shape.head_dim_v == 48);
+  CHECK(problem.query_descales == 3 && problem.key_descales == 1);
+  CHECK(problem.query_descale && problem.key_descale && problem.value_descale);
+  CHECK(problem.index.key_lengths && !problem.index.query_lengths);
+  CHECK(!problem.value_is_prepared && problem.workspace);
+  CHECK(validate(problem, kHopper).ok());
+  CHECK_REFUSES(validate(problem, {10, 0, 148}), "got 10.0");
+
+  call.value_is_prepared = true;
+  call.value = {2, 3, 48, 256};
+  const auto prepared = call.decode();
+  CHECK_DETAIL(prepared.ok(), prepared.status().message());
+  CHECK(prepared.value().shape.head_dim_v == 48 && prepared.value().shape.seqlen_k == 200);
+}
+
+void refuses_float8() {
+  const auto refuses = [](const auto& change, const char* part) {
+    Float8Call call;
+    change(call);
+    CHECK_REFUSES(call.decode().status(), part);
+  };
+  using C = Float8Call;
+  refuses([](C& c) { c.dtype = ffi::DataType::BF16; }, "query must be F8E4M3FN, got BF16");
+  refuses([](C& c) { c.out_dtype = ffi::DataType::F32; }, "out must be BF16 or F16, got F32");
+  refuses([](C& c) { c.out = {2, 300, 6, 64}; }, "out must have shape [2, 300, 6, 48]");
+  refuses([](C& c) { c.value_is_prepared = true; }, "value must have shape [2, 3, -1, 256]");
+  refuses(
+      [](C& c) {
+        c.query_descale = {2, 6, 2};
+      },
+      "query_descale must have 1 or 3 scales of a head (one for 128 rows), got 2");
+  refuses([](C& c) { c.key_descale = {2, 6, 2}; }, "key_descale must have shape [2, 3, -1]");
+  refuses([](C& c) { c.value_descale = {2, 3, 1}; }, "value_descale must have shape [2, 3]");
+  refuses([](C& c) { c.options.has_dlse = true; }, "has_dlse");
+  refuses([](C& c) { c.options.has_key_lengths = true; }, "key_value_seq_lengths");
+  Float8Call call;
+  call.workspace_address = 4104;
+  CHECK_REFUSES(validate(call.decode().value(), kHopper), "workspace must be aligned to 16 bytes");
 }
 
 }  // namespace
 }  // namespace jax_fa3
 
 int main() {
+  jax_fa3::decodes_float8();
+  jax_fa3::refuses_float8();
   jax_fa3::decodes();
   jax_fa3::refuses_buffers();
   jax_fa3::refuses_values();

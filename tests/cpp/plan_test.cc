@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "forward/plan.h"
+#include "forward_float8/plan.h"
 
 namespace jax_fa3 {
 namespace {
@@ -180,8 +181,73 @@ void refusals() {
   CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
 }
 
+const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128, 0},   {64, 64, 128, 128, 0},
+                                               {64, 64, 128, 128, 4},   {128, 128, 128, 128, 0},
+                                               {128, 128, 128, 128, 4}, {192, 128, 128, 128, 0},
+                                               {256, 256, 128, 128, 0}};
+
+ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kDense, bool prepared = true) {
+  const auto plan = plan_forward_float8(s, mask, prepared, kFloat8, kSms);
+  CHECK_DETAIL(plan.ok(), plan.status().message());
+  return plan.value();
+}
+
+void float8_tiles() {
+  CHECK(float8(shape(1, 512, 4, 80)).key.head_dim == 128);
+  CHECK(float8(shape(1, 512, 4, 208)).key.head_dim == 256);
+  CHECK(float8(shape(1, 16384 / 2, 16, 64)).key.block_m == 192);
+  Shape values = shape(1, 512, 4, 144);
+  values.head_dim_v = 96;
+  CHECK(float8(values).key.head_dim == 192 && float8(values).key.head_dim_v == 128);
+  CHECK(float8(shape(1, 4096, 16, 128), kCausal).longest_first);
+  CHECK(float8(shape(8, 16384, 16, 128)).grid == kSms);
+  // Operands of one byte: twice as many heads are a group of as many bytes.
+  const Shape many = shape(64, 2048, 32, 128);
+  CHECK(forward(many, kCausal).heads_per_group == 1);
+  CHECK(float8(many, kCausal).heads_per_group == 2);
+}
+
+void float8_promotes_where_rows_see_many_keys() {
+  CHECK(float8(shape(1, kPromoteAboveKeys, 4, 128)).key.promote == 0);
+  CHECK(float8(shape(1, kPromoteAboveKeys + 1, 4, 128)).key.promote == 4);
+  CHECK(float8(shape(1, 1 << 17, 4, 128), kCausal).key.promote == 4);
+  CHECK(float8(shape(1, 1 << 17, 4, 128), {1024, 0, 0}).key.promote == 0);
+  CHECK(float8(shape(1, 1 << 17, 4, 256)).key.promote == 0);  // no such kernel
+}
+
+void float8_workspace() {
+  Shape s = shape(3, 1000, 6, 80);
+  s.num_heads_kv = 2;
+  CHECK(float8(s).workspace_bytes == 0 && float8(s).transpose_blocks == 0);
+  CHECK(float8(s, kDense, false).workspace_bytes == 3 * 2 * 80 * 1024);
+  CHECK(float8(s, kDense, false).transpose_blocks == 3 * 2 * 2 * 8);
+  s.seqlen_k = 0;
+  CHECK(float8(s, kDense, false).workspace_bytes == 0 && float8(s).num_tiles > 0);
+  CHECK(float8(shape(0, 512, 4, 64), kDense, false).num_tiles == 0);
+}
+
+void float8_refusals() {
+  const auto refuses = [](const Shape& s, const char* part) {
+    CHECK_REFUSES(plan_forward_float8(s, kDense, false, kFloat8, kSms).status(), part);
+  };
+  refuses(shape(1, 1, 1, 72), "head_dim must be a multiple of 16 for float8");
+  Shape s = shape(1, 1, 1, 64);
+  s.head_dim_v = 24;
+  refuses(s, "head_dim_v must be a multiple of 16 for float8 (rows of whole 16 bytes), got 24");
+  s = shape(1, 1, 1, 64);
+  s.head_dim_v = 272;
+  refuses(s, "head_dim_v must be a multiple of 8 in [8, 256], got 272");
+  refuses(shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128), "64-bit");
+  CHECK_REFUSES(
+      plan_forward_float8(shape(1, 1, 1, 256), kDense, false, {kFloat8[0]}, kSms).status(),
+      "no forward kernel for e4m3 head_dim=256: this build has e4m3 head dims [64]");
+  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, false, kFloat8, 0).status(),
+                "num_sms");
+}
+
 void printable() {
   CHECK(test::contains(to_string(forward(shape(1, 512, 4, 64))), "forward bf16 head_dim=64/64"));
+  CHECK(test::contains(to_string(float8(shape(1, 512, 4, 64))), "forward float8 head_dim=64/64"));
   CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "separate dQ"));
 }
 
@@ -199,6 +265,10 @@ int main() {
   jax_fa3::separate_dq_where_it_is_faster();
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
+  jax_fa3::float8_tiles();
+  jax_fa3::float8_promotes_where_rows_see_many_keys();
+  jax_fa3::float8_workspace();
+  jax_fa3::float8_refusals();
   jax_fa3::printable();
   return jax_fa3::test::finish();
 }

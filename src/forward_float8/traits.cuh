@@ -1,0 +1,76 @@
+// What a float8 forward Config makes of the forward kernel: operands of one byte, V transposed.
+#pragma once
+
+#include "attention/prepared_value.h"
+#include "attention/softmax_float8.cuh"
+#include "forward/traits.cuh"
+#include "forward_float8/config.h"
+
+namespace jax_fa3 {
+
+// rescale_threshold has no meaning: O is rescaled whenever a row maximum grows.
+struct ForwardFloat8Params : ForwardParams {
+  const float* query_descale;  // [b, h_q, query_descales]
+  const float* key_descale;    // [b, h_kv, key_descales]
+  const float* value_descale;  // [b, h_kv]
+  int query_descales;          // of a head: 1, or one for each kDescaleBlock rows
+  int key_descales;
+  bool out_is_fp16;  // else bf16
+};
+
+template <class Config>
+struct ForwardFloat8Operands {
+  using Params = ForwardFloat8Params;
+  using Element = cutlass::float_e4m3_t;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kHeadDimV = Config::kHeadDimV;
+  static constexpr int kBlockM = Config::kBlockM;
+  static constexpr int kBlockN = Config::kBlockN;
+  static constexpr int kPromote = Config::kPromote;
+  static constexpr bool kSpecialised = true;
+  static constexpr bool kPingPong = true;
+  static_assert(kDescaleBlock % kBlockN == 0, "a key tile has one scale");
+  static_assert(kDescaleBlock % kWarpgroupRows == 0, "a warpgroup's rows have one scale");
+  static_assert(kPreparedBlock % kBlockN == 0, "tiles end where prepared value ends");
+  static_assert(kPromote >= 0 && (kPromote & (kPromote - 1)) == 0);
+
+  using QTile = SmemTile<Element, kBlockM, kHeadDim>;
+  using KTile = SmemTile<Element, kBlockN, kHeadDim>;
+  using VTile = SmemTile<Element, kHeadDimV, kBlockN>;        // V^T, prepared
+  using OTile = SmemTile<std::uint16_t, kBlockM, kHeadDimV>;  // bits of bf16 or fp16
+
+  // S = Q K^T, O += P V with P from registers. 8-bit WGMMA takes K-major operands only.
+  using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
+  using MmaO = MmaRS<Element, kHeadDimV, Major::K>;
+  using Softmax = Float8Softmax;
+
+  CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
+                                     int key, int head, int batch) {
+    load_plane<VTile>(p.value, full, kEvictLast, smem, key, head, batch);
+  }
+};
+
+template <class Config>
+using ForwardFloat8Traits = ForwardLayout<ForwardFloat8Operands<Config>>;
+
+// Prepared value's order of keys is the one in which convert_float8 hands over scores: for each
+// thread and element of a k-step's operand A, its position in the contraction, as a key, is the
+// column of the accumulator's element that it is made of, and the rows are the same.
+constexpr bool scores_meet_prepared_value() {
+  constexpr int kRows = kWarpgroupRows, kStep = 32;
+  const cute::GMMA::ALayout_64x32 operand;
+  const cute::GMMA::CLayout_64x32 scores;
+  for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
+    for (int v = 0; v < 16; ++v) {
+      const int a = operand(thread, v), c = scores(thread, float8_source(v));
+      const int position = a / kRows;
+      const int key =
+          position / kPreparedGroup * kPreparedGroup + prepared_key(position % kPreparedGroup);
+      if (position >= kStep || a % kRows != c % kRows || key != c / kRows) return false;
+    }
+  }
+  return true;
+}
+static_assert(scores_meet_prepared_value());
+
+}  // namespace jax_fa3
