@@ -2,6 +2,7 @@
 #
 #   make setup        the virtual environment, and the package built in place
 #   make demo         train a small Flax Transformer, compare with jax.nn
+#   make demo-float8  the same model with attention's forward pass in bfloat16 and in float8
 #   make demo-mesh    the same model on a mesh: eight simulated devices, or this machine's GPUs
 #   make test         the test suite; needs no GPU
 #   make kernels      compile every kernel, on any machine, and check what came out
@@ -10,6 +11,7 @@
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
+#   make bench-accuracy   errors on inputs with outliers, on any machine
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
@@ -48,12 +50,15 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety ablation-builds bench-ablation bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
 demo: inplace
 	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
+
+demo-float8: inplace
+	PYTHONPATH=. $(PYTHON) examples/train_float8.py
 
 # Interrupted and taken up again; the flag does nothing to GPUs.
 demo-mesh: export XLA_FLAGS += --xla_force_host_platform_device_count=8
@@ -97,6 +102,9 @@ ablation-builds:
 
 bench-ablation: ablation-builds
 	$(GPU_PYTHON) -m benchmarks.ablation build/ablation
+
+bench-accuracy: inplace
+	$(PYTHON) -m benchmarks.accuracy
 
 bench-mesh: gpu-module
 	$(GPU_PYTHON) -m benchmarks.mesh

@@ -1,49 +1,73 @@
 """Error of the implementations on the FlashAttention-3 paper's inputs with outliers.
 
-    python -m benchmarks.accuracy [--seqlen 4096 --heads 16 --head-dim 128] [--dry-run]
+    python -m benchmarks.accuracy [--quick] [--seqlen 4096 --heads 16 --head-dim 128] [--dry-run]
 
 Query, key and value are drawn from N(0, 1) + N(0, 100) * Bernoulli(0.001), the output's cotangent
 from N(0, 1). The reference is float64 on the inputs before they are rounded to the tested type, so
 the figures hold the rounding of the inputs too. "standard" is the textbook formula with its scores
 and weights kept in the tested type.
+
+The float8 rows start from float16 inputs. Their "standard", the paper's baseline, has one scale per
+tensor, float32 sums and a softmax in float16. The others are jax_fa3 with one scale per tensor
+("per tensor"), with one ingredient alone, scales for blocks of rows ("blocks") or the Hadamard
+rotation of query and key ("Hadamard"), and with both: "jax_fa3" is `forward_dtype`, whose gradients
+are float16's at a float8 output.
+
+A second table has the error of the output against the length of the sequence, for which some query
+rows stand: each row meets all keys. --quick is for a CPU: short sequences and two heads.
 """
 
 import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_fa3
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import Function, our_attention
 from benchmarks.problems import DTYPES
-from benchmarks.render import table
+from benchmarks.render import OURS, table
 from benchmarks.timing import describe
 
 ARRAYS = ("out", "dquery", "dkey", "dvalue")
+SEQLENS, QUICK_SEQLENS = (1024, 4096, 16384, 65536, 131072), (512, 2048, 8192)
+ROWS, ROW_HEADS = 512, 2  # query rows that stand for a sequence
 
 
-def draw(seqlen: int, heads: int, head_dim: int, seed: int = 0) -> list[np.ndarray]:
-    """query, key, value, dout: float64 [1, seqlen, heads, head_dim]."""
-    rng, shape = np.random.default_rng(seed), (1, seqlen, heads, head_dim)
-    arrays = [rng.standard_normal(shape) for _ in range(4)]
+def draw(queries: int, keys: int, heads: int, head_dim: int, seed: int = 0) -> list[np.ndarray]:
+    """query, key, value, dout: float64 [1, queries or keys, heads, head_dim]."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal((1, n, heads, head_dim)) for n in (queries, keys, keys, queries)]
     for x in arrays[:3]:
-        x += 10 * rng.standard_normal(shape) * (rng.random(shape) < 1e-3)
+        x += 10 * rng.standard_normal(x.shape) * (rng.random(x.shape) < 1e-3)
     return arrays
 
 
+def weights_of(query, key) -> np.ndarray:
+    """Of one head, [queries, keys]."""
+    scores = query.shape[-1] ** -0.5 * (query @ key.T)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def exact_out(query, key, value) -> np.ndarray:
+    """Output by the textbook formula in float64, head by head."""
+    heads = [weights_of(query[0, :, h], key[0, :, h]) @ value[0, :, h] for h in range(key.shape[2])]
+    return np.stack(heads, 1)[None]
+
+
 def exact(query, key, value, dout) -> list[np.ndarray]:
-    """Output and gradients by the textbook formulas in float64, head by head."""
+    """Output and gradients likewise."""
     results = [np.empty_like(query) for _ in ARRAYS]
     scale = query.shape[-1] ** -0.5
     for h in range(query.shape[2]):
         q, k, v, do = (x[0, :, h] for x in (query, key, value, dout))
-        scores = scale * (q @ k.T)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
+        p = weights_of(q, k)
         out = p @ v
         ds = p * (do @ v.T - (do * out).sum(-1, keepdims=True))
         answers = (out, scale * ds @ k, scale * ds.T @ q, p.T @ do)
@@ -59,19 +83,77 @@ def standard(query, key, value):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def functions() -> dict[str, Function]:
-    return {
-        "jax_fa3": our_attention(),
-        "cudnn": partial(jax.nn.dot_product_attention, implementation="cudnn"),
-        "standard": standard,
-    }
+def standard_float8(query, key, value):
+    """Attention with products of float8, the softmax between them in float16."""
+
+    def rounded(x):
+        scale = jnp.max(jnp.abs(x.astype(jnp.float32))) / 448
+        return (x / scale).astype(jnp.float8_e4m3fn).astype(jnp.bfloat16), scale
+
+    def product(subscripts, x, y):
+        (x, x_scale), (y, y_scale) = rounded(x), rounded(y)
+        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32) * x_scale * y_scale
+
+    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores.astype(jnp.float16), axis=-1)
+    return product("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
 
 
-def outputs(function: Function):
-    """Output and gradients in one program."""
+def quantized(query, key, value, **how):
+    """Attention of what quantize_qkv makes of the inputs."""
+    arrays = jax_fa3.quantize_qkv(query, key, value, **how)
+    return jax_fa3.dot_product_attention(**arrays._asdict())
+
+
+class Row(NamedTuple):
+    """A row of the first table."""
+
+    dtype: str  # of DTYPES, or "fp8" for what float8 makes of float16 inputs
+    name: str
+    function: Function
+    differentiable: bool = True
+    by_length: bool = False  # a column of the second table, too
+
+    @property
+    def inputs(self) -> jnp.dtype:
+        return jnp.dtype(DTYPES.get(self.dtype, jnp.float16))
+
+
+ROWS_OF_TABLE = (
+    *(
+        Row(dtype, name, function, by_length=name == OURS)
+        for dtype in DTYPES
+        for name, function in (
+            (OURS, our_attention()),
+            ("cudnn", partial(jax.nn.dot_product_attention, implementation="cudnn")),
+            ("standard", standard),
+        )
+    ),
+    Row("fp8", "standard", standard_float8, False, True),
+    *(
+        Row("fp8", name, partial(quantized, **how), False)
+        for name, how in (
+            ("per tensor", dict(granularity="tensor", rotation_seed=None)),
+            ("blocks", dict(rotation_seed=None)),
+            ("Hadamard", dict(granularity="tensor")),
+        )
+    ),
+    Row(
+        "fp8",
+        OURS,
+        partial(jax_fa3.dot_product_attention, forward_dtype="float8_e4m3fn"),
+        by_length=True,
+    ),
+)
+
+
+def program(row: Row):
+    """Output and, where there are any, gradients."""
 
     def run(query, key, value, dout):
-        out, pullback = jax.vjp(function, query, key, value)
+        if not row.differentiable:
+            return (row.function(query, key, value),)
+        out, pullback = jax.vjp(row.function, query, key, value)
         return out, *pullback(dout)
 
     return jax.jit(run)
@@ -81,41 +163,111 @@ def rmse(got, want) -> float:
     return float(np.sqrt(np.mean((np.asarray(got, np.float64) - want) ** 2)))
 
 
-def measure(arrays: list[np.ndarray]) -> list[dict]:
-    want, rows = exact(*arrays), []
-    for dtype in DTYPES:
-        inputs = [jnp.asarray(x, DTYPES[dtype]) for x in arrays]
-        for name, function in functions().items():
-            row = dict(implementation=name, dtype=dtype, error=None)
-            try:
-                got = outputs(function)(*inputs)
-                row |= {x: rmse(g, w) for x, g, w in zip(ARRAYS, got, want, strict=True)}
-            except Exception as error:
-                row["error"] = describe(error)
-            rows.append(row)
-    return rows
+def measured(row: Row, function, arrays, want, **record) -> dict:
+    """The record of a row: the RMSE of each result, or the error that came instead."""
+    record |= dict(implementation=row.name, dtype=row.dtype, error=None)
+    try:
+        got = function(*(jnp.asarray(x, row.inputs) for x in arrays))
+        return record | {x: rmse(g, w) for x, g, w in zip(ARRAYS, got, want, strict=False)}
+    except Exception as error:
+        return record | dict(error=describe(error))
+
+
+def measure(seqlen: int, heads: int, head_dim: int) -> list[dict]:
+    arrays = draw(seqlen, seqlen, heads, head_dim)
+    want = exact(*arrays)
+    return [measured(row, program(row), arrays, want) for row in ROWS_OF_TABLE]
+
+
+def measure_lengths(seqlens: tuple[int, ...], head_dim: int) -> list[dict]:
+    """The error of the output alone, for ROWS query rows."""
+    records = []
+    for seqlen in seqlens:
+        *arrays, _ = draw(ROWS, seqlen, ROW_HEADS, head_dim)
+        want = exact_out(*arrays)
+        for row in ROWS_OF_TABLE:
+            if row.by_length:
+                function = jax.jit(lambda *x, row=row: (row.function(*x),))
+                size = float(np.sqrt(np.mean(want**2)))
+                records.append(measured(row, function, arrays, [want], seqlen=seqlen, size=size))
+    return records
+
+
+def error_table(records: list[dict]) -> str:
+    """Errors, and how many times the output's is smaller than that of standard attention."""
+    standards = {x["dtype"]: x.get("out") for x in records if x["implementation"] == "standard"}
+    rows = []
+    for x in records:
+        figures = [f"{x[name]:.2e}" if name in x else "-" for name in ARRAYS]
+        ratio = standards[x["dtype"]] / x["out"] if "out" in x and standards[x["dtype"]] else None
+        figures.insert(1, f"{ratio:.2f}" if ratio else "-")
+        rows.append([x["dtype"], x["implementation"], *figures])
+    header = [f"{x} RMSE" for x in ARRAYS]
+    header.insert(1, "standard / this")
+    return table(["dtype", "", *header], rows)
+
+
+def length_table(records: list[dict]) -> str:
+    columns = dict.fromkeys((x["dtype"], x["implementation"]) for x in records)
+    rows = {x["seqlen"]: [str(x["seqlen"]), f"{x['size']:.2e}"] for x in records}
+    for x in records:
+        rows[x["seqlen"]].append(f"{x['out']:.2e}" if "out" in x else "-")
+    header = [f"{dtype} {name}" for dtype, name in columns]
+    return table(["keys", "RMS of the output", *header], rows.values())
 
 
 def render(data: dict) -> str:
-    header = ["dtype", "", *(f"{x} RMSE" for x in ARRAYS)]
-    rows = []
-    for row in data["records"]:
-        figures = [f"{row[x]:.2e}" if x in row else "-" for x in ARRAYS]
-        rows.append([row["dtype"], row["implementation"], *figures])
-    notes = {f"{x['implementation']}: {x['error']}" for x in data["records"] if x["error"]}
-    title = "# Accuracy: N(0, 1) + N(0, 100) * Bernoulli(0.001), batch 1, seqlen {seqlen}, "
-    title += "{heads} heads of {head_dim}\n"
-    facts = table(["", ""], data["environment"].items())
-    return "\n".join([title.format(**data), facts, table(header, rows), *sorted(notes)])
+    records, lengths = data["records"], data["lengths"]
+    notes = {f"{x['implementation']}: {x['error']}" for x in records + lengths if x["error"]}
+    return "\n".join(
+        [
+            "# Accuracy: N(0, 1) + N(0, 100) * Bernoulli(0.001), batch 1, seqlen {seqlen}, {heads} "
+            "heads of {head_dim}\n".format(**data),
+            table(["", ""], data["environment"].items()),
+            error_table(records),
+            f"## RMSE of the output against the length: {ROWS} query rows, {ROW_HEADS} heads of "
+            f"{data['head_dim']}\n",
+            length_table(lengths),
+            *sorted(notes),
+        ]
+    )
+
+
+def plot(data: dict, path: Path) -> None:
+    """Errors in float8 by ingredient, and errors against the length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    bars = [x for x in data["records"] if x["dtype"] == "fp8" and "out" in x]
+    left.barh([x["implementation"] for x in bars], [x["out"] for x in bars], color="#c2410c")
+    left.invert_yaxis()
+    left.set(xlabel="RMSE of the output", title="float8, by ingredient")
+    lines: dict[str, list[tuple]] = {}
+    for x in data["lengths"]:
+        if "out" in x:
+            label = f"{x['dtype']} {x['implementation']}"
+            lines.setdefault(label, []).append((x["seqlen"], x["out"] / x["size"]))
+    for label, points in lines.items():
+        right.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    right.set(xlabel="keys", ylabel="RMSE / RMS of the output", title="against the length")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def dry_run(seqlen: int, heads: int, head_dim: int) -> int:
-    """Lowers jax_fa3 and the standard formula for CUDA."""
-    for dtype in DTYPES.values():
-        shape = jax.ShapeDtypeStruct((1, seqlen, heads, head_dim), dtype)
-        for name in ("jax_fa3", "standard"):
-            outputs(functions()[name]).trace(*[shape] * 4).lower(lowering_platforms=("cuda",))
-            print(f"  {name}, {dtype.__name__}: lowered")
+    """Lowers all but cuDNN, which needs its library, for CUDA."""
+    for row in ROWS_OF_TABLE:
+        if row.name != "cudnn":
+            array = jax.ShapeDtypeStruct((1, seqlen, heads, head_dim), row.inputs)
+            program(row).trace(*[array] * 4).lower(lowering_platforms=("cuda",))
+            print(f"  {row.name}, {row.dtype}: lowered")
     return 0
 
 
@@ -126,16 +278,27 @@ def main() -> int:
     parser.add_argument("--seqlen", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument(
+        "--quick", action="store_true", help="1024 tokens, 2 heads; up to 8192 keys"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="trace and lower only")
     args = parser.parse_args()
     sizes = dict(seqlen=args.seqlen, heads=args.heads, head_dim=args.head_dim)
+    if args.quick:
+        sizes |= dict(seqlen=1024, heads=2)
     if args.dry_run:
         return dry_run(**sizes)
-    data = dict(environment=environment(), **sizes, records=measure(draw(**sizes)))
+    data = dict(
+        environment=environment(),
+        **sizes,
+        records=measure(**sizes),
+        lengths=measure_lengths(QUICK_SEQLENS if args.quick else SEQLENS, args.head_dim),
+    )
     save(data, args.output / "accuracy.json")
     report = render(data)
     (args.output / "accuracy.md").write_text(report)
+    plot(data, args.output / "accuracy.png")
     print(report)
     return 1 if data["records"][0]["error"] else 0
 

@@ -20,8 +20,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
 
 import jax_fa3
 from decoder import Attention
@@ -32,9 +30,11 @@ from training import (
     choose_setup,
     describe,
     draw_batch,
+    make_optimizer,
     make_step,
     plot_losses,
     read_text,
+    train,
 )
 
 
@@ -46,20 +46,6 @@ class Measured:
     loss: float
     gradient_error: float  # largest over the parameters, relative to float32 gradients
     step_ms: float
-
-
-def train(setup: Setup, tokens: np.ndarray, optimizer: optax.GradientTransformation):
-    """Trains on jax_fa3; returns the parameters and the loss of every step."""
-    loss, initialise = build(setup.config, jax_fa3.dot_product_attention)
-    parameters = initialise()
-    step, state = make_step(loss, optimizer), optimizer.init(parameters)
-    rng, losses = np.random.default_rng(0), []
-    with tqdm(range(setup.steps), desc="training", unit="step") as progress:
-        for _ in progress:
-            parameters, state, value = step(parameters, state, draw_batch(rng, tokens, setup))
-            losses.append(float(value))
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return parameters, losses
 
 
 def relative_error(got, want) -> float:
@@ -155,20 +141,16 @@ def main() -> int:
     setup = replace(setup, steps=args.steps or setup.steps)
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {device}")
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, setup.learning_rate, setup.steps // 10, setup.steps, 0.1 * setup.learning_rate
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    parameters, losses = train(setup, tokens, optimizer)
+    parameters, losses = train(setup, jax_fa3.dot_product_attention, tokens)
     print(
         f"loss {losses[0]:.3f} -> {statistics.mean(losses[-10:]):.3f} (mean of the last 10 steps)"
     )
 
     batch = draw_batch(np.random.default_rng(1), tokens, setup)
-    rows = compare(setup, parameters, batch, optimizer)
+    rows = compare(setup, parameters, batch, make_optimizer(setup))
     print_table(rows)
     path = args.output / "loss.png"
-    plot_losses(losses, f"Character-level decoder on {device}", path)
+    plot_losses({"jax_fa3": losses}, f"Character-level decoder on {device}", path)
     print(f"loss curve: {path}")
     problems = failures(losses, rows)
     for problem in problems:

@@ -227,7 +227,7 @@ def main() -> int:
     losses = train(setup, mesh, tokens, folder, save_every=args.save_every, resume=args.resume)
     last = statistics.mean(losses[-10:])
     path = args.output / "loss.png"
-    plot_losses(losses, f"Character-level decoder on {mesh.size} x {device}", path)
+    plot_losses({"jax_fa3": losses}, f"Character-level decoder on {mesh.size} x {device}", path)
     print(f"loss {losses[0]:.3f} -> {last:.3f} (mean of the last 10 steps)")
     print(f"loss curve: {path}; checkpoints: {folder}")
     if not last < losses[0]:

@@ -1,4 +1,4 @@
-"""What the training examples share: setup, text, batches, a pure loss, a step, a plot of losses."""
+"""What the training examples share: setup, text, batches, a loss, training, a plot of losses."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from tqdm import tqdm
 
 from decoder import Attention, Config, Decoder
 
@@ -86,14 +87,39 @@ def make_step(loss, optimizer: optax.GradientTransformation, out_shardings=None)
     return step
 
 
-def plot_losses(losses: list[float], title: str, path: Path) -> None:
+def make_optimizer(setup: Setup) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, setup.learning_rate, setup.steps // 10, setup.steps, 0.1 * setup.learning_rate
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def train(setup: Setup, attention: Attention, tokens: np.ndarray, title: str = "training"):
+    """Trains on one device; returns the parameters and the loss of every step."""
+    loss, initialise = build(setup.config, attention)
+    optimizer, parameters = make_optimizer(setup), initialise()
+    step, state = make_step(loss, optimizer), optimizer.init(parameters)
+    rng, losses = np.random.default_rng(0), []
+    with tqdm(range(setup.steps), desc=title, unit="step") as progress:
+        for _ in progress:
+            parameters, state, value = step(parameters, state, draw_batch(rng, tokens, setup))
+            losses.append(float(value))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return parameters, losses
+
+
+def plot_losses(curves: dict[str, list[float]], title: str, path: Path) -> None:
+    """One curve for each name; a single one needs no legend."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.plot(losses, color="#2a6fbb", linewidth=1.5)
+    for (name, losses), color in zip(curves.items(), ("#2a6fbb", "#c2410c"), strict=False):
+        axes.plot(losses, color=color, linewidth=1.5, label=name)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="loss, nats per character", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,16 +4,19 @@ from jax_fa3.api import dot_product_attention
 from jax_fa3.context.layout import zigzag_permute, zigzag_unpermute
 from jax_fa3.context_parallel import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
+from jax_fa3.quantize import QuantizedQKV, quantize_qkv
 from jax_fa3.support import is_supported
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "QuantizedQKV",
     "allgather_attention",
     "doctor",
     "dot_product_attention",
     "is_supported",
+    "quantize_qkv",
     "ring_attention",
     "ulysses_attention",
     "zigzag_permute",

@@ -14,12 +14,14 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jax_fa3 import support, validate
+from jax_fa3 import quantize, support, validate
 from jax_fa3.options import (
+    FLOAT8,
     AttentionOptions,
     Dense,
+    Descales,
     Index,
     Route,
     SequenceParallel,
@@ -48,6 +50,11 @@ def dot_product_attention(
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
 ) -> jax.Array: ...
 
 
@@ -70,6 +77,11 @@ def dot_product_attention(
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -91,6 +103,11 @@ def dot_product_attention(
     deterministic=None,
     sequence_parallel="auto",
     sm_margin=0,
+    forward_dtype=None,
+    query_descale=None,
+    key_descale=None,
+    value_descale=None,
+    value_is_prepared=False,
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -102,7 +119,7 @@ def dot_product_attention(
     H head_dim. All lengths, offsets and windows count tokens.
 
     Args:
-      query: (B, T, N, H) or (T, N, H); bfloat16, float16 or float32.
+      query: (B, T, N, H) or (T, N, H); bfloat16, float16, float32 or float8_e4m3fn.
       key: (B, S, K, H) or (S, K, H), of query's dtype.
       value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
         is then the output's.
@@ -124,13 +141,24 @@ def dot_product_attention(
         pass always has.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
-        picks one of the first two, "error" raises. With a bias or mask only "auto", which gathers.
+        picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
+        which gathers.
       sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
         such as the collectives of a ring; 0 to 131.
+      forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
+        rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
+        inputs' type, at the inputs as float8 rounded them, and straight-through.
+      query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
+        positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
+        inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.
+      value_descale: likewise, () or (B, K).
+      value_is_prepared: value is as `quantize_qkv(..., prepare_value=True)` has it, which spares
+        the kernels a pass over it.
 
     Returns:
-      out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual (out, lse), where lse
-      is float32 (B, T, N) or (T, N), in natural log units, and gradients flow through both.
+      out, (B, T, N, H) or (T, N, H), of query's dtype, bfloat16 for float8; with return_residual
+      (out, lse), where lse is float32 (B, T, N) or (T, N), in natural log units, and gradients flow
+      through both. float8 inputs have none.
       A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0.
 
     Raises:
@@ -141,9 +169,10 @@ def dot_product_attention(
 
     Numerics:
       Products accumulate in float32, the softmax is in float32, and probabilities are rounded to
-      the input dtype before they multiply value. Gradients of shared key/value heads are summed
-      in float32. Whatever padding holds, NaN included, reaches no result. A NaN in a used query row
-      stays in that row; one in a used key or value stays in its batch and head.
+      the input dtype before they multiply value (in float8 as 256 times themselves). Gradients of
+      shared key/value heads are summed in float32. Whatever padding holds, NaN included, reaches no
+      result. A NaN in a used query row stays in that row; one in a used key or value stays in its
+      batch and head.
 
     Example:
       >>> q = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64), jnp.bfloat16)
@@ -171,6 +200,11 @@ def dot_product_attention(
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
         sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
+        value_is_prepared=value_is_prepared,
     )
     results = _run(options, bool(return_residual), *operands)
     return results if return_residual else results[0]
@@ -185,6 +219,7 @@ class Call(NamedTuple):
     value: jax.Array
     index: Index
     dense: Dense
+    descales: Descales
 
 
 def prepare(
@@ -205,12 +240,22 @@ def prepare(
     deterministic,
     sequence_parallel="auto",
     sm_margin=0,
+    forward_dtype=None,
+    query_descale=None,
+    key_descale=None,
+    value_descale=None,
+    value_is_prepared=False,
 ) -> Call:
     """Checks the arguments of `dot_product_attention` and makes the static choices."""
     arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
     query, key, value, bias, mask = (validate.as_array(*item) for item in arrays.items())
     query_lengths = validate.as_array("query_seq_lengths", query_seq_lengths)
     key_lengths = validate.as_array("key_value_seq_lengths", key_value_seq_lengths)
+    descales = Descales(
+        validate.as_array("query_descale", query_descale),
+        validate.as_array("key_descale", key_descale),
+        validate.as_array("value_descale", value_descale),
+    )
     validate.check_call(
         query,
         key,
@@ -228,7 +273,13 @@ def prepare(
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
         sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
+        query_descale=descales.query,
+        key_descale=descales.key,
+        value_descale=descales.value,
+        value_is_prepared=value_is_prepared,
     )
+    plain = validate.plain_value(key, value, value_is_prepared)
     scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
     window = resolve_window(local_window_size, is_causal)
     deterministic = resolve_deterministic(deterministic)
@@ -242,24 +293,44 @@ def prepare(
         has_query_lengths=query_lengths is not None,
         has_key_lengths=key_lengths is not None,
         has_query_offset=has_offset_array,
-        route=_route(implementation, query, key, value, bias, mask, scale, window, deterministic),
+        route=_route(
+            implementation,
+            query,
+            key,
+            plain,
+            bias,
+            mask,
+            scale,
+            window,
+            deterministic,
+            forward_dtype,
+        ),
         sequence_parallel=sequence_parallel,
         sm_margin=int(sm_margin),
+        quantized_forward=forward_dtype is not None,
+        value_is_prepared=bool(value_is_prepared),
     )
+    if query.dtype.name == FLOAT8:
+        ones = (jnp.float32(1) if x is None else x for x in descales)
+        descales = quantize.spread(query, key, plain, Descales(*ones))
     if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
         query = query * np.sign(scale).astype(query.dtype)
     index = Index(query_lengths, key_lengths, query_offset if has_offset_array else None)
-    return Call(options, query, key, value, index, Dense(bias, mask))
+    return Call(options, query, key, value, index, Dense(bias, mask), descales)
 
 
-def _route(implementation, query, key, value, bias, mask, scale, window, deterministic) -> Route:
+def _route(
+    implementation, query, key, value, bias, mask, scale, window, deterministic, forward_dtype
+) -> Route:
     """Kernels or XLA. "auto" leaves the choice to the platform the program is lowered for."""
     if implementation == "xla":
         return "xla"
     call_reason = support.call_reason(query, bias, mask, scale) or support.plan_reason(
         query, key, value, window, deterministic
     )
-    reason = call_reason or support.device_reason()
+    float8_reason = support.float8_reason(query, key, value, window, forward_dtype)
+    device_reason = support.device_reason()
+    reason = call_reason or float8_reason or device_reason
     if reason is None:
         return "auto" if implementation is None else "fa3"
     if implementation == "fa3":
@@ -268,7 +339,8 @@ def _route(implementation, query, key, value, bias, mask, scale, window, determi
             "or 'xla' runs it through XLA."
         )
     support.log_fallback(reason)
-    return "xla" if call_reason or support.has_gpu() else "auto"
+    # Where only float8 has no kernel, "auto" leaves the backward pass to the kernels.
+    return "xla" if call_reason or (device_reason and support.has_gpu()) else "auto"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -284,9 +356,10 @@ def in_public_layout(
     value: jax.Array,
     index: Index,
     dense: Dense,
+    descales: Descales,
 ) -> tuple[jax.Array, ...]:
-    """core(query, key, value, index, dense), (out,) or (out, lse), with or without a batch
-    dimension, index arrays of any rank, and an lse whose heads come last.
+    """core(query, key, value, index, dense, descales), (out,) or (out, lse), with or without a
+    batch dimension, index arrays of any rank, and an lse whose heads come last.
     """
     unbatched = query.ndim == 3
     if unbatched:
@@ -294,6 +367,6 @@ def in_public_layout(
     batch = query.shape[0]
     index = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), index)
     dense = jax.tree.map(lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape), dense)
-    out, *lse = core(query, key, value, index, dense)
+    out, *lse = core(query, key, value, index, dense, descales)
     results = (out, *(jnp.moveaxis(x, 1, 2) for x in lse))
     return tuple(x[0] for x in results) if unbatched else results

@@ -8,6 +8,7 @@ src/ffi/forward.cc and src/ffi/backward.cc bind.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,10 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jax_fa3 import support, xla
-from jax_fa3.options import NUM_SMS, AttentionOptions, Dense, Index
+from jax_fa3 import quantize, support, validate, xla
+from jax_fa3.options import (
+    BLOCK,
+    FLOAT8,
+    AttentionOptions,
+    Dense,
+    Descales,
+    Index,
+    num_blocks,
+)
 
 FORWARD = "jax_fa3_forward"
+FORWARD_FLOAT8 = support.FORWARD_FLOAT8
 BACKWARD = "jax_fa3_backward"
 
 if support.native() is not None:
@@ -44,6 +54,9 @@ def forward(
     dense: Dense,
 ) -> tuple[jax.Array, jax.Array]:
     """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
+    if options.quantized_forward:
+        run = functools.partial(_quantized_forward, options)
+        return first_order_only(run)(query, key, value, index, dense)
     if not _wants_kernel(options, query, key):
         return xla.forward(options, query, key, value, index, dense)
 
@@ -63,6 +76,59 @@ def forward(
     return _operation(options, kernel, portable)(query, key, value, *_pack(index))
 
 
+def forward_float8(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    descales: Descales,
+    index: Index,
+    dense: Dense,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` of float8 arrays, with an output of `dtype`; value may be prepared."""
+
+    def portable(query, key, value, query_descale, key_descale, value_descale, *present):
+        if options.value_is_prepared:
+            value = quantize.restore_value(value, key.shape[1])
+        scales = Descales(query_descale, key_descale, value_descale)
+        rest = (_unpack(index, present), dense, scales, dtype)
+        return xla.forward(options, query, key, value, *rest)
+
+    operands = (query, key, value, *descales, *_pack(index))
+    plain, window = validate.plain_value(key, value, options.value_is_prepared), options.window
+    if not _wants_kernel(options, query, key) or support.float8_reason(
+        query, key, plain, window, FLOAT8
+    ):
+        return portable(*operands)
+
+    def kernel(query, key, value, *rest):
+        is_prepared = options.value_is_prepared or options.quantized_forward
+        if options.quantized_forward:  # in one pass with its rounding
+            value = quantize.prepare_value(value)
+        plain = validate.plain_value(key, value, is_prepared)
+        workspace = 0 if is_prepared else _transposed_bytes(query, key, value, options.window)
+        batch, seqlen_q, num_heads_q, _ = query.shape
+        results = (
+            _result(query, (batch, seqlen_q, num_heads_q, plain.shape[-1]), dtype),
+            _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
+            _result(query, (1,), jnp.int32),  # the tile counter
+            _result(query, (workspace,), jnp.uint8),
+        )
+        call = jax.ffi.ffi_call(FORWARD_FLOAT8, results)
+        attributes = dict(options=options.to_ffi(), value_is_prepared=is_prepared)
+        return tuple(call(query, key, value, *rest, **attributes)[:2])
+
+    return _operation(options, kernel, portable)(*operands)
+
+
+def _quantized_forward(options, query, key, value, index, dense):
+    """`forward` of 16-bit arrays by way of float8; the scales are those of the arrays at hand."""
+    quantized, _ = quantize.quantize(query, key, value, index)
+    descales = Descales(*quantized[3:])
+    return forward_float8(options, *quantized[:3], descales, index, dense, query.dtype)
+
+
 def backward(
     options: AttentionOptions,
     query: jax.Array,
@@ -75,15 +141,22 @@ def backward(
     index: Index,
     dense: Dense,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value and, where there is one, of the bias."""
+    """Gradients of query, key, value and, where there is one, of the bias.
+
+    With a forward pass in float8, gradients at the arrays as it rounded them: only those give the
+    weights whose rows add up to 1 with its lse, and whose output is `out`.
+    """
+    if options.quantized_forward:
+        query, key, value = quantize.rounded(query, key, value, index)
     if not _wants_kernel(options, query, key):
         return xla.backward(options, query, key, value, out, lse, dout, dlse, index, dense)
     cotangents = (dout,) if dlse is None else (dout, dlse)
 
     def kernel(query, key, value, *rest):
+        plan = support.backward_plan(query, key, value, options.deterministic)
         results = (
             *(_result(query, x.shape, x.dtype) for x in (query, key, value)),
-            _result(query, (_workspace_bytes(options, query, value),), jnp.uint8),
+            _result(query, (plan["workspace_bytes"],), jnp.uint8),
         )
         call = jax.ffi.ffi_call(BACKWARD, results)
         attributes = options.to_ffi(has_dlse=dlse is not None)
@@ -129,16 +202,24 @@ def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) 
     return operation
 
 
+FIRST_ORDER_ONLY = (
+    "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
+    "implementation='xla' and no forward_dtype for derivatives of the gradient"
+)
+
+
 def first_order_only(operation: Callable) -> Callable:
     """`operation` with an error of our own where it is differentiated beyond its gradient."""
+    return undifferentiable(operation, FIRST_ORDER_ONLY)
+
+
+def undifferentiable(operation: Callable, reason: str) -> Callable:
+    """`operation`, which raises `reason` where JAX would differentiate it."""
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(
-            "dot_product_attention: the kernels have first derivatives in reverse mode only; pass "
-            "implementation='xla' for derivatives of the gradient"
-        )
+        raise NotImplementedError(f"dot_product_attention: {reason}")
 
     return operation
 
@@ -150,22 +231,11 @@ def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedAr
     return like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding)
 
 
-def _workspace_bytes(options: AttentionOptions, query: jax.Array, value: jax.Array) -> int:
-    batch, seqlen_q, num_heads_q, head_dim = query.shape
-    _, seqlen_k, num_heads_kv, head_dim_v = value.shape
-    plan = support.native().backward_plan(
-        support.KERNEL_DTYPES[query.dtype.name],
-        batch,
-        seqlen_q,
-        seqlen_k,
-        num_heads_q,
-        num_heads_kv,
-        head_dim,
-        head_dim_v,
-        options.deterministic,
-        NUM_SMS,
-    )
-    return plan["workspace_bytes"]
+def _transposed_bytes(query, key, value, window: tuple[int, int]) -> int:
+    """Of a prepared value, whose head_dim is filled up to the kernel's."""
+    plan = support.forward_plan(query, key, value, window, FLOAT8)
+    batch, seqlen, heads, _ = value.shape
+    return batch * heads * plan["head_dim_v"] * num_blocks(seqlen) * BLOCK
 
 
 def _pack(index: Index) -> tuple[jax.Array, ...]:

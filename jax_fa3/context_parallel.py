@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, context, sharding
 from jax_fa3.context.layout import Layout, vary_together
-from jax_fa3.options import MAX_SEQLEN
+from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.vjp import attend
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -35,6 +35,7 @@ def ring_attention(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -51,7 +52,8 @@ def ring_attention(
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
         (`zigzag_permute`), T and S even.
       scale, is_causal, local_window_size, implementation, return_residual, deterministic,
-        sm_margin: as in `dot_product_attention`.
+        sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
+        travel, and each device brings what it has to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
@@ -105,6 +107,7 @@ def allgather_attention(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -141,6 +144,7 @@ def ulysses_attention(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
@@ -170,10 +174,11 @@ def _attend(strategy, query, key, value, axis_name, layout, return_residual, **a
 
     divided = _Divided(strategy, axis_name, layout)
 
-    def core(query, key, value, index, dense):
+    def core(query, key, value, index, dense, descales):
         # The rank makes the operands vary over the axis even where a caller has copies of them.
         query, _ = vary_together((query, lax.axis_index(axis_name)))
-        return attend(call.options, bool(return_residual), query, key, value, index, dense, divided)
+        operands = (query, key, value, index, dense, descales)
+        return attend(call.options, bool(return_residual), *operands, divided)
 
     results = api.in_public_layout(core, *call[1:])
     return results if return_residual else results[0]
@@ -219,6 +224,11 @@ def _check_layout(layout, size, **arrays) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
     for name, x in arrays.items():
+        if x.dtype.name == FLOAT8:
+            raise TypeError(
+                f"{name} has dtype {FLOAT8}; expected bfloat16, float16 or float32 (forward_dtype "
+                "brings 16-bit inputs to float8)"
+            )
         seqlen = x.shape[-3]
         if layout == "zigzag" and seqlen % 2:
             raise ValueError(

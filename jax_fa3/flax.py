@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3.api import dot_product_attention
 
@@ -46,6 +46,7 @@ def make_attention_fn(
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for Flax's multi-head layers, with options set beforehand.
 
@@ -67,7 +68,8 @@ def make_attention_fn(
       query_offset: int, or int32 of shape () or (batch...).
       deterministic: whether gradients have equal bits each time, as in `dot_product_attention`.
         Flax's keyword of this name, passed at the call, is another one: it switches dropout off.
-      scale, local_window_size, implementation, sm_margin: as in `dot_product_attention`.
+      scale, local_window_size, implementation, sm_margin, forward_dtype: as in
+        `dot_product_attention`.
 
     Returns:
       The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
@@ -99,6 +101,7 @@ def make_attention_fn(
         implementation=implementation,
         deterministic=deterministic,
         sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
     )
     always_causal = is_causal
 

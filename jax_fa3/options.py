@@ -18,6 +18,10 @@ UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/bas
 MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
 NUM_SMS = 132  # of an H100 or H200 SXM; what a plan supports does not depend on it
 
+FLOAT8 = "float8_e4m3fn"
+BLOCK = 128  # rows of query or key that share a scale, where not all rows of a head do; a prepared
+# value is filled up to a multiple of it
+
 # "auto": the kernels where the program is lowered for CUDA, XLA elsewhere.
 Route = Literal["auto", "fa3", "xla"]
 
@@ -38,6 +42,17 @@ class Dense(NamedTuple):
 
     bias: jax.Array | None = None
     mask: jax.Array | None = None
+
+
+class Descales(NamedTuple):
+    """Scales of float8 arrays, float32; None where the arrays are of another type.
+
+    One block for all rows of a head, or one for every BLOCK of them.
+    """
+
+    query: jax.Array | None = None  # [batch, num_heads_q, 1 | num_blocks(seqlen_q)]
+    key: jax.Array | None = None  # [batch, num_heads_kv, 1 | num_blocks(seqlen_k)]
+    value: jax.Array | None = None  # [batch, num_heads_kv]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +76,12 @@ class AttentionOptions:
     # Not part of the kernels' options:
     route: Route = "auto"
     sequence_parallel: SequenceParallel = "auto"
+    quantized_forward: bool = False  # 16-bit operands are rounded to FLOAT8 for the forward pass
+    value_is_prepared: bool = False  # as quantize.prepare_value has it
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.window_left, self.window_right
 
     def to_ffi(self, *, has_dlse: bool = False) -> dict[str, object]:
         """The dictionary attribute of both custom calls, in the exact widths C++ decodes."""
@@ -77,6 +98,11 @@ class AttentionOptions:
             "has_query_offset": self.has_query_offset,
             "has_dlse": has_dlse,
         }
+
+
+def num_blocks(seqlen: int) -> int:
+    """Blocks of rows with a scale of their own; a sequence without rows has one too."""
+    return max(-(-seqlen // BLOCK), 1)
 
 
 def resolve_window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """How one call meets a mesh: the operations of calls.py and context.py on each device's part.
 
-Both operations, forward and backward, go the same way, each by itself: which mesh axes split which
+All operations, forward and backward, go the same way, each by itself: which mesh axes split which
 dimension is settled once (`_Split`), and then carried out
 
     explicit axes     by jax.shard_map over them
@@ -11,8 +11,9 @@ and on a mixed mesh in that order, one inside the other. Batch and heads are spl
 communication. A sequence that arrives split is left so; context.py exchanges what is needed.
 
 Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
-d head_dim, e head_dim of value; capitals are mapped axes (jax.vmap), which lead; a dot is a
-dimension of extent 1 that broadcasts.
+d head_dim, e head_dim of value, m and n the blocks of query and key rows that share a scale, p the
+keys of a prepared value; capitals are mapped axes (jax.vmap), which lead; a dot is a dimension of
+extent 1 that broadcasts.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, S
 
 from jax_fa3 import calls, context
 from jax_fa3.context.layout import vary_together
-from jax_fa3.options import AttentionOptions, Dense, Index
+from jax_fa3.options import AttentionOptions, Dense, Descales, Index
 
 Axes = tuple[str, ...]
 Results = tuple[jax.Array, ...]
 
 QUERY, KEY, VALUE, OUT, LSE, INDEX, SCORES = "bshd", "btkd", "btke", "bshe", "bhs", "b", "bhst"
+DESCALES, PREPARED_VALUE = ("bhm", "bkn", "bk"), "bkep"
 
 
 def forward(
@@ -60,7 +62,29 @@ def forward(
         return calls.forward(options, *arrays, dense)
 
     dims = (QUERY, KEY, VALUE, *_dims_of(index), *_dims_of(dense))
-    operation = _Operation(options, local, dims, (OUT, LSE), bool(_dims_of(dense)))
+    operation = _Operation(options, local, dims, (OUT, LSE), _needs_whole(dense))
+    return _distribute(operation, operands)
+
+
+def forward_float8(
+    options: AttentionOptions,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    descales: Descales,
+    index: Index,
+    dense: Dense,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` of float8 arrays, with an output of `dtype`."""
+    operands, tree = jax.tree.flatten((query, key, value, descales, index, dense))
+
+    def local(sequence, *operands):
+        return calls.forward_float8(options, *tree.unflatten(operands), dtype)
+
+    value_dims = PREPARED_VALUE if options.value_is_prepared else VALUE
+    dims = (QUERY, KEY, value_dims, *DESCALES, *_dims_of(index), *_dims_of(dense))
+    operation = _Operation(options, local, dims, (OUT, LSE), "float8 inputs need whole sequences")
     return _distribute(operation, operands)
 
 
@@ -91,7 +115,7 @@ def backward(
     cotangents = (OUT,) if dlse is None else (OUT, LSE)
     dims = (QUERY, KEY, VALUE, OUT, LSE, *cotangents, *_dims_of(index), *_dims_of(dense))
     results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
-    operation = _Operation(options, local, dims, results, bool(_dims_of(dense)))
+    operation = _Operation(options, local, dims, results, _needs_whole(dense))
     gradients = _distribute(operation, operands)
     return (*map(_typed_like, gradients, differentiable), None)[:4]
 
@@ -108,7 +132,7 @@ class _Operation:
     local: Callable[..., Results]
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    has_dense: bool
+    needs_whole: str | None  # why sequences cannot stay split, where they cannot
 
     def mapped(self) -> _Operation:
         """The operation with one more leading axis."""
@@ -221,7 +245,7 @@ class _Split:
     def _select_heads(self, x: jax.Array, dims: str) -> jax.Array:
         if "k" not in dims or self.axes["h"] == self.axes["k"]:
             return x
-        return jnp.take(x, self._key_heads(), axis=-2, mode="clip")
+        return jnp.take(x, self._key_heads(), axis=dims.index("k"), mode="clip")
 
     def _sum(self, x: jax.Array, dims: str) -> jax.Array:
         """`x`, a share of the result on each device that has no part of it to itself, summed in
@@ -260,8 +284,8 @@ def _keeps_sequence_split(
             "the call stands in a jax.shard_map that leaves this axis automatic; make it manual "
             "there and use the functions of docs/context_parallel.md"
         )
-    elif operation.has_dense:
-        obstacle = "a bias or mask needs whole sequences"
+    else:
+        obstacle = operation.needs_whole
     if obstacle and wish != "auto":
         raise ValueError(f"{over}, and sequence_parallel is {wish!r}, but {obstacle}")
     return obstacle is None
@@ -442,6 +466,10 @@ def _dims_of(optional: Index | Dense) -> tuple[str, ...]:
         "".join(letter if n > 1 else "." for letter, n in zip(SCORES, x.shape, strict=True))
         for x in present
     )
+
+
+def _needs_whole(dense: Dense) -> str | None:
+    return "a bias or mask needs whole sequences" if _dims_of(dense) else None
 
 
 def _typed_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import jax
 
 from jax_fa3 import validate
-from jax_fa3.options import NUM_SMS, SequenceParallel, resolve_deterministic, resolve_window
+from jax_fa3.options import FLOAT8, NUM_SMS, SequenceParallel, resolve_deterministic, resolve_window
 
 try:
     from jax_fa3 import _C
@@ -25,6 +26,7 @@ except ImportError as error:
 
 logger = logging.getLogger("jax_fa3")
 
+FORWARD_FLOAT8 = "jax_fa3_forward_float8"  # the FFI target, which not every build has
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
@@ -52,6 +54,11 @@ def is_supported(
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
+    value_is_prepared: bool = False,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -84,11 +91,19 @@ def is_supported(
         deterministic=deterministic,
         sequence_parallel=sequence_parallel,
         sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
+        value_is_prepared=value_is_prepared,
     )
+    value = validate.plain_value(key, value, value_is_prepared)
     window = resolve_window(local_window_size, is_causal)
+    deterministic = resolve_deterministic(deterministic)
     return (
         call_reason(query, bias, mask, scale)
-        or plan_reason(query, key, value, window, resolve_deterministic(deterministic))
+        or plan_reason(query, key, value, window, deterministic)
+        or float8_reason(query, key, value, window, forward_dtype)
         or device_reason()
     )
 
@@ -99,7 +114,7 @@ def call_reason(query: Any, bias: Any, mask: Any, scale: float | None) -> str | 
         return "the kernels take no bias"
     if mask is not None:
         return "the kernels take no dense mask (lengths, windows and is_causal are free)"
-    if query.dtype.name not in KERNEL_DTYPES:
+    if query.dtype.name not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {query.dtype.name}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
@@ -109,22 +124,58 @@ def call_reason(query: Any, bias: Any, mask: Any, scale: float | None) -> str | 
 def plan_reason(
     query: Any, key: Any, value: Any, window: tuple[int, int], deterministic: bool
 ) -> str | None:
-    """Why this build has no kernel for the shapes of a legal call in a kernel dtype."""
+    """Why this build has no kernel for the shapes of a legal call in a 16-bit dtype."""
+    if query.dtype.name == FLOAT8:
+        return None  # float8_reason's matter
+    return _refusal(forward_plan, query, key, value, window, query.dtype.name) or _refusal(
+        backward_plan, query, key, value, deterministic
+    )
+
+
+def float8_reason(
+    query: Any, key: Any, value: Any, window: tuple[int, int], forward_dtype: Any
+) -> str | None:
+    """Why a forward pass in float8 has no kernel; None for other calls."""
+    if forward_dtype is None and query.dtype.name != FLOAT8:
+        return None
+    if _C is not None and FORWARD_FLOAT8 not in _C.registrations():
+        return "this build has no kernel for a forward pass in float8"
+    return _refusal(forward_plan, query, key, value, window, FLOAT8)
+
+
+def forward_plan(
+    query: Any, key: Any, value: Any, window: tuple[int, int], dtype: str
+) -> dict[str, Any]:
+    """The kernel in `dtype`, its tiles and grid. Raises ValueError with the reason if none fits."""
+    name = "e4m3" if dtype == FLOAT8 else KERNEL_DTYPES[dtype]
+    return _C.forward_plan(name, *_extents(query, key, value), *window, NUM_SMS)
+
+
+def backward_plan(query: Any, key: Any, value: Any, deterministic: bool) -> dict[str, Any]:
+    """The kernel, its tiles, grid and "workspace_bytes". Raises ValueError likewise."""
+    name = KERNEL_DTYPES[query.dtype.name]
+    return _C.backward_plan(name, *_extents(query, key, value), deterministic, NUM_SMS)
+
+
+def _refusal(plan: Callable[..., dict[str, Any]], *call: Any) -> str | None:
+    """Why there is no plan for a call."""
     if _C is None:
         return f"the extension module jax_fa3._C cannot be imported ({_import_error})"
+    try:
+        plan(*call)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _extents(query: Any, key: Any, value: Any) -> tuple[int, ...]:
     batch = query.shape[0] if query.ndim == 4 else 1
     seqlen_q, num_heads_q, head_dim = query.shape[-3:]
     seqlen_k, num_heads_kv, head_dim_v = value.shape[-3:]
     extents = (batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v)
     if not all(isinstance(n, int) for n in extents):
-        return f"the kernels need static shapes, not query of shape {tuple(query.shape)}"
-    problem = (KERNEL_DTYPES[query.dtype.name], *extents)
-    try:
-        _C.forward_plan(*problem, *window, NUM_SMS)
-        _C.backward_plan(*problem, deterministic, NUM_SMS)
-    except ValueError as error:
-        return str(error)
-    return None
+        raise ValueError(f"the kernels need static shapes, not query of shape {tuple(query.shape)}")
+    return extents
 
 
 def device_reason() -> str | None:

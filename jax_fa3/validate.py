@@ -15,9 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.options import MAX_SEQLEN, NUM_SMS, SequenceParallel
+from jax_fa3.options import (
+    BLOCK,
+    FLOAT8,
+    MAX_SEQLEN,
+    NUM_SMS,
+    Descales,
+    Index,
+    SequenceParallel,
+    num_blocks,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
+HALF_DTYPES = ("bfloat16", "float16")
 IMPLEMENTATIONS = (None, "fa3", "xla")
 SEQUENCE_PARALLEL = get_args(SequenceParallel)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -41,9 +51,20 @@ def check_call(
     deterministic: Any = None,
     sequence_parallel: Any = "auto",
     sm_margin: Any = 0,
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
+    value_is_prepared: Any = False,
 ) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
-    check_heads(query, key, value)
+    check_flag("value_is_prepared", value_is_prepared)
+    if value_is_prepared:
+        check_prepared(key, value)
+        value = plain_value(key, value, value_is_prepared)
+    check_heads(query, key, value, (*DTYPES, FLOAT8))
+    check_float8(query, forward_dtype, Descales(query_descale, key_descale, value_descale))
+    check_descales(query, key, value, Descales(query_descale, key_descale, value_descale))
     batch = query.shape[0] if query.ndim == 4 else 1
     logits = (batch, query.shape[-2], query.shape[-3], key.shape[-3])
     check_dense("bias", bias, logits, DTYPES)
@@ -53,17 +74,17 @@ def check_call(
     check_flag("return_residual", return_residual)
     if deterministic is not None:
         check_flag("deterministic", deterministic)
-    unbatched = query.ndim == 3
-    check_index("query_seq_lengths", query_seq_lengths, batch, scalar=unbatched)
-    check_index("key_value_seq_lengths", key_value_seq_lengths, batch, scalar=unbatched)
+    check_lengths(query, Index(query_seq_lengths, key_value_seq_lengths))
     check_offset(query_offset, batch)
     check_window(local_window_size)
     check_sm_margin(sm_margin)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLEL)
-    if sequence_parallel != "auto" and not (bias is None and mask is None):
+    whole = "a bias or mask" if not (bias is None and mask is None) else None
+    whole = f"{FLOAT8} inputs" if query.dtype.name == FLOAT8 else whole
+    if sequence_parallel != "auto" and whole:
         raise ValueError(
-            f"sequence_parallel is {sequence_parallel!r}; expected 'auto' with a bias or mask, "
+            f"sequence_parallel is {sequence_parallel!r}; expected 'auto' with {whole}, "
             "which need whole sequences"
         )
 
@@ -78,7 +99,7 @@ def as_array(name: str, x: Any) -> Any:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
 
 
-def check_heads(query: Any, key: Any, value: Any) -> None:
+def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYPES) -> None:
     """Ranks, dtypes and extents of query, key and value, and that they fit each other."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
@@ -89,7 +110,7 @@ def check_heads(query: Any, key: Any, value: Any) -> None:
                 f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected "
                 "([batch,] seq, heads, head_dim)"
             )
-        _check_dtype(name, x, DTYPES)
+        _check_dtype(name, x, dtypes)
         if x.ndim != query.ndim:
             raise ValueError(
                 f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
@@ -113,6 +134,66 @@ def check_heads(query: Any, key: Any, value: Any) -> None:
             f"query has {query.shape[-2]} heads; expected a multiple of key's {key.shape[-2]} heads"
             + _manual_axes_hint()
         )
+
+
+def check_prepared(key: Any, value: Any) -> None:
+    """A prepared value in float8, whose shape fits key's."""
+    for name, x in (("key", key), ("value", value)):
+        if x is None or x.ndim not in (3, 4) or x.dtype.name != FLOAT8:
+            got = "None" if x is None else f"{x.dtype} of shape {_shape(x)}"
+            raise TypeError(
+                f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
+            )
+    *batch, seqlen, heads, _ = key.shape
+    want = (*batch, heads, value.shape[-2], num_blocks(seqlen) * BLOCK)
+    if tuple(value.shape) != want:
+        raise ValueError(
+            f"value has shape {_shape(value)}; expected {want} with value_is_prepared and key of "
+            f"shape {_shape(key)}: ([batch,] heads, head_dim, seq up to a multiple of {BLOCK})"
+        )
+
+
+def plain_value(key: Any, value: Any, is_prepared: bool) -> Any:
+    """`value`, or the type that it had before it was prepared."""
+    if not is_prepared:
+        return value
+    return jax.ShapeDtypeStruct((*key.shape[:-1], value.shape[-2]), value.dtype)
+
+
+def check_float8(query: Any, forward_dtype: Any, descales: Descales) -> None:
+    """forward_dtype goes with 16-bit inputs, scales with float8 inputs."""
+    if forward_dtype is not None:
+        try:
+            name = jnp.dtype(forward_dtype).name
+        except TypeError:
+            name = None
+        if name != FLOAT8:
+            raise ValueError(f"forward_dtype is {forward_dtype!r}; expected None or {FLOAT8!r}")
+        if query.dtype.name not in HALF_DTYPES:
+            raise TypeError(
+                f"query has dtype {query.dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
+            )
+    for name, x in descales._asdict().items():
+        if x is not None and query.dtype.name != FLOAT8:
+            raise ValueError(
+                f"{name}_descale is given and query has dtype {query.dtype}; expected {FLOAT8} "
+                "inputs with it (forward_dtype finds the scales of 16-bit inputs)"
+            )
+
+
+def check_descales(query: Any, key: Any, value: Any, descales: Descales) -> None:
+    """float32 scales: one, one for each (batch, head) or, of query and key, for each block."""
+    for (name, x), array in zip(descales._asdict().items(), (query, key, value), strict=True):
+        if x is None:
+            continue
+        _check_dtype(f"{name}_descale", x, ("float32",))
+        by_head = (*array.shape[:-3], array.shape[-2])
+        shapes = [(), by_head]
+        if name != "value":
+            shapes += [(*by_head, 1), (*by_head, num_blocks(array.shape[-3]))]
+        if tuple(x.shape) not in shapes:
+            expected = _one_of(tuple(map(str, dict.fromkeys(shapes))))
+            raise ValueError(f"{name}_descale has shape {_shape(x)}; expected {expected}")
 
 
 def check_dense(name: str, x: Any, logits: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -154,6 +235,19 @@ def check_choice(name: str, x: Any, choices: tuple[str | None, ...]) -> None:
     """One of `choices`."""
     if not (x is None or isinstance(x, str)) or x not in choices:
         raise ValueError(f"{name} is {_describe(x)}; expected one of {choices}")
+
+
+def check_seed(name: str, x: Any) -> None:
+    """None, or an int that numpy takes for a seed."""
+    if x is not None and not 0 <= _as_int(name, x, "an int or None") < 1 << 32:
+        raise ValueError(f"{name} is {x}; expected at least 0 and less than 2**32")
+
+
+def check_lengths(query: Any, index: Index) -> None:
+    """int32 [batch] lengths; of inputs without a batch dimension also scalars."""
+    batch, unbatched = (1, True) if query.ndim == 3 else (query.shape[0], False)
+    check_index("query_seq_lengths", index.query_lengths, batch, scalar=unbatched)
+    check_index("key_value_seq_lengths", index.key_lengths, batch, scalar=unbatched)
 
 
 def check_index(name: str, x: Any, batch: int, *, scalar: bool) -> None:

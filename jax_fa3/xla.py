@@ -20,11 +20,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions, Dense, Index
+from jax_fa3 import quantize
+from jax_fa3.options import (
+    FLOAT8,
+    MAX_SEQLEN,
+    UNBOUNDED,
+    AttentionOptions,
+    Dense,
+    Descales,
+    Index,
+)
 
 SCORES_PER_BLOCK = 1 << 25  # float32 scores held at a time, as far as MIN_BLOCK allows
 MIN_BLOCK = 128  # key rows
 MAX_BLOCK = 1024
+PROBS_SCALE = 2.0**8  # of probabilities in float8: at most 256, where float8 ends at 448
 
 
 def forward(
@@ -34,9 +44,17 @@ def forward(
     value: jax.Array,
     index: Index,
     dense: Dense,
+    descales: Descales | None = None,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q]."""
-    problem = _Problem(options, query, key, value, index, dense)
+    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q].
+
+    float8 arrays have `descales` and an output of `dtype`, others one of query's.
+    """
+    if descales is None:
+        problem = _Problem(options, query, key, value, index, dense)
+    else:
+        problem = _Float8Problem(options, query, key, value, index, dense, descales)
     rows = problem.rows()
 
     def step(carry, start):
@@ -48,8 +66,8 @@ def forward(
         probs = jnp.exp(scores - safe_max[..., None])
         rescale = jnp.exp(row_max - safe_max)
         row_sum = row_sum * rescale + probs.sum(-1)
-        update = _dot("bhqgk,bkhe->bhqge", probs.astype(value.dtype), block.value)
-        return (new_max, row_sum, acc * rescale[..., None] + update), None
+        acc = acc * rescale[..., None] + problem.weigh(probs, block)
+        return (new_max, row_sum, acc), None
 
     b, q, h, g, _ = rows.shape
     stats = _full(query, (b, h, q, g), -jnp.inf)
@@ -60,7 +78,7 @@ def forward(
     divisor = jnp.where(empty, 1, row_sum)
     out = jnp.moveaxis(acc / divisor[..., None], 1, 2).reshape(*query.shape[:-1], acc.shape[-1])
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(divisor))
-    return out.astype(query.dtype), jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
+    return out.astype(dtype or query.dtype), jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
 
 
 def backward(
@@ -167,9 +185,17 @@ class _Problem:
             key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
         return _Block(start, key, value)
 
+    def products(self, rows, block: _Block):
+        """scale * query @ key^T."""
+        return self.options.scale * _dot("bqhgd,bkhd->bhqgk", rows, block.key)
+
+    def weigh(self, probs, block: _Block):
+        """probs @ value, [b, h, q, g, e]."""
+        return _dot("bhqgk,bkhe->bhqge", probs.astype(self.value.dtype), block.value)
+
     def scores(self, rows, block: _Block):
         """Scaled, biased scores of all rows against one block; -inf where a row sees no key."""
-        scores = self.options.scale * _dot("bqhgd,bkhd->bhqgk", rows, block.key)
+        scores = self.products(rows, block)
         if self.dense.bias is not None:
             scores += self.dense_block(self.dense.bias, block.start).astype(jnp.float32)
         visible = self.visible(block.start)
@@ -209,6 +235,39 @@ class _Problem:
         b, heads, q, k = x.shape
         h = self.num_heads_kv if heads > 1 else 1
         return jnp.moveaxis(x.reshape(b, h, heads // h, q, k), 2, 3)
+
+
+class _Float8Problem(_Problem):
+    """A forward problem in float8: products of float8 numbers, summed in float32, times scales.
+
+    float8 goes into products as bfloat16, which holds it exactly and which any platform has.
+    Probabilities, at most 1, use the upper half of float8's range.
+    """
+
+    def __init__(self, options, query, key, value, index: Index, dense: Dense, descales: Descales):
+        super().__init__(options, query, key, value, index, dense)
+        by_row = self.query_heads(quantize.by_row(descales.query, self.seqlen_q))  # [b, q, h, g]
+        self.query_scale = options.scale * jnp.moveaxis(by_row, 1, 2)[..., None]
+        by_column = self.fill(quantize.by_row(descales.key, self.seqlen_k), 1)  # [b, k | 1, h]
+        self.key_scale = jnp.moveaxis(by_column, 1, 2)[:, :, None, None]
+        self.value_scale = descales.value[:, :, None, None, None] / PROBS_SCALE
+
+    def rows(self):
+        return super().rows().astype(jnp.bfloat16)
+
+    def block(self, start) -> _Block:
+        start, key, value = super().block(start)
+        return _Block(start, key.astype(jnp.bfloat16), value.astype(jnp.bfloat16))
+
+    def products(self, rows, block: _Block):
+        key_scale = self.key_scale
+        if key_scale.shape[-1] > 1:
+            key_scale = lax.dynamic_slice_in_dim(key_scale, block.start, self.block_size, -1)
+        return _dot("bqhgd,bkhd->bhqgk", rows, block.key) * self.query_scale * key_scale
+
+    def weigh(self, probs, block: _Block):
+        probs = (probs * PROBS_SCALE).astype(FLOAT8).astype(jnp.bfloat16)
+        return _dot("bhqgk,bkhe->bhqge", probs, block.value) * self.value_scale
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:

@@ -131,6 +131,11 @@ def test_signature_extends_theirs():
         "deterministic",
         "sequence_parallel",
         "sm_margin",
+        "forward_dtype",
+        "query_descale",
+        "key_descale",
+        "value_descale",
+        "value_is_prepared",
     }
     assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto", 0) for p in added)
 

@@ -377,3 +377,10 @@ def test_lengths_come_from_one_place():
 def test_flax_is_not_imported():
     code = "import sys, jax_fa3.flax; sys.exit('flax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_forward_dtype():
+    x = [a.astype("bfloat16") for a in heads_of((2,))]
+    got = make_attention_fn(forward_dtype="float8_e4m3fn", is_causal=True)(*x)
+    want = jax_fa3.dot_product_attention(*x, forward_dtype="float8_e4m3fn", is_causal=True)
+    np.testing.assert_array_equal(got, want)

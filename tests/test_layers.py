@@ -23,6 +23,7 @@ PYTHON_LAYERS = [
     ["context"],
     ["calls"],
     ["support", "xla", "reference"],
+    ["quantize"],
     ["validate"],
     ["options"],
     ["_C"],

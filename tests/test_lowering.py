@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jax_fa3
 from cases import HEAD_DIMS
-from jax_fa3 import dot_product_attention
+from float8 import FLOAT8, float8_kernel  # noqa: F401
+from jax_fa3 import dot_product_attention, support
 
 DEFAULTS = {
     "scale": "1.250000e-01 : f32",
@@ -50,8 +52,8 @@ def custom_calls(text):
         call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
         if call:
             target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{options = \{(.*?)\}\}", body).group(1)
-            attributes = dict(item.split(" = ") for item in config.split(", "))
+            config = re.search(r"mhlo\.backend_config = \{options = \{(.*?)\}(.*?)\}", body)
+            attributes = dict(item.split(" = ") for item in "".join(config.groups()).split(", "))
             found.append(
                 (
                     target,
@@ -93,8 +95,6 @@ def test_backward_is_one_custom_call_and_nothing_else():
 
 
 def test_workspace_is_the_plans():
-    from jax_fa3 import support
-
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
         plan = support.native().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic, 132)
@@ -241,3 +241,96 @@ def test_other_platforms_get_no_custom_call(platform):
 def test_calls_without_kernels_lower_to_xla(options, dtype):
     text = lower(functools.partial(dot_product_attention, **options), *operands(dtype))
     assert "jax_fa3_forward" not in text and "stablehlo.dot_general" in text
+
+
+QUERY, KEY, VALUE = (2, 200, 4, 72), (2, 300, 2, 72), (2, 300, 2, 72)  # a kernel of 96
+TYPES = ["2x200x4x72xf8E4M3FN", "2x300x2x72xf8E4M3FN", "2x300x2x72xf8E4M3FN"]
+RESULTS = ["2x200x4x72xbf16", "2x4x200xf32", "1xi32"]
+
+
+def float8_operands():
+    return [jax.ShapeDtypeStruct(shape, FLOAT8) for shape in (QUERY, KEY, VALUE)]
+
+
+@pytest.mark.usefixtures("float8_kernel")
+def test_float8_forward_is_one_custom_call():
+    scales = [jax.ShapeDtypeStruct(s, "float32") for s in ((2, 4, 2), (2, 2, 3), (2, 2))]
+    lengths = jax.ShapeDtypeStruct((2,), "int32")
+
+    def call(*x):
+        return dot_product_attention(
+            *x[:3],
+            query_descale=x[3],
+            key_descale=x[4],
+            value_descale=x[5],
+            query_seq_lengths=x[6],
+            key_value_seq_lengths=x[7],
+            query_offset=x[8],
+            scale=0.125,
+        )
+
+    text = lower(call, *float8_operands(), *scales, *[lengths] * 3)
+    ((target, attributes, args, results),) = custom_calls(text)
+    flags = dict.fromkeys(INDEX.values(), "true") | {"value_is_prepared": "false"}
+    assert (target, attributes) == ("jax_fa3_forward_float8", DEFAULTS | flags)
+    assert args == [*TYPES, "2x4x2xf32", "2x2x3xf32", "2x2xf32", *["2xi32"] * 3]
+    assert results == [*RESULTS, f"{2 * 2 * 96 * 384}xui8"]  # value, transposed and filled up
+    operands = ", ".join(f"%arg{i}" for i in range(9))
+    assert f"@jax_fa3_forward_float8({operands})" in text
+    assert operations(text) == ["custom_call"]
+
+
+@pytest.mark.usefixtures("float8_kernel")
+def test_prepared_value_goes_as_it_is():
+    query, key, _ = float8_operands()
+    value = jax.ShapeDtypeStruct((2, 2, 72, 384), FLOAT8)
+    text = lower(
+        functools.partial(dot_product_attention, value_is_prepared=True), query, key, value
+    )
+    ((_, attributes, args, results),) = custom_calls(text)
+    assert attributes["value_is_prepared"] == "true"
+    assert args == [*TYPES[:2], "2x2x72x384xf8E4M3FN", "2x4x1xf32", "2x2x1xf32", "2x2xf32"]
+    assert results == [*RESULTS, "0xui8"]
+    assert not {"transpose", "reshape"} & set(operations(text))
+
+
+@pytest.mark.usefixtures("float8_kernel")
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementation):
+    query, key, value = (jax.ShapeDtypeStruct(s, "float16") for s in (QUERY, KEY, VALUE))
+    call = functools.partial(
+        vector_jacobian, forward_dtype=FLOAT8, is_causal=True, implementation=implementation
+    )
+    calls = custom_calls(lower(call, query, key, value, query))
+    if implementation == "xla":
+        assert calls == []
+        return
+    forward, backward = calls
+    assert (forward[0], backward[0]) == ("jax_fa3_forward_float8", "jax_fa3_backward")
+    assert forward[1]["value_is_prepared"] == "true" and forward[1]["window_right"] == "0 : i32"
+    assert forward[2][2:] == ["2x2x72x384xf8E4M3FN", "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert forward[3] == ["2x200x4x72xf16", "2x4x200xf32", "1xi32", "0xui8"]
+
+
+@pytest.mark.usefixtures("float8_kernel")
+def test_vmap_in_float8_is_still_one_call():
+    x = [jax.ShapeDtypeStruct((5, *a.shape), a.dtype) for a in float8_operands()]
+    ((_, _, args, results),) = custom_calls(lower(jax.vmap(dot_product_attention), *x))
+    assert args[0] == "10x200x4x72xf8E4M3FN" and args[3] == "10x4x1xf32"
+    assert results[3] == f"{10 * 2 * 96 * 384}xui8"
+
+
+@pytest.mark.usefixtures("float8_kernel")
+def test_float8_calls_without_a_kernel_lower_to_xla():
+    wide = [jax.ShapeDtypeStruct((1, 64, 2, 264), FLOAT8)] * 3
+    assert "head_dim" in jax_fa3.is_supported(*wide)
+    for x, options in ((wide, {}), (float8_operands(), dict(mask=jnp.ones((1, 1, 1, 300), bool)))):
+        text = lower(functools.partial(dot_product_attention, **options), *x)
+        assert custom_calls(text) == [] and "stablehlo.dot_general" in text
+
+
+def test_float8_without_a_kernel_leaves_the_backward_pass_to_its_own():
+    query, key, value = operands()
+    call = functools.partial(vector_jacobian, forward_dtype=FLOAT8)
+    calls = custom_calls(lower(call, query, key, value, query))
+    assert [call[0] for call in calls] == ["jax_fa3_backward"]

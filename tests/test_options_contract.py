@@ -10,7 +10,12 @@ import pytest
 from jax_fa3 import options
 
 SRC = Path(__file__).parents[1] / "src"
-NOT_FOR_KERNELS = {"route", "sequence_parallel"}  # Python's own choice
+NOT_FOR_KERNELS = {  # Python's own choice
+    "route",
+    "sequence_parallel",
+    "quantized_forward",
+    "value_is_prepared",  # an attribute of its own, of the call in float8
+}
 NOT_STATIC = {"has_dlse"}  # decided per direction, by to_ffi's argument
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = options.AttentionOptions(scale=0.5).to_ffi()

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jax_fa3 import support
-from jax_fa3.options import NUM_SMS, resolve_deterministic, resolve_window
+from jax_fa3 import support, validate
+from jax_fa3.options import FLOAT8, resolve_deterministic, resolve_window
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
@@ -94,21 +94,26 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
         ", ".join([shapes, *given]),
         f"would run through XLA: {reason}" if reason else "would run on the Hopper kernels",
     ]
+    for direction, plan in _plans(query, key, value, options).items():
+        named = ", ".join(f"{name}={x}" for name, x in plan.items() if name != "direction")
+        lines.append(f"{direction} plan: {named}")
+    return lines
+
+
+def _plans(query, key, value, options) -> dict[str, dict[str, Any]]:
+    """What a call would run on the kernels, pass by pass; nothing where they do not take it."""
+    forward_dtype = options.get("forward_dtype")
     window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
     deterministic = resolve_deterministic(options.get("deterministic"))
-    shaped = support.call_reason(
-        query, options.get("bias"), options.get("mask"), options.get("scale")
-    )
-    if shaped or support.plan_reason(query, key, value, window, deterministic):
-        return lines
-    batch, seqlen_q, heads_q, head_dim = (1, *query.shape)[-4:]
-    seqlen_k, heads_kv, head_dim_v = value.shape[-3:]
-    dtype = support.KERNEL_DTYPES[query.dtype.name]
-    problem = (dtype, batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v)
-    forward = support.native().forward_plan(*problem, *window, NUM_SMS)
-    backward = support.native().backward_plan(*problem, deterministic, NUM_SMS)
-    return [*lines, f"forward plan: {_plan(forward)}", f"backward plan: {_plan(backward)}"]
-
-
-def _plan(plan: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in plan.items() if name != "direction")
+    value = validate.plain_value(key, value, options.get("value_is_prepared", False))
+    if (
+        support.call_reason(query, options.get("bias"), options.get("mask"), options.get("scale"))
+        or support.plan_reason(query, key, value, window, deterministic)
+        or support.float8_reason(query, key, value, window, forward_dtype)
+    ):
+        return {}
+    dtype = query.dtype.name if forward_dtype is None else FLOAT8
+    plans = {"forward": support.forward_plan(query, key, value, window, dtype)}
+    if query.dtype.name != FLOAT8:
+        plans["backward"] = support.backward_plan(query, key, value, deterministic)
+    return plans
