@@ -304,6 +304,7 @@ def prepare(
             window,
             deterministic,
             forward_dtype,
+            value_is_prepared,
         ),
         sequence_parallel=sequence_parallel,
         sm_margin=int(sm_margin),
@@ -320,7 +321,17 @@ def prepare(
 
 
 def _route(
-    implementation, query, key, value, bias, mask, scale, window, deterministic, forward_dtype
+    implementation,
+    query,
+    key,
+    value,
+    bias,
+    mask,
+    scale,
+    window,
+    deterministic,
+    forward_dtype,
+    value_is_prepared,
 ) -> Route:
     """Kernels or XLA. "auto" leaves the choice to the platform the program is lowered for."""
     if implementation == "xla":
@@ -328,7 +339,9 @@ def _route(
     call_reason = support.call_reason(query, bias, mask, scale) or support.plan_reason(
         query, key, value, window, deterministic
     )
-    float8_reason = support.float8_reason(query, key, value, window, forward_dtype)
+    float8_reason = support.float8_reason(
+        query, key, value, window, forward_dtype, value_is_prepared
+    )
     device_reason = support.device_reason()
     reason = call_reason or float8_reason or device_reason
     if reason is None:

@@ -3,7 +3,7 @@
 The only file that touches jax.ffi. Its part of the wiring, from outside in: custom_vmap (a mapped
 axis is folded into the batch, which the kernels loop over anyway), platform_dependent (decided
 when the program is lowered), ffi_call. Operands, results and attributes are those that
-src/ffi/forward.cc and src/ffi/backward.cc bind.
+src/ffi/forward.cc, forward_float8.cc and backward.cc bind.
 """
 
 from __future__ import annotations
@@ -18,18 +18,10 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jax_fa3 import quantize, support, validate, xla
-from jax_fa3.options import (
-    BLOCK,
-    FLOAT8,
-    AttentionOptions,
-    Dense,
-    Descales,
-    Index,
-    num_blocks,
-)
+from jax_fa3.options import AttentionOptions, Dense, Descales, Index
 
 FORWARD = "jax_fa3_forward"
-FORWARD_FLOAT8 = support.FORWARD_FLOAT8
+FORWARD_FLOAT8 = "jax_fa3_forward_float8"
 BACKWARD = "jax_fa3_backward"
 
 if support.native() is not None:
@@ -96,24 +88,24 @@ def forward_float8(
         return xla.forward(options, query, key, value, *rest)
 
     operands = (query, key, value, *descales, *_pack(index))
-    plain, window = validate.plain_value(key, value, options.value_is_prepared), options.window
+    is_prepared = options.value_is_prepared or options.quantized_forward
+    plain = validate.plain_value(key, value, options.value_is_prepared)
     if not _wants_kernel(options, query, key) or support.float8_reason(
-        query, key, plain, window, FLOAT8
+        query, key, plain, options.window, None, is_prepared
     ):
         return portable(*operands)
 
     def kernel(query, key, value, *rest):
-        is_prepared = options.value_is_prepared or options.quantized_forward
         if options.quantized_forward:  # in one pass with its rounding
             value = quantize.prepare_value(value)
         plain = validate.plain_value(key, value, is_prepared)
-        workspace = 0 if is_prepared else _transposed_bytes(query, key, value, options.window)
+        plan = support.forward_plan(query, key, plain, options.window, None, is_prepared)
         batch, seqlen_q, num_heads_q, _ = query.shape
         results = (
             _result(query, (batch, seqlen_q, num_heads_q, plain.shape[-1]), dtype),
             _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
             _result(query, (1,), jnp.int32),  # the tile counter
-            _result(query, (workspace,), jnp.uint8),
+            _result(query, (plan["workspace_bytes"],), jnp.uint8),
         )
         call = jax.ffi.ffi_call(FORWARD_FLOAT8, results)
         attributes = dict(options=options.to_ffi(), value_is_prepared=is_prepared)
@@ -229,13 +221,6 @@ def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedAr
     like = jax.typeof(like)
     sharding = like.sharding.update(spec=(None,) * len(shape))
     return like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding)
-
-
-def _transposed_bytes(query, key, value, window: tuple[int, int]) -> int:
-    """Of a prepared value, whose head_dim is filled up to the kernel's."""
-    plan = support.forward_plan(query, key, value, window, FLOAT8)
-    batch, seqlen, heads, _ = value.shape
-    return batch * heads * plan["head_dim_v"] * num_blocks(seqlen) * BLOCK
 
 
 def _pack(index: Index) -> tuple[jax.Array, ...]:

@@ -105,6 +105,11 @@ def num_blocks(seqlen: int) -> int:
     return max(-(-seqlen // BLOCK), 1)
 
 
+def padded_keys(seqlen: int) -> int:
+    """Keys of a prepared value, whole blocks (padded_keys in src/attention/prepared_value.h)."""
+    return -(-seqlen // BLOCK) * BLOCK
+
+
 def resolve_window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
     """(left, right) in columns, inclusive, of a checked `local_window_size` and `is_causal`."""
     if window is None:

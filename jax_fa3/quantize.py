@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_fa3 import validate
-from jax_fa3.options import BLOCK, FLOAT8, Descales, Index, num_blocks
+from jax_fa3.options import BLOCK, FLOAT8, Descales, Index, num_blocks, padded_keys
 
 Granularity = Literal["tensor", "head", "block"]
 
@@ -196,7 +196,7 @@ def prepare_value(value: jax.Array) -> jax.Array:
     each 16 stand in the order of that product's registers: key 8 a + 2 c + e at 4 c + 2 a + e.
     """
     batch, seqlen, heads, head_dim = value.shape
-    filled = num_blocks(seqlen) * BLOCK
+    filled = padded_keys(seqlen)
     value = _whole(value, 1)
     value = jnp.pad(value, ((0, 0), (0, filled - seqlen), (0, 0), (0, 0)))
     value = value.reshape(batch, filled // 16, 2, 4, 2, heads, head_dim)

@@ -26,7 +26,6 @@ except ImportError as error:
 
 logger = logging.getLogger("jax_fa3")
 
-FORWARD_FLOAT8 = "jax_fa3_forward_float8"  # the FFI target, which not every build has
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
@@ -103,7 +102,7 @@ def is_supported(
     return (
         call_reason(query, bias, mask, scale)
         or plan_reason(query, key, value, window, deterministic)
-        or float8_reason(query, key, value, window, forward_dtype)
+        or float8_reason(query, key, value, window, forward_dtype, value_is_prepared)
         or device_reason()
     )
 
@@ -127,28 +126,40 @@ def plan_reason(
     """Why this build has no kernel for the shapes of a legal call in a 16-bit dtype."""
     if query.dtype.name == FLOAT8:
         return None  # float8_reason's matter
-    return _refusal(forward_plan, query, key, value, window, query.dtype.name) or _refusal(
+    return _refusal(forward_plan, query, key, value, window) or _refusal(
         backward_plan, query, key, value, deterministic
     )
 
 
 def float8_reason(
-    query: Any, key: Any, value: Any, window: tuple[int, int], forward_dtype: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    window: tuple[int, int],
+    forward_dtype: Any,
+    value_is_prepared: bool,
 ) -> str | None:
-    """Why a forward pass in float8 has no kernel; None for other calls."""
+    """Why this build has no kernel for a legal forward pass in float8; None for other calls."""
     if forward_dtype is None and query.dtype.name != FLOAT8:
         return None
-    if _C is not None and FORWARD_FLOAT8 not in _C.registrations():
-        return "this build has no kernel for a forward pass in float8"
-    return _refusal(forward_plan, query, key, value, window, FLOAT8)
+    return _refusal(forward_plan, query, key, value, window, forward_dtype, value_is_prepared)
 
 
 def forward_plan(
-    query: Any, key: Any, value: Any, window: tuple[int, int], dtype: str
+    query: Any,
+    key: Any,
+    value: Any,
+    window: tuple[int, int],
+    forward_dtype: Any = None,
+    value_is_prepared: bool = False,
 ) -> dict[str, Any]:
-    """The kernel in `dtype`, its tiles and grid. Raises ValueError with the reason if none fits."""
-    name = "e4m3" if dtype == FLOAT8 else KERNEL_DTYPES[dtype]
-    return _C.forward_plan(name, *_extents(query, key, value), *window, NUM_SMS)
+    """The kernel, its tiles, grid and, in float8, "workspace_bytes". Raises ValueError with the
+    reason if none fits."""
+    extents = _extents(query, key, value)
+    if forward_dtype is None and query.dtype.name != FLOAT8:
+        return _C.forward_plan(KERNEL_DTYPES[query.dtype.name], *extents, *window, NUM_SMS)
+    prepared = bool(value_is_prepared) or forward_dtype is not None  # which prepares it by itself
+    return _C.forward_float8_plan(*extents, *window, prepared, NUM_SMS)
 
 
 def backward_plan(query: Any, key: Any, value: Any, deterministic: bool) -> dict[str, Any]:

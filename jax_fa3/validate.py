@@ -24,6 +24,7 @@ from jax_fa3.options import (
     Index,
     SequenceParallel,
     num_blocks,
+    padded_keys,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -145,7 +146,7 @@ def check_prepared(key: Any, value: Any) -> None:
                 f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
             )
     *batch, seqlen, heads, _ = key.shape
-    want = (*batch, heads, value.shape[-2], num_blocks(seqlen) * BLOCK)
+    want = (*batch, heads, value.shape[-2], padded_keys(seqlen))
     if tuple(value.shape) != want:
         raise ValueError(
             f"value has shape {_shape(value)}; expected {want} with value_is_prepared and key of "

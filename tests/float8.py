@@ -1,10 +1,6 @@
-"""What the tests of float8 share: arrays, their meaning in float64, and a build with its kernel."""
+"""What the tests of float8 share: arrays, and their meaning in float64."""
 
-import jax
 import numpy as np
-import pytest
-
-from jax_fa3 import support
 
 FLOAT8 = "float8_e4m3fn"
 
@@ -36,30 +32,3 @@ def operands(seed=0, batch=2, seqlen=140, heads=2, head_dim=16, dtype="bfloat16"
     arrays *= 1 + np.arange(batch)[:, None, None, None] + 3 * np.arange(heads)[:, None]
     arrays[:, :, 128:] *= 10
     return tuple(x.astype(np.float32).astype(dtype) for x in arrays)
-
-
-class _BuildWithKernel:
-    """The native module with a float8 kernel, as far as Python asks: its target is listed, and the
-    plans of bfloat16 stand for its own."""
-
-    def __init__(self, native):
-        self._native = native
-
-    def __getattr__(self, name):
-        return getattr(self._native, name)
-
-    def registrations(self):
-        return {support.FORWARD_FLOAT8: None}
-
-    def forward_plan(self, dtype, *problem):
-        assert dtype in ("e4m3", "bf16", "fp16")
-        return self._native.forward_plan("bf16" if dtype == "e4m3" else dtype, *problem)
-
-
-@pytest.fixture
-def float8_kernel(monkeypatch):
-    """Calls lower to the float8 kernel for CUDA, and go the same way to XLA elsewhere."""
-    jax.clear_caches()  # what is traced says which kernels there are
-    monkeypatch.setattr(support, "_C", _BuildWithKernel(support.native()))
-    yield
-    jax.clear_caches()

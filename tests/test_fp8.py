@@ -19,7 +19,7 @@ import jax_fa3
 import tolerance
 from cases import Case
 from collectives import collectives
-from float8 import FLOAT8, by_row, dequantised, float8_kernel, operands, wide  # noqa: F401
+from float8 import FLOAT8, by_row, dequantised, operands, wide
 from jax_fa3 import dot_product_attention, quantize_qkv
 from meshes import KINDS, STRATEGIES, both_kinds, compiled_for, mesh_of, place, run
 from transforms import assert_near
@@ -212,7 +212,7 @@ def test_what_has_no_derivative_says_so():
         jax.grad(lambda x: jax.grad(loss)(x).astype(jnp.float32).sum())(query)
 
 
-# ---- transforms and meshes: with the kernel, which is XLA's float8 behind the rules of a kernel
+# ---- transforms and meshes
 
 ARRAY, SCALE, ROWS = P("data", None, "model"), P("data", "model"), P(None, "seq")
 
@@ -263,7 +263,6 @@ def expected(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("kind", [*KINDS.values(), None], ids=[*KINDS, "manual"])
-@pytest.mark.usefixtures("float8_kernel")
 def test_mesh(kind, function):
     """Automatic, explicit and manual axes: the results of one device, and no collective."""
     mesh = mesh_of(kind or KINDS["automatic"], data=4, model=2)
@@ -278,7 +277,6 @@ def test_mesh(kind, function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.usefixtures("float8_kernel")
 def test_fewer_key_heads_than_devices(function):
     """Each device takes its heads of key and value, and their scales with them."""
     mesh = mesh_of(KINDS["explicit"], data=2, model=4)
@@ -290,7 +288,6 @@ def test_fewer_key_heads_than_devices(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @both_kinds
-@pytest.mark.usefixtures("float8_kernel")
 def test_split_sequences(kind, function):
     """Rows that arrive split: right, whatever travels."""
     mesh = mesh_of(kind, seq=4)
@@ -301,7 +298,6 @@ def test_split_sequences(kind, function):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.usefixtures("float8_kernel")
 def test_context_parallel(strategy):
     call = functools.partial(
         STRATEGIES[strategy],
@@ -318,7 +314,6 @@ def test_context_parallel(strategy):
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.usefixtures("float8_kernel")
 def test_vmap_scan_and_remat(function, implementation):
     options = {
         "from_sixteen_bits": dict(forward_dtype=FLOAT8),
@@ -341,24 +336,25 @@ def test_vmap_scan_and_remat(function, implementation):
     assert_near(scanned[:, 0], want)
 
 
-@pytest.mark.parametrize(("dtype", "forward_dtype"), [("bfloat16", FLOAT8), (FLOAT8, None)])
-def test_doctor_answers_for_float8(dtype, forward_dtype, capsys):
-    jax_fa3.doctor(jax.ShapeDtypeStruct((1, 256, 2, 64), dtype), forward_dtype=forward_dtype)
-    answer = capsys.readouterr().out
-    assert "no kernel for a forward pass in float8" in answer and "plan" not in answer
-
-
-@pytest.mark.usefixtures("float8_kernel")
-def test_doctor_shows_the_plans_of_both_passes(capsys):
+def test_doctor_answers_for_float8(capsys):
+    """The plans of both passes; of float8 inputs there is one, with room to transpose value."""
     shape = (1, 256, 2, 64)
+    plans = functools.partial(re.findall, r"(\w+) plan:.*?workspace_bytes=(\d+)")
     jax_fa3.doctor(jax.ShapeDtypeStruct(shape, "bfloat16"), forward_dtype=FLOAT8)
-    assert re.findall(r"(\w+) plan:", capsys.readouterr().out) == ["forward", "backward"]
-    jax_fa3.doctor(
-        *[jax.ShapeDtypeStruct(shape, FLOAT8)] * 2,
-        jax.ShapeDtypeStruct((1, 2, 64, 256), FLOAT8),
-        value_is_prepared=True,
-    )
-    assert re.findall(r"(\w+) plan:", capsys.readouterr().out) == ["forward"]
+    forward, backward = plans(capsys.readouterr().out)
+    assert forward == ("forward", "0") and backward[0] == "backward"
+    x = jax.ShapeDtypeStruct(shape, FLOAT8)
+    jax_fa3.doctor(x)
+    assert plans(capsys.readouterr().out) == [("forward", f"{2 * 64 * 256}")]
+    jax_fa3.doctor(x, x, jax.ShapeDtypeStruct((1, 2, 64, 256), FLOAT8), value_is_prepared=True)
+    assert plans(capsys.readouterr().out) == [("forward", "0")]
+
+
+@pytest.mark.parametrize(("dtype", "forward_dtype"), [("bfloat16", FLOAT8), (FLOAT8, None)])
+def test_doctor_says_what_has_no_float8_kernel(dtype, forward_dtype, capsys):
+    jax_fa3.doctor(jax.ShapeDtypeStruct((1, 256, 2, 72), dtype), forward_dtype=forward_dtype)
+    answer = capsys.readouterr().out
+    assert "head_dim must be a multiple of 16 for float8" in answer and "plan" not in answer
 
 
 # ---- errors
@@ -399,7 +395,7 @@ WRONG_FLOAT8 = [
     ),
     (dict(value_is_prepared=2), TypeError, ["value_is_prepared", "2"]),
     (dict(sequence_parallel="ring"), ValueError, ["sequence_parallel", "ring", FLOAT8]),
-    (dict(implementation="fa3"), NotImplementedError, ["fa3", "no kernel", "float8"]),
+    (dict(implementation="fa3"), NotImplementedError, ["fa3", "no NVIDIA GPU"]),
 ]
 
 
@@ -413,10 +409,12 @@ def test_wrong_calls(good, change, error, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_sixteen_bit_calls_with_forward_dtype_and_fa3_say_there_is_no_kernel():
-    with pytest.raises(NotImplementedError, match="no kernel for a forward pass in float8"):
-        dot_product_attention(Q, K, K, forward_dtype=FLOAT8, implementation="fa3")
-    assert "float8" in jax_fa3.is_supported(Q, K, K, forward_dtype=jnp.float8_e4m3fn)
+def test_head_dims_without_a_float8_kernel_are_named():
+    x = Q[..., :8]
+    with pytest.raises(NotImplementedError, match="head_dim must be a multiple of 16 for float8"):
+        dot_product_attention(x, x, x, forward_dtype=FLOAT8, implementation="fa3")
+    assert "got 8" in jax_fa3.is_supported(x, x, x, forward_dtype=jnp.float8_e4m3fn)
+    assert "got 8" in jax_fa3.is_supported(*[x.astype(ml_dtypes.float8_e4m3fn)] * 3)
 
 
 def test_ring_attention_takes_no_float8_inputs():

@@ -9,7 +9,7 @@ import pytest
 
 import jax_fa3
 from cases import HEAD_DIMS
-from float8 import FLOAT8, float8_kernel  # noqa: F401
+from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, support
 
 DEFAULTS = {
@@ -243,16 +243,15 @@ def test_calls_without_kernels_lower_to_xla(options, dtype):
     assert "jax_fa3_forward" not in text and "stablehlo.dot_general" in text
 
 
-QUERY, KEY, VALUE = (2, 200, 4, 72), (2, 300, 2, 72), (2, 300, 2, 72)  # a kernel of 96
-TYPES = ["2x200x4x72xf8E4M3FN", "2x300x2x72xf8E4M3FN", "2x300x2x72xf8E4M3FN"]
-RESULTS = ["2x200x4x72xbf16", "2x4x200xf32", "1xi32"]
+QUERY, KEY, VALUE = (2, 200, 4, 80), (2, 300, 2, 80), (2, 300, 2, 80)  # a kernel of 96
+TYPES = ["2x200x4x80xf8E4M3FN", "2x300x2x80xf8E4M3FN", "2x300x2x80xf8E4M3FN"]
+RESULTS = ["2x200x4x80xbf16", "2x4x200xf32", "1xi32"]
 
 
 def float8_operands():
     return [jax.ShapeDtypeStruct(shape, FLOAT8) for shape in (QUERY, KEY, VALUE)]
 
 
-@pytest.mark.usefixtures("float8_kernel")
 def test_float8_forward_is_one_custom_call():
     scales = [jax.ShapeDtypeStruct(s, "float32") for s in ((2, 4, 2), (2, 2, 3), (2, 2))]
     lengths = jax.ShapeDtypeStruct((2,), "int32")
@@ -274,27 +273,25 @@ def test_float8_forward_is_one_custom_call():
     flags = dict.fromkeys(INDEX.values(), "true") | {"value_is_prepared": "false"}
     assert (target, attributes) == ("jax_fa3_forward_float8", DEFAULTS | flags)
     assert args == [*TYPES, "2x4x2xf32", "2x2x3xf32", "2x2xf32", *["2xi32"] * 3]
-    assert results == [*RESULTS, f"{2 * 2 * 96 * 384}xui8"]  # value, transposed and filled up
+    assert results == [*RESULTS, f"{2 * 2 * 80 * 384}xui8"]  # value, transposed
     operands = ", ".join(f"%arg{i}" for i in range(9))
     assert f"@jax_fa3_forward_float8({operands})" in text
     assert operations(text) == ["custom_call"]
 
 
-@pytest.mark.usefixtures("float8_kernel")
 def test_prepared_value_goes_as_it_is():
     query, key, _ = float8_operands()
-    value = jax.ShapeDtypeStruct((2, 2, 72, 384), FLOAT8)
+    value = jax.ShapeDtypeStruct((2, 2, 80, 384), FLOAT8)
     text = lower(
         functools.partial(dot_product_attention, value_is_prepared=True), query, key, value
     )
     ((_, attributes, args, results),) = custom_calls(text)
     assert attributes["value_is_prepared"] == "true"
-    assert args == [*TYPES[:2], "2x2x72x384xf8E4M3FN", "2x4x1xf32", "2x2x1xf32", "2x2xf32"]
+    assert args == [*TYPES[:2], "2x2x80x384xf8E4M3FN", "2x4x1xf32", "2x2x1xf32", "2x2xf32"]
     assert results == [*RESULTS, "0xui8"]
     assert not {"transpose", "reshape"} & set(operations(text))
 
 
-@pytest.mark.usefixtures("float8_kernel")
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementation):
     query, key, value = (jax.ShapeDtypeStruct(s, "float16") for s in (QUERY, KEY, VALUE))
@@ -308,19 +305,17 @@ def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementati
     forward, backward = calls
     assert (forward[0], backward[0]) == ("jax_fa3_forward_float8", "jax_fa3_backward")
     assert forward[1]["value_is_prepared"] == "true" and forward[1]["window_right"] == "0 : i32"
-    assert forward[2][2:] == ["2x2x72x384xf8E4M3FN", "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
-    assert forward[3] == ["2x200x4x72xf16", "2x4x200xf32", "1xi32", "0xui8"]
+    assert forward[2][2:] == ["2x2x80x384xf8E4M3FN", "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert forward[3] == ["2x200x4x80xf16", "2x4x200xf32", "1xi32", "0xui8"]
 
 
-@pytest.mark.usefixtures("float8_kernel")
 def test_vmap_in_float8_is_still_one_call():
     x = [jax.ShapeDtypeStruct((5, *a.shape), a.dtype) for a in float8_operands()]
     ((_, _, args, results),) = custom_calls(lower(jax.vmap(dot_product_attention), *x))
-    assert args[0] == "10x200x4x72xf8E4M3FN" and args[3] == "10x4x1xf32"
-    assert results[3] == f"{10 * 2 * 96 * 384}xui8"
+    assert args[0] == "10x200x4x80xf8E4M3FN" and args[3] == "10x4x1xf32"
+    assert results[3] == f"{10 * 2 * 80 * 384}xui8"
 
 
-@pytest.mark.usefixtures("float8_kernel")
 def test_float8_calls_without_a_kernel_lower_to_xla():
     wide = [jax.ShapeDtypeStruct((1, 64, 2, 264), FLOAT8)] * 3
     assert "head_dim" in jax_fa3.is_supported(*wide)
@@ -330,7 +325,7 @@ def test_float8_calls_without_a_kernel_lower_to_xla():
 
 
 def test_float8_without_a_kernel_leaves_the_backward_pass_to_its_own():
-    query, key, value = operands()
+    query, key, value = operands(head_dim=72)
     call = functools.partial(vector_jacobian, forward_dtype=FLOAT8)
     calls = custom_calls(lower(call, query, key, value, query))
     assert [call[0] for call in calls] == ["jax_fa3_backward"]

@@ -1,6 +1,8 @@
 """quantize_qkv: scales, rotation, saturation, the layout of a prepared value."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,12 @@ from jax.sharding import PartitionSpec as P
 from collectives import collectives
 from float8 import FLOAT8, by_row, operands, wide
 from jax_fa3 import dot_product_attention, quantize_qkv
+from jax_fa3.options import BLOCK
+from jax_fa3.quantize import prepare_value
 from meshes import both_kinds, mesh_of, place
 from transforms import assert_near
+
+SRC = Path(__file__).parents[1] / "src"
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
@@ -133,10 +139,21 @@ def test_prepared_value(seqlen):
     np.testing.assert_array_equal(wide(of_unbatched), out[1])
 
 
+def test_kernels_have_the_same_order_of_keys():
+    """prepared_value.h's layout, read from the text, is prepare_value's."""
+    header = (SRC / "attention/prepared_value.h").read_text()
+    assert int(re.search(r"kPreparedBlock = (\d+);", header).group(1)) == BLOCK
+    key = re.search(r"prepared_key\(int position\) \{\s*return (.*);", header).group(1)
+    order = [eval(key.replace("/", "//"), dict(position=p)) for p in range(16)]
+    value = np.arange(BLOCK, dtype=np.float32).reshape(1, BLOCK, 1, 1)
+    want = [16 * group + key for group in range(BLOCK // 16) for key in order]
+    assert np.asarray(prepare_value(jnp.asarray(value))).ravel().tolist() == want
+
+
 def test_prepared_value_of_no_keys():
     query, key, value = operands()
     x = quantize_qkv(query, key[:, :0], value[:, :0], prepare_value=True)
-    assert x.value.shape == (2, 2, 16, 128)
+    assert x.value.shape == (2, 2, 16, 0)
     assert not np.any(wide(dot_product_attention(**x._asdict(), value_is_prepared=True)))
 
 

@@ -105,15 +105,16 @@ def _plans(query, key, value, options) -> dict[str, dict[str, Any]]:
     forward_dtype = options.get("forward_dtype")
     window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
     deterministic = resolve_deterministic(options.get("deterministic"))
-    value = validate.plain_value(key, value, options.get("value_is_prepared", False))
+    is_prepared = options.get("value_is_prepared", False)
+    value = validate.plain_value(key, value, is_prepared)
     if (
         support.call_reason(query, options.get("bias"), options.get("mask"), options.get("scale"))
         or support.plan_reason(query, key, value, window, deterministic)
-        or support.float8_reason(query, key, value, window, forward_dtype)
+        or support.float8_reason(query, key, value, window, forward_dtype, is_prepared)
     ):
         return {}
-    dtype = query.dtype.name if forward_dtype is None else FLOAT8
-    plans = {"forward": support.forward_plan(query, key, value, window, dtype)}
+    forward = support.forward_plan(query, key, value, window, forward_dtype, is_prepared)
+    plans = {"forward": forward}
     if query.dtype.name != FLOAT8:
         plans["backward"] = support.backward_plan(query, key, value, deterministic)
     return plans
