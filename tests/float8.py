@@ -1,6 +1,14 @@
-"""What the tests of float8 share: arrays, and their meaning in float64."""
+"""What the tests of float8 share: arrays, their meaning in float64, and the oracle.
 
+The oracle is written out here once more, densely in numpy, with the roundings that docs/fp8.md
+names: that is the same-precision reading of the tolerance rule, and without them the exact one.
+"""
+
+import ml_dtypes
 import numpy as np
+
+import tolerance
+from jax_fa3 import quantize_qkv
 
 FLOAT8 = "float8_e4m3fn"
 
@@ -13,6 +21,12 @@ def by_row(descale, seqlen):
     """[batch, heads, blocks] to [batch, seqlen, heads, 1]."""
     rows = np.repeat(wide(descale), 128 if descale.shape[-1] > 1 else seqlen, axis=-1)
     return np.swapaxes(rows[..., :seqlen], 1, 2)[..., None]
+
+
+def quantised(case):
+    """The QuantizedQKV of a case's inputs."""
+    lengths = {n: x for n, x in case.index_arrays.items() if n != "query_offset"}
+    return quantize_qkv(*case.inputs()[:3], **lengths)
 
 
 def dequantised(x):
@@ -32,3 +46,34 @@ def operands(seed=0, batch=2, seqlen=140, heads=2, head_dim=16, dtype="bfloat16"
     arrays *= 1 + np.arange(batch)[:, None, None, None] + 3 * np.arange(heads)[:, None]
     arrays[:, :, 128:] *= 10
     return tuple(x.astype(np.float32).astype(dtype) for x in arrays)
+
+
+def check(case, got, arrays, products="exact"):
+    """`got`, (out, lse) of a call, against the oracle on the dequantised `arrays`.
+
+    Of products on "tensor cores" an LSE has a bound of its own: they keep about 13 bits of a sum of
+    8-bit products, so that a score is known to 2^-10 of the largest.
+    """
+    out, lse = got
+    group = case.heads_q // case.heads_kv
+    query, key, value = (np.swapaxes(x, 1, 2) for x in arrays)
+    key, value = (np.repeat(x, group, axis=1) for x in (key, value))
+    scores = case.softmax_scale * (query @ np.swapaxes(key, 2, 3))
+    sees = case.sees[:, None]
+    row_max = np.max(scores, -1, keepdims=True, initial=-np.inf, where=sees)
+    with np.errstate(divide="ignore"):
+        weights = np.where(sees, np.exp(scores - np.where(np.isneginf(row_max), 0, row_max)), 0)
+        row_sum = weights.sum(-1, keepdims=True)
+        exact_lse = np.swapaxes((row_max + np.log(row_sum))[..., 0], 1, 2)
+    rounded = wide((256 * weights).astype(ml_dtypes.float8_e4m3fn)) / 256
+    divisor = np.where(row_sum == 0, 1, row_sum)
+    exact, same = (np.swapaxes((w / divisor) @ value, 1, 2) for w in (weights, rounded))
+    tolerance.check("out", out, exact, same)
+    if products == "exact":
+        tolerance.check("lse", lse, exact_lse, exact_lse.astype(np.float32))
+    else:
+        largest = np.max(np.abs(scores), initial=0, where=sees)
+        np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=2.0**-10 * (1 + largest))
+    blind = ~case.sees.any(axis=2)
+    assert not np.any(np.asarray(out)[blind])
+    assert np.all(np.isneginf(np.asarray(lse)[blind]))

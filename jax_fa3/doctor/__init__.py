@@ -77,7 +77,7 @@ def _kernels() -> list[str]:
         tiles[kernel["direction"], kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(native.listed_kernels())}; tiles queries x keys:"]
     rows += [
-        f"{direction:<8} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
+        f"{direction:<14} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
         for (direction, dtype, head_dim), names in tiles.items()
     ]
     return rows

@@ -14,6 +14,7 @@ os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import dataclasses
+import functools
 import pathlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -21,6 +22,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import contract
 from cases import Case
+from float8 import check, dequantised, quantised
+from jax_fa3 import dot_product_attention
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
 CASES = [
@@ -36,6 +39,15 @@ CASES = [
         dict(head_dim=192, head_dim_v=128, causal=True),
     )
 ]
+FLOAT8 = [
+    dataclasses.replace(BASE, **change)
+    for change in (
+        dict(head_dim=64, causal=True),
+        dict(head_dim=80, key_lengths=(197, 0), query_lengths=(1, 130)),
+        dict(head_dim=128, window=(60, 20)),
+        dict(head_dim=256, causal=True, offset=(67, -40)),
+    )
+]
 
 
 def main():
@@ -43,6 +55,12 @@ def main():
     for case in CASES:
         contract.check_results(kernels, case)
         print(case.name, flush=True)
+    for case in FLOAT8:
+        x = quantised(case)
+        options = case.options | case.index_arrays
+        call = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
+        check(case, call(**x._asdict(), **options), dequantised(x), products="tensor cores")
+        print("float8", case.name, flush=True)
 
 
 if __name__ == "__main__":
