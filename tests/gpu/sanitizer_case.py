@@ -55,11 +55,11 @@ def main():
     for case in CASES:
         contract.check_results(kernels, case)
         print(case.name, flush=True)
+    attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in FLOAT8:
         x = quantised(case)
         options = case.options | case.index_arrays
-        call = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
-        check(case, call(**x._asdict(), **options), dequantised(x), products="tensor cores")
+        check(case, attend(**x._asdict(), **options), dequantised(x), products="tensor cores")
         print("float8", case.name, flush=True)
 
 
