@@ -1,0 +1,84 @@
+"""What Python sends is what C++ decodes: the custom calls run on a CPU, as far as decoding.
+
+The kernels' place is taken by tests/cpp/decode_library.cc, which accepts or refuses and computes
+nothing.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from case import Case
+from float8 import FLOAT8, quantised
+from jax_fa3 import dot_product_attention, quantize_qkv, support
+from test_cpp import COMPILER, ROOT, ffi_headers
+
+SOURCES = ("tests/cpp/decode_library.cc", "src/base/shape.cc", "src/ffi/decode.cc")
+TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward")
+CASES = (
+    Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
+    Case(head_dim=192, head_dim_v=128, dtype="float16", causal=True, offset=7, scale=-0.2),
+    Case(query_lengths=(65, 3), key_lengths=(0, 65), offset=(-3, 70), window=(9, 3)),
+    Case(seqlen_q=1, seqlen_k=128, key_lengths=(128, 5), head_dim=128),
+)
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
+
+
+@pytest.fixture(scope="module")
+def handlers(tmp_path_factory):
+    """The three targets, registered for the CPU."""
+    library = tmp_path_factory.mktemp("decode") / "decode.so"
+    flags = ["-std=c++17", "-shared", "-fPIC", "-Isrc", "-isystem", ffi_headers(), "-o", library]
+    subprocess.run([COMPILER, *flags, *SOURCES], cwd=ROOT, check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+
+
+@pytest.fixture
+def attend(handlers, monkeypatch):
+    """The public call, on "kernels" here."""
+    monkeypatch.setattr(support, "device_reason", lambda: None)
+    return functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("forward_dtype", (None, FLOAT8))
+@pytest.mark.parametrize("mapped", (False, True), ids=("plain", "vmap"))
+def test_sixteen_bit_inputs(attend, case, forward_dtype, mapped):
+    *arrays, dout, dlse = case.inputs()
+
+    def run(arrays, cotangents):
+        call = functools.partial(attend, **case.options, **case.index_arrays)
+        results, vjp = jax.vjp(functools.partial(call, forward_dtype=forward_dtype), *arrays)
+        return results, vjp(cotangents)
+
+    operands = jax.tree.map(jnp.asarray, (arrays, (dout, dlse)))
+    if mapped:
+        run, operands = jax.vmap(run), jax.tree.map(lambda x: jnp.stack([x] * 3), operands)
+    jax.block_until_ready(jax.jit(run)(*operands))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("granularity", ("block", "head"))
+@pytest.mark.parametrize("prepare", (False, True), ids=("plain", "prepared"))
+def test_float8_inputs(attend, case, granularity, prepare):
+    x = quantize_qkv(*case.inputs()[:3], granularity=granularity, prepare_value=prepare)
+    options = case.options | case.index_arrays | dict(value_is_prepared=prepare)
+    jax.block_until_ready(attend(**x._asdict(), **options))
+
+
+def test_a_refusal_arrives(attend, monkeypatch):
+    """That what decodes is what was sent: of other scales the call fails."""
+    x = quantised(CASES[0])
+    monkeypatch.setattr("jax_fa3.validate.check_descales", lambda *_: None)
+    with pytest.raises(Exception, match="query_descale must have 1 or 2 scales of a head"):
+        x = x._replace(query_descale=np.ones((2, 4, 3), np.float32))
+        jax.block_until_ready(attend(**x._asdict()))
