@@ -2,10 +2,10 @@
 # units, the dispatch tables and what the plans choose from.
 #
 # Forward rows:  head_dim head_dim_v block_m block_n
-# Backward rows: the same, each compiled with dQ in the main kernel and in one of its own.
+# Backward rows: the same, and whether dQ has a kernel of its own (backward/config.h)
 # Float8 rows:   head_dim head_dim_v block_m block_n promote (forward_float8/config.h)
-# A head dim's first row is its main tile; the planner weighs it against the others, for float8
-# among those that promote or those that do not.
+# The planner weighs a head dim's rows against each other: forward by their makespan, for float8 among
+# those that promote or those that do not, backward the first that is deterministic if need be.
 
 set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128"
@@ -20,12 +20,15 @@ set(JAX_FA3_FORWARD_TILES
 )
 
 set(JAX_FA3_BACKWARD_TILES
-  " 64  64 128 128"
-  " 96  96  64 128"
-  "128 128  64 128"
-  "192 128  64  64"
-  "192 192  64  64"
-  "256 256  64  64"
+  " 64  64 128 128 false"
+  " 64  64 128 128 true"
+  " 96  96  64 128 false"
+  " 96  96  64 128 true"
+  "128 128  64 128 false"
+  "128 128  64 128 true"
+  "192 128  64  64 true"
+  "192 192  64  64 true"
+  "256 256  64  64 true"
 )
 
 set(JAX_FA3_FORWARD_FLOAT8_TILES

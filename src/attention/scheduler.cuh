@@ -4,7 +4,10 @@
 // the heads of the group; where tiles differ in length, longest first within a group. A persistent
 // CTA begins with the tile of its own number and then takes
 //   by counter: the lowest number nobody has taken, from a counter in memory;
-//   static:     its number plus the grid's size. Needs no memory; enough where tiles are equal.
+//   static:     one of each further round of the grid, every time a place further on, or a CTA
+//   could
+//               meet a sequence's ragged last block in all rounds and another in none. Needs no
+//               memory; enough where tiles are nearly equal.
 #pragma once
 
 #include "base/types.h"
@@ -30,7 +33,10 @@ struct TileScheduler {
 
   // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
   CUTE_DEVICE int next(int index) const {
-    return int(gridDim.x) + (counter != nullptr ? fetch_add(counter, 1) : index);
+    const int grid = gridDim.x;
+    if (counter != nullptr) return grid + fetch_add(counter, 1);
+    const int round = index / grid + 1;
+    return round * grid + (int(blockIdx.x) + round) % grid;
   }
 
   CUTE_DEVICE WorkTile tile(int index) const {

@@ -108,7 +108,7 @@ struct BackwardConsumer {
     auto tDS = make_operand_a<Element, T::kQueries>();
     convert(tS, tP);
     convert(tDP, tDS);
-    if constexpr (T::kSplitKeys && T::kFusedDQ) {
+    if constexpr (T::kFusedDQ) {
       store_rounded<typename T::MmaS>(tDS, T::PTile::row_block(dscores, warpgroup));
     } else if constexpr (!T::kSplitKeys) {
       store_rounded<typename T::MmaS>(
@@ -143,7 +143,7 @@ struct BackwardConsumer {
       issue_mma<Accumulate::kAdd>(mma_dk, operand_a(mma_dk, T::PTile::tensor(dscores)), tQt, tDK);
     }
     if constexpr (T::kFusedDQ) {
-      wait_mma<T::kSplitKeys ? 1 : 2>(tDQ);
+      wait_mma<1>(tDQ);
       add_dquery(tDQ, walk);
     }
     const auto done = cursor;

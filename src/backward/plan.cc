@@ -15,12 +15,6 @@ constexpr std::int64_t kPartAlignment = 256;       // bytes
 constexpr std::int64_t kStatisticsBytes = 16;      // of a query row
 constexpr std::int64_t kKeyValueBytes = 16 << 20;  // of L2, for K and V in the dQ kernel
 
-// Two kernels do seven GEMMs where a fused one does five. They win where adding dQ to memory, or
-// filling and emptying its workspace, costs more than that.
-bool prefers_separate_dq(const Shape& shape) {
-  return std::max(shape.head_dim, shape.head_dim_v) > 128 || shape.seqlen_k <= 512;
-}
-
 // Parts of the workspace one after the other, each aligned.
 class Workspace {
  public:
@@ -45,21 +39,6 @@ class Workspace {
   std::int64_t bytes_ = 0;
 };
 
-// The smallest fitting kernel; the first listed among equals. Null when there is none.
-const BackwardKey* choose_kernel(const Shape& shape, bool separate_dq,
-                                 const std::vector<BackwardKey>& available) {
-  const BackwardKey* best = nullptr;
-  for (const BackwardKey& key : available) {
-    if (key.dtype != shape.dtype || key.separate_dq != separate_dq) continue;
-    if (key.head_dim < shape.head_dim || key.head_dim_v < shape.head_dim_v) continue;
-    if (best == nullptr || key.head_dim < best->head_dim ||
-        (key.head_dim == best->head_dim && key.head_dim_v < best->head_dim_v)) {
-      best = &key;
-    }
-  }
-  return best;
-}
-
 // (batch, kv head) pairs whose Q, dO and fp32 dQ fit L2 together.
 std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) {
   const std::int64_t row_bytes = 2 * (shape.head_dim + shape.head_dim_v) + 4 * key.head_dim;
@@ -82,27 +61,29 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
                                      const std::vector<BackwardKey>& available, int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
-  const BackwardKey* key =
-      choose_kernel(shape, deterministic || prefers_separate_dq(shape), available);
-  if (key == nullptr) {
+  const auto keys = fitting_kernels(shape, available, [&](const BackwardKey& key) {
+    return key.dtype == shape.dtype && (key.separate_dq || !deterministic);
+  });
+  if (keys.empty()) {
     return unimplemented(
         no_kernel_message("backward", shape, compiled_head_dims(shape, available)));
   }
+  const BackwardKey& key = keys.front();
   BackwardPlan plan;
-  plan.key = *key;
-  plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key->block_m);
-  plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key->block_n);
+  plan.key = key;
+  plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key.block_m);
+  plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
   const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
-  plan.heads_per_group = choose_heads_per_group(shape, *key);
+  plan.heads_per_group = choose_heads_per_group(shape, key);
 
   const auto dq_tiles =
       count_tiles(shape.batch, shape.num_heads_q,
                   ceil_div(static_cast<std::int32_t>(shape.seqlen_q), kDQueryBlockM));
   if (!dq_tiles.ok()) return dq_tiles.status();
-  plan.dq_num_tiles = plan.key.separate_dq ? dq_tiles.value() : 0;
+  plan.dq_num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dq_grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.dq_num_tiles, num_sms));
   plan.dq_heads_per_group = choose_dq_heads_per_group(shape);
 
@@ -111,9 +92,9 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   Workspace workspace;
   JFA_CHECK_OK(workspace.reserve(
       "dQ workspace",
-      {shape.batch, heads, key->separate_dq ? 0 : m_blocks, key->block_m, key->head_dim},
+      {shape.batch, heads, key.separate_dq ? 0 : m_blocks, key.block_m, key.head_dim},
       sizeof(float), &plan.dq_offset));
-  JFA_CHECK_OK(workspace.reserve("row statistics", {shape.batch, heads, m_blocks, key->block_m},
+  JFA_CHECK_OK(workspace.reserve("row statistics", {shape.batch, heads, m_blocks, key.block_m},
                                  kStatisticsBytes, &plan.statistics_offset));
   JFA_CHECK_OK(
       workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));

@@ -97,6 +97,7 @@ struct BackwardTraits {
   static constexpr bool kFusedDQ = !Config::kSeparateDQ;
   static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kHeadDim;
   static constexpr bool kSplitKeys = kSplit == Split::kKeys;
+  static_assert(kSplitKeys || !kFusedDQ);
 
   // Roles: warpgroup 0 produces, two consume.
   static constexpr int kConsumers = 2;

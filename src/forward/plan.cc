@@ -8,7 +8,6 @@ namespace jax_fa3 {
 namespace {
 
 constexpr double kFlopsPerCycle = 4096;  // of one SM's tensor cores, 16-bit
-constexpr int kElementBytes = 2;
 
 // The share of tensor peak that a tile's main loop reaches when nothing but compute limits it: two
 // consumer warpgroups hide less softmax than three, and at d64 the exponentials bind.
@@ -38,7 +37,7 @@ StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
     return unimplemented(no_kernel_message("forward", shape, compiled_head_dims(shape, available)));
   }
   return choose_tile<ForwardPlan>(shape, mask, keys, num_sms, [](const ForwardKey& key) {
-    return TileModel{key.block_m, key.block_n, key_tile_cycles(key), kElementBytes};
+    return TileModel{key.block_m, key.block_n, key_tile_cycles(key)};
   });
 }
 

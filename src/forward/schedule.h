@@ -12,7 +12,7 @@ namespace jax_fa3 {
 
 struct TileOrder {
   std::int32_t num_m_blocks;     // work tiles along the queries of one (batch, head)
-  std::int32_t heads_per_group;  // (batch, head) pairs whose K and V are live in L2 at once
+  std::int32_t heads_per_group;  // (batch, head) pairs whose blocks go out together
   bool longest_first;            // tiles differ in length: deepest rows first, from a counter
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
@@ -23,7 +23,6 @@ struct TileModel {
   int block_m;
   int block_n;
   double key_tile_cycles;  // of all block_m rows against one key tile
-  int element_bytes;       // of K and V
 };
 
 struct Schedule {

@@ -13,7 +13,6 @@ namespace jax_fa3 {
 namespace {
 
 constexpr double kFlopsPerCycle = 8192;  // of one SM's tensor cores, 8-bit
-constexpr int kElementBytes = 1;
 
 // The share of tensor peak that a tile's main loop reaches: exponentials and issue slots bind at
 // every head dim but 256. Modelled, not measured.
@@ -27,7 +26,7 @@ double main_loop_share(const ForwardFloat8Key& key) {
 
 TileModel model_of(const ForwardFloat8Key& key) {
   const double flops = 2.0 * key.block_m * key.block_n * (key.head_dim + key.head_dim_v);
-  return {key.block_m, key.block_n, flops / kFlopsPerCycle / main_loop_share(key), kElementBytes};
+  return {key.block_m, key.block_n, flops / kFlopsPerCycle / main_loop_share(key)};
 }
 
 Status check_head_dim(const char* name, std::int64_t value) {

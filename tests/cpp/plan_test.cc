@@ -79,19 +79,14 @@ void order_follows_the_mask() {
   CHECK(!forward(shape(1, 4096, 16, 128), {kUnbounded, 0, 4096}).longest_first);
 }
 
-void groups_fit_l2() {
-  // 16384 keys of d128 are 8 MB of K and V.
-  CHECK(forward(shape(1, 16384, 16, 128), kCausal).heads_per_group == 8);
-  // Twelve heads of which eight fit: two groups of six.
-  CHECK(forward(shape(1, 16384, 12, 128), kCausal).heads_per_group == 6);
-  // One head alone exceeds the budget.
-  CHECK(forward(shape(1, 131072, 2, 128), kCausal).heads_per_group == 1);
+void heads_of_a_group() {
+  CHECK(forward(shape(4, 4096, 16, 128), kCausal).heads_per_group == 32);
+  CHECK(forward(shape(4, 4096, 32, 64), kCausal).heads_per_group == 64);
+  CHECK(forward(shape(1, 16384, 16, 128), kCausal).heads_per_group == 16);  // there are no more
   // Query heads of one key head stay together.
-  Shape gqa = shape(1, 16384, 64, 128);
-  gqa.num_heads_kv = 8;
-  CHECK(forward(gqa, kCausal).heads_per_group % 8 == 0);
-  // Small groups where many tiles balance anyway; K and V of all heads would not stay in L2.
-  CHECK(forward(shape(32, 512, 16, 128), kCausal).heads_per_group == 16);
+  Shape gqa = shape(1, 16384, 70, 128);
+  gqa.num_heads_kv = 7;
+  CHECK(forward(gqa, kCausal).heads_per_group == 40);
   // Tiles that differ in length are handed out by a counter.
   CHECK(forward(gqa, kCausal).longest_first);
   CHECK(!forward(gqa).longest_first);
@@ -132,9 +127,11 @@ void workspace_layout() {
   }
 }
 
-void separate_dq_where_it_is_faster() {
+void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
-  CHECK(backward(shape(32, 512, 16, 128)).key.separate_dq);  // the workspace would cost too much
+  CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
+  const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true};
+  CHECK(plan_backward(shape(1, 4096, 16, 256), false, {wide}, kSms).value().key == wide);
 }
 
 void beyond_32_bits() {
@@ -201,10 +198,6 @@ void float8_tiles() {
   CHECK(float8(values).key.head_dim == 192 && float8(values).key.head_dim_v == 128);
   CHECK(float8(shape(1, 4096, 16, 128), kCausal).longest_first);
   CHECK(float8(shape(8, 16384, 16, 128)).grid == kSms);
-  // Operands of one byte: twice as many heads are a group of as many bytes.
-  const Shape many = shape(64, 2048, 32, 128);
-  CHECK(forward(many, kCausal).heads_per_group == 1);
-  CHECK(float8(many, kCausal).heads_per_group == 2);
 }
 
 void float8_promotes_where_rows_see_many_keys() {
@@ -259,10 +252,10 @@ int main() {
   jax_fa3::tiles_follow_the_makespan();
   jax_fa3::tiles_and_grid();
   jax_fa3::order_follows_the_mask();
-  jax_fa3::groups_fit_l2();
+  jax_fa3::heads_of_a_group();
   jax_fa3::empty_problems();
   jax_fa3::workspace_layout();
-  jax_fa3::separate_dq_where_it_is_faster();
+  jax_fa3::fused_dq_where_there_is_a_choice();
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
   jax_fa3::float8_tiles();
