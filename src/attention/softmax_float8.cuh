@@ -1,18 +1,26 @@
 // Online softmax of logits whose scale changes from key tile to key tile, for P in e4m3.
 #pragma once
 
+#include <cfloat>
+
 #include "attention/softmax.cuh"
 
 namespace jax_fa3 {
 
-// As OnlineSoftmax, but row_max is in scaled log2 units and kShift below the maximum, so that P
-// uses the range of e4m3 (at most 448); it follows the maximum exactly. Sums are of P before it is
-// rounded. finish() takes the natural logarithm of 2 for a scale.
+// As OnlineSoftmax, but the reference maximum is in scaled log2 units and kShift below the row's
+// maximum when it follows it, so that P uses the range of e4m3 (at most 448). Sums are of P before
+// it is rounded. finish() takes the natural logarithm of 2 for a scale.
 struct Float8Softmax : OnlineSoftmax {
-  static constexpr float kShift = 8.f;  // log2 units: P <= 256
+  // In log2 units; P <= 2^(kShift + kThreshold) = 256. Whole numbers: where the reference is the
+  // maximum, the largest P is a power of two and has no rounding error.
+  static constexpr float kShift = 6.f;
+  static constexpr float kThreshold = 2.f;
 
-  // P = exp2(S * scale_log2 - row_max), scale_log2 > 0. Returns, uniformly over the warp, whether a
-  // maximum has grown.
+  // Below every logit, and finite: a row that has seen no key needs no care.
+  CUTE_DEVICE Float8Softmax() { row_max[0] = row_max[1] = -FLT_MAX; }
+
+  // P = exp2(S * scale_log2 - row_max), scale_log2 > 0. Returns, uniformly over the warp, whether
+  // the reference maximum moved.
   template <class Accumulator>
   CUTE_DEVICE bool update(Accumulator& tS, float scale_log2) {
     float tile_max[2] = {-INFINITY, -INFINITY};
@@ -27,21 +35,20 @@ struct Float8Softmax : OnlineSoftmax {
       tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 2));
       tile_max[r] = fmaxf(row_max[r], fmaf(tile_max[r], scale_log2, -kShift));
     }
-    const bool rescale =
-        __any_sync(0xffffffff, tile_max[0] > row_max[0] || tile_max[1] > row_max[1]);
+    const bool rescale = __any_sync(
+        0xffffffff, tile_max[0] - row_max[0] > kThreshold || tile_max[1] - row_max[1] > kThreshold);
     if (rescale) {
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
-        correction[r] = exp2_approx(row_max[r] - finite(tile_max[r]));
+        correction[r] = exp2_approx(row_max[r] - tile_max[r]);
         row_max[r] = tile_max[r];
         row_sum[r] *= correction[r];
       }
     }
-    const float offset[2] = {finite(row_max[0]), finite(row_max[1])};
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       const int r = accumulator_row(i);
-      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -offset[r]));
+      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -row_max[r]));
       row_sum[r] += tS(i);
     }
     return rescale;

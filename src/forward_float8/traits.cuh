@@ -8,7 +8,7 @@
 
 namespace jax_fa3 {
 
-// rescale_threshold has no meaning: O is rescaled whenever a row maximum grows.
+// rescale_threshold has no meaning: what e4m3 leaves room for is Float8Softmax::kThreshold.
 struct ForwardFloat8Params : ForwardParams {
   const float* query_descale;  // [b, h_q, query_descales]
   const float* key_descale;    // [b, h_kv, key_descales]
