@@ -177,4 +177,11 @@ CUTE_DEVICE auto operand_b(Mma mma, const Tensor& sB) {
   return mma.get_slice(0).partition_fragment_B(sB);
 }
 
+// The same operand in another tile, `bytes` further on in shared memory.
+template <class Operand>
+CUTE_DEVICE auto operand_at(const Operand& operand, int bytes) {
+  constexpr int kDescriptorUnit = 16;  // bytes
+  return cute::make_tensor(operand.data() + bytes / kDescriptorUnit, operand.layout());
+}
+
 }  // namespace jax_fa3

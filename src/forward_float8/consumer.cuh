@@ -56,6 +56,8 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     typename T::MmaO mma_o;
     using namespace cute;
     const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
+    const auto first_key = operand_b(mma_s, T::KTile::tensor(shared.key[0]));
+    const auto first_value = operand_b(mma_o, T::VTile::tensor(shared.value[0]));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
 
     // Scales: constant over these rows, one for each key tile.
@@ -87,12 +89,12 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
 
     const auto issue_scores = [&](auto& tS) {
       wait_full(shared.key_ring, key_cursor);
-      const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
-      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, operand_b(mma_s, sK), tS);
+      const auto tSrK = operand_at(first_key, key_cursor.stage * T::KTile::kBytes);
+      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, tSrK, tS);
     };
     const auto issue_output = [&](int n) {
       wait_full(shared.value_ring, value_cursor);
-      const auto tOrV = operand_b(mma_o, T::VTile::tensor(shared.value[value_cursor.stage]));
+      const auto tOrV = operand_at(first_value, value_cursor.stage * T::VTile::kBytes);
       issue_mma<Accumulate::kAdd>(mma_o, tP, tOrV, tSum, !ends_group(n + 1));
     };
 
