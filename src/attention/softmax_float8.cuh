@@ -11,8 +11,8 @@ namespace jax_fa3 {
 // maximum when it follows it, so that P uses the range of e4m3 (at most 448). Sums are of P before
 // it is rounded. finish() takes the natural logarithm of 2 for a scale.
 //
-// A tile goes through maximum(), follow() and exponentiate(), so that a warpgroup can act between
-// them. scale_log2 is positive.
+// begin() is for a row's first tile. Each of the others goes through maximum(), follow() and
+// exponentiate(), so that a warpgroup can act between them. scale_log2 is positive.
 struct Float8Softmax : OnlineSoftmax {
   // In log2 units; P <= 2^(kShift + kThreshold) = 256. Whole numbers: where the reference is the
   // maximum, the largest P is a power of two and has no rounding error.
@@ -22,35 +22,30 @@ struct Float8Softmax : OnlineSoftmax {
   // Below every logit, and finite: a row that has seen no key needs no care.
   CUTE_DEVICE Float8Softmax() { row_max[0] = row_max[1] = -FLT_MAX; }
 
-  // The rows' maxima in S.
   template <class Accumulator>
-  CUTE_DEVICE static void maximum(float (&tile_max)[2], const Accumulator& tS, float scale_log2) {
-    tile_max[0] = tile_max[1] = -INFINITY;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tS); ++i) {
-      const int r = accumulator_row(i);
-      tile_max[r] = fmaxf(tile_max[r], tS(i));
-    }
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      tile_max[r] *= scale_log2;
-      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 1));
-      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 2));
-    }
+  CUTE_DEVICE void begin(Accumulator& tS, float scale_log2) {
+    float tile_max[2];
+    maximum_by<Compare::kFloats>(tile_max, tS, scale_log2);
+    move_reference(tile_max);
+    exponentiate(tS, scale_log2);
   }
 
-  // Lets the reference maximum follow S's. Returns, uniformly over the warp, whether it moved.
-  CUTE_DEVICE bool follow(const float (&tile_max)[2]) {
-    const bool moves = __any_sync(0xffffffff, tile_max[0] > reach(0) || tile_max[1] > reach(1));
-    if (moves) {
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float reference = fmaxf(tile_max[r] - kShift, row_max[r]);
-        correction[r] = exp2_approx(row_max[r] - reference);
-        row_max[r] = reference;
-        row_sum[r] *= correction[r];
-      }
+  // The rows' maxima in S; -inf where a maximum is negative.
+  template <class Accumulator>
+  CUTE_DEVICE static void maximum(float (&tile_max)[2], const Accumulator& tS, float scale_log2) {
+    maximum_by<Compare::kIntegers>(tile_max, tS, scale_log2);
+  }
+
+  // Given what maximum() found in S, lets the reference maximum follow. Returns, uniformly over the
+  // warp, whether it moved.
+  template <class Accumulator>
+  CUTE_DEVICE bool follow(float (&tile_max)[2], const Accumulator& tS, float scale_log2) {
+    bool moves = any(tile_max[0] >= limit[0] || tile_max[1] >= limit[1]);
+    if (moves && any(limit[0] < 0.f || limit[1] < 0.f)) {
+      maximum_by<Compare::kFloats>(tile_max, tS, scale_log2);
+      moves = any(tile_max[0] > reach(0) || tile_max[1] > reach(1));
     }
+    if (moves) move_reference(tile_max);
     return moves;
   }
 
@@ -66,7 +61,51 @@ struct Float8Softmax : OnlineSoftmax {
   }
 
  private:
+  // The maximum() from which on a row's reference may have to move: the largest logit that it
+  // allows, but -inf where that is negative, of which maximum() says nothing.
+  float limit[2];
+
   CUTE_DEVICE float reach(int r) const { return row_max[r] + (kShift + kThreshold); }
+
+  CUTE_DEVICE void move_reference(const float (&tile_max)[2]) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float reference = fmaxf(tile_max[r] - kShift, row_max[r]);
+      correction[r] = exp2_approx(row_max[r] - reference);
+      row_max[r] = reference;
+      row_sum[r] *= correction[r];
+      limit[r] = reach(r) < 0.f ? -INFINITY : reach(r);
+    }
+  }
+
+  // One instruction finds the largest of three integers, but only of two floats. Bits of floats
+  // compare as integers where one is not negative; of negative ones, -inf comes out as the largest.
+  enum class Compare { kFloats, kIntegers };
+
+  template <Compare kCompare>
+  CUTE_DEVICE static float larger(float a, float b) {
+    if constexpr (kCompare == Compare::kFloats) return fmaxf(a, b);
+    return __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+  }
+
+  template <Compare kCompare, class Accumulator>
+  CUTE_DEVICE static void maximum_by(float (&tile_max)[2], const Accumulator& tS,
+                                     float scale_log2) {
+    tile_max[0] = tile_max[1] = -INFINITY;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      const int r = accumulator_row(i);
+      tile_max[r] = larger<kCompare>(tile_max[r], tS(i));
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      tile_max[r] *= scale_log2;
+      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 1));
+      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 2));
+    }
+  }
+
+  CUTE_DEVICE static bool any(bool condition) { return __any_sync(0xffffffff, condition); }
 };
 
 }  // namespace jax_fa3

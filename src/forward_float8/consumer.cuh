@@ -111,10 +111,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
-      float tile_max[2];
-      softmax.maximum(tile_max, tS, scale);
-      softmax.follow(tile_max);  // O is zero: no rescale
-      softmax.exponentiate(tS, scale);
+      softmax.begin(tS, scale);  // O is zero: no rescale
       convert_float8(tS, tP);
       clear_value_tail(mask, n);
     }
@@ -132,7 +129,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       float tile_max[2];
       softmax.maximum(tile_max, tS, scale);
       this->pass_turn();
-      const bool rescale = softmax.follow(tile_max);
+      const bool rescale = softmax.follow(tile_max, tS, scale);
       softmax.exponentiate(tS, scale);
       wait_mma<0>(tSum);
       release(shared.value_ring, value_cursor);
