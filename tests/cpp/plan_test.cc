@@ -178,8 +178,8 @@ void refusals() {
   CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
 }
 
-const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128, 0},   {64, 64, 128, 128, 0},
-                                               {64, 64, 128, 128, 4},   {128, 128, 128, 128, 0},
+const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128, 0},   {64, 64, 192, 128, 4},
+                                               {64, 64, 128, 128, 0},   {128, 128, 128, 128, 0},
                                                {128, 128, 128, 128, 4}, {192, 128, 128, 128, 0},
                                                {256, 256, 128, 128, 0}};
 
@@ -204,7 +204,9 @@ void float8_promotes_where_rows_see_many_keys() {
   CHECK(float8(shape(1, kPromoteAboveKeys, 4, 128)).key.promote == 0);
   CHECK(float8(shape(1, kPromoteAboveKeys + 1, 4, 128)).key.promote == 4);
   CHECK(float8(shape(1, 1 << 17, 4, 128), kCausal).key.promote == 4);
-  CHECK(float8(shape(1, 1 << 17, 4, 128), {1024, 0, 0}).key.promote == 0);
+  // A row sees the keys of its window and its own.
+  CHECK(float8(shape(1, 1 << 17, 4, 128), {kPromoteAboveKeys - 1, 0, 0}).key.promote == 0);
+  CHECK(float8(shape(1, 1 << 17, 4, 128), {kPromoteAboveKeys, 0, 0}).key.promote == 4);
   CHECK(float8(shape(1, 1 << 17, 4, 256)).key.promote == 0);  // no such kernel
 }
 
