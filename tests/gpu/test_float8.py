@@ -178,6 +178,19 @@ def test_many_keys(head_dim):
     check_on_tensor_cores(case, run(case, x), x)
 
 
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_negative_logits(head_dim):
+    """Row maxima that are negative and grow; the second head's end positive."""
+    case = Case(batch=1, seqlen_q=200, seqlen_k=700, heads_q=2, heads_kv=2, head_dim=head_dim)
+    problem = Problem.make(case)
+    query, key = problem.query.view(np.uint8), problem.key.view(np.uint8)
+    query &= 0x7F
+    key |= 0x80
+    key[:, :BLOCK, 1] &= 0x7F
+    problem.key_descale *= np.linspace(0.3, 1, blocks(case.seqlen_k), dtype=np.float32)
+    problem.check(problem.run())
+
+
 def test_descales_of_zero():
     """Blocks of zeros, quantised with a scale of zero, are logits of zero."""
     case = Case(
