@@ -169,10 +169,10 @@ def dot_product_attention(
 
     Numerics:
       Products accumulate in float32, the softmax is in float32, and probabilities are rounded to
-      the input dtype before they multiply value (in float8 as 256 times themselves). Gradients of
-      shared key/value heads are summed in float32. Whatever padding holds, NaN included, reaches no
-      result. A NaN in a used query row stays in that row; one in a used key or value stays in its
-      batch and head.
+      the input dtype before they multiply value (in float8 as 64 to 256 times themselves).
+      Gradients of shared key/value heads are summed in float32. Whatever padding holds, NaN
+      included, reaches no result. A NaN in a used query row stays in that row; one in a used key
+      or value stays in its batch and head.
 
     Example:
       >>> q = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64), jnp.bfloat16)
