@@ -182,13 +182,12 @@ def test_many_keys(head_dim):
 def test_negative_logits(head_dim):
     """Row maxima that are negative and grow; the second head's end positive."""
     case = Case(batch=1, seqlen_q=200, seqlen_k=700, heads_q=2, heads_kv=2, head_dim=head_dim)
-    problem = Problem.make(case)
-    query, key = problem.query.view(np.uint8), problem.key.view(np.uint8)
-    query &= 0x7F
-    key |= 0x80
-    key[:, :BLOCK, 1] &= 0x7F
-    problem.key_descale *= np.linspace(0.3, 1, blocks(case.seqlen_k), dtype=np.float32)
-    problem.check(problem.run())
+    x = make(case)
+    x.query.view(np.uint8)[:] &= 0x7F
+    x.key.view(np.uint8)[:] |= 0x80
+    x.key.view(np.uint8)[:, :BLOCK, 1] &= 0x7F
+    x.key_descale[:] *= np.linspace(0.3, 1, num_blocks(case.seqlen_k), dtype=np.float32)
+    check_on_tensor_cores(case, run(case, x), x)
 
 
 def test_descales_of_zero():
