@@ -14,16 +14,17 @@ import os
 import re
 import sys
 import time
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import render
 from benchmarks.environment import RESULTS, environment, save
-from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid, reference
+from benchmarks.render import MODES
 from benchmarks.timing import Program, platform
 
-TOLERANCE = 2e-2  # of a result in bf16; a wrong mask or a lost tile is far above
 Group = tuple[Problem, list[Program]]
 
 
@@ -31,15 +32,18 @@ def log(text: str) -> None:
     print(text, flush=True)
 
 
-def choose(args: argparse.Namespace) -> list[Group]:
+def choose(
+    args: argparse.Namespace,
+    implementations: Iterable[Implementation] = IMPLEMENTATIONS,
+    modes: Container[str] = MODES,
+) -> list[Group]:
     """The programs asked for, those of one problem and mode together."""
-    seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
     groups = []
-    for problem, mode in grid(args.tokens, args.hidden, seqlens, args.dtype):
+    for problem, mode in grid(args.tokens, args.hidden, args.seqlens, args.dtype):
         programs = [
             Program(implementation, problem, mode)
-            for implementation in IMPLEMENTATIONS
-            if problem.seqlen in implementation.seqlens
+            for implementation in implementations
+            if problem.seqlen in implementation.seqlens and mode in modes
         ]
         programs = [x for x in programs if re.search(args.filter, x.label)]
         if programs:
@@ -67,7 +71,7 @@ def measure(group: Group, rounds: int, kernel_clock: bool) -> None:
     inputs = problem.inputs()
     want = reference(*inputs, causal=problem.causal)
     for program in programs:
-        program.attempt(program.load, inputs, want, TOLERANCE)
+        program.attempt(program.load, inputs, want)
     del want
     orders = [programs[i % len(programs) :] + programs[: i % len(programs)] for i in range(rounds)]
     for order in orders:
@@ -88,11 +92,13 @@ def report(program: Program) -> None:
     log(f"  {program.label:55} {row['error'] or '   '.join(parts)}")
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Compiles and measures chunk by chunk, saving after each problem, until time is out."""
+def run(args: argparse.Namespace, groups: list[Group], name: str, **facts) -> dict:
+    """Compiles and measures chunk by chunk, saving after each problem, until time is out.
+
+    The results, and `facts` with them, go to NAME.json.
+    """
     start = time.monotonic()
-    groups = choose(args)
-    data = dict(environment=environment(), skipped=[], records=[])
+    data = dict(environment=environment(), **facts, skipped=[], records=[])
     data |= dict(tokens=args.tokens, hidden=args.hidden, rounds=args.rounds)
     by_dim: dict[int, list[Group]] = {}
     for group in groups:
@@ -111,39 +117,33 @@ def run(args: argparse.Namespace) -> dict:
                 data["records"].append(program.record())
                 program.release()
             data["seconds"] = round(time.monotonic() - start)
-            save(data, args.output / "attention.json")
+            save(data, args.output / f"{name}.json")
     if data["skipped"]:
         log(f"out of time: {len(data['skipped'])} measurements skipped")
     return data
 
 
-def dry_run(args: argparse.Namespace) -> int:
-    """Lowers everything for CUDA; jax_fa3 must come out as its custom call.
+def dry_run(groups: list[Group]) -> int:
+    """Lowers everything for CUDA; what has a custom call of its own must come out as that.
 
     Peers that refuse to lower without their CUDA libraries are reported, no more.
     """
     failed = 0
-    for program in (x for _, programs in choose(args) for x in programs):
+    for program in (x for _, programs in groups for x in programs):
         program.attempt(program.lower, "cuda")
-        if program.implementation.name == "jax_fa3":
-            program.attempt(expect_custom_call, program)
+        if program.implementation.target:
+            program.attempt(program.expect_custom_call)
             failed += program.error is not None
         log(f"  {program.label:55} {program.error or 'lowered'}")
     return 1 if failed else 0
 
 
-def expect_custom_call(program: Program) -> None:
-    target = f"jax_fa3_{program.mode}"
-    if target not in program.lowered[-1].as_text():
-        raise LookupError(f"no call of {target} in the lowering")
-
-
-def main() -> int:
+def options(description: str) -> argparse.ArgumentParser:
+    """What this benchmark and `float8` are asked for in the same words."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--filter", default="", help="regular expression, on IMPLEMENTATION:LABEL")
-    parser.add_argument("--quick", action="store_true", help=f"sequence lengths {QUICK_SEQLENS}")
     parser.add_argument("--seqlens", type=int, nargs="+", help="these sequence lengths instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, help="start nothing new after so many seconds")
@@ -152,11 +152,19 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=2048, help="heads x head_dim")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="trace and lower only")
+    return parser
+
+
+def main() -> int:
+    parser = options(__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"sequence lengths {QUICK_SEQLENS}")
     args = parser.parse_args()
-    if args.dry_run:
-        return dry_run(args)
+    args.seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
     args.budget_s = args.budget_s or (150 if args.quick else 480)
-    data = run(args)
+    groups = choose(args)
+    if args.dry_run:
+        return dry_run(groups)
+    data = run(args, groups, "attention")
     if not data["records"]:
         log("nothing was measured")
         return 1

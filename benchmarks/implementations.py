@@ -23,6 +23,10 @@ class Implementation:
     dtype: jnp.dtype | None = None  # the only one it takes
     seqlens: Container[int] = range(1 << 20)  # the sequence lengths it is timed at
     serial: bool = False  # compiled alone, because its compilation times kernels
+    target: str | None = None  # the custom call that must come out of lowering, with {mode} in it
+    tolerance: float = (
+        2e-2  # relative, of a result in bf16; a wrong mask or a lost tile is far above
+    )
 
     def prepare(self, problem: Problem, query, key, value) -> tuple[jax.Array, ...]:
         """Its inputs from the common ones, outside the timed region."""
@@ -66,7 +70,7 @@ def mosaic(problem: Problem, mode: str) -> Function:
 
 
 IMPLEMENTATIONS = (
-    Implementation("jax_fa3", fa3),
+    Implementation("jax_fa3", fa3, target="jax_fa3_{mode}"),
     Implementation("cudnn", partial(jax_nn, "cudnn")),
     # Keeps the scores of every head in memory: timed where they fit.
     Implementation("xla", partial(jax_nn, "xla"), seqlens=range(4097), serial=True),

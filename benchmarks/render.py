@@ -16,7 +16,10 @@ from benchmarks.environment import RESULTS
 README = Path(__file__).resolve().parent.parent / "README.md"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
+NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
+COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
+COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}
 MODES = ("forward", "backward")
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense, by data sheet
 
@@ -82,6 +85,23 @@ def speed_row(results: Results, cell: tuple, names: list[str]) -> list[str]:
     return row
 
 
+def not_measured(results: Results) -> list[str]:
+    """The report's last part: what refused, by its words, and what there was no time for."""
+    out, refused = [], {}
+    for x in results.records:
+        if x["error"]:
+            where = f"d{x['head_dim']} {mask_name(x['causal'])} {x['seqlen']}"
+            refused.setdefault((NAMES[x["implementation"]], x["mode"], x["error"]), []).append(
+                where
+            )
+    if refused:
+        rows = [[n, m, ", ".join(where), error] for (n, m, error), where in refused.items()]
+        out.append("## Not measured\n\n" + table(["", "mode", "problems", "why"], rows))
+    if results.data.get("skipped"):
+        out.append(f"{len(results.data['skipped'])} measurements were skipped for time.\n")
+    return out
+
+
 def markdown(results: Results) -> str:
     """The whole report: environment, one table per mode and head dimension, what did not run."""
     data, names = results.data, results.implementations()
@@ -103,18 +123,7 @@ def markdown(results: Results) -> str:
                 rows = [[mask_name(c[2]), str(c[3]), *speed_row(results, c, names)] for c in cells]
                 header = ["mask", "seqlen", *(NAMES[x] for x in names), "kernel", "wall"]
                 out.append(f"## {mode.capitalize()}, head_dim {head_dim}\n\n{table(header, rows)}")
-    refused: dict[tuple, list[str]] = {}
-    for x in results.records:
-        if x["error"]:
-            where = f"d{x['head_dim']} {mask_name(x['causal'])} {x['seqlen']}"
-            refused.setdefault((NAMES[x["implementation"]], x["mode"], x["error"]), []).append(
-                where
-            )
-    if refused:
-        rows = [[n, m, ", ".join(where), error] for (n, m, error), where in refused.items()]
-        out.append("## Not measured\n\n" + table(["", "mode", "problems", "why"], rows))
-    if data.get("skipped"):
-        out.append(f"{len(data['skipped'])} measurements were skipped for time.\n")
+    out += not_measured(results)
     return "\n".join(out)
 
 

@@ -67,6 +67,12 @@ class Program:
             traced = [residuals, pullback.trace(shapes_of(residuals.out_info), dout)]
         self.lowered = [x.lower(lowering_platforms=(platform,)) for x in traced]
 
+    def expect_custom_call(self) -> None:
+        """Raises unless lowering gave the custom call that the implementation must be."""
+        target = self.implementation.target.format(mode=self.mode)
+        if f"@{target}(" not in self.lowered[-1].as_text():
+            raise LookupError(f"no call of {target} in the lowering")
+
     def compile(self) -> None:
         self.compiled = [x.compile() for x in self.lowered]
 
@@ -80,7 +86,7 @@ class Program:
             self.args = self.compiled[0](*qkv), dout.astype(self.dout_dtype)
         self.run = self.compiled[-1]
 
-    def load(self, inputs: list[jax.Array], want, tolerance: float) -> None:
+    def load(self, inputs: list[jax.Array], want) -> None:
         """Takes the inputs, checks the answer once and finds how many calls make a round."""
         self.take(inputs)
         out, gradients = want
@@ -88,7 +94,7 @@ class Program:
         if self.mode == "backward":
             want = self.implementation.expected(self.problem, gradients)
         self.relative_error = largest_error(self.run(*self.args), want)
-        if not self.relative_error <= tolerance:
+        if not self.relative_error <= self.implementation.tolerance:
             raise ArithmeticError(f"wrong result: relative error {self.relative_error:.1e}")
         self.calls = 3
         self.calls = int(min(1000, max(5, 4e4 / self.time_wall())))
