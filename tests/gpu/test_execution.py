@@ -14,7 +14,7 @@ import tolerance
 import transforms
 from cases import Case
 from jax_fa3 import dot_product_attention
-from jax_fa3.options import AttentionOptions, Dense, Index
+from jax_fa3.options import AttentionOptions, Dense, Descales, Index
 from jax_fa3.vjp import attend
 
 CASE = Case(batch=2, seqlen_q=300, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=64, causal=True)
@@ -131,7 +131,7 @@ def test_exact_rescaling(head_dim, slope):
             scale=case.softmax_scale, rescale_threshold=threshold, route="fa3"
         )
         out, lse = jax.jit(functools.partial(attend, options, True))(
-            query, key, value, Index(), Dense()
+            query, key, value, Index(), Dense(), Descales()
         )
         tolerance.check(f"out, threshold {threshold}", out, exact.out, same.out)
         tolerance.check(f"lse, threshold {threshold}", jnp.swapaxes(lse, 1, 2), exact.lse, same.lse)
