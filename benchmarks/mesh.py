@@ -141,11 +141,12 @@ def clock(run: Callable, inputs: list[jax.Array], rounds: int, seconds: float = 
 
 
 def memory_bytes(tokens: int, count: int) -> int:
-    """A device's peak in a ring's backward pass over zigzag parts: docs/context_parallel.md."""
+    """A device's peak, arguments and results among it, in a ring's forward and backward pass over
+    zigzag parts: docs/context_parallel.md."""
     rows = tokens // count
     q, kv = 2 * rows * HEADS * HEAD_DIM, 2 * rows * KV_HEADS * 2 * HEAD_DIM
-    partial = count if count <= 5 else 7  # of dQ, and their float32 sum
-    return (8 + partial) * q + 11 * kv
+    partial = count if count <= 5 else 7
+    return (4 + 2 * partial) * q + 5 * kv + 24 * rows * HEADS
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

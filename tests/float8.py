@@ -4,13 +4,17 @@ The oracle is written out here once more, densely in numpy, with the roundings t
 names: that is the same-precision reading of the tolerance rule, and without them the exact one.
 """
 
+import zlib
+
 import ml_dtypes
 import numpy as np
 
 import tolerance
-from jax_fa3 import quantize_qkv
+from jax_fa3 import QuantizedQKV, quantize_qkv
+from jax_fa3.options import num_blocks
 
 FLOAT8 = "float8_e4m3fn"
+NAN = np.uint8(0x7F)
 
 
 def wide(x):
@@ -48,6 +52,30 @@ def operands(seed=0, batch=2, seqlen=140, heads=2, head_dim=16, dtype="bfloat16"
     return tuple(x.astype(np.float32).astype(dtype) for x in arrays)
 
 
+def make(case, by_block=True):
+    """Random arrays, NaN where nothing may read, made without JAX; scales of query and key for 128
+    rows or for a head."""
+    rng = np.random.default_rng(zlib.crc32(f"{case.name} {by_block}".encode()))
+
+    def quantise(seqlen, heads, dim, used, blocks):
+        x = rng.standard_normal((case.batch, seqlen, heads, dim), np.float32)
+        descale = rng.uniform(0.01, 0.04, (case.batch, heads, blocks)).astype(np.float32)
+        stored = np.clip(x / by_row(descale, seqlen), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        stored.view(np.uint8)[~used] = NAN
+        return stored, descale
+
+    blocks = (num_blocks(n) if by_block else 1 for n in (case.seqlen_q, case.seqlen_k))
+    query, query_descale = quantise(
+        case.seqlen_q, case.heads_q, case.head_dim, case.query_used, next(blocks)
+    )
+    key, key_descale = quantise(
+        case.seqlen_k, case.heads_kv, case.head_dim, case.key_used, next(blocks)
+    )
+    head_dim_v = case.head_dim_v or case.head_dim
+    value, value_descale = quantise(case.seqlen_k, case.heads_kv, head_dim_v, case.key_used, 1)
+    return QuantizedQKV(query, key, value, query_descale, key_descale, value_descale[..., 0])
+
+
 def check(case, got, arrays, products="exact"):
     """`got`, (out, lse) of a call, against the oracle on the dequantised `arrays`.
 
@@ -77,3 +105,9 @@ def check(case, got, arrays, products="exact"):
     blind = ~case.sees.any(axis=2)
     assert not np.any(np.asarray(out)[blind])
     assert np.all(np.isneginf(np.asarray(lse)[blind]))
+
+
+def check_on_tensor_cores(case, got, x):
+    arrays = zip(x[:3], (*x[3:5], x.value_descale[..., None]), strict=True)
+    wide_arrays = [np.nan_to_num(wide(a)) * by_row(scale, a.shape[1]) for a, scale in arrays]
+    check(case, got, wide_arrays, products="tensor cores")

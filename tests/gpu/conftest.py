@@ -9,6 +9,12 @@ import pytest
 import record
 
 collect_ignore = ["test_mesh.py"]
+LONGEST = ("test_sizes.py", "test_sanitizer.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker of pytest-xdist is alone with them in the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_configure(config):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import contract
 from cases import Case
-from float8 import check, dequantised, quantised
+from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
@@ -57,9 +57,8 @@ def main():
         print(case.name, flush=True)
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in FLOAT8:
-        x = quantised(case)
-        options = case.options | case.index_arrays
-        check(case, attend(**x._asdict(), **options), dequantised(x), products="tensor cores")
+        x = make(case)
+        check_on_tensor_cores(case, attend(**x._asdict(), **case.options, **case.index_arrays), x)
         print("float8", case.name, flush=True)
 
 

@@ -5,47 +5,19 @@ Rows that nothing may read hold NaN; so does the memory that results are put int
 
 import functools
 import itertools
-import zlib
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from kernels import FEATURES, HEAD_DIM_PAIRS, HEADS, KERNELS, SHAPES, resolve
 
 from cases import Case
-from float8 import by_row, check, wide
-from jax_fa3 import QuantizedQKV, dot_product_attention, support
+from float8 import FLOAT8, NAN, check_on_tensor_cores, make
+from jax_fa3 import dot_product_attention, support
 from jax_fa3.options import BLOCK, num_blocks, padded_keys, resolve_window
 from jax_fa3.quantize import prepare_value
 from transforms import assert_near
-
-FLOAT8 = ml_dtypes.float8_e4m3fn
-NAN = np.uint8(0x7F)
-
-
-def make(case, by_block=True):
-    """Random arrays, with scales of query and key for 128 rows or for a head."""
-    rng = np.random.default_rng(zlib.crc32(f"{case.name} {by_block}".encode()))
-
-    def quantise(seqlen, heads, dim, used, blocks):
-        x = rng.standard_normal((case.batch, seqlen, heads, dim), np.float32)
-        descale = rng.uniform(0.01, 0.04, (case.batch, heads, blocks)).astype(np.float32)
-        stored = np.clip(x / by_row(descale, seqlen), -448, 448).astype(FLOAT8)
-        stored.view(np.uint8)[~used] = NAN
-        return stored, descale
-
-    blocks = (num_blocks(n) if by_block else 1 for n in (case.seqlen_q, case.seqlen_k))
-    query, query_descale = quantise(
-        case.seqlen_q, case.heads_q, case.head_dim, case.query_used, next(blocks)
-    )
-    key, key_descale = quantise(
-        case.seqlen_k, case.heads_kv, case.head_dim, case.key_used, next(blocks)
-    )
-    head_dim_v = case.head_dim_v or case.head_dim
-    value, value_descale = quantise(case.seqlen_k, case.heads_kv, head_dim_v, case.key_used, 1)
-    return QuantizedQKV(query, key, value, query_descale, key_descale, value_descale[..., 0])
 
 
 def prepared(x):
@@ -76,12 +48,6 @@ def run(case, x, value_is_prepared=False, repeats=1):
         for name, a, b in zip(("out", "lse"), first, got, strict=True):
             assert a.tobytes() == b.tobytes(), f"{name} differs between runs"
     return first
-
-
-def check_on_tensor_cores(case, got, x):
-    arrays = zip(x[:3], (*x[3:5], x.value_descale[..., None]), strict=True)
-    wide_arrays = [np.nan_to_num(wide(a)) * by_row(scale, a.shape[1]) for a, scale in arrays]
-    check(case, got, wide_arrays, products="tensor cores")
 
 
 def walk():

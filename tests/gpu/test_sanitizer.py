@@ -14,6 +14,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("sanitizer_case.py")
 TOOLS = os.environ.get("JAX_FA3_SANITIZER", "memcheck")
+TIME_LIMIT_S = 150  # many times what a tool takes: a kernel that hangs under it fails
 
 
 def compute_sanitizer():
@@ -31,6 +32,7 @@ def compute_sanitizer():
 @pytest.mark.parametrize("tool", TOOLS.split(","))
 def test_sanitizer_is_silent(tool):
     command = [
+        *("timeout", str(TIME_LIMIT_S)),
         compute_sanitizer(),
         "--tool",
         tool,
