@@ -179,19 +179,21 @@ def measured_on(environment: dict[str, str]) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """The numbers section: jax_fa3 / cuDNN per cell, with date and GPU."""
+    """The numbers section: jax_fa3 / cuDNN per cell that was measured, with date and GPU."""
     environment, seqlens = results.data["environment"], results.values("seqlen")
     rows = []
     for mode in MODES:
         for head_dim in results.values("head_dim"):
             for causal in results.values("causal"):
-                row = [f"{mode}, {head_dim}, {mask_name(causal)}"]
+                row = []
                 for seqlen in seqlens:
                     speeds = [
                         results.tflops(mode, head_dim, causal, seqlen, x) for x in (OURS, "cudnn")
                     ]
-                    row.append(" / ".join(f"{x:.0f}" if x else "-" for x in speeds))
-                rows.append(row)
+                    text = " / ".join(f"{x:.0f}" if x else "-" for x in speeds)
+                    row.append(text if any(speeds) else "")
+                if any(row):
+                    rows.append([f"{mode}, {head_dim}, {mask_name(causal)}", *row])
     return (
         f"TFLOP/s by {results.clock} time, jax_fa3 / cuDNN, bf16, {results.data['tokens']} tokens, "
         f"hidden size {results.data['hidden']}. {measured_on(environment)}.\n\n"
