@@ -50,11 +50,15 @@ class Problem:
         Drawn in float32: drawn in bfloat16 they are of 128 kinds, and what these lose in float8
         does not average out.
         """
-        keys = jax.random.split(jax.random.key(seed), 4)
-        return [
-            jax.random.normal(k, x.shape).astype(x.dtype)
-            for k, x in zip(keys, self.shapes(), strict=True)
-        ]
+
+        def draw(key, like):
+            return jax.random.normal(key, like.shape).astype(like.dtype)
+
+        @jax.jit
+        def draw_all(key):
+            return list(map(draw, jax.random.split(key, 4), self.shapes()))
+
+        return draw_all(jax.random.key(seed))
 
 
 def grid(
@@ -69,7 +73,11 @@ def grid(
             yield Problem(*shape, causal, dtype), mode
 
 
-@partial(jax.jit, static_argnames="causal")
+# Not worth a search for the fastest GEMMs, which takes longer than they do.
+UNTUNED = {"xla_gpu_autotune_level": 0}
+
+
+@partial(jax.jit, static_argnames="causal", compiler_options=UNTUNED)
 def reference(query, key, value, dout, causal: bool):
     """Output and gradients of the last head of the last batch row, in float32 throughout."""
 
@@ -91,6 +99,7 @@ def largest_error(got, want) -> float:
     NaN anywhere in got, other heads included, makes the answer NaN.
     """
 
+    @jax.jit
     def error(x, y):
         poison = 0.0 * x.astype(jnp.float32).sum()
         return jnp.linalg.norm(x[-1, :, -1].astype(jnp.float32) - y) / jnp.linalg.norm(y) + poison
