@@ -24,6 +24,7 @@
 #   PYTHON      what the module is built for and run with; default: VENV's
 #   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
+#   WITHOUT     parts that the forward kernels leave out (src/forward/config.h); default: none
 #   JOBS        parallel compile jobs
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
