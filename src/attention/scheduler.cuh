@@ -10,7 +10,9 @@
 //               memory; enough where tiles are nearly equal.
 #pragma once
 
+#include "attention/mask.h"
 #include "base/types.h"
+#include "device/mma.cuh"
 #include "device/pipeline.cuh"
 #include "device/reduce.cuh"
 
@@ -51,8 +53,97 @@ struct TileScheduler {
   }
 };
 
-// The numbers of a CTA's work tiles on their way from the producer thread to the consumers, taken a
-// tile ahead: four stages, so that the producer never waits for a tile to be stored.
+// A work tile with its sequence's mask.
+struct Work {
+  WorkTile tile;
+  Mask mask;
+
+  CUTE_DEVICE bool none() const { return tile.block < 0; }
+};
+
+// A CTA's work tiles, worked out once by a warp of its own for producer and consumers: divisions
+// and clamps that everybody would wait for at the start of every tile. A stage is filled again
+// when its tile has been stored, so numbers are taken one ahead, no more, and CTAs stay balanced.
+//
+// range_of(tile, mask, i), i < kRanges, is what of the other sequence has to be visited; [0] is
+// what the producer loads.
+template <int kRanges>
+struct WorkQueue {
+  static constexpr int kStages = 2;
+  using Cursor = RingCursor<kStages>;
+
+  struct Slot {
+    Work work;
+    TileRange ranges[kRanges];
+  };
+  RingBarriers<kStages> ring;
+  Slot slots[kStages];
+
+  // The scheduling warp.
+  template <class Params, class RangeOf>
+  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
+    static_assert(kRanges <= 32);
+    const int lane = threadIdx.x % 32;
+    Cursor cursor;
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles;) {
+      const WorkTile tile = p.scheduler.tile(index);
+      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+      Slot& slot = slots[cursor.stage];
+      if (lane == 0) slot.work = {tile, mask};
+      if (lane < kRanges) slot.ranges[lane] = range_of(tile, mask, lane);
+      publish(cursor);
+      if (lane == 0) index = p.scheduler.next(index);
+      index = __shfl_sync(0xffffffff, index, 0);
+    }
+    if (lane == 0) slots[cursor.stage].work.tile.block = -1;
+    publish(cursor);
+  }
+
+  // For the producer thread.
+  CUTE_DEVICE const Slot& wait(Cursor cursor) {
+    wait_full(ring, cursor);
+    return slots[cursor.stage];
+  }
+  // For whole warps: in uniform registers, where reductions of a warp end. A stage may be released
+  // only behind a barrier of the warpgroup.
+  CUTE_DEVICE Work read(Cursor cursor) { return broadcast(wait(cursor).work); }
+  CUTE_DEVICE TileRange range(Cursor cursor, int i) const {
+    return broadcast(slots[cursor.stage].ranges[i]);
+  }
+
+ private:
+  // Returns when the next stage is free.
+  CUTE_DEVICE void publish(Cursor& cursor) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ring.full[cursor.stage].arrive();
+    cursor.advance();
+    wait_empty(ring, cursor);
+  }
+
+  template <class Words>
+  CUTE_DEVICE static Words broadcast(const Words& shared) {
+    Words words = shared;
+    CUTE_UNROLL
+    for (int i = 0; i < int(sizeof(Words) / sizeof(int)); ++i) {
+      auto& word = reinterpret_cast<unsigned*>(&words)[i];
+      word = __reduce_or_sync(0xffffffff, word);
+    }
+    return words;
+  }
+};
+
+// range_of of the kernels whose tiles are blocks of queries: [0] is what the block sees of the
+// keys, [1 + w] what the rows of warpgroup w do.
+template <class T>
+CUTE_DEVICE TileRange visible_keys(const WorkTile& tile, const Mask& mask, int i) {
+  const int row = tile.block * T::kBlockM;
+  const int first = i == 0 ? row : row + (i - 1) * kWarpgroupRows;
+  return mask.key_tiles(first, first + (i == 0 ? T::kBlockM : kWarpgroupRows), T::kBlockN);
+}
+
+// For the backward kernel, whose consumers have no register left for what another warp works out:
+// the numbers of a CTA's work tiles on their way from the producer thread to the consumers, taken a
+// tile ahead; four stages, so that the producer never waits for a tile to be stored.
 struct TileNumbers {
   static constexpr int kStages = 4;
   using Cursor = RingCursor<kStages>;

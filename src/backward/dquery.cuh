@@ -71,12 +71,14 @@ struct DQueryTraits {
   static constexpr int kKeyStages = kValueStages == 1 ? 2 : kValueStages;
   static_assert(kKeyStages * KTile::kBytes + kValueStages * VTile::kBytes <= kFreeBytes);
 
+  using Works = WorkQueue<1 + kConsumers>;
+
   struct SharedStorage {
     alignas(1024) Element query[QTile::kElements];  // in the end dQ
     alignas(1024) Element dout[DOTile::kElements];
     alignas(1024) Element key[kKeyStages][KTile::kElements];
     alignas(1024) Element value[kValueStages][VTile::kElements];
-    TileNumbers tiles;
+    Works works;
     RingBarriers<1> query_ring[kConsumers];  // Q and dO, each its own 64 rows
     RingBarriers<kKeyStages> key_ring;
     RingBarriers<kValueStages> value_ring;
@@ -87,20 +89,19 @@ struct DQueryTraits {
 template <class T>
 CUTE_DEVICE void produce(const DQueryParams& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
-  TileNumbers::Cursor tiles_cursor;
+  typename T::Works::Cursor works_cursor;
   RingCursor<T::kKeyStages> key_cursor;
   RingCursor<T::kValueStages> value_cursor;
 
-  shared.tiles.publish(blockIdx.x, tiles_cursor);
-  for (int index = blockIdx.x, next; index < p.scheduler.num_tiles; index = next) {
-    const WorkTile tile = p.scheduler.tile(index);
-    const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+  for (;;) {
+    const auto& slot = shared.works.wait(works_cursor);
+    if (slot.work.none()) break;
+    const WorkTile tile = slot.work.tile;
+    const TileRange keys = slot.ranges[0];
+    release(shared.works.ring, works_cursor);
+    works_cursor.advance();
     const int row = tile.block * T::kBlockM;
     const int head_kv = tile.head / p.heads_per_kv_head;
-    const TileRange keys = mask.key_tiles(row, row + T::kBlockM, T::kBlockN);
-
-    next = p.scheduler.next(index);
-    shared.tiles.publish(next, tiles_cursor);
 
     const auto load_queries = [&] {
       CUTE_NO_UNROLL
@@ -141,7 +142,7 @@ struct DQueryConsumer {
   const int warpgroup;
 
   RingCursor<1> query_cursor;
-  TileNumbers::Cursor tiles_cursor;
+  typename T::Works::Cursor works_cursor;
   RingCursor<T::kKeyStages> key_cursor;   // whose S comes next
   RingCursor<T::kKeyStages> used_cursor;  // whose dQ has been issued last
   RingCursor<T::kValueStages> value_cursor;
@@ -232,14 +233,12 @@ struct DQueryConsumer {
 
   CUTE_DEVICE void run() {
     using namespace cute;
-    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
-      const WorkTile tile = p.scheduler.tile(index);
-      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-      const int block_row = tile.block * T::kBlockM;
-      const int row = block_row + warpgroup * kWarpgroupRows;
+    for (Work work; !(work = shared.works.read(works_cursor)).none();) {
+      const auto& [tile, mask] = work;
+      const int row = tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
       // What the producer loads, and what of it this warpgroup's rows see.
-      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
-      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
+      const TileRange loaded = shared.works.range(works_cursor, 0);
+      const TileRange keys = shared.works.range(works_cursor, 1 + warpgroup);
 
       bool active[2];  // rows that exist and see a key
       float negative_lse_log2[2], negative_delta[2];
@@ -274,9 +273,9 @@ struct DQueryConsumer {
       store_output(tDQ, tile, row);
       release(shared.query_ring[warpgroup], query_cursor);
       query_cursor.advance();
-      // Not before the barrier of store_output: by then every warp has read the number.
-      release(shared.tiles.ring, tiles_cursor);
-      tiles_cursor.advance();
+      // Not before the barrier of store_output: by then every warp has read it.
+      release(shared.works.ring, works_cursor);
+      works_cursor.advance();
     }
   }
 
@@ -309,7 +308,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dquery}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers);
+    shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -321,6 +320,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if (threadIdx.x / 32 == 1) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     DQueryConsumer<T>{p, shared, warpgroup - 1}.run();

@@ -1,4 +1,4 @@
-// Reductions and ordered accesses in global memory.
+// Reductions in global memory.
 #pragma once
 
 #include <cute/config.hpp>
@@ -20,20 +20,6 @@ CUTE_DEVICE int fetch_add(int* address, int value) {
                : "l"(address), "r"(value)
                : "memory");
   return previous;
-}
-
-// Orders this thread's accesses before the fence before other threads' accesses that observe a
-// later store_release.
-CUTE_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
-CUTE_DEVICE int load_acquire(const int* address) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-CUTE_DEVICE void store_release(int* address, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 }  // namespace jax_fa3

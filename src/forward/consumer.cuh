@@ -25,7 +25,7 @@ struct ForwardConsumer {
   const int warpgroup;  // 0 .. kConsumers - 1
 
   RingCursor<1> query_cursor;
-  TileNumbers::Cursor tiles_cursor;
+  typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
@@ -142,14 +142,12 @@ struct ForwardConsumer {
   CUTE_DEVICE void run() {
     using namespace cute;
     if (warpgroup == T::kConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
-    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
-      const WorkTile tile = p.scheduler.tile(index);
-      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-      const int block_row = tile.block * T::kBlockM;
-      const int row = block_row + warpgroup * kWarpgroupRows;
+    for (Work work; !(work = shared.works.read(works_cursor)).none();) {
+      const auto& [tile, mask] = work;
+      const int row = tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
       // What the producer loads, and what of it this warpgroup's rows see.
-      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
-      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
+      const TileRange loaded = shared.works.range(works_cursor, 0);
+      const TileRange keys = shared.works.range(works_cursor, 1 + warpgroup);
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
@@ -174,9 +172,9 @@ struct ForwardConsumer {
         release(shared.query_ring[warpgroup], query_cursor);
       }
       query_cursor.advance();
-      // Not before the barriers of store_output: by then every warp has read the number.
-      release(shared.tiles.ring, tiles_cursor);
-      tiles_cursor.advance();
+      // Not before the barriers of store_output: by then every warp has read it.
+      release(shared.works.ring, works_cursor);
+      works_cursor.advance();
     }
     tma_store_wait<0>();  // shared memory must outlive the last store
   }

@@ -1,6 +1,7 @@
-// FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, one TMA producer thread,
-// two or three WGMMA consumer warpgroups. docs/design/forward.md draws the schedule. Traits and
-// Consumer are those of the operands' type: forward/ for 16 bits, forward_float8/ for 8.
+// FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, a warp that
+// schedules, one TMA producer thread, two or three WGMMA consumer warpgroups.
+// docs/design/forward.md draws the schedule. Traits and Consumer are those of the operands' type:
+// forward/ for 16 bits, forward_float8/ for 8.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -20,7 +21,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.tiles.ring.init(T::kConsumers);
+    shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if (threadIdx.x / 32 == 1) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer{p, shared, warpgroup - 1}.run();

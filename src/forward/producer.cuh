@@ -1,9 +1,8 @@
-// The forward producer: one thread that walks the CTA's work tiles, tells the consumers their
-// numbers, and keeps the Q, K and V rings filled. It runs ahead of the consumers across tiles, so
-// the next tile's loads are under way during the epilogue.
+// The forward producer: one thread that walks the CTA's work tiles and keeps the Q, K and V rings
+// filled. It runs ahead of the consumers across tiles, so the next tile's loads are under way
+// during the epilogue.
 #pragma once
 
-#include "attention/mask.h"
 #include "forward/traits.cuh"
 
 namespace jax_fa3 {
@@ -11,20 +10,18 @@ namespace jax_fa3 {
 template <class T>
 CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
-  TileNumbers::Cursor tiles_cursor;
+  typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
-  shared.tiles.publish(blockIdx.x, tiles_cursor);
-  for (int index = blockIdx.x, next; index < p.scheduler.num_tiles; index = next) {
-    const WorkTile tile = p.scheduler.tile(index);
-    const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+  for (;;) {
+    const auto& slot = shared.works.wait(works_cursor);
+    if (slot.work.none()) break;
+    const WorkTile tile = slot.work.tile;
+    const TileRange keys = slot.ranges[0];
+    release(shared.works.ring, works_cursor);
+    works_cursor.advance();
     const int row = tile.block * T::kBlockM;
     const int head_kv = tile.head / p.heads_per_kv_head;
-    const TileRange keys = mask.key_tiles(row, row + T::kBlockM, T::kBlockN);
-
-    // Early: the consumers find the next tile's number waiting.
-    next = p.scheduler.next(index);
-    shared.tiles.publish(next, tiles_cursor);
 
     // Each warpgroup's rows by themselves: it goes on to them as soon as it is done with its last
     // ones, while the others still finish.

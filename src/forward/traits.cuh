@@ -88,6 +88,7 @@ struct ForwardLayout : Operands {
   static_assert(kStages >= 2, "K and V need two stages each");
   static_assert(kOwnOutput || OTile::kBytes <= QTile::kBytes);
 
+  using Works = WorkQueue<1 + kConsumers>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
@@ -98,7 +99,7 @@ struct ForwardLayout : Operands {
     alignas(1024) typename KTile::Element key[kStages][KTile::kElements];
     alignas(1024) typename VTile::Element value[kStages][VTile::kElements];
     alignas(1024) Output own_output[kOwnOutput ? OTile::kElements : 8];
-    TileNumbers tiles;
+    Works works;
     RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;

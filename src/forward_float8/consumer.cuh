@@ -23,14 +23,14 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   using Base::p;
   using Base::query_cursor;
   using Base::shared;
-  using Base::tiles_cursor;
   using Base::value_cursor;
   using Base::warpgroup;
+  using Base::works_cursor;
   static_assert(T::kOwnOutput, "outputs are wider than inputs: O does not fit Q's buffer");
 
   // Keys past the sequence's end may hold anything, NaN included, and P = 0 does not stop NaN. Only
   // the right-most tile can have such keys. Every warpgroup clears them for itself, before its own
-  // GEMM reads them; what another one may be reading meanwhile does not change.
+  // GEMM reads them; atomically, for the others do the same and may be reading the rest.
   CUTE_DEVICE void clear_value_tail(const Mask& mask, int n) const {
     const int valid = mask.key_length - n * T::kBlockN;
     if (valid >= T::kBlockN) return;
@@ -42,11 +42,9 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
          i += kWarpgroupThreads) {
       const int first = i % kGroups * kPreparedGroup;
       if (first + kPreparedGroup <= valid) continue;
-      auto& group = *reinterpret_cast<uint4*>(&sVt(i / kGroups, first));
-      group.x &= prepared_word_mask(0, valid - first);
-      group.y &= prepared_word_mask(1, valid - first);
-      group.z &= prepared_word_mask(2, valid - first);
-      group.w &= prepared_word_mask(3, valid - first);
+      auto* const words = reinterpret_cast<std::uint32_t*>(&sVt(i / kGroups, first));
+      CUTE_UNROLL
+      for (int w = 0; w < 4; ++w) atomicAnd(words + w, prepared_word_mask(w, valid - first));
     }
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
@@ -161,13 +159,11 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   CUTE_DEVICE void run() {
     using namespace cute;
     if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
-    for (int index; (index = shared.tiles.read(tiles_cursor)) < p.scheduler.num_tiles;) {
-      const WorkTile tile = p.scheduler.tile(index);
-      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
-      const int block_row = tile.block * T::kBlockM;
-      const int row = block_row + warpgroup * kWarpgroupRows;
-      const TileRange loaded = mask.key_tiles(block_row, block_row + T::kBlockM, T::kBlockN);
-      const TileRange keys = mask.key_tiles(row, row + kWarpgroupRows, T::kBlockN);
+    for (Work work; !(work = shared.works.read(works_cursor)).none();) {
+      const auto& [tile, mask] = work;
+      const int row = tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
+      const TileRange loaded = shared.works.range(works_cursor, 0);
+      const TileRange keys = shared.works.range(works_cursor, 1 + warpgroup);
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
@@ -190,9 +186,9 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       this->store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
       query_cursor.advance();
-      // Not before the barriers of store_output: by then every warp has read the number.
-      release(shared.tiles.ring, tiles_cursor);
-      tiles_cursor.advance();
+      // Not before the barriers of store_output: by then every warp has read it.
+      release(shared.works.ring, works_cursor);
+      works_cursor.advance();
     }
     tma_store_wait<0>();  // shared memory must outlive the last store
   }
