@@ -33,6 +33,9 @@ struct RingCursor {
       phase ^= 1;
     }
   }
+  CUTE_DEVICE RingCursor before() const {
+    return stage > 0 ? RingCursor{stage - 1, phase} : RingCursor{kStages - 1, phase ^ 1};
+  }
 };
 
 // Producer: wait until the stage is free. A fresh ring is free: waiting for the phase before the

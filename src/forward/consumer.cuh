@@ -24,9 +24,10 @@ struct ForwardConsumer {
   typename T::SharedStorage& shared;
   const int warpgroup;  // 0 .. kConsumers - 1
 
-  RingCursor<1> query_cursor;
+  typename T::QueryCursor query_cursor;
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
+  bool output_is_staged = false;
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
   // under another's GEMMs.
@@ -75,7 +76,8 @@ struct ForwardConsumer {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
     using namespace cute;
-    const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
+    const auto tSrQ =
+        operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.softmax_scale_log2;
     const float threshold = T::kConditionalRescale ? p.rescale_threshold : 0.f;
@@ -96,6 +98,7 @@ struct ForwardConsumer {
     {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
       issue_scores(tS);
+      free_staged_output();  // not before: nobody needs that stage yet
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
@@ -159,6 +162,7 @@ struct ForwardConsumer {
         skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
       } else {
         if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+        free_staged_output();
         skip(loaded.end - loaded.begin, loaded.end - loaded.begin - 1);
       }
       const int first_row = row + thread_row();
@@ -167,11 +171,9 @@ struct ForwardConsumer {
       softmax.finish(tO, p.softmax_scale, exists, lse);
       store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
-      if constexpr (!T::kOwnOutput) {
-        tma_store_wait<0>();
-        release(shared.query_ring[warpgroup], query_cursor);
-      }
       query_cursor.advance();
+      output_is_staged = true;
+      if constexpr (T::kQueryStages == 1) free_staged_output();
       // Not before the barriers of store_output: by then every warp has read it.
       release(shared.works.ring, works_cursor);
       works_cursor.advance();
@@ -189,23 +191,32 @@ struct ForwardConsumer {
     }
   }
 
+  // After O has been staged in the Q of the tile before: when the store has read it, that is free.
+  CUTE_DEVICE void free_staged_output() {
+    if constexpr (T::kOwnOutput) return;
+    cute::tma_store_wait<0>();  // of the thread that stores; nothing to wait for in the others
+    if (output_is_staged) release(shared.query_ring[warpgroup], query_cursor.before());
+    output_is_staged = false;
+  }
+
   // Registers to shared memory to global memory, this warpgroup's 64 rows. One thread stores, and
-  // before anyone writes the buffer again it waits until the previous store has read it.
+  // before anyone writes the buffer again the previous store must have read it.
   template <class AccumulatorO>
   CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
     using namespace cute;
     const bool leader = threadIdx.x % kWarpgroupThreads == 0;
+    auto* const buffer = shared.output(query_cursor.stage);
     if constexpr (T::kOwnOutput) {
       if (leader) tma_store_wait<0>();
       NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     }
-    store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(shared.output(), warpgroup));
+    store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(buffer, warpgroup));
     cutlass::arch::fence_view_async_shared();
     NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     if (leader) {
       if (row < p.seqlen_q) {
-        store_tile<typename T::OTile>(p.out, shared.output(), warpgroup * kWarpgroupRows, row,
-                                      tile.head, tile.batch);
+        store_tile<typename T::OTile>(p.out, buffer, warpgroup * kWarpgroupRows, row, tile.head,
+                                      tile.batch);
       }
       tma_store_arrive();
     }

@@ -9,7 +9,7 @@ namespace jax_fa3 {
 
 template <class T>
 CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage& shared) {
-  RingCursor<1> query_cursor;
+  typename T::QueryCursor query_cursor;
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
@@ -23,14 +23,15 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
     const int row = tile.block * T::kBlockM;
     const int head_kv = tile.head / p.heads_per_kv_head;
 
-    // Each warpgroup's rows by themselves: it goes on to them as soon as it is done with its last
-    // ones, while the others still finish.
+    // Each warpgroup's rows by themselves: they load as soon as it is done with its last ones,
+    // while the others still finish.
     const auto load_queries = [&] {
       CUTE_NO_UNROLL
       for (int w = 0; w < T::kConsumers; ++w) {
         auto& full = acquire(shared.query_ring[w], query_cursor, T::QTile::kBytes / T::kConsumers);
-        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query, w * kWarpgroupRows,
-                                     row + w * kWarpgroupRows, tile.head, tile.batch);
+        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query[query_cursor.stage],
+                                     w * kWarpgroupRows, row + w * kWarpgroupRows, tile.head,
+                                     tile.batch);
       }
       query_cursor.advance();
     };

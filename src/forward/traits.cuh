@@ -60,6 +60,13 @@ struct ForwardOperands {
   }
 };
 
+// Stages of K and V that fit shared memory beside `used` bytes, up to four.
+constexpr int key_value_stages(int used, int stage) {
+  constexpr int kSharedBytes = 227 * 1024 - 1024;  // less barriers and alignment
+  const int stages = (kSharedBytes - used) / stage;
+  return stages < 4 ? stages : 4;
+}
+
 // What follows from the operands' tiles: thread roles, stages and shared memory.
 template <class Operands>
 struct ForwardLayout : Operands {
@@ -76,36 +83,43 @@ struct ForwardLayout : Operands {
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(kConsumerRegisters * kConsumers + kProducerRegisters <= 512);
 
-  // As many stages as shared memory holds beside Q, up to four. O has a buffer of its own where
-  // that still leaves two stages; then the next Q loads while the last P V runs. Elsewhere O is
-  // staged through Q's buffer.
-  static constexpr int kSharedBytes = 227 * 1024 - 1024;  // less barriers and alignment
-  static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+  // Shared memory: first two stages of K and V. Then, while that leaves K and V as many stages as
+  // one Q and an O would, up to three, a second Q, which loads a whole tile ahead; O, unless it is
+  // wider, is then staged in the Q that it was made of. Or else an O, so that the next Q loads
+  // while the last P V runs. Or neither.
+  template <int kQueries, bool kOutput>
+  static constexpr int kStagesBeside = key_value_stages(kQueries* QTile::kBytes +
+                                                            (kOutput ? OTile::kBytes : 0),
+                                                        KTile::kBytes + VTile::kBytes);
+  static constexpr bool kWideOutput = OTile::kBytes > QTile::kBytes;
+  static constexpr int kLeft = kStagesBeside<2, kWideOutput>;
+  static constexpr int kQueryStages =
+      kLeft >= 3 || (kLeft == 2 && kStagesBeside<1, true> <= 2) ? 2 : 1;
   static constexpr bool kOwnOutput =
-      QTile::kBytes + OTile::kBytes + 2 * kStageBytes <= kSharedBytes;
-  static constexpr int kFreeBytes = kSharedBytes - QTile::kBytes - (kOwnOutput ? OTile::kBytes : 0);
-  static constexpr int kStages = kFreeBytes / kStageBytes < 4 ? kFreeBytes / kStageBytes : 4;
+      kWideOutput || (kQueryStages == 1 && kStagesBeside<1, true> >= 2);
+  static constexpr int kStages = kStagesBeside<kQueryStages, kOwnOutput>;
   static_assert(kStages >= 2, "K and V need two stages each");
-  static_assert(kOwnOutput || OTile::kBytes <= QTile::kBytes);
 
   using Works = WorkQueue<1 + kConsumers>;
+  using QueryCursor = RingCursor<kQueryStages>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
   struct SharedStorage {
     using Output = typename OTile::Element;
 
-    alignas(1024) typename QTile::Element query[QTile::kElements];
+    alignas(1024) typename QTile::Element query[kQueryStages][QTile::kElements];
     alignas(1024) typename KTile::Element key[kStages][KTile::kElements];
     alignas(1024) typename VTile::Element value[kStages][VTile::kElements];
     alignas(1024) Output own_output[kOwnOutput ? OTile::kElements : 8];
     Works works;
-    RingBarriers<1> query_ring[kConsumers];  // each its own 64 rows
+    RingBarriers<kQueryStages> query_ring[kConsumers];  // each its own 64 rows
     Ring key_ring;
     Ring value_ring;
 
-    CUTE_DEVICE Output* output() {
-      return kOwnOutput ? own_output : reinterpret_cast<Output*>(query);
+    // Where the output of a query stage is staged.
+    CUTE_DEVICE Output* output(int stage) {
+      return kOwnOutput ? own_output : reinterpret_cast<Output*>(query[stage]);
     }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

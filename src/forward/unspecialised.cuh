@@ -13,7 +13,7 @@ struct UnspecialisedForward {
   typename T::SharedStorage& shared;
   const int warpgroup;
 
-  RingCursor<1> query_cursor;
+  std::uint32_t query_phase = 0;
   typename T::Cursor key_cursor, value_cursor;
 
   CUTE_DEVICE void run() {
@@ -53,8 +53,9 @@ struct UnspecialisedForward {
       auto& full = shared.query_ring[0].full[0];
       full.arrive_and_expect_tx(T::QTile::kBytes);
       for (int w = 0; w < T::kConsumers; ++w) {
-        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query, w * kWarpgroupRows,
-                                     block_row + w * kWarpgroupRows, tile.head, tile.batch);
+        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query[0],
+                                     w * kWarpgroupRows, block_row + w * kWarpgroupRows, tile.head,
+                                     tile.batch);
       }
     }
     auto key_ahead = key_cursor, value_ahead = value_cursor;
@@ -67,13 +68,13 @@ struct UnspecialisedForward {
 
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
-    const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
+    const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query[0], warpgroup));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
     clear(tO);
     OnlineSoftmax softmax;
-    wait_full(shared.query_ring[0], query_cursor);
-    query_cursor.advance();
+    shared.query_ring[0].full[0].wait(query_phase);
+    query_phase ^= 1;
 
     const auto issue_scores = [&](auto& tS) {
       wait_full(shared.key_ring, key_cursor);

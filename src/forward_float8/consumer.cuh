@@ -56,7 +56,8 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
     using namespace cute;
-    const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
+    const auto tSrQ =
+        operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
     const auto first_key = operand_b(mma_s, T::KTile::tensor(shared.key[0]));
     const auto first_value = operand_b(mma_o, T::VTile::tensor(shared.value[0]));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
@@ -208,12 +209,12 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       auto bf16 = recast<cutlass::bfloat16_t>(rounded);
       convert(tO, bf16);
     }
-    store_rounded<typename T::MmaO>(rounded, T::OTile::row_block(shared.output(), warpgroup));
+    store_rounded<typename T::MmaO>(rounded, T::OTile::row_block(shared.own_output, warpgroup));
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
     if (leader) {
       if (row < p.seqlen_q) {
-        store_tile<typename T::OTile>(p.out, shared.output(), warpgroup * kWarpgroupRows, row,
+        store_tile<typename T::OTile>(p.out, shared.own_output, warpgroup * kWarpgroupRows, row,
                                       tile.head, tile.batch);
       }
       tma_store_arrive();
