@@ -74,6 +74,7 @@ struct WorkQueue {
 
   struct Slot {
     Work work;
+    int head_kv;  // the kv head of the tile's query head
     TileRange ranges[kRanges];
   };
   RingBarriers<kStages> ring;
@@ -89,7 +90,10 @@ struct WorkQueue {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       Slot& slot = slots[cursor.stage];
-      if (lane == 0) slot.work = {tile, mask};
+      if (lane == 0) {
+        slot.work = {tile, mask};
+        slot.head_kv = tile.head / p.heads_per_kv_head;
+      }
       if (lane < kRanges) slot.ranges[lane] = range_of(tile, mask, lane);
       publish(cursor);
       if (lane == 0) index = p.scheduler.next(index);

@@ -97,11 +97,11 @@ CUTE_DEVICE void produce(const DQueryParams& p, typename T::SharedStorage& share
     const auto& slot = shared.works.wait(works_cursor);
     if (slot.work.none()) break;
     const WorkTile tile = slot.work.tile;
+    const int head_kv = slot.head_kv;
     const TileRange keys = slot.ranges[0];
     release(shared.works.ring, works_cursor);
     works_cursor.advance();
     const int row = tile.block * T::kBlockM;
-    const int head_kv = tile.head / p.heads_per_kv_head;
 
     const auto load_queries = [&] {
       CUTE_NO_UNROLL

@@ -17,11 +17,11 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
     const auto& slot = shared.works.wait(works_cursor);
     if (slot.work.none()) break;
     const WorkTile tile = slot.work.tile;
+    const int head_kv = slot.head_kv;
     const TileRange keys = slot.ranges[0];
     release(shared.works.ring, works_cursor);
     works_cursor.advance();
     const int row = tile.block * T::kBlockM;
-    const int head_kv = tile.head / p.heads_per_kv_head;
 
     // Each warpgroup's rows by themselves: they load as soon as it is done with its last ones,
     // while the others still finish.

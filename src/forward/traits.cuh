@@ -78,8 +78,8 @@ struct ForwardLayout : Operands {
   // Roles: warpgroup 0 produces, the others consume 64 query rows each.
   static constexpr int kConsumers = Operands::kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + Operands::kSpecialised) * kWarpgroupThreads;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(kConsumerRegisters * kConsumers + kProducerRegisters <= 512);
 
