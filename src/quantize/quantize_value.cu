@@ -1,0 +1,162 @@
+// Value, which has one scale for a head: a pass that measures, a pass that rounds.
+#include "attention/prepare_value.cuh"
+#include "device/launch.cuh"
+#include "quantize/convert.cuh"
+#include "quantize/quantize.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPacket = 8;            // elements, 16 bytes
+constexpr int kRows = kDescaleBlock;  // of a thread block that goes by rows
+
+struct ValueParams {
+  const std::uint16_t* value;   // [b, s_k, h_kv, d_v]
+  float* descale;               // [b, h_kv]
+  const std::int32_t* lengths;  // [b] or null
+  int seqlen_k;
+  int num_heads;
+  int packets;  // of a row
+  int key_blocks;
+
+  __device__ int length(std::int64_t batch) const {
+    return lengths == nullptr ? seqlen_k : min(lengths[batch], seqlen_k);
+  }
+};
+
+// A thread block's kRows keys of a head, or as many as there are.
+struct Rows {
+  std::int64_t head;   // of the array: batch * num_heads + head
+  std::int64_t first;  // element
+  int size;            // keys, not negative
+  int counting;        // those of them that are no padding; may be negative
+};
+
+__device__ Rows rows_of(const ValueParams& p, int index) {
+  const int head = index % p.num_heads;
+  index /= p.num_heads;
+  const int key = index % p.key_blocks * kRows;
+  const std::int64_t batch = index / p.key_blocks;
+  const std::int64_t row = (batch * p.seqlen_k + key) * p.num_heads + head;
+  return {batch * p.num_heads + head, row * p.packets * kPacket, min(kRows, p.seqlen_k - key),
+          min(kRows, p.length(batch) - key)};
+}
+
+// body(offset of a packet, its row) of `count` rows, over the threads of the block.
+template <class Body>
+__device__ void for_packets(const ValueParams& p, const Rows& rows, int count, const Body& body) {
+  const std::int64_t stride = std::int64_t(p.num_heads) * p.packets * kPacket;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * p.packets; i += kThreads) {
+    const int row = i / p.packets, packet = i % p.packets;
+    body(rows.first + row * stride + packet * kPacket, row);
+  }
+}
+
+// A scale is never negative, so that the largest one has the largest bits.
+template <class Pair>
+__global__ void __launch_bounds__(kThreads) measure_value_kernel(const ValueParams p) {
+  const Rows rows = rows_of(p, blockIdx.x);
+  float largest = 0;
+  for_packets(p, rows, rows.counting, [&](std::int64_t offset, int) {
+    const uint4 packet = *reinterpret_cast<const uint4*>(p.value + offset);
+    for (const std::uint32_t word : {packet.x, packet.y, packet.z, packet.w}) {
+      const float2 pair = unpack<Pair>(word);
+      largest = larger(largest, nan_if_infinite(pair.x));
+      largest = larger(largest, nan_if_infinite(pair.y));
+    }
+  });
+  const float descale = descale_of(largest_of_block<kThreads>(largest));
+  if (threadIdx.x == 0) {
+    atomicMax(reinterpret_cast<int*>(p.descale + rows.head), __float_as_int(descale));
+  }
+}
+
+template <class Pair>
+__global__ void __launch_bounds__(kPrepareThreads)
+    quantize_value_kernel(const ValueParams p, const PrepareParams prepare) {
+  // From the end: what was measured last is still in the cache.
+  const PrepareTile tile = prepare_tile(prepare, gridDim.x - 1 - blockIdx.x);
+  const int length = p.length(tile.batch);
+  const float factor = __frcp_rn(p.descale[tile.batch * p.num_heads + tile.head]);
+  const auto load = [&](int key, std::int64_t offset) {
+    return key < length ? __ldcs(reinterpret_cast<const uint2*>(p.value + offset)) : uint2{};
+  };
+  const auto round = [&](uint2 four) {
+    const float2 low = unpack<Pair>(four.x), high = unpack<Pair>(four.y);
+    return round_four(nan_if_infinite(low.x) * factor, nan_if_infinite(low.y) * factor,
+                      nan_if_infinite(high.x) * factor, nan_if_infinite(high.y) * factor);
+  };
+  write_prepared(prepare, tile, load, round);
+}
+
+// value as it is after rounding, in its own dtype.
+template <class Pair>
+__global__ void __launch_bounds__(kThreads)
+    round_value_kernel(const ValueParams p, std::uint16_t* out) {
+  const Rows rows = rows_of(p, gridDim.x - 1 - blockIdx.x);
+  const float descale = p.descale[rows.head], factor = __frcp_rn(descale);
+  for_packets(p, rows, rows.size, [&](std::int64_t offset, int row) {
+    uint4 packet{};
+    if (row < rows.counting) packet = __ldcs(reinterpret_cast<const uint4*>(p.value + offset));
+    for (std::uint32_t* const word : {&packet.x, &packet.y, &packet.z, &packet.w}) {
+      const float2 pair = unpack<Pair>(*word);
+      const float2 rounded = widen_pair(
+          round_pair(nan_if_infinite(pair.x) * factor, nan_if_infinite(pair.y) * factor));
+      *word = pack<Pair>(rounded.x * descale, rounded.y * descale);
+    }
+    *reinterpret_cast<uint4*>(out + offset) = packet;
+  });
+}
+
+ValueParams value_params(const QuantizeProblem& problem) {
+  const Shape& s = problem.shape;
+  return {static_cast<const std::uint16_t*>(problem.value),
+          problem.value_descale,
+          problem.index.key_lengths,
+          static_cast<int>(s.seqlen_k),
+          static_cast<int>(s.num_heads_kv),
+          static_cast<int>(s.head_dim_v / kPacket),
+          static_cast<int>(ceil_div<std::int64_t>(s.seqlen_k, kRows))};
+}
+
+unsigned row_blocks(const QuantizeProblem& problem) {
+  const Shape& s = problem.shape;
+  return static_cast<unsigned>(s.batch * s.num_heads_kv *
+                               ceil_div<std::int64_t>(s.seqlen_k, kRows));
+}
+
+template <class Pair>
+Status measure(const QuantizeProblem& problem, cudaStream_t stream) {
+  return launch_kernel("measure_value_kernel", measure_value_kernel<Pair>,
+                       dim3(row_blocks(problem)), kThreads, 0, stream, value_params(problem));
+}
+
+template <class Pair>
+Status round(const QuantizeProblem& problem, cudaStream_t stream) {
+  const ValueParams p = value_params(problem);
+  if (problem.back) {
+    return launch_kernel("round_value_kernel", round_value_kernel<Pair>, dim3(row_blocks(problem)),
+                         kThreads, 0, stream, p, static_cast<std::uint16_t*>(problem.value_out));
+  }
+  const auto grid = static_cast<unsigned>(prepare_blocks(problem.shape));
+  return launch_kernel("quantize_value_kernel", quantize_value_kernel<Pair>, dim3(grid),
+                       kPrepareThreads, 0, stream, p,
+                       prepare_params(problem.shape, problem.value_out));
+}
+
+}  // namespace
+
+Status launch_quantize_value(const QuantizeProblem& problem, CUstream_st* stream) {
+  const Shape& s = problem.shape;
+  const auto bytes = static_cast<std::size_t>(s.batch * s.num_heads_kv) * sizeof(float);
+  JFA_CHECK_OK(cuda_status(cudaMemsetAsync(problem.value_descale, 0, bytes, stream),
+                           "cudaMemsetAsync of value_descale"));
+  const bool is_bf16 = s.dtype == DType::kBF16;
+  JFA_CHECK_OK(is_bf16 ? measure<__nv_bfloat162>(problem, stream)
+                       : measure<__half2>(problem, stream));
+  return is_bf16 ? round<__nv_bfloat162>(problem, stream) : round<__half2>(problem, stream);
+}
+
+}  // namespace jax_fa3
