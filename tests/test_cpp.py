@@ -21,6 +21,7 @@ SOURCES = {
     "plan": PLANS,
     "mask": [],
     "prepared_value": [],
+    "rotation": [],
     "decode": ["src/base/shape.cc", "src/ffi/decode.cc", "src/ffi/validate.cc"],
 }
 

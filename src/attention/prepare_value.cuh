@@ -61,11 +61,12 @@ __device__ inline void transpose_bytes(std::uint32_t (&rows)[4]) {
 }
 
 // Writes a tile; all threads of a block of kPrepareThreads call it. Four columns of a key are
-// `round(load(key, offset))`, a word, where offset is that of the first in [b, s_k, h_kv, d_v]: a
-// thread's loads are all under way before the first is rounded. Keys past s_k become 0.
+// `round(load(offset))`, a word, where offset is that of the first in [b, s_k, h_kv, d_v]: a
+// thread's loads are all under way before the first is rounded. Of the sequence `keys` are read;
+// the rest, up to the padded number, become round of nothing.
 template <class Load, class Round>
-__device__ void write_prepared(const PrepareParams& p, const PrepareTile& tile, const Load& load,
-                               const Round& round) {
+__device__ void write_prepared(const PrepareParams& p, const PrepareTile& tile, int keys,
+                               const Load& load, const Round& round) {
   constexpr int kGroups = kPreparedBlock / kPreparedGroup;
   constexpr int kQuads = kPrepareColumns / 4;
   static_assert(kGroups * kQuads == kPrepareThreads);
@@ -78,15 +79,12 @@ __device__ void write_prepared(const PrepareParams& p, const PrepareTile& tile, 
   const std::int64_t stride = std::int64_t(p.num_heads) * p.head_dim_v;
   const std::int64_t first =
       (tile.batch * p.seqlen_k + first_key) * stride + tile.head * p.head_dim_v + column;
-  decltype(load(0, first)) loaded[kPreparedGroup];
+  using Loaded = decltype(load(first));
+  Loaded loaded[kPreparedGroup];
 #pragma unroll
   for (int k = 0; k < kPreparedGroup; ++k) {
-    const bool exists = column < p.head_dim_v && first_key + k < p.seqlen_k;
-    if (exists) {
-      loaded[k] = load(first_key + k, first + k * stride);
-    } else {
-      loaded[k] = {};
-    }
+    const bool is_read = column < p.head_dim_v && first_key + k < keys;
+    loaded[k] = is_read ? load(first + k * stride) : Loaded{};
   }
   std::uint32_t words[kPreparedGroup];  // four columns of a key each
 #pragma unroll

@@ -69,26 +69,6 @@ struct ForwardFloat8Problem : ForwardProblem {
   void* workspace = nullptr;             // ForwardFloat8Plan::workspace_bytes, 16-byte aligned
 };
 
-// From 16 bits to e4m3: query and key rotated, with a scale for each kDescaleBlock rows, value with
-// one for each head and in the prepared layout. With `back` the results are the rounded arrays in
-// the dtype, basis and layout that they came in.
-struct QuantizeProblem {
-  Shape shape;
-  IndexArrays index;       // of which there are lengths
-  std::uint32_t seed = 0;  // of the rotation
-  bool back = false;
-
-  const void* query = nullptr;     // [b, s_q, h_q, d]
-  const void* key = nullptr;       // [b, s_k, h_kv, d]
-  const void* value = nullptr;     // [b, s_k, h_kv, d_v]
-  void* query_out = nullptr;       // as query
-  void* key_out = nullptr;         // as key
-  void* value_out = nullptr;       // [b, h_kv, d_v, padded keys]; with `back` as value
-  float* query_descale = nullptr;  // [b, h_q, blocks]
-  float* key_descale = nullptr;    // [b, h_kv, blocks]
-  float* value_descale = nullptr;  // [b, h_kv]
-};
-
 struct BackwardProblem {
   Shape shape;
   MaskOptions mask;

@@ -5,6 +5,7 @@
 #include "base/problem.h"
 #include "base/status.h"
 #include "ffi/options.h"
+#include "quantize/quantize.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {

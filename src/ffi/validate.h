@@ -5,6 +5,7 @@
 #include "base/problem.h"
 #include "base/status.h"
 #include "ffi/device.h"
+#include "quantize/quantize.h"
 
 namespace jax_fa3 {
 

@@ -7,10 +7,11 @@ namespace {
 
 __global__ void __launch_bounds__(kPrepareThreads)
     transpose_kernel(const PrepareParams p, const unsigned char* value) {
-  const auto load = [&](int, std::int64_t offset) {
+  const auto load = [&](std::int64_t offset) {
     return *reinterpret_cast<const std::uint32_t*>(value + offset);
   };
-  write_prepared(p, prepare_tile(p, blockIdx.x), load, [](std::uint32_t word) { return word; });
+  const auto as_it_is = [](std::uint32_t word) { return word; };
+  write_prepared(p, prepare_tile(p, blockIdx.x), p.seqlen_k, load, as_it_is);
 }
 
 }  // namespace

@@ -74,14 +74,13 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     packets[i] = counts && Row::has_packet(i, lane) ? __ldcs(source) : uint4{};
   }
   float x[Row::kRegisters];
-  std::uint32_t signs[Row::kPackets];
+  const auto signs = [&](int i, int w) { return p.signs[kRowLanes * i + lane] << w & kSignBits; };
 #pragma unroll
   for (int i = 0; i < Row::kPackets; ++i) {
-    signs[i] = p.signs[kRowLanes * i + lane];
     const std::uint32_t words[] = {packets[i].x, packets[i].y, packets[i].z, packets[i].w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const float2 pair = unpack<Pair>(words[w] ^ (signs[i] << w & kSignBits));
+      const float2 pair = unpack<Pair>(words[w] ^ signs(i, w));
       x[kPacket * i + 2 * w] = pair.x;
       x[kPacket * i + 2 * w + 1] = pair.y;
     }
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const float* const e = x + kPacket * i + 2 * w;
-        words[w] = pack<Pair>(e[0] * back, e[1] * back) ^ (signs[i] << w & kSignBits);
+        words[w] = pack<Pair>(e[0] * back, e[1] * back) ^ signs(i, w);
       }
       *reinterpret_cast<uint4*>(out + kPacketStride * i) = {words[0], words[1], words[2], words[3]};
     }

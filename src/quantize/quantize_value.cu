@@ -3,13 +3,13 @@
 #include "device/launch.cuh"
 #include "quantize/convert.cuh"
 #include "quantize/quantize.h"
+#include "quantize/rotation.h"
 
 namespace jax_fa3 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kPacket = 8;            // elements, 16 bytes
-constexpr int kRows = kDescaleBlock;  // of a thread block that goes by rows
+// Passes by rows have a thread block for kDescaleBlock keys of a head, a quarter of a row a thread.
+constexpr int kThreads = kDescaleBlock * kRowLanes;
 
 struct ValueParams {
   const std::uint16_t* value;   // [b, s_k, h_kv, d_v]
@@ -25,51 +25,50 @@ struct ValueParams {
   }
 };
 
-// A thread block's kRows keys of a head, or as many as there are.
-struct Rows {
+// A thread's row.
+struct Row {
   std::int64_t head;   // of the array: batch * num_heads + head
   std::int64_t first;  // element
-  int size;            // keys, not negative
-  int counting;        // those of them that are no padding; may be negative
+  bool exists;
+  bool counts;  // exists, and is no padding
 };
 
-__device__ Rows rows_of(const ValueParams& p, int index) {
+__device__ Row row_of(const ValueParams& p, int index) {
   const int head = index % p.num_heads;
   index /= p.num_heads;
-  const int key = index % p.key_blocks * kRows;
+  const int key = index % p.key_blocks * kDescaleBlock + threadIdx.x / kRowLanes;
   const std::int64_t batch = index / p.key_blocks;
   const std::int64_t row = (batch * p.seqlen_k + key) * p.num_heads + head;
-  return {batch * p.num_heads + head, row * p.packets * kPacket, min(kRows, p.seqlen_k - key),
-          min(kRows, p.length(batch) - key)};
+  return {batch * p.num_heads + head, row * p.packets * kPacket, key < p.seqlen_k,
+          key < p.length(batch)};
 }
 
-// body(offset of a packet, its row) of `count` rows, over the threads of the block.
+// body(offset) of each packet of the thread.
 template <class Body>
-__device__ void for_packets(const ValueParams& p, const Rows& rows, int count, const Body& body) {
-  const std::int64_t stride = std::int64_t(p.num_heads) * p.packets * kPacket;
+__device__ void for_packets(const ValueParams& p, const Row& row, const Body& body) {
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count * p.packets; i += kThreads) {
-    const int row = i / p.packets, packet = i % p.packets;
-    body(rows.first + row * stride + packet * kPacket, row);
+  for (int i = threadIdx.x % kRowLanes; i < p.packets; i += kRowLanes) {
+    body(row.first + i * kPacket);
   }
 }
 
 // A scale is never negative, so that the largest one has the largest bits.
 template <class Pair>
 __global__ void __launch_bounds__(kThreads) measure_value_kernel(const ValueParams p) {
-  const Rows rows = rows_of(p, blockIdx.x);
+  const Row row = row_of(p, blockIdx.x);
   float largest = 0;
-  for_packets(p, rows, rows.counting, [&](std::int64_t offset, int) {
+  const auto measure = [&](std::int64_t offset) {
     const uint4 packet = *reinterpret_cast<const uint4*>(p.value + offset);
     for (const std::uint32_t word : {packet.x, packet.y, packet.z, packet.w}) {
       const float2 pair = unpack<Pair>(word);
       largest = larger(largest, nan_if_infinite(pair.x));
       largest = larger(largest, nan_if_infinite(pair.y));
     }
-  });
+  };
+  if (row.counts) for_packets(p, row, measure);
   const float descale = descale_of(largest_of_block<kThreads>(largest));
   if (threadIdx.x == 0) {
-    atomicMax(reinterpret_cast<int*>(p.descale + rows.head), __float_as_int(descale));
+    atomicMax(reinterpret_cast<int*>(p.descale + row.head), __float_as_int(descale));
   }
 }
 
@@ -78,28 +77,27 @@ __global__ void __launch_bounds__(kPrepareThreads)
     quantize_value_kernel(const ValueParams p, const PrepareParams prepare) {
   // From the end: what was measured last is still in the cache.
   const PrepareTile tile = prepare_tile(prepare, gridDim.x - 1 - blockIdx.x);
-  const int length = p.length(tile.batch);
   const float factor = __frcp_rn(p.descale[tile.batch * p.num_heads + tile.head]);
-  const auto load = [&](int key, std::int64_t offset) {
-    return key < length ? __ldcs(reinterpret_cast<const uint2*>(p.value + offset)) : uint2{};
+  const auto load = [&](std::int64_t offset) {
+    return __ldcs(reinterpret_cast<const uint2*>(p.value + offset));
   };
   const auto round = [&](uint2 four) {
     const float2 low = unpack<Pair>(four.x), high = unpack<Pair>(four.y);
     return round_four(nan_if_infinite(low.x) * factor, nan_if_infinite(low.y) * factor,
                       nan_if_infinite(high.x) * factor, nan_if_infinite(high.y) * factor);
   };
-  write_prepared(prepare, tile, load, round);
+  write_prepared(prepare, tile, p.length(tile.batch), load, round);
 }
 
 // value as it is after rounding, in its own dtype.
 template <class Pair>
 __global__ void __launch_bounds__(kThreads)
     round_value_kernel(const ValueParams p, std::uint16_t* out) {
-  const Rows rows = rows_of(p, gridDim.x - 1 - blockIdx.x);
-  const float descale = p.descale[rows.head], factor = __frcp_rn(descale);
-  for_packets(p, rows, rows.size, [&](std::int64_t offset, int row) {
+  const Row row = row_of(p, gridDim.x - 1 - blockIdx.x);
+  const float descale = p.descale[row.head], factor = __frcp_rn(descale);
+  const auto round = [&](std::int64_t offset) {
     uint4 packet{};
-    if (row < rows.counting) packet = __ldcs(reinterpret_cast<const uint4*>(p.value + offset));
+    if (row.counts) packet = __ldcs(reinterpret_cast<const uint4*>(p.value + offset));
     for (std::uint32_t* const word : {&packet.x, &packet.y, &packet.z, &packet.w}) {
       const float2 pair = unpack<Pair>(*word);
       const float2 rounded = widen_pair(
@@ -107,7 +105,8 @@ __global__ void __launch_bounds__(kThreads)
       *word = pack<Pair>(rounded.x * descale, rounded.y * descale);
     }
     *reinterpret_cast<uint4*>(out + offset) = packet;
-  });
+  };
+  if (row.exists) for_packets(p, row, round);
 }
 
 ValueParams value_params(const QuantizeProblem& problem) {
@@ -118,13 +117,13 @@ ValueParams value_params(const QuantizeProblem& problem) {
           static_cast<int>(s.seqlen_k),
           static_cast<int>(s.num_heads_kv),
           static_cast<int>(s.head_dim_v / kPacket),
-          static_cast<int>(ceil_div<std::int64_t>(s.seqlen_k, kRows))};
+          static_cast<int>(ceil_div<std::int64_t>(s.seqlen_k, kDescaleBlock))};
 }
 
 unsigned row_blocks(const QuantizeProblem& problem) {
   const Shape& s = problem.shape;
   return static_cast<unsigned>(s.batch * s.num_heads_kv *
-                               ceil_div<std::int64_t>(s.seqlen_k, kRows));
+                               ceil_div<std::int64_t>(s.seqlen_k, kDescaleBlock));
 }
 
 template <class Pair>

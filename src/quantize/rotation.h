@@ -12,10 +12,16 @@
 
 #include "base/types.h"
 
+#if defined(__CUDACC__)
+#define JFA_UNROLL _Pragma("unroll")
+#else
+#define JFA_UNROLL
+#endif
+
 namespace jax_fa3 {
 
 constexpr int kRowLanes = 4;
-constexpr int kPacket = 8;  // elements
+constexpr int kPacket = 8;  // elements of 16 bits, 16 bytes
 constexpr int kPacketStride = kRowLanes * kPacket;
 
 template <int kHeadDim>
@@ -36,10 +42,10 @@ struct RotatedRow {
 
   // The butterflies of the bits that a thread has in its registers.
   JFA_HD static void mix_registers(float (&x)[kRegisters]) {
-#pragma unroll
+    JFA_UNROLL
     for (int bit = 1; bit < kRegisters; bit *= 2) {
       const int column_bit = bit < kPacket ? bit : bit * kRowLanes;
-#pragma unroll
+      JFA_UNROLL
       for (int i = 0; i < kRegisters; ++i) {
         if (column_bit >= kOrder || i & bit) continue;
         const float low = x[i], high = x[i + bit];
