@@ -52,8 +52,9 @@ def custom_calls(text):
         call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
         if call:
             target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{options = \{(.*?)\}(.*?)\}", body)
-            attributes = dict(item.split(" = ") for item in "".join(config.groups()).split(", "))
+            config = re.search(r"mhlo\.backend_config = \{(?:options = \{(.*?)\})?(.*?)\}", body)
+            text = "".join(group or "" for group in config.groups())
+            attributes = dict(item.split(" = ") for item in text.split(", "))
             found.append(
                 (
                     target,
@@ -302,11 +303,45 @@ def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementati
     if implementation == "xla":
         assert calls == []
         return
-    forward, backward = calls
-    assert (forward[0], backward[0]) == ("jax_fa3_forward_float8", "jax_fa3_backward")
+    there, forward, back, backward = calls
+    assert [call[0] for call in calls] == [
+        "jax_fa3_quantize",
+        "jax_fa3_forward_float8",
+        "jax_fa3_quantize",
+        "jax_fa3_backward",
+    ]
+    rounds = dict(seed="0 : ui32", has_query_lengths="false", has_key_lengths="false")
+    types = [f"2x{n}x{heads}x80xf16" for n, heads in ((200, 4), (300, 2), (300, 2))]
+    scales = ["2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert there[1:3] == (rounds | dict(back="false"), types)
+    assert there[3] == [*TYPES[:2], "2x2x80x384xf8E4M3FN", *scales]
+    assert back[1:] == (rounds | dict(back="true"), types, types + scales)
     assert forward[1]["value_is_prepared"] == "true" and forward[1]["window_right"] == "0 : i32"
-    assert forward[2][2:] == ["2x2x80x384xf8E4M3FN", "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert forward[2] == there[3]
     assert forward[3] == ["2x200x4x80xf16", "2x4x200xf32", "1xi32", "0xui8"]
+    assert set(operations(lower(call, query, key, value, query))) == {"custom_call"}
+
+
+def test_lengths_reach_the_rounding():
+    query, key, value = (jax.ShapeDtypeStruct(s, "bfloat16") for s in (QUERY, KEY, VALUE))
+    lengths = jax.ShapeDtypeStruct((2,), "int32")
+
+    def call(query, key, value, lengths, offset):
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            key_value_seq_lengths=lengths,
+            query_offset=offset,
+            forward_dtype=FLOAT8,
+        )
+
+    text = lower(call, query, key, value, lengths, lengths)
+    rounding, forward = custom_calls(text)
+    assert rounding[1]["has_key_lengths"] == "true"
+    assert rounding[1]["has_query_lengths"] == "false" and rounding[2][3:] == ["2xi32"]
+    assert re.search(r"@jax_fa3_quantize\(%arg0, %arg1, %arg2, %arg3\)", text)
+    assert forward[2][6:] == ["2xi32", "2xi32"]
 
 
 def test_vmap_in_float8_is_still_one_call():
