@@ -115,7 +115,7 @@ def _quantized_forward(options, query, key, value, index, dense):
         return xla.forward(options, *quantized[:3], *rest)
 
     def kernel(query, key, value, *present):
-        quantized = _quantize_kernel(query, key, value, _unpack(index, present))
+        quantized = quantize_kernel(query, key, value, _unpack(index, present))
         return _float8_kernel(options, True, query.dtype, *quantized, *present)
 
     operands = (query, key, value, *_pack(index))
@@ -140,7 +140,7 @@ def _float8_kernel(options, is_prepared, dtype, query, key, value, *rest):
     return tuple(call(query, key, value, *rest, **attributes)[:2])
 
 
-def _quantize_kernel(query, key, value, index, *, back=False):
+def quantize_kernel(query, key, value, index, *, back=False):
     """What quantize.quantize gives, with value prepared; with `back`, quantize.rounded's arrays."""
     batch, seqlen_k, num_heads_kv, head_dim_v = value.shape
     prepared = (batch, num_heads_kv, head_dim_v, padded_keys(seqlen_k))
@@ -169,7 +169,7 @@ def _rounded(options, query, key, value, index):
     """quantize.rounded, by whichever of kernel and XLA rounds in the forward pass."""
 
     def kernel(query, key, value, *present):
-        return _quantize_kernel(query, key, value, _unpack(index, present), back=True)
+        return quantize_kernel(query, key, value, _unpack(index, present), back=True)
 
     def portable(query, key, value, *present):
         return quantize.rounded(query, key, value, _unpack(index, present))

@@ -22,7 +22,12 @@ SOURCES = {
     "mask": [],
     "prepared_value": [],
     "rotation": [],
-    "decode": ["src/base/shape.cc", "src/ffi/decode.cc", "src/ffi/validate.cc"],
+    "decode": [
+        "src/base/shape.cc",
+        "src/quantize/quantize.cc",
+        "src/ffi/decode.cc",
+        "src/ffi/validate.cc",
+    ],
 }
 
 

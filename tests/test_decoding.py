@@ -20,7 +20,7 @@ from jax_fa3 import dot_product_attention, quantize_qkv, support
 from test_cpp import COMPILER, ROOT, ffi_headers
 
 SOURCES = ("tests/cpp/decode_library.cc", "src/base/shape.cc", "src/ffi/decode.cc")
-TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward")
+TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward", "jax_fa3_quantize")
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
     Case(head_dim=192, head_dim_v=128, dtype="float16", causal=True, offset=7, scale=-0.2),
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COM
 
 @pytest.fixture(scope="module")
 def handlers(tmp_path_factory):
-    """The three targets, registered for the CPU."""
+    """The targets, registered for the CPU."""
     library = tmp_path_factory.mktemp("decode") / "decode.so"
     flags = ["-std=c++17", "-shared", "-fPIC", "-Isrc", "-isystem", ffi_headers(), "-o", library]
     subprocess.run([COMPILER, *flags, *SOURCES], cwd=ROOT, check=True)
