@@ -34,8 +34,9 @@ struct QuantizeProblem {
 // What the launches need of the extents; the message names got and expected. No dimension may be 0.
 Status check_quantize(const Shape& shape);
 
-// Defined in builds with kernels.
-Status launch_quantize_rows(const QuantizeProblem& problem, CUstream_st* stream);  // query and key
+// Defined in builds with kernels. Query and key come first: that launch clears value_descale, of
+// which the next one takes maxima.
+Status launch_quantize_rows(const QuantizeProblem& problem, CUstream_st* stream);
 Status launch_quantize_value(const QuantizeProblem& problem, CUstream_st* stream);
 
 }  // namespace jax_fa3

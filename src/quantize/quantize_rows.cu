@@ -1,5 +1,6 @@
 // Query and key: a thread block for each 128 rows of a head, which share a scale. It keeps them in
-// registers from load to store, a quarter of a row in each thread, so that an array is read once.
+// registers from load to store, a quarter of a row or of several in each thread, so that an array
+// is read once.
 #include <array>
 #include <utility>
 
@@ -12,8 +13,21 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr int kThreads = kDescaleBlock * kRowLanes;
 constexpr int kMaxPackets = kMaxHeadDim / kPacket;  // of a row
+
+// How the 128 rows lie in a thread block. A thread has so many that what it does once, about 200
+// instructions, is little beside what it does for each element, about 15.
+template <int kHeadDim>
+struct RowsTile {
+  using Row = RotatedRow<kHeadDim>;
+  static constexpr int kRows = Row::kRegisters > 24 ? 1 : Row::kRegisters > 8 ? 2 : 4;  // a thread
+  static constexpr int kRowStep = kDescaleBlock / kRows;
+  static constexpr int kThreads = kRowStep * kRowLanes;
+  static constexpr int kElements = kRows * Row::kRegisters;  // a thread
+  // Threads to a multiprocessor: 64, 80 or 128 registers each.
+  static constexpr int kResident = kElements <= 32 ? 1024 : kElements <= 48 ? 768 : 512;
+  static constexpr int kBlocks = kResident / kThreads;
+};
 
 struct RowsArray {
   const std::uint16_t* in;      // [b, s, h, d]
@@ -21,12 +35,13 @@ struct RowsArray {
   float* descale;               // [b, h, blocks]
   const std::int32_t* lengths;  // [b] or null
   int seqlen;
-  int num_heads;
-  int num_blocks;
+  unsigned num_heads;
+  unsigned num_blocks;
 };
 
 struct RowsParams {
-  RowsArray arrays[2];  // query, key
+  RowsArray arrays[2];   // query, key
+  float* value_descale;  // [b, h of key], to be 0 for the pass that measures value
   unsigned query_tiles;
   std::uint32_t signs[kMaxPackets];  // of each packet of a row
 };
@@ -48,106 +63,128 @@ __device__ void hadamard(float (&x)[kRegisters], int lane) {
 
 // With kBack the results are rounded, and then in their own dtype and basis again.
 template <class Pair, int kHeadDim, bool kBack>
-__global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDim>::kBlocks)
     quantize_rows_kernel(const __grid_constant__ RowsParams p) {
+  using Tile = RowsTile<kHeadDim>;
   using Row = RotatedRow<kHeadDim>;
   const bool is_key = blockIdx.x >= p.query_tiles;
   const RowsArray& array = p.arrays[is_key];
-  int tile = blockIdx.x - (is_key ? p.query_tiles : 0);
-  const int head = tile % array.num_heads;
+  unsigned tile = blockIdx.x - (is_key ? p.query_tiles : 0);
+  const unsigned head = tile % array.num_heads;
   tile /= array.num_heads;
-  const int block = tile % array.num_blocks;
+  const unsigned block = tile % array.num_blocks;
   const std::int64_t batch = tile / array.num_blocks;
 
   const int lane = threadIdx.x % kRowLanes;
-  const int row = block * kDescaleBlock + threadIdx.x / kRowLanes;
-  const bool exists = row < array.seqlen;
-  const bool counts = exists && (array.lengths == nullptr || row < array.lengths[batch]);
+  const int first_row = block * kDescaleBlock + threadIdx.x / kRowLanes;
+  const int length = array.lengths == nullptr ? array.seqlen : array.lengths[batch];
+  const auto exists = [&](int r) { return first_row + r * Tile::kRowStep < array.seqlen; };
+  const auto counts = [&](int r) { return exists(r) && first_row + r * Tile::kRowStep < length; };
   const std::int64_t first =
-      ((batch * array.seqlen + row) * array.num_heads + head) * kHeadDim + kPacket * lane;
+      ((batch * array.seqlen + first_row) * array.num_heads + head) * kHeadDim + kPacket * lane;
+  const std::int64_t step = std::int64_t(Tile::kRowStep) * array.num_heads * kHeadDim;
 
   // Read once, so that the cache is left to what the attention kernel reads.
-  uint4 packets[Row::kPackets];
+  uint4 packets[Tile::kRows][Row::kPackets];
 #pragma unroll
-  for (int i = 0; i < Row::kPackets; ++i) {
-    const auto* const source = reinterpret_cast<const uint4*>(array.in + first + kPacketStride * i);
-    packets[i] = counts && Row::has_packet(i, lane) ? __ldcs(source) : uint4{};
-  }
-  float x[Row::kRegisters];
-  const auto signs = [&](int i, int w) { return p.signs[kRowLanes * i + lane] << w & kSignBits; };
+  for (int r = 0; r < Tile::kRows; ++r) {
+    const auto* const source = reinterpret_cast<const uint4*>(array.in + first + r * step);
 #pragma unroll
-  for (int i = 0; i < Row::kPackets; ++i) {
-    const std::uint32_t words[] = {packets[i].x, packets[i].y, packets[i].z, packets[i].w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float2 pair = unpack<Pair>(words[w] ^ signs(i, w));
-      x[kPacket * i + 2 * w] = pair.x;
-      x[kPacket * i + 2 * w + 1] = pair.y;
+    for (int i = 0; i < Row::kPackets; ++i) {
+      packets[r][i] =
+          counts(r) && Row::has_packet(i, lane) ? __ldcs(source + kRowLanes * i) : uint4{};
     }
   }
-  hadamard<kHeadDim>(x, lane);
-
+  const auto signs = [&](int i, int w) { return p.signs[kRowLanes * i + lane] << w & kSignBits; };
+  float x[Tile::kRows][Row::kRegisters];
   float largest = 0;
 #pragma unroll
-  for (float& element : x) {
-    element = nan_if_infinite(element);
-    largest = larger(largest, element);
-  }
-  constexpr float kNorm = hadamard_norm(Row::kOrder);
-  const float descale = descale_of(kNorm * largest_of_block<kThreads>(largest));
-  if (threadIdx.x == 0) {
-    array.descale[(batch * array.num_heads + head) * array.num_blocks + block] = descale;
-  }
-
-  const float factor = __fdiv_rn(kNorm, descale);
-#pragma unroll
-  for (float& element : x) element *= factor;
-  if constexpr (!kBack) {
-    unsigned char* const out = static_cast<unsigned char*>(array.out) + first;
+  for (int r = 0; r < Tile::kRows; ++r) {
 #pragma unroll
     for (int i = 0; i < Row::kPackets; ++i) {
-      if (!exists || !Row::has_packet(i, lane)) continue;
-      const float* const e = x + kPacket * i;
-      *reinterpret_cast<uint2*>(out + kPacketStride * i) = {round_four(e[0], e[1], e[2], e[3]),
-                                                            round_four(e[4], e[5], e[6], e[7])};
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < Row::kRegisters; i += 2) {
-      const float2 pair = widen_pair(round_pair(x[i], x[i + 1]));
-      x[i] = pair.x;
-      x[i + 1] = pair.y;
-    }
-    hadamard<kHeadDim>(x, lane);
-    const float back = kNorm * descale;
-    std::uint16_t* const out = static_cast<std::uint16_t*>(array.out) + first;
-#pragma unroll
-    for (int i = 0; i < Row::kPackets; ++i) {
-      if (!exists || !Row::has_packet(i, lane)) continue;
-      std::uint32_t words[4];
+      const uint4 packet = packets[r][i];
+      const std::uint32_t words[] = {packet.x, packet.y, packet.z, packet.w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float* const e = x + kPacket * i + 2 * w;
-        words[w] = pack<Pair>(e[0] * back, e[1] * back) ^ signs(i, w);
+        const float2 pair = unpack<Pair>(words[w] ^ signs(i, w));
+        x[r][kPacket * i + 2 * w] = pair.x;
+        x[r][kPacket * i + 2 * w + 1] = pair.y;
       }
-      *reinterpret_cast<uint4*>(out + kPacketStride * i) = {words[0], words[1], words[2], words[3]};
+    }
+    hadamard<kHeadDim>(x[r], lane);
+#pragma unroll
+    for (float& element : x[r]) {
+      element = nan_if_infinite(element);
+      largest = larger(largest, element);
+    }
+  }
+  constexpr float kNorm = hadamard_norm(Row::kOrder);
+  const float descale = descale_of(kNorm * largest_of_block<Tile::kThreads>(largest));
+  if (threadIdx.x == 0) {
+    const std::int64_t of_head = batch * array.num_heads + head;
+    array.descale[of_head * array.num_blocks + block] = descale;
+    if (is_key && block == 0) p.value_descale[of_head] = 0;
+  }
+
+  // Scaled where it is rounded: ptxas may roll up a loop that only scales, and finds the registers
+  // by comparing numbers then, ten times slower.
+  const float factor = __fdiv_rn(kNorm, descale);
+  const auto rounded = [&](const float* e) { return round_pair(e[0] * factor, e[1] * factor); };
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; ++r) {
+    if constexpr (!kBack) {
+      auto* const out =
+          reinterpret_cast<uint2*>(static_cast<unsigned char*>(array.out) + first + r * step);
+#pragma unroll
+      for (int i = 0; i < Row::kPackets; ++i) {
+        if (!exists(r) || !Row::has_packet(i, lane)) continue;
+        const float* const e = x[r] + kPacket * i;
+        out[kRowLanes * i] = {rounded(e) | rounded(e + 2) << 16, rounded(e + 4) | rounded(e + 6)
+                                                                                      << 16};
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Row::kRegisters; i += 2) {
+        const float2 pair = widen_pair(rounded(x[r] + i));
+        x[r][i] = pair.x;
+        x[r][i + 1] = pair.y;
+      }
+      hadamard<kHeadDim>(x[r], lane);
+      const float back = kNorm * descale;
+      auto* const out =
+          reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(array.out) + first + r * step);
+#pragma unroll
+      for (int i = 0; i < Row::kPackets; ++i) {
+        if (!exists(r) || !Row::has_packet(i, lane)) continue;
+        std::uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float* const e = x[r] + kPacket * i + 2 * w;
+          words[w] = pack<Pair>(e[0] * back, e[1] * back) ^ signs(i, w);
+        }
+        out[kRowLanes * i] = {words[0], words[1], words[2], words[3]};
+      }
     }
   }
 }
 
-using Kernel = void (*)(RowsParams);
+struct Launch {
+  void (*kernel)(RowsParams);
+  int threads;
+};
 
 template <class Pair, bool kBack, int... kIndex>
-constexpr std::array<Kernel, sizeof...(kIndex)> kernels(std::integer_sequence<int, kIndex...>) {
-  return {quantize_rows_kernel<Pair, kQuantizeHeadDimMultiple*(kIndex + 1), kBack>...};
+constexpr std::array<Launch, sizeof...(kIndex)> launches(std::integer_sequence<int, kIndex...>) {
+  return {Launch{quantize_rows_kernel<Pair, kQuantizeHeadDimMultiple*(kIndex + 1), kBack>,
+                 RowsTile<kQuantizeHeadDimMultiple*(kIndex + 1)>::kThreads}...};
 }
 
-// The kernel of a head_dim that check_quantize has passed.
+// That of a head_dim that check_quantize has passed.
 template <class Pair>
-Kernel kernel_of(std::int64_t head_dim, bool back) {
+Launch launch_of(std::int64_t head_dim, bool back) {
   using HeadDims = std::make_integer_sequence<int, kMaxHeadDim / kQuantizeHeadDimMultiple>;
-  constexpr auto kThere = kernels<Pair, false>(HeadDims{});
-  constexpr auto kBack = kernels<Pair, true>(HeadDims{});
+  constexpr auto kThere = launches<Pair, false>(HeadDims{});
+  constexpr auto kBack = launches<Pair, true>(HeadDims{});
   return (back ? kBack : kThere)[head_dim / kQuantizeHeadDimMultiple - 1];
 }
 
@@ -159,8 +196,8 @@ RowsArray rows_array(const void* in, void* out, float* descale, const std::int32
           descale,
           lengths,
           static_cast<int>(seqlen),
-          static_cast<int>(num_heads),
-          static_cast<int>(num_blocks)};
+          static_cast<unsigned>(num_heads),
+          static_cast<unsigned>(num_blocks)};
 }
 
 }  // namespace
@@ -172,16 +209,18 @@ Status launch_quantize_rows(const QuantizeProblem& problem, CUstream_st* stream)
                            problem.index.query_lengths, s.seqlen_q, s.num_heads_q);
   p.arrays[1] = rows_array(problem.key, problem.key_out, problem.key_descale,
                            problem.index.key_lengths, s.seqlen_k, s.num_heads_kv);
+  p.value_descale = problem.value_descale;
   const auto tiles = [&](const RowsArray& array) {
     return static_cast<unsigned>(s.batch * array.num_heads * array.num_blocks);
   };
   p.query_tiles = tiles(p.arrays[0]);
   for (int i = 0; i < kMaxPackets; ++i) p.signs[i] = packet_signs(kPacket * i, problem.seed);
   const unsigned grid = p.query_tiles + tiles(p.arrays[1]);
-  const Kernel kernel = s.dtype == DType::kBF16
-                            ? kernel_of<__nv_bfloat162>(s.head_dim, problem.back)
-                            : kernel_of<__half2>(s.head_dim, problem.back);
-  return launch_kernel("quantize_rows_kernel", kernel, dim3(grid), kThreads, 0, stream, p);
+  const Launch launch = s.dtype == DType::kBF16
+                            ? launch_of<__nv_bfloat162>(s.head_dim, problem.back)
+                            : launch_of<__half2>(s.head_dim, problem.back);
+  return launch_kernel("quantize_rows_kernel", launch.kernel, dim3(grid), launch.threads, 0, stream,
+                       p);
 }
 
 }  // namespace jax_fa3

@@ -148,11 +148,7 @@ Status round(const QuantizeProblem& problem, cudaStream_t stream) {
 }  // namespace
 
 Status launch_quantize_value(const QuantizeProblem& problem, CUstream_st* stream) {
-  const Shape& s = problem.shape;
-  const auto bytes = static_cast<std::size_t>(s.batch * s.num_heads_kv) * sizeof(float);
-  JFA_CHECK_OK(cuda_status(cudaMemsetAsync(problem.value_descale, 0, bytes, stream),
-                           "cudaMemsetAsync of value_descale"));
-  const bool is_bf16 = s.dtype == DType::kBF16;
+  const bool is_bf16 = problem.shape.dtype == DType::kBF16;
   JFA_CHECK_OK(is_bf16 ? measure<__nv_bfloat162>(problem, stream)
                        : measure<__half2>(problem, stream));
   return is_bf16 ? round<__nv_bfloat162>(problem, stream) : round<__half2>(problem, stream);
