@@ -25,7 +25,7 @@ struct RowsTile {
   static constexpr int kThreads = kRowStep * kRowLanes;
   static constexpr int kElements = kRows * Row::kRegisters;  // a thread
   // Threads to a multiprocessor: 64, 80 or 128 registers each.
-  static constexpr int kResident = kElements <= 32 ? 1024 : kElements <= 48 ? 768 : 512;
+  static constexpr int kResident = kElements <= 40 ? 1024 : kElements <= 48 ? 768 : 512;
   static constexpr int kBlocks = kResident / kThreads;
 };
 
@@ -73,7 +73,10 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
   const unsigned head = tile % array.num_heads;
   tile /= array.num_heads;
   const unsigned block = tile % array.num_blocks;
-  const std::int64_t batch = tile / array.num_blocks;
+  const unsigned batch = tile / array.num_blocks;
+  const unsigned of_head = batch * array.num_heads + head;
+  const unsigned of_block = of_head * array.num_blocks + block;
+  if (is_key && block == 0 && threadIdx.x == 0) p.value_descale[of_head] = 0;
 
   const int lane = threadIdx.x % kRowLanes;
   const int first_row = block * kDescaleBlock + threadIdx.x / kRowLanes;
@@ -81,7 +84,8 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
   const auto exists = [&](int r) { return first_row + r * Tile::kRowStep < array.seqlen; };
   const auto counts = [&](int r) { return exists(r) && first_row + r * Tile::kRowStep < length; };
   const std::int64_t first =
-      ((batch * array.seqlen + first_row) * array.num_heads + head) * kHeadDim + kPacket * lane;
+      ((std::int64_t(batch) * array.seqlen + first_row) * array.num_heads + head) * kHeadDim +
+      kPacket * lane;
   const std::int64_t step = std::int64_t(Tile::kRowStep) * array.num_heads * kHeadDim;
 
   // Read once, so that the cache is left to what the attention kernel reads.
@@ -120,11 +124,7 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
   }
   constexpr float kNorm = hadamard_norm(Row::kOrder);
   const float descale = descale_of(kNorm * largest_of_block<Tile::kThreads>(largest));
-  if (threadIdx.x == 0) {
-    const std::int64_t of_head = batch * array.num_heads + head;
-    array.descale[of_head * array.num_blocks + block] = descale;
-    if (is_key && block == 0) p.value_descale[of_head] = 0;
-  }
+  if (threadIdx.x == 0) array.descale[of_block] = descale;
 
   // Scaled where it is rounded: ptxas may roll up a loop that only scales, and finds the registers
   // by comparing numbers then, ten times slower.
