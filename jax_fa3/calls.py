@@ -115,7 +115,7 @@ def _quantized_forward(options, query, key, value, index, dense):
         return xla.forward(options, *quantized[:3], *rest)
 
     def kernel(query, key, value, *present):
-        quantized = quantize_kernel(query, key, value, _unpack(index, present))
+        quantized = quantize_kernel(query, key, value, _unpack(index, present), prepare_value=True)
         return _float8_kernel(options, True, query.dtype, *quantized, *present)
 
     operands = (query, key, value, *_pack(index))
@@ -140,11 +140,13 @@ def _float8_kernel(options, is_prepared, dtype, query, key, value, *rest):
     return tuple(call(query, key, value, *rest, **attributes)[:2])
 
 
-def quantize_kernel(query, key, value, index, *, back=False):
-    """What quantize.quantize gives, with value prepared; with `back`, quantize.rounded's arrays."""
+def quantize_kernel(
+    query, key, value, index, *, seed=quantize.SEED, prepare_value=False, back=False
+):
+    """What quantize.quantize gives; with `back`, quantize.rounded's arrays."""
     batch, seqlen_k, num_heads_kv, head_dim_v = value.shape
     prepared = (batch, num_heads_kv, head_dim_v, padded_keys(seqlen_k))
-    shapes = (query.shape, key.shape, value.shape if back else prepared)
+    shapes = (query.shape, key.shape, prepared if prepare_value else value.shape)
     results = (
         *(_result(query, shape, query.dtype if back else FLOAT8) for shape in shapes),
         _result(query, (batch, query.shape[2], num_blocks(query.shape[1])), jnp.float32),
@@ -157,8 +159,9 @@ def quantize_kernel(query, key, value, index, *, back=False):
         key,
         value,
         *lengths,
-        seed=np.uint32(quantize.SEED),
+        seed=np.uint32(seed),
         back=back,
+        prepare_value=prepare_value,
         has_query_lengths=index.query_lengths is not None,
         has_key_lengths=index.key_lengths is not None,
     )

@@ -248,6 +248,9 @@ StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const 
 StatusOr<QuantizeProblem> decode_quantize(const QuantizeBuffers& buffers,
                                           const QuantizeOptions& options) {
   JFA_TRY(s, decode_shape(buffers.query, buffers.key, buffers.value));
+  if (options.back && options.prepare_value) {
+    return invalid_argument("prepare_value must be false with back, got true");
+  }
   const DataType type = options.back ? buffers.query.element_type() : DataType::F8E4M3FN;
   const Extents value{s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim_v};
   const Extents prepared{s.batch, s.num_heads_kv, s.head_dim_v, padded_keys(s.seqlen_k)};
@@ -258,7 +261,8 @@ StatusOr<QuantizeProblem> decode_quantize(const QuantizeBuffers& buffers,
                       {s.batch, s.seqlen_q, s.num_heads_q, s.head_dim}));
   JFA_CHECK_OK(
       expect("key_out", buffers.key_out, type, {s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim}));
-  JFA_CHECK_OK(expect("value_out", buffers.value_out, type, options.back ? value : prepared));
+  JFA_CHECK_OK(
+      expect("value_out", buffers.value_out, type, options.prepare_value ? prepared : value));
   JFA_CHECK_OK(expect("query_descale", buffers.query_descale, DataType::F32,
                       {s.batch, s.num_heads_q, blocks(s.seqlen_q)}));
   JFA_CHECK_OK(expect("key_descale", buffers.key_descale, DataType::F32,
@@ -270,6 +274,7 @@ StatusOr<QuantizeProblem> decode_quantize(const QuantizeBuffers& buffers,
   problem.shape = s;
   problem.seed = options.seed;
   problem.back = options.back;
+  problem.prepare_value = options.prepare_value;
   problem.query = buffers.query.untyped_data();
   problem.key = buffers.key.untyped_data();
   problem.value = buffers.value.untyped_data();

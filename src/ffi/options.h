@@ -28,6 +28,7 @@ struct Options {
 struct QuantizeOptions {
   std::uint32_t seed;  // of the rotation
   bool back;           // to the arrays' own dtype and basis again
+  bool prepare_value;
   bool has_query_lengths;
   bool has_key_lengths;
 };

@@ -29,10 +29,10 @@ ffi::Error quantize(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer ke
                     ffi::Result<ffi::AnyBuffer> query_descale,
                     ffi::Result<ffi::AnyBuffer> key_descale,
                     ffi::Result<ffi::AnyBuffer> value_descale, std::uint32_t seed, bool back,
-                    bool has_query_lengths, bool has_key_lengths) {
+                    bool prepare_value, bool has_query_lengths, bool has_key_lengths) {
   const QuantizeBuffers buffers{query,    key,        value,          rest,         *query_out,
                                 *key_out, *value_out, *query_descale, *key_descale, *value_descale};
-  const QuantizeOptions options{seed, back, has_query_lengths, has_key_lengths};
+  const QuantizeOptions options{seed, back, prepare_value, has_query_lengths, has_key_lengths};
   return to_ffi(run(buffers, options, stream), "jax_fa3_quantize");
 }
 
@@ -54,6 +54,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_quantize, jax_fa3::quantize,
                                   .Ret<xla::ffi::AnyBuffer>()  // value_descale
                                   .Attr<std::uint32_t>("seed")
                                   .Attr<bool>("back")
+                                  .Attr<bool>("prepare_value")
                                   .Attr<bool>("has_query_lengths")
                                   .Attr<bool>("has_key_lengths"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

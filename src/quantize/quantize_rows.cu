@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
   // Scaled where it is rounded: ptxas may roll up a loop that only scales, and finds the registers
   // by comparing numbers then, ten times slower.
   const float factor = __fdiv_rn(kNorm, descale);
-  const auto rounded = [&](const float* e) { return round_pair(e[0] * factor, e[1] * factor); };
+  const auto round_two = [&](const float* e) { return round_pair(e[0] * factor, e[1] * factor); };
+  const auto four = [&](const float* e) { return round_two(e) | round_two(e + 2) << 16; };
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     if constexpr (!kBack) {
@@ -139,13 +140,12 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
       for (int i = 0; i < Row::kPackets; ++i) {
         if (!exists(r) || !Row::has_packet(i, lane)) continue;
         const float* const e = x[r] + kPacket * i;
-        out[kRowLanes * i] = {rounded(e) | rounded(e + 2) << 16, rounded(e + 4) | rounded(e + 6)
-                                                                                      << 16};
+        out[kRowLanes * i] = {four(e), four(e + 4)};
       }
     } else {
 #pragma unroll
       for (int i = 0; i < Row::kRegisters; i += 2) {
-        const float2 pair = widen_pair(rounded(x[r] + i));
+        const float2 pair = widen_pair(round_two(x[r] + i));
         x[r][i] = pair.x;
         x[r][i + 1] = pair.y;
       }

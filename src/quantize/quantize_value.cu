@@ -89,22 +89,30 @@ __global__ void __launch_bounds__(kPrepareThreads)
   write_prepared(prepare, tile, p.length(tile.batch), load, round);
 }
 
-// value as it is after rounding, in its own dtype.
-template <class Pair>
-__global__ void __launch_bounds__(kThreads)
-    round_value_kernel(const ValueParams p, std::uint16_t* out) {
+// The rounded value in its own layout; with kBack in its own dtype again.
+template <class Pair, bool kBack>
+__global__ void __launch_bounds__(kThreads) round_value_kernel(const ValueParams p, void* out) {
   const Row row = row_of(p, gridDim.x - 1 - blockIdx.x);
   const float descale = p.descale[row.head], factor = __frcp_rn(descale);
   const auto round = [&](std::int64_t offset) {
     uint4 packet{};
     if (row.counts) packet = __ldcs(reinterpret_cast<const uint4*>(p.value + offset));
-    for (std::uint32_t* const word : {&packet.x, &packet.y, &packet.z, &packet.w}) {
-      const float2 pair = unpack<Pair>(*word);
-      const float2 rounded = widen_pair(
-          round_pair(nan_if_infinite(pair.x) * factor, nan_if_infinite(pair.y) * factor));
-      *word = pack<Pair>(rounded.x * descale, rounded.y * descale);
+    const auto round_word = [&](std::uint32_t word) {
+      const float2 pair = unpack<Pair>(word);
+      return round_pair(nan_if_infinite(pair.x) * factor, nan_if_infinite(pair.y) * factor);
+    };
+    if constexpr (kBack) {
+      const auto back = [&](std::uint32_t word) {
+        const float2 rounded = widen_pair(round_word(word));
+        return pack<Pair>(rounded.x * descale, rounded.y * descale);
+      };
+      *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(out) + offset) = {
+          back(packet.x), back(packet.y), back(packet.z), back(packet.w)};
+    } else {
+      *reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + offset) = {
+          round_word(packet.x) | round_word(packet.y) << 16,
+          round_word(packet.z) | round_word(packet.w) << 16};
     }
-    *reinterpret_cast<uint4*>(out + offset) = packet;
   };
   if (row.exists) for_packets(p, row, round);
 }
@@ -135,9 +143,11 @@ Status measure(const QuantizeProblem& problem, cudaStream_t stream) {
 template <class Pair>
 Status round(const QuantizeProblem& problem, cudaStream_t stream) {
   const ValueParams p = value_params(problem);
-  if (problem.back) {
-    return launch_kernel("round_value_kernel", round_value_kernel<Pair>, dim3(row_blocks(problem)),
-                         kThreads, 0, stream, p, static_cast<std::uint16_t*>(problem.value_out));
+  if (!problem.prepare_value) {
+    const auto kernel =
+        problem.back ? round_value_kernel<Pair, true> : round_value_kernel<Pair, false>;
+    return launch_kernel("round_value_kernel", kernel, dim3(row_blocks(problem)), kThreads, 0,
+                         stream, p, problem.value_out);
   }
   const auto grid = static_cast<unsigned>(prepare_blocks(problem.shape));
   return launch_kernel("quantize_value_kernel", quantize_value_kernel<Pair>, dim3(grid),

@@ -39,10 +39,10 @@ ffi::Error backward(Buffer query, Buffer key, Buffer value, Buffer out, Buffer l
 ffi::Error quantize(Buffer query, Buffer key, Buffer value, ffi::RemainingArgs rest,
                     Result query_out, Result key_out, Result value_out, Result query_descale,
                     Result key_descale, Result value_descale, std::uint32_t seed, bool back,
-                    bool has_query_lengths, bool has_key_lengths) {
+                    bool prepare_value, bool has_query_lengths, bool has_key_lengths) {
   return answer(decode_quantize({query, key, value, rest, *query_out, *key_out, *value_out,
                                  *query_descale, *key_descale, *value_descale},
-                                {seed, back, has_query_lengths, has_key_lengths}));
+                                {seed, back, prepare_value, has_query_lengths, has_key_lengths}));
 }
 
 }  // namespace
@@ -104,5 +104,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_quantize, jax_fa3::quantize,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<std::uint32_t>("seed")
                                   .Attr<bool>("back")
+                                  .Attr<bool>("prepare_value")
                                   .Attr<bool>("has_query_lengths")
                                   .Attr<bool>("has_key_lengths"));

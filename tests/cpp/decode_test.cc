@@ -272,7 +272,7 @@ struct QuantizeCall {
   Dims key_descale{2, 3, 2};
   std::uintptr_t value_address = 0;
   std::vector<std::pair<ffi::DataType, Dims>> optionals;
-  QuantizeOptions options{5, false, false, false};
+  QuantizeOptions options{5, false, true, false, false};
 
   StatusOr<QuantizeProblem> decode() const {
     constexpr auto kF32 = ffi::DataType::F32;
@@ -294,14 +294,17 @@ void decodes_quantize() {
   const auto there = call.decode();
   CHECK_DETAIL(there.ok(), there.status().message());
   CHECK(there.value().shape.seqlen_q == 300 && there.value().shape.head_dim_v == 48);
-  CHECK(there.value().seed == 5 && !there.value().back);
+  CHECK(there.value().seed == 5 && !there.value().back && there.value().prepare_value);
   CHECK(there.value().index.key_lengths && !there.value().index.query_lengths);
   CHECK(validate(there.value(), kHopper).ok() && check_quantize(there.value().shape).ok());
   CHECK_REFUSES(validate(there.value(), {10, 0, 148}), "got 10.0");
 
+  call.options.prepare_value = false;
+  call.value_out = call.value;
+  CHECK_DETAIL(call.decode().ok(), call.decode().status().message());
+
   call.options.back = true;
   call.out_dtype = call.dtype;
-  call.value_out = call.value;
   CHECK_DETAIL(call.decode().ok(), call.decode().status().message());
 }
 
@@ -314,8 +317,11 @@ void refuses_quantize() {
   using C = QuantizeCall;
   refuses([](C& c) { c.dtype = ffi::DataType::F32; }, "query must be BF16 or F16, got F32");
   refuses([](C& c) { c.out_dtype = c.dtype; }, "query_out must be F8E4M3FN, got BF16");
-  refuses([](C& c) { c.options.back = true; }, "query_out must be BF16, got F8E4M3FN");
+  refuses([](C& c) { c.options.back = true; }, "prepare_value must be false with back");
+  refuses([](C& c) { c.options.back = true, c.options.prepare_value = false; },
+          "query_out must be BF16, got F8E4M3FN");
   refuses([](C& c) { c.value_out = c.value; }, "value_out must have shape [2, 3, 48, 256]");
+  refuses([](C& c) { c.options.prepare_value = false; }, "value_out must have shape [2, 200, 3,");
   refuses([](C& c) { c.key_descale = {2, 3, 1}; }, "key_descale must have shape [2, 3, 2]");
   refuses([](C& c) { c.options.has_query_lengths = true; }, "query_seq_lengths");
   refuses(
