@@ -168,6 +168,32 @@ def quantize_kernel(
     return tuple(got[:3]) if back else tuple(got)
 
 
+def quantized(
+    options: AttentionOptions,
+    seed: int,
+    prepare_value: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+) -> tuple[jax.Array, ...]:
+    """The arrays of a QuantizedQKV, with measured scales by blocks; `options` have
+    `quantized_forward`."""
+
+    def kernel(query, key, value, *present):
+        present = _unpack(index, present)
+        return quantize_kernel(query, key, value, present, seed=seed, prepare_value=prepare_value)
+
+    def portable(query, key, value, *present):
+        x, _ = quantize.quantize(query, key, value, _unpack(index, present), seed=seed)
+        return tuple(x._replace(value=quantize.prepare_value(x.value)) if prepare_value else x)
+
+    operands = (query, key, value, *_pack(index))
+    if not _wants_float8_kernel(options, query, key, value):
+        return portable(*operands)
+    return _operation(options, kernel, portable)(*operands)
+
+
 def _rounded(options, query, key, value, index):
     """quantize.rounded, by whichever of kernel and XLA rounds in the forward pass."""
 

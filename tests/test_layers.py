@@ -17,7 +17,7 @@ SRC = ROOT / "src"
 PYTHON_LAYERS = [
     ["__init__"],
     ["context_parallel", "flax", "doctor"],
-    ["api"],
+    ["api", "to_float8"],
     ["vjp"],
     ["sharding"],
     ["context"],
