@@ -14,7 +14,7 @@ from kernels import FEATURES, HEAD_DIM_PAIRS, HEADS, KERNELS, SHAPES, resolve
 
 from cases import Case
 from float8 import FLOAT8, NAN, check_on_tensor_cores, make, wide
-from jax_fa3 import QuantizedQKV, dot_product_attention, support
+from jax_fa3 import dot_product_attention, quantize_qkv, support
 from jax_fa3.calls import quantize_kernel
 from jax_fa3.options import BLOCK, Index, num_blocks, padded_keys, resolve_window
 from jax_fa3.quantize import prepare_value, quantize, rounded
@@ -258,19 +258,43 @@ def test_rounding(head_dim, dtype):
     case = rounding_case(head_dim, dtype)
     arrays = [jnp.asarray(x) for x in case.inputs()[:3]]
     index = Index(*(jnp.asarray(n, jnp.int32) for n in (case.query_lengths, case.key_lengths)))
-    got, back = (jax.jit(functools.partial(quantize_kernel, back=b)) for b in (False, True))
     want = jax.jit(lambda *x: quantize(*x)[0])(*arrays, index)
-    want = want._replace(value=prepare_value(want.value))
-    got = QuantizedQKV(*got(*arrays, index))
+    got, prepared, back = (
+        jax.jit(functools.partial(quantize_kernel, **how))(*arrays, index)
+        for how in ({}, dict(prepare_value=True), dict(back=True))
+    )
     for g, w in zip(got[3:], want[3:], strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-6)
-    of_kernel = back(*arrays, index)
-    of_xla = jax.jit(rounded)(*arrays, index)
-    for g, w in (*zip(got[:3], want[:3], strict=True), *zip(of_kernel, of_xla, strict=True)):
+    same = (*got[:2], prepare_value(got[2]), *got[3:])
+    for g, w in zip(prepared, same, strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+    of_xla = (*want[:3], *jax.jit(rounded)(*arrays, index))
+    for g, w in zip((*got[:3], *back), of_xla, strict=True):
         g, w = wide(g), wide(w)
         assert g.shape == w.shape
         assert np.mean(g != w) < 0.02
         assert np.linalg.norm(g - w) <= 5e-3 * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("prepare", (False, True))
+def test_quantize_qkv(prepare):
+    """The public call has the kernels' bits, and as little as XLA's own rounding saturates."""
+    case = rounding_case(128, "bfloat16")
+    arrays = [jnp.asarray(x) for x in case.inputs()[:3]]
+    lengths = dict(
+        query_seq_lengths=jnp.asarray(case.query_lengths, jnp.int32),
+        key_value_seq_lengths=jnp.asarray(case.key_lengths, jnp.int32),
+    )
+    how = dict(prepare_value=prepare)
+    got, saturated = quantize_qkv(*arrays, rotation_seed=5, **how, **lengths, return_saturated=True)
+    index = Index(*lengths.values())
+    want = jax.jit(functools.partial(quantize_kernel, seed=5, **how))(*arrays, index)
+    for g, w in zip(got, want, strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+    of_xla = jax.jit(lambda *x: quantize(*x, seed=5))(*arrays, index)[1]
+    assert [int(n) for n in (*saturated, *of_xla)] == [0] * 6
+    head = quantize_qkv(*arrays, granularity="head", **lengths)
+    assert head.query_descale.shape == (3, 4, 1)
 
 
 def test_refusals_name_the_reason():
