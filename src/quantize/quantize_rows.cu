@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(RowsTile<kHeadDim>::kThreads, RowsTile<kHeadDi
   const float descale = descale_of(kNorm * largest_of_block<Tile::kThreads>(largest));
   if (threadIdx.x == 0) array.descale[of_block] = descale;
 
-  // Scaled where it is rounded: ptxas may roll up a loop that only scales, and finds the registers
-  // by comparing numbers then, ten times slower.
+  // Scaled where it is rounded: ptxas rolls up a long loop that only scales, and then finds its
+  // registers by comparing numbers, at forty instructions a product.
   const float factor = __fdiv_rn(kNorm, descale);
   const auto round_two = [&](const float* e) { return round_pair(e[0] * factor, e[1] * factor); };
   const auto four = [&](const float* e) { return round_two(e) | round_two(e + 2) << 16; };
