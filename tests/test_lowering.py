@@ -6,11 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 from cases import HEAD_DIMS
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, support
+from meshes import mesh_of
 
 DEFAULTS = {
     "scale": "1.250000e-01 : f32",
@@ -369,6 +372,20 @@ def test_quantize_qkv_is_one_call(prepare):
 )
 def test_what_quantize_qkv_leaves_to_xla(dtype, head_dim, how):
     assert quantize_calls(*operands(dtype, head_dim=head_dim), **how) == []
+
+
+@pytest.mark.parametrize(("key_heads", "calls"), [(P(None, None, "model"), 1), (P(), 0)])
+def test_quantize_qkv_in_a_shard_map(key_heads, calls):
+    """One custom call, unless its results vary over mesh axes of their own."""
+    query, key, value = operands(heads_q=8, heads_kv=2 if calls else 1)
+    specs = (P(None, None, "model"), key_heads, key_heads)
+
+    def arrays(*operands):
+        return tuple(jax_fa3.quantize_qkv(*operands)[:3])
+
+    mesh = mesh_of(AxisType.Auto, model=2)
+    mapped = jax.shard_map(arrays, mesh=mesh, in_specs=specs, out_specs=specs)
+    assert len(custom_calls(lower(mapped, query, key, value))) == calls
 
 
 def test_quantize_qkv_of_no_rows_is_left_to_xla():
