@@ -145,7 +145,7 @@ def _quantize(x, lengths, granularity, seed, descale):
 
 
 def _rotated(x, lengths, seed):
-    """x in float32, rotated, with zeros for padding."""
+    """x in float32 with zeros for padding, rotated if there is a seed."""
     if lengths is not None:
         inside = jnp.arange(x.shape[1]) < lengths[:, None]
         x = jnp.where(inside[..., None, None], x, 0)

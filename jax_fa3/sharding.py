@@ -138,7 +138,7 @@ def backward(
     results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
     operation = _Operation(options, local, dims, results, _needs_whole(dense))
     gradients = _distribute(operation, operands)
-    return (*map(_typed_like, gradients, differentiable), None)[:4]
+    return (*map(typed_like, gradients, differentiable), None)[:4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,9 +499,9 @@ def _needs_whole(dense: Dense) -> str | None:
     return "a bias or mask needs whole sequences" if _dims_of(dense) else None
 
 
-def _typed_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:
-    """The gradient with its operand's explicit sharding, as jax.custom_vjp demands."""
-    sharding = jax.typeof(operand).sharding
+def typed_like(derivative: jax.Array, array: jax.Array) -> jax.Array:
+    """The derivative with its array's explicit sharding, as JAX demands of custom ones."""
+    sharding = jax.typeof(array).sharding
     if not _axes_of(sharding.mesh, AxisType.Explicit):
-        return gradient
-    return jax.sharding.reshard(gradient, sharding)
+        return derivative
+    return jax.sharding.reshard(derivative, sharding)

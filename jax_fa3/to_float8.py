@@ -146,7 +146,7 @@ def _measured(seed, prepare, query, key, value, index):
 def _straight_through(seed, prepare, primals, tangents):
     results = _measured(seed, prepare, *primals)
     descales = Descales(*results[3:])
-    query, key, value = quantize.tangents(*tangents[:3], primals[3], descales, seed)
-    if prepare:
-        value = quantize.prepare_value(value)
-    return results, (query, key, value, *map(jnp.zeros_like, descales))
+    *rows, value = quantize.tangents(*tangents[:3], primals[3], descales, seed)
+    arrays = (*rows, quantize.prepare_value(value) if prepare else value)
+    arrays = map(sharding.typed_like, arrays, results)
+    return results, (*arrays, *map(jnp.zeros_like, descales))

@@ -216,6 +216,28 @@ def test_query_heads_split_further_than_those_of_key(kind):
         np.testing.assert_allclose(wide(g), wide(w), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "spec", [P("data", None, "model"), P(None, "model")], ids=["heads", "rows"]
+)
+@both_kinds
+def test_gradients_on_a_mesh(kind, spec):
+    """Also of rows that arrive split, which the rounding has whole."""
+    arrays = operands()
+
+    def gradients(*arrays):
+        def total(*arrays):
+            return sum(x.astype(jnp.float32).sum() for x in quantize_qkv(*arrays)[:3])
+
+        return jax.grad(total, argnums=(0, 1, 2))(*arrays)
+
+    want = gradients(*map(jnp.asarray, arrays))
+    with jax.set_mesh(mesh := mesh_of(kind, data=2, model=2)):
+        got = jax.jit(gradients)(*place(mesh, arrays, [spec] * 3))
+    for g, w in zip(got, want, strict=True):
+        assert np.any(wide(w))
+        assert_near(wide(g), wide(w), relative=0.01)
+
+
 def test_in_a_shard_map_each_result_varies_like_its_operand():
     query, key, value = operands()
     mesh = mesh_of(AxisType.Auto, model=2)
