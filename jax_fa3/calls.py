@@ -1,9 +1,9 @@
-"""The two attention operations: one FFI custom call each on CUDA, XLA code elsewhere.
+"""The two attention operations: FFI custom calls on CUDA, XLA code elsewhere.
 
 The only file that touches jax.ffi. Its part of the wiring, from outside in: custom_vmap (a mapped
 axis is folded into the batch, which the kernels loop over anyway), platform_dependent (decided
 when the program is lowered), ffi_call. Operands, results and attributes are those that
-src/ffi/forward.cc, forward_float8.cc and backward.cc bind.
+src/ffi/forward.cc, forward_float8.cc, backward.cc and quantize.cc bind.
 """
 
 from __future__ import annotations
@@ -14,15 +14,25 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jax_fa3 import quantize, support, validate, xla
-from jax_fa3.options import AttentionOptions, Dense, Descales, Index
+from jax_fa3.options import (
+    FLOAT8,
+    AttentionOptions,
+    Dense,
+    Descales,
+    Index,
+    num_blocks,
+    padded_keys,
+)
 
 FORWARD = "jax_fa3_forward"
 FORWARD_FLOAT8 = "jax_fa3_forward_float8"
 BACKWARD = "jax_fa3_backward"
+QUANTIZE = "jax_fa3_quantize"
 
 if support.native() is not None:
     for _name, _capsule in support.native().registrations().items():
@@ -87,38 +97,116 @@ def forward_float8(
         rest = (_unpack(index, present), dense, scales, dtype)
         return xla.forward(options, query, key, value, *rest)
 
+    kernel = functools.partial(_float8_kernel, options, options.value_is_prepared, dtype)
     operands = (query, key, value, *descales, *_pack(index))
-    is_prepared = options.value_is_prepared or options.quantized_forward
     plain = validate.plain_value(key, value, options.value_is_prepared)
-    if not _wants_kernel(options, query, key) or support.float8_reason(
-        query, key, plain, options.window, None, is_prepared
-    ):
+    if not _wants_float8_kernel(options, query, key, plain):
         return portable(*operands)
-
-    def kernel(query, key, value, *rest):
-        if options.quantized_forward:  # in one pass with its rounding
-            value = quantize.prepare_value(value)
-        plain = validate.plain_value(key, value, is_prepared)
-        plan = support.forward_plan(query, key, plain, options.window, None, is_prepared)
-        batch, seqlen_q, num_heads_q, _ = query.shape
-        results = (
-            _result(query, (batch, seqlen_q, num_heads_q, plain.shape[-1]), dtype),
-            _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
-            _result(query, (1,), jnp.int32),  # the tile counter
-            _result(query, (plan["workspace_bytes"],), jnp.uint8),
-        )
-        call = jax.ffi.ffi_call(FORWARD_FLOAT8, results)
-        attributes = dict(options=options.to_ffi(), value_is_prepared=is_prepared)
-        return tuple(call(query, key, value, *rest, **attributes)[:2])
-
     return _operation(options, kernel, portable)(*operands)
 
 
 def _quantized_forward(options, query, key, value, index, dense):
     """`forward` of 16-bit arrays by way of float8; the scales are those of the arrays at hand."""
-    quantized, _ = quantize.quantize(query, key, value, index)
-    descales = Descales(*quantized[3:])
-    return forward_float8(options, *quantized[:3], descales, index, dense, query.dtype)
+
+    def portable(query, key, value, *present):
+        present = _unpack(index, present)
+        quantized, _ = quantize.quantize(query, key, value, present)
+        rest = (present, dense, Descales(*quantized[3:]), query.dtype)
+        return xla.forward(options, *quantized[:3], *rest)
+
+    def kernel(query, key, value, *present):
+        quantized = quantize_kernel(query, key, value, _unpack(index, present), prepare_value=True)
+        return _float8_kernel(options, True, query.dtype, *quantized, *present)
+
+    operands = (query, key, value, *_pack(index))
+    if not _wants_float8_kernel(options, query, key, value):
+        return portable(*operands)
+    return _operation(options, kernel, portable)(*operands)
+
+
+def _float8_kernel(options, is_prepared, dtype, query, key, value, *rest):
+    """The custom call; `rest` has the descales and the index arrays that are present."""
+    plain = validate.plain_value(key, value, is_prepared)
+    plan = support.forward_plan(query, key, plain, options.window, None, is_prepared)
+    batch, seqlen_q, num_heads_q, _ = query.shape
+    results = (
+        _result(query, (batch, seqlen_q, num_heads_q, plain.shape[-1]), dtype),
+        _result(query, (batch, num_heads_q, seqlen_q), jnp.float32),
+        _result(query, (1,), jnp.int32),  # the tile counter
+        _result(query, (plan["workspace_bytes"],), jnp.uint8),
+    )
+    call = jax.ffi.ffi_call(FORWARD_FLOAT8, results)
+    attributes = dict(options=options.to_ffi(), value_is_prepared=is_prepared)
+    return tuple(call(query, key, value, *rest, **attributes)[:2])
+
+
+def quantize_kernel(
+    query, key, value, index, *, seed=quantize.SEED, prepare_value=False, back=False
+):
+    """What quantize.quantize gives; with `back`, quantize.rounded's arrays."""
+    batch, seqlen_k, num_heads_kv, head_dim_v = value.shape
+    prepared = (batch, num_heads_kv, head_dim_v, padded_keys(seqlen_k))
+    shapes = (query.shape, key.shape, prepared if prepare_value else value.shape)
+    results = (
+        *(_result(query, shape, query.dtype if back else FLOAT8) for shape in shapes),
+        _result(query, (batch, query.shape[2], num_blocks(query.shape[1])), jnp.float32),
+        _result(query, (batch, num_heads_kv, num_blocks(seqlen_k)), jnp.float32),
+        _result(query, (batch, num_heads_kv), jnp.float32),
+    )
+    lengths = _pack(index._replace(query_offset=None))
+    got = jax.ffi.ffi_call(QUANTIZE, results)(
+        query,
+        key,
+        value,
+        *lengths,
+        seed=np.uint32(seed),
+        back=back,
+        prepare_value=prepare_value,
+        has_query_lengths=index.query_lengths is not None,
+        has_key_lengths=index.key_lengths is not None,
+    )
+    return tuple(got[:3]) if back else tuple(got)
+
+
+def quantized(
+    options: AttentionOptions,
+    seed: int,
+    prepare_value: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+) -> tuple[jax.Array, ...]:
+    """The arrays of a QuantizedQKV, with measured scales by blocks; `options` have
+    `quantized_forward`."""
+
+    def kernel(query, key, value, *present):
+        present = _unpack(index, present)
+        return quantize_kernel(query, key, value, present, seed=seed, prepare_value=prepare_value)
+
+    def portable(query, key, value, *present):
+        x, _ = quantize.quantize(query, key, value, _unpack(index, present), seed=seed)
+        return tuple(x._replace(value=quantize.prepare_value(x.value)) if prepare_value else x)
+
+    operands = (query, key, value, *_pack(index))
+    if not _wants_float8_kernel(options, query, key, value):
+        return portable(*operands)
+    return _operation(options, kernel, portable)(*operands)
+
+
+def _rounded(options, query, key, value, index):
+    """quantize.rounded, by whichever of kernel and XLA rounds in the forward pass."""
+
+    def kernel(query, key, value, *present):
+        return quantize_kernel(query, key, value, _unpack(index, present), back=True)
+
+    def portable(query, key, value, *present):
+        return quantize.rounded(query, key, value, _unpack(index, present))
+
+    operands = (query, key, value, *_pack(index))
+    if not _wants_float8_kernel(options, query, key, value):
+        return portable(*operands)
+    return _operation(options, kernel, portable)(*operands)
 
 
 def backward(
@@ -139,7 +227,7 @@ def backward(
     weights whose rows add up to 1 with its lse, and whose output is `out`.
     """
     if options.quantized_forward:
-        query, key, value = quantize.rounded(query, key, value, index)
+        query, key, value = _rounded(options, query, key, value, index)
     if not _wants_kernel(options, query, key):
         return xla.backward(options, query, key, value, out, lse, dout, dlse, index, dense)
     cotangents = (dout,) if dlse is None else (dout, dlse)
@@ -166,6 +254,17 @@ def backward(
 def _wants_kernel(options: AttentionOptions, query: jax.Array, key: jax.Array) -> bool:
     """Whether CUDA gets the custom call; problems without scores are left to XLA's constants."""
     return options.route != "xla" and 0 not in (*query.shape[:2], key.shape[1])
+
+
+def _wants_float8_kernel(
+    options: AttentionOptions, query: jax.Array, key: jax.Array, plain_value: jax.Array
+) -> bool:
+    """The same of a forward pass in float8, from float8 arrays or from 16-bit ones; in the latter
+    it also settles who rounds, for forward and backward alike."""
+    forward_dtype = FLOAT8 if options.quantized_forward else None
+    return _wants_kernel(options, query, key) and not support.float8_reason(
+        query, key, plain_value, options.window, forward_dtype, options.value_is_prepared
+    )
 
 
 def _operation(options: AttentionOptions, kernel: Callable, portable: Callable) -> Callable:

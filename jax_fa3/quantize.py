@@ -12,16 +12,13 @@ Inside the package scales have the shapes of `options.Descales`.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
-from jax_fa3 import validate
 from jax_fa3.options import BLOCK, FLOAT8, Descales, Index, num_blocks, padded_keys
 
 Granularity = Literal["tensor", "head", "block"]
@@ -52,99 +49,6 @@ class Saturated(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-
-
-def quantize_qkv(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    granularity: Granularity = "block",
-    rotation_seed: int | None = SEED,
-    prepare_value: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    return_saturated: bool = False,
-) -> Any:
-    """float8 query, key and value with scales, as `dot_product_attention` takes them.
-
-    Args:
-      query, key, value: as in `dot_product_attention`; bfloat16, float16 or float32.
-      granularity: what shares a scale: "tensor", all of it; "head", a (batch, head); "block", 128
-        rows of a (batch, head) in query and key, and a (batch, head) in value.
-      rotation_seed: of the random signs with which query and key are rotated: the same seed and
-        head_dim give the same rotation, always. None leaves them as they are. Keys and queries
-        that meet must have the same seed.
-      prepare_value: give value in the layout that the kernels read, keys innermost (docs/fp8.md),
-        for `dot_product_attention(..., value_is_prepared=True)`; they need not transpose it then.
-      query_seq_lengths, key_value_seq_lengths: int32 (B,); rows from there on are padding, which
-        takes no part in a scale and becomes 0.
-      query_descale, key_descale, value_descale: positive float32 scales of the rotated arrays to
-        use in place of measured ones, of the shapes that `dot_product_attention` takes.
-      return_saturated: also return how many elements were cut to the largest float8, 448 scales.
-        With measured scales there are none.
-
-    Returns:
-      `QuantizedQKV`; with return_saturated a pair of it and `Saturated`.
-
-    Raises:
-      ValueError, TypeError: an argument does not fit; the message names it, got and expected.
-
-    Numerics:
-      Rotation and scaling are in float32. NaN and infinity become NaN (e4m3 has no infinity) and
-      take no part in a scale. The rotation's Hadamard blocks are as large as the largest power of
-      two that divides head_dim: 128 for 128, 64 for 64 and 192, 32 for 96.
-
-    Derivative:
-      Straight-through: rounding passes a gradient on, what saturates has none, scales are
-      constants. JAX gives float8 arrays float8 cotangents, which suits no training step: that is
-      what `dot_product_attention(..., forward_dtype="float8_e4m3fn")` is for.
-
-    Example:
-      >>> q8 = jax_fa3.quantize_qkv(q, k, v)
-      >>> out = jax_fa3.dot_product_attention(**q8._asdict())
-
-    Source: FlashAttention-3, arXiv:2407.08608; Hadamard rotations, arXiv:2404.00456.
-    """
-    arrays = {"query": query, "key": key, "value": value}
-    arrays = [validate.as_array(*item) for item in arrays.items()]
-    descales = Descales(
-        validate.as_array("query_descale", query_descale),
-        validate.as_array("key_descale", key_descale),
-        validate.as_array("value_descale", value_descale),
-    )
-    index = Index(
-        validate.as_array("query_seq_lengths", query_seq_lengths),
-        validate.as_array("key_value_seq_lengths", key_value_seq_lengths),
-    )
-    validate.check_heads(*arrays)
-    validate.check_descales(*arrays, descales)
-    validate.check_lengths(arrays[0], index)
-    validate.check_choice("granularity", granularity, get_args(Granularity))
-    validate.check_seed("rotation_seed", rotation_seed)
-    validate.check_flag("prepare_value", prepare_value)
-    validate.check_flag("return_saturated", return_saturated)
-    how = (granularity, rotation_seed, bool(prepare_value))
-    results = _run(how, *arrays, index, descales)
-    return results if return_saturated else results[0]
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(how, query, key, value, index, descales):
-    """quantize() with or without a batch dimension, compiled once outside of jax.jit."""
-    granularity, seed, prepare = how
-    given = spread(query, key, value, descales)
-    unbatched = query.ndim == 3
-    if unbatched:
-        query, key, value = query[None], key[None], value[None]
-    index = jax.tree.map(lambda x: jnp.broadcast_to(x, query.shape[:1]), index)
-    quantized, saturated = quantize(query, key, value, index, granularity, seed, given)
-    if prepare:
-        quantized = quantized._replace(value=prepare_value(quantized.value))
-    return jax.tree.map(lambda x: x[0], quantized) if unbatched else quantized, saturated
 
 
 def quantize(
@@ -211,20 +115,45 @@ def restore_value(prepared: jax.Array, seqlen: int) -> jax.Array:
     return lax.slice_in_dim(value, 0, seqlen, axis=1)
 
 
+def tangents(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+    descales: Descales,
+    seed: int | None = SEED,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of the float8 arrays, of tangents and scales that were measured, so that nothing
+    saturates: rounding passes them on."""
+    return (
+        _scale(_rotated(query, index.query_lengths, seed), descales.query).astype(FLOAT8),
+        _scale(_rotated(key, index.key_lengths, seed), descales.key).astype(FLOAT8),
+        _scale(_rotated(value, index.key_lengths, None), descales.value[..., None]).astype(FLOAT8),
+    )
+
+
 def _quantize(x, lengths, granularity, seed, descale):
     """x [batch, seq, heads, dim] in float8, its scales [batch, heads, blocks], and the number of
     elements that saturate.
     """
-    seqlen = x.shape[1]
-    if lengths is not None:
-        inside = jnp.arange(seqlen) < lengths[:, None]
-        x = jnp.where(inside[..., None, None], x, 0)
-    x = x.astype(jnp.float32) if seed is None else _rotate(x, seed)
+    x = _rotated(x, lengths, seed)
     descale = lax.stop_gradient(_measure(x, granularity) if descale is None else descale)
-    x = x / by_row(descale, seqlen)[..., None]
+    x = _scale(x, descale)
     saturates = jnp.isfinite(x) & (jnp.abs(x) >= OVERFLOW)
     x = jnp.where(saturates, jnp.sign(x) * LARGEST, x)
     return x.astype(FLOAT8), descale, saturates.sum(dtype=jnp.int32)
+
+
+def _rotated(x, lengths, seed):
+    """x in float32 with zeros for padding, rotated if there is a seed."""
+    if lengths is not None:
+        inside = jnp.arange(x.shape[1]) < lengths[:, None]
+        x = jnp.where(inside[..., None, None], x, 0)
+    return x.astype(jnp.float32) if seed is None else _rotate(x, seed)
+
+
+def _scale(x, descale):
+    return x / by_row(descale, x.shape[1])[..., None]
 
 
 def _rotate(x: jax.Array, seed: int, *, back: bool = False) -> jax.Array:

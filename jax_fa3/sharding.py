@@ -88,6 +88,27 @@ def forward_float8(
     return _distribute(operation, operands)
 
 
+def quantized(
+    seed: int,
+    prepare_value: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: Index,
+) -> Results:
+    """The arrays of a QuantizedQKV, with measured scales by blocks."""
+    options = AttentionOptions(scale=1.0, quantized_forward=True)
+    operands, tree = jax.tree.flatten((query, key, value, index))
+
+    def local(sequence, *operands):
+        return calls.quantized(options, seed, prepare_value, *tree.unflatten(operands))
+
+    dims = (QUERY, KEY, VALUE, *_dims_of(index))
+    results = (QUERY, KEY, PREPARED_VALUE if prepare_value else VALUE, *DESCALES)
+    operation = _Operation(options, local, dims, results, "a scale is for whole blocks", False)
+    return _distribute(operation, operands)
+
+
 def backward(
     options: AttentionOptions,
     query: jax.Array,
@@ -117,7 +138,7 @@ def backward(
     results = (QUERY, KEY, VALUE, *_dims_of(dense._replace(mask=None)))
     operation = _Operation(options, local, dims, results, _needs_whole(dense))
     gradients = _distribute(operation, operands)
-    return (*map(_typed_like, gradients, differentiable), None)[:4]
+    return (*map(typed_like, gradients, differentiable), None)[:4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +154,7 @@ class _Operation:
     operands: tuple[str, ...]
     results: tuple[str, ...]
     needs_whole: str | None  # why sequences cannot stay split, where they cannot
+    heads_meet: bool = True  # query heads those of key and value; else each goes its own way
 
     def mapped(self) -> _Operation:
         """The operation with one more leading axis."""
@@ -197,6 +219,8 @@ class _Split:
         """The operation on one device's part of every operand."""
 
         def body(*operands):
+            if not operation.heads_meet:
+                return operation.local(self.axes.get("s", ()), *operands)
             operands = map(self._select_heads, operands, operation.operands)
             results = operation.local(self.axes.get("s", ()), *operands)
             return tuple(map(self._sum, results, operation.results))
@@ -351,6 +375,9 @@ def _over_explicit(operation: _Operation, operands: Sequence[jax.Array]) -> Resu
         in_specs=specs,
         out_specs=tuple(map(split.spec, operation.results)),
         axis_names=set(_axes_of(mesh, AxisType.Explicit) if mixed else ()),
+        # Where heads do not meet, results of key and value are equal on devices that share them,
+        # which cannot be inferred from one custom call for all.
+        check_vma=operation.heads_meet,
     )(*operands)
 
 
@@ -472,9 +499,9 @@ def _needs_whole(dense: Dense) -> str | None:
     return "a bias or mask needs whole sequences" if _dims_of(dense) else None
 
 
-def _typed_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:
-    """The gradient with its operand's explicit sharding, as jax.custom_vjp demands."""
-    sharding = jax.typeof(operand).sharding
+def typed_like(derivative: jax.Array, array: jax.Array) -> jax.Array:
+    """The derivative with its array's explicit sharding, as JAX demands of custom ones."""
+    sharding = jax.typeof(array).sharding
     if not _axes_of(sharding.mesh, AxisType.Explicit):
-        return gradient
-    return jax.sharding.reshard(gradient, sharding)
+        return derivative
+    return jax.sharding.reshard(derivative, sharding)

@@ -145,6 +145,12 @@ def float8_reason(
     return _refusal(forward_plan, query, key, value, window, forward_dtype, value_is_prepared)
 
 
+def quantize_reason(query: Any, key: Any, value: Any) -> str | None:
+    """Why the kernels do not round legal 16-bit arrays: they do where `forward_dtype` has them."""
+    window = resolve_window(None, False)
+    return float8_reason(query, key, value, window, FLOAT8, value_is_prepared=False)
+
+
 def forward_plan(
     query: Any,
     key: Any,

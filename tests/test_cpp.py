@@ -21,7 +21,13 @@ SOURCES = {
     "plan": PLANS,
     "mask": [],
     "prepared_value": [],
-    "decode": ["src/base/shape.cc", "src/ffi/decode.cc", "src/ffi/validate.cc"],
+    "rotation": [],
+    "decode": [
+        "src/base/shape.cc",
+        "src/quantize/quantize.cc",
+        "src/ffi/decode.cc",
+        "src/ffi/validate.cc",
+    ],
 }
 
 

@@ -17,10 +17,12 @@ import pytest
 from case import Case
 from float8 import FLOAT8, quantised
 from jax_fa3 import dot_product_attention, quantize_qkv, support
+from jax_fa3.calls import quantize_kernel
+from jax_fa3.options import Index
 from test_cpp import COMPILER, ROOT, ffi_headers
 
 SOURCES = ("tests/cpp/decode_library.cc", "src/base/shape.cc", "src/ffi/decode.cc")
-TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward")
+TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward", "jax_fa3_quantize")
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
     Case(head_dim=192, head_dim_v=128, dtype="float16", causal=True, offset=7, scale=-0.2),
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COM
 
 @pytest.fixture(scope="module")
 def handlers(tmp_path_factory):
-    """The three targets, registered for the CPU."""
+    """The targets, registered for the CPU."""
     library = tmp_path_factory.mktemp("decode") / "decode.so"
     flags = ["-std=c++17", "-shared", "-fPIC", "-Isrc", "-isystem", ffi_headers(), "-o", library]
     subprocess.run([COMPILER, *flags, *SOURCES], cwd=ROOT, check=True)
@@ -73,6 +75,15 @@ def test_float8_inputs(attend, case, granularity, prepare):
     x = quantize_qkv(*case.inputs()[:3], granularity=granularity, prepare_value=prepare)
     options = case.options | case.index_arrays | dict(value_is_prepared=prepare)
     jax.block_until_ready(attend(**x._asdict(), **options))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("how", ({}, dict(prepare_value=True, seed=2**32 - 1), dict(back=True)))
+def test_rounding(handlers, case, how):
+    names = ("query_seq_lengths", "key_value_seq_lengths")
+    index = Index(*(case.index_arrays.get(name) for name in names))
+    call = jax.jit(functools.partial(quantize_kernel, **how))
+    jax.block_until_ready(call(*case.inputs()[:3], index))
 
 
 def test_a_refusal_arrives(attend, monkeypatch):

@@ -17,7 +17,7 @@ SRC = ROOT / "src"
 PYTHON_LAYERS = [
     ["__init__"],
     ["context_parallel", "flax", "doctor"],
-    ["api"],
+    ["api", "to_float8"],
     ["vjp"],
     ["sharding"],
     ["context"],
@@ -34,6 +34,7 @@ CPP_RANK = {
     "ffi": 5,
     "forward_float8": 4,
     "forward": 3,
+    "quantize": 3,
     "backward": 3,
     "attention": 2,
     "device": 1,

@@ -6,11 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 from cases import HEAD_DIMS
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, support
+from meshes import mesh_of
 
 DEFAULTS = {
     "scale": "1.250000e-01 : f32",
@@ -52,8 +55,9 @@ def custom_calls(text):
         call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
         if call:
             target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{options = \{(.*?)\}(.*?)\}", body)
-            attributes = dict(item.split(" = ") for item in "".join(config.groups()).split(", "))
+            config = re.search(r"mhlo\.backend_config = \{(?:options = \{(.*?)\})?(.*?)\}", body)
+            text = "".join(group or "" for group in config.groups())
+            attributes = dict(item.split(" = ") for item in text.split(", "))
             found.append(
                 (
                     target,
@@ -302,11 +306,112 @@ def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementati
     if implementation == "xla":
         assert calls == []
         return
-    forward, backward = calls
-    assert (forward[0], backward[0]) == ("jax_fa3_forward_float8", "jax_fa3_backward")
+    there, forward, back, backward = calls
+    assert [call[0] for call in calls] == [
+        "jax_fa3_quantize",
+        "jax_fa3_forward_float8",
+        "jax_fa3_quantize",
+        "jax_fa3_backward",
+    ]
+    rounds = dict(seed="0 : ui32", has_query_lengths="false", has_key_lengths="false")
+    types = [f"2x{n}x{heads}x80xf16" for n, heads in ((200, 4), (300, 2), (300, 2))]
+    scales = ["2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert there[1:3] == (rounds | dict(back="false", prepare_value="true"), types)
+    assert there[3] == [*TYPES[:2], "2x2x80x384xf8E4M3FN", *scales]
+    assert back[1:] == (
+        rounds | dict(back="true", prepare_value="false"),
+        types,
+        types + scales,
+    )
     assert forward[1]["value_is_prepared"] == "true" and forward[1]["window_right"] == "0 : i32"
-    assert forward[2][2:] == ["2x2x80x384xf8E4M3FN", "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    assert forward[2] == there[3]
     assert forward[3] == ["2x200x4x80xf16", "2x4x200xf32", "1xi32", "0xui8"]
+    assert set(operations(lower(call, query, key, value, query))) == {"custom_call"}
+
+
+def quantize_calls(query, key, value, **how):
+    return custom_calls(lower(functools.partial(jax_fa3.quantize_qkv, **how), query, key, value))
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_quantize_qkv_is_one_call(prepare):
+    arrays = [jax.ShapeDtypeStruct(s, "bfloat16") for s in (QUERY, KEY, VALUE)]
+    lengths = jnp.array([3, 300], jnp.int32)
+    how = dict(rotation_seed=7, prepare_value=prepare, key_value_seq_lengths=lengths)
+    ((target, attributes, args, results),) = quantize_calls(*arrays, **how)
+    assert target == "jax_fa3_quantize"
+    assert attributes == dict(
+        seed="7 : ui32",
+        back="false",
+        prepare_value=str(prepare).lower(),
+        has_query_lengths="false",
+        has_key_lengths="true",
+    )
+    assert args == [f"2x{n}x80xbf16" for n in ("200x4", "300x2", "300x2")] + ["2xi32"]
+    value = "2x2x80x384xf8E4M3FN" if prepare else TYPES[2]
+    assert results == [*TYPES[:2], value, "2x4x2xf32", "2x2x3xf32", "2x2xf32"]
+    unbatched = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
+    assert len(quantize_calls(*unbatched, return_saturated=True)) == 1
+    query, key, value = arrays
+    queries = jax.ShapeDtypeStruct((5, *QUERY), query.dtype)
+    mapped = lower(jax.vmap(jax_fa3.quantize_qkv, in_axes=(0, None, None)), queries, key, value)
+    assert [call[2][0] for call in custom_calls(mapped)] == ["10x200x4x80xbf16"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "how"),
+    [
+        ("float32", 64, {}),
+        ("bfloat16", 72, {}),
+        ("bfloat16", 64, dict(granularity="head")),
+        ("bfloat16", 64, dict(granularity="tensor")),
+        ("bfloat16", 64, dict(rotation_seed=None)),
+        ("bfloat16", 64, dict(value_descale=jnp.float32(1))),
+    ],
+    ids=str,
+)
+def test_what_quantize_qkv_leaves_to_xla(dtype, head_dim, how):
+    assert quantize_calls(*operands(dtype, head_dim=head_dim), **how) == []
+
+
+@pytest.mark.parametrize(("key_heads", "calls"), [(P(None, None, "model"), 1), (P(), 0)])
+def test_quantize_qkv_in_a_shard_map(key_heads, calls):
+    """One custom call, unless its results vary over mesh axes of their own."""
+    query, key, value = operands(heads_q=8, heads_kv=2 if calls else 1)
+    specs = (P(None, None, "model"), key_heads, key_heads)
+
+    def arrays(*operands):
+        return tuple(jax_fa3.quantize_qkv(*operands)[:3])
+
+    mesh = mesh_of(AxisType.Auto, model=2)
+    mapped = jax.shard_map(arrays, mesh=mesh, in_specs=specs, out_specs=specs)
+    assert len(custom_calls(lower(mapped, query, key, value))) == calls
+
+
+def test_quantize_qkv_of_no_rows_is_left_to_xla():
+    assert quantize_calls(*operands(seqlen_k=0)) == []
+
+
+def test_lengths_reach_the_rounding():
+    query, key, value = (jax.ShapeDtypeStruct(s, "bfloat16") for s in (QUERY, KEY, VALUE))
+    lengths = jax.ShapeDtypeStruct((2,), "int32")
+
+    def call(query, key, value, lengths, offset):
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            key_value_seq_lengths=lengths,
+            query_offset=offset,
+            forward_dtype=FLOAT8,
+        )
+
+    text = lower(call, query, key, value, lengths, lengths)
+    rounding, forward = custom_calls(text)
+    assert rounding[1]["has_key_lengths"] == "true"
+    assert rounding[1]["has_query_lengths"] == "false" and rounding[2][3:] == ["2xi32"]
+    assert re.search(r"@jax_fa3_quantize\(%arg0, %arg1, %arg2, %arg3\)", text)
+    assert forward[2][6:] == ["2xi32", "2xi32"]
 
 
 def test_vmap_in_float8_is_still_one_call():

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from collectives import collectives
@@ -175,6 +177,81 @@ def test_straight_through():
     gradient = wide(vjp(jnp.ones(x.shape, FLOAT8))[0])
     np.testing.assert_array_equal(gradient, np.where(np.abs(x) * 64 >= 464, 0.0, 64.0))
     assert 0 < (gradient == 0).sum() < x.size
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_gradients_do_not_depend_on_who_rounds(prepare):
+    """What the kernels may round, 16 bits, and float32 that only XLA does."""
+    arrays = operands(dtype="float32")
+    lengths = dict(query_seq_lengths=np.array([140, 7], np.int32))
+    arrays = [jnp.asarray(x, "bfloat16") for x in arrays]
+    cotangents = np.random.default_rng(0).integers(-8, 8, arrays[0].shape).astype(FLOAT8)
+
+    def gradients(dtype):
+        call = functools.partial(quantize_qkv, prepare_value=prepare, **lengths)
+        results, vjp = jax.vjp(lambda *x: call(*x)[:3], *(x.astype(dtype) for x in arrays))
+        if prepare:
+            given = (*[jnp.asarray(cotangents)] * 2, prepare_value(jnp.asarray(cotangents)))
+        else:
+            given = (jnp.asarray(cotangents),) * 3
+        return [wide(x) for x in (*results, *vjp(given))]
+
+    for got, want in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        assert np.any(want)
+        assert_near(got, want, relative=0.01)
+
+
+@both_kinds
+def test_query_heads_split_further_than_those_of_key(kind):
+    """Then each device has a part of the query, and of key and value all: nothing is exchanged."""
+    query, key, value = operands(heads=4)
+    key, value = key[:, :, :2], value[:, :, :2]
+    with jax.set_mesh(mesh := mesh_of(kind, data=2, model=4)):
+        split = place(mesh, (query, key, value), [P("data", None, "model"), P("data"), P("data")])
+        compiled = jax.jit(quantize_qkv).lower(*split).compile()
+        assert not collectives(compiled)
+        got = compiled(*split)
+    assert got.query.sharding.shard_shape(got.query.shape) == (1, 140, 1, 16)
+    for g, w in zip(got, quantize_qkv(query, key, value), strict=True):
+        np.testing.assert_allclose(wide(g), wide(w), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [P("data", None, "model"), P(None, "model")], ids=["heads", "rows"]
+)
+@both_kinds
+def test_gradients_on_a_mesh(kind, spec):
+    """Also of rows that arrive split, which the rounding has whole."""
+    arrays = operands()
+
+    def gradients(*arrays):
+        def total(*arrays):
+            return sum(x.astype(jnp.float32).sum() for x in quantize_qkv(*arrays)[:3])
+
+        return jax.grad(total, argnums=(0, 1, 2))(*arrays)
+
+    want = gradients(*map(jnp.asarray, arrays))
+    with jax.set_mesh(mesh := mesh_of(kind, data=2, model=2)):
+        got = jax.jit(gradients)(*place(mesh, arrays, [spec] * 3))
+    for g, w in zip(got, want, strict=True):
+        assert np.any(wide(w))
+        assert_near(wide(g), wide(w), relative=0.01)
+
+
+def test_in_a_shard_map_each_result_varies_like_its_operand():
+    query, key, value = operands()
+    mesh = mesh_of(AxisType.Auto, model=2)
+
+    def call(query, key, value):
+        x, saturated = quantize_qkv(query, key, value, return_saturated=True)
+        return *x[:3], lax.psum(saturated.query, "model")
+
+    specs = P(None, None, "model"), P(), P()
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(*specs, P()))
+    *got, saturated = jax.jit(mapped)(query, key[:, :, :1], value[:, :, :1])
+    assert saturated == 0
+    for g, w in zip(got, quantize_qkv(query, key[:, :, :1], value[:, :, :1]), strict=False):
+        np.testing.assert_array_equal(wide(g), wide(w))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "block"])

@@ -113,12 +113,18 @@ class Optionals {
   std::size_t next_ = 0;
 };
 
-Status decode_index(Optionals& optionals, const Options& options, std::int64_t batch,
-                    IndexArrays* index) {
+template <class AnyOptions>
+Status decode_lengths(Optionals& optionals, const AnyOptions& options, std::int64_t batch,
+                      IndexArrays* index) {
   JFA_CHECK_OK(optionals.take(options.has_query_lengths, "query_seq_lengths", DataType::S32,
                               {batch}, &index->query_lengths));
-  JFA_CHECK_OK(optionals.take(options.has_key_lengths, "key_value_seq_lengths", DataType::S32,
-                              {batch}, &index->key_lengths));
+  return optionals.take(options.has_key_lengths, "key_value_seq_lengths", DataType::S32, {batch},
+                        &index->key_lengths);
+}
+
+Status decode_index(Optionals& optionals, const Options& options, std::int64_t batch,
+                    IndexArrays* index) {
+  JFA_CHECK_OK(decode_lengths(optionals, options, batch, index));
   JFA_CHECK_OK(optionals.take(options.has_query_offset, "query_offset", DataType::S32, {batch},
                               &index->query_offset));
   return optionals.finish();
@@ -236,6 +242,51 @@ StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const 
   Optionals optionals(buffers.rest);
   JFA_CHECK_OK(optionals.take(options.has_dlse, "dlse", DataType::F32, rows, &problem.dlse));
   JFA_CHECK_OK(decode_index(optionals, options, s.batch, &problem.index));
+  return problem;
+}
+
+StatusOr<QuantizeProblem> decode_quantize(const QuantizeBuffers& buffers,
+                                          const QuantizeOptions& options) {
+  JFA_TRY(s, decode_shape(buffers.query, buffers.key, buffers.value));
+  if (options.back && options.prepare_value) {
+    return invalid_argument("prepare_value must be false with back, got true");
+  }
+  const DataType type = options.back ? buffers.query.element_type() : DataType::F8E4M3FN;
+  const Extents value{s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim_v};
+  const Extents prepared{s.batch, s.num_heads_kv, s.head_dim_v, padded_keys(s.seqlen_k)};
+  const auto blocks = [](std::int64_t seqlen) {
+    return ceil_div<std::int64_t>(seqlen, kDescaleBlock);
+  };
+  JFA_CHECK_OK(expect("query_out", buffers.query_out, type,
+                      {s.batch, s.seqlen_q, s.num_heads_q, s.head_dim}));
+  JFA_CHECK_OK(
+      expect("key_out", buffers.key_out, type, {s.batch, s.seqlen_k, s.num_heads_kv, s.head_dim}));
+  JFA_CHECK_OK(
+      expect("value_out", buffers.value_out, type, options.prepare_value ? prepared : value));
+  JFA_CHECK_OK(expect("query_descale", buffers.query_descale, DataType::F32,
+                      {s.batch, s.num_heads_q, blocks(s.seqlen_q)}));
+  JFA_CHECK_OK(expect("key_descale", buffers.key_descale, DataType::F32,
+                      {s.batch, s.num_heads_kv, blocks(s.seqlen_k)}));
+  JFA_CHECK_OK(
+      expect("value_descale", buffers.value_descale, DataType::F32, {s.batch, s.num_heads_kv}));
+
+  QuantizeProblem problem;
+  problem.shape = s;
+  problem.seed = options.seed;
+  problem.back = options.back;
+  problem.prepare_value = options.prepare_value;
+  problem.query = buffers.query.untyped_data();
+  problem.key = buffers.key.untyped_data();
+  problem.value = buffers.value.untyped_data();
+  problem.query_out = buffers.query_out.untyped_data();
+  problem.key_out = buffers.key_out.untyped_data();
+  problem.value_out = buffers.value_out.untyped_data();
+  problem.query_descale = static_cast<float*>(buffers.query_descale.untyped_data());
+  problem.key_descale = static_cast<float*>(buffers.key_descale.untyped_data());
+  problem.value_descale = static_cast<float*>(buffers.value_descale.untyped_data());
+  Optionals optionals(buffers.rest);
+  JFA_CHECK_OK(decode_lengths(optionals, options, s.batch, &problem.index));
+  JFA_CHECK_OK(optionals.finish());
   return problem;
 }
 

@@ -5,6 +5,7 @@
 #include "base/problem.h"
 #include "base/status.h"
 #include "ffi/options.h"
+#include "quantize/quantize.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {
@@ -47,10 +48,25 @@ struct BackwardBuffers {
   xla::ffi::AnyBuffer workspace;
 };
 
+struct QuantizeBuffers {
+  xla::ffi::AnyBuffer query;
+  xla::ffi::AnyBuffer key;
+  xla::ffi::AnyBuffer value;
+  xla::ffi::RemainingArgs rest;  // lengths, those that `options` announces
+  xla::ffi::AnyBuffer query_out;
+  xla::ffi::AnyBuffer key_out;
+  xla::ffi::AnyBuffer value_out;
+  xla::ffi::AnyBuffer query_descale;
+  xla::ffi::AnyBuffer key_descale;
+  xla::ffi::AnyBuffer value_descale;
+};
+
 StatusOr<ForwardProblem> decode_forward(const ForwardBuffers& buffers, const Options& options);
 StatusOr<ForwardFloat8Problem> decode_forward_float8(const ForwardFloat8Buffers& buffers,
                                                      const Options& options,
                                                      bool value_is_prepared);
 StatusOr<BackwardProblem> decode_backward(const BackwardBuffers& buffers, const Options& options);
+StatusOr<QuantizeProblem> decode_quantize(const QuantizeBuffers& buffers,
+                                          const QuantizeOptions& options);
 
 }  // namespace jax_fa3

@@ -28,6 +28,7 @@ nb::dict registrations() {
   targets["jax_fa3_forward"] = capsule(jax_fa3_forward);
   targets["jax_fa3_forward_float8"] = capsule(jax_fa3_forward_float8);
   targets["jax_fa3_backward"] = capsule(jax_fa3_backward);
+  targets["jax_fa3_quantize"] = capsule(jax_fa3_quantize);
   return targets;
 }
 #else

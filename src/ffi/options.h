@@ -24,6 +24,15 @@ struct Options {
   bool has_dlse;  // backward only
 };
 
+// Those of a call that only rounds, each an attribute of its own.
+struct QuantizeOptions {
+  std::uint32_t seed;  // of the rotation
+  bool back;           // to the arrays' own dtype and basis again
+  bool prepare_value;
+  bool has_query_lengths;
+  bool has_key_lengths;
+};
+
 inline MaskOptions mask_of(const Options& options) {
   return {options.window_left, options.window_right, options.query_offset};
 }

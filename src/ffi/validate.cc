@@ -11,6 +11,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr std::uintptr_t kTmaAlignment = 16;         // bytes, of a tensor TMA reads or writes
+constexpr std::uintptr_t kPacketAlignment = 16;      // bytes, of a tensor read by wide loads
 constexpr std::uintptr_t kWorkspaceAlignment = 256;  // bytes
 constexpr std::uintptr_t kWordAlignment = 4;         // bytes, of fp32 and int32 arrays
 
@@ -80,6 +81,22 @@ Status validate(const BackwardProblem& problem, const Device& device) {
                                              {"dkey", problem.dkey},
                                              {"dvalue", problem.dvalue}}));
   return check_aligned(kWorkspaceAlignment, {{"workspace", problem.workspace}});
+}
+
+Status validate(const QuantizeProblem& problem, const Device& device) {
+  JFA_CHECK_OK(check_device(device));
+  JFA_CHECK_OK(
+      check_aligned(kWordAlignment, {{"query_descale", problem.query_descale},
+                                     {"key_descale", problem.key_descale},
+                                     {"value_descale", problem.value_descale},
+                                     {"query_seq_lengths", problem.index.query_lengths},
+                                     {"key_value_seq_lengths", problem.index.key_lengths}}));
+  return check_aligned(kPacketAlignment, {{"query", problem.query},
+                                          {"key", problem.key},
+                                          {"value", problem.value},
+                                          {"query_out", problem.query_out},
+                                          {"key_out", problem.key_out},
+                                          {"value_out", problem.value_out}});
 }
 
 StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin) {

@@ -5,12 +5,14 @@
 #include "base/problem.h"
 #include "base/status.h"
 #include "ffi/device.h"
+#include "quantize/quantize.h"
 
 namespace jax_fa3 {
 
 Status validate(const ForwardProblem& problem, const Device& device);
 Status validate(const ForwardFloat8Problem& problem, const Device& device);
 Status validate(const BackwardProblem& problem, const Device& device);
+Status validate(const QuantizeProblem& problem, const Device& device);
 
 // How many multiprocessors a launch may fill when it leaves `sm_margin` free: one at least.
 StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin);

@@ -4,10 +4,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "attention/prepared_value.h"
+#include "attention/prepare_value.h"
 #include "base/shape.h"
 #include "base/text.h"
-#include "forward_float8/transpose.h"
 
 namespace jax_fa3 {
 namespace {
@@ -83,7 +82,7 @@ StatusOr<ForwardFloat8Plan> plan_forward_float8(const Shape& shape, const MaskOp
       "float8 value workspace", {shape.batch, shape.num_heads_kv, shape.head_dim_v, keys_padded});
   if (!bytes.ok()) return bytes.status();
   with_workspace.workspace_bytes = bytes.value();
-  with_workspace.transpose_blocks = transpose_blocks(shape);
+  with_workspace.transpose_blocks = prepare_blocks(shape);
   if (with_workspace.transpose_blocks > std::numeric_limits<std::int32_t>::max()) {
     return invalid_argument(concat("batch * heads * keys of value must be below 2^31 blocks, got ",
                                    with_workspace.transpose_blocks));

@@ -36,6 +36,15 @@ ffi::Error backward(Buffer query, Buffer key, Buffer value, Buffer out, Buffer l
       {query, key, value, out, lse, dout, rest, *dquery, *dkey, *dvalue, *workspace}, options));
 }
 
+ffi::Error quantize(Buffer query, Buffer key, Buffer value, ffi::RemainingArgs rest,
+                    Result query_out, Result key_out, Result value_out, Result query_descale,
+                    Result key_descale, Result value_descale, std::uint32_t seed, bool back,
+                    bool prepare_value, bool has_query_lengths, bool has_key_lengths) {
+  return answer(decode_quantize({query, key, value, rest, *query_out, *key_out, *value_out,
+                                 *query_descale, *key_descale, *value_descale},
+                                {seed, back, prepare_value, has_query_lengths, has_key_lengths}));
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
@@ -80,3 +89,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_backward, jax_fa3::backward,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<jax_fa3::Options>("options"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_quantize, jax_fa3::quantize,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::uint32_t>("seed")
+                                  .Attr<bool>("back")
+                                  .Attr<bool>("prepare_value")
+                                  .Attr<bool>("has_query_lengths")
+                                  .Attr<bool>("has_key_lengths"));

@@ -262,10 +262,94 @@ void refuses_float8() {
   CHECK_REFUSES(validate(call.decode().value(), kHopper), "workspace must be aligned to 16 bytes");
 }
 
+struct QuantizeCall {
+  ffi::DataType dtype = ffi::DataType::BF16;
+  ffi::DataType out_dtype = ffi::DataType::F8E4M3FN;
+  Dims query{2, 300, 6, 64};
+  Dims key{2, 200, 3, 64};
+  Dims value{2, 200, 3, 48};
+  Dims value_out{2, 3, 48, 256};
+  Dims key_descale{2, 3, 2};
+  std::uintptr_t value_address = 0;
+  std::vector<std::pair<ffi::DataType, Dims>> optionals;
+  QuantizeOptions options{5, false, true, false, false};
+
+  StatusOr<QuantizeProblem> decode() const {
+    constexpr auto kF32 = ffi::DataType::F32;
+    Buffers b;
+    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
+    return decode_quantize(
+        {b.make(dtype, query), b.make(dtype, key), b.make(dtype, value, value_address),
+         b.optionals(), b.make(out_dtype, query), b.make(out_dtype, key),
+         b.make(out_dtype, value_out), b.make(kF32, {2, 6, 3}), b.make(kF32, key_descale),
+         b.make(kF32, {2, 3})},
+        options);
+  }
+};
+
+void decodes_quantize() {
+  QuantizeCall call;
+  call.options.has_key_lengths = true;
+  call.optionals = {{ffi::DataType::S32, {2}}};
+  const auto there = call.decode();
+  CHECK_DETAIL(there.ok(), there.status().message());
+  CHECK(there.value().shape.seqlen_q == 300 && there.value().shape.head_dim_v == 48);
+  CHECK(there.value().seed == 5 && !there.value().back && there.value().prepare_value);
+  CHECK(there.value().index.key_lengths && !there.value().index.query_lengths);
+  CHECK(validate(there.value(), kHopper).ok() && check_quantize(there.value().shape).ok());
+  CHECK_REFUSES(validate(there.value(), {10, 0, 148}), "got 10.0");
+
+  call.options.prepare_value = false;
+  call.value_out = call.value;
+  CHECK_DETAIL(call.decode().ok(), call.decode().status().message());
+
+  call.options.back = true;
+  call.out_dtype = call.dtype;
+  CHECK_DETAIL(call.decode().ok(), call.decode().status().message());
+}
+
+void refuses_quantize() {
+  const auto refuses = [](const auto& change, const char* part) {
+    QuantizeCall call;
+    change(call);
+    CHECK_REFUSES(call.decode().status(), part);
+  };
+  using C = QuantizeCall;
+  refuses([](C& c) { c.dtype = ffi::DataType::F32; }, "query must be BF16 or F16, got F32");
+  refuses([](C& c) { c.out_dtype = c.dtype; }, "query_out must be F8E4M3FN, got BF16");
+  refuses([](C& c) { c.options.back = true; }, "prepare_value must be false with back");
+  refuses([](C& c) { c.options.back = true, c.options.prepare_value = false; },
+          "query_out must be BF16, got F8E4M3FN");
+  refuses([](C& c) { c.value_out = c.value; }, "value_out must have shape [2, 3, 48, 256]");
+  refuses([](C& c) { c.options.prepare_value = false; }, "value_out must have shape [2, 200, 3,");
+  refuses([](C& c) { c.key_descale = {2, 3, 1}; }, "key_descale must have shape [2, 3, 2]");
+  refuses([](C& c) { c.options.has_query_lengths = true; }, "query_seq_lengths");
+  refuses(
+      [](C& c) {
+        c.optionals = {{ffi::DataType::S32, {2}}};
+      },
+      "options announce 0 optional operands, got 1");
+  QuantizeCall call;
+  call.value_address = 4104;
+  CHECK_REFUSES(validate(call.decode().value(), kHopper), "value must be aligned to 16 bytes");
+
+  const auto refuses_shape = [](const auto& change, const char* part) {
+    Shape shape = QuantizeCall().decode().value().shape;
+    change(shape);
+    CHECK_REFUSES(check_quantize(shape), part);
+  };
+  refuses_shape([](Shape& s) { s.head_dim = 72; }, "head_dim must be a multiple of 16, got 72");
+  refuses_shape([](Shape& s) { s.head_dim_v = 264; }, "head_dim_v must be a multiple of 8 in");
+  refuses_shape([](Shape& s) { s.seqlen_k = 0; }, "seqlen_k must be positive, got 0");
+  refuses_shape([](Shape& s) { s.batch = 1 << 28; }, "must be below 2^31");
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
 int main() {
+  jax_fa3::decodes_quantize();
+  jax_fa3::refuses_quantize();
   jax_fa3::decodes_float8();
   jax_fa3::refuses_float8();
   jax_fa3::decodes();

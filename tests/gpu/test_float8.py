@@ -1,4 +1,4 @@
-"""The float8 forward kernels, through the public call.
+"""The float8 kernels: forward through the public call, rounding beside XLA's.
 
 Rows that nothing may read hold NaN; so does the memory that results are put into.
 """
@@ -13,10 +13,11 @@ import pytest
 from kernels import FEATURES, HEAD_DIM_PAIRS, HEADS, KERNELS, SHAPES, resolve
 
 from cases import Case
-from float8 import FLOAT8, NAN, check_on_tensor_cores, make
-from jax_fa3 import dot_product_attention, support
-from jax_fa3.options import BLOCK, num_blocks, padded_keys, resolve_window
-from jax_fa3.quantize import prepare_value
+from float8 import FLOAT8, NAN, check_on_tensor_cores, make, wide
+from jax_fa3 import dot_product_attention, quantize_qkv, support
+from jax_fa3.calls import quantize_kernel
+from jax_fa3.options import BLOCK, Index, num_blocks, padded_keys, resolve_window
+from jax_fa3.quantize import prepare_value, quantize, rounded
 from transforms import assert_near
 
 
@@ -233,6 +234,67 @@ def test_forward_dtype(head_dims, dtype):
     for _, lse, *_ in (got, want):
         lse[blind] = 0
     assert_near(got, want, relative=0.06)
+
+
+def rounding_case(head_dim, dtype):
+    return Case(
+        batch=3,
+        seqlen_q=300,
+        seqlen_k=410,
+        heads_q=4,
+        heads_kv=2,
+        head_dim=head_dim,
+        head_dim_v=272 - head_dim,
+        dtype=dtype,
+        query_lengths=(300, 0, 129),
+        key_lengths=(0, 410, 128),
+    )
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_rounding(head_dim, dtype):
+    """As XLA has it, but for sums in another order: an ulp of a scale, few elements by a step."""
+    case = rounding_case(head_dim, dtype)
+    arrays = [jnp.asarray(x) for x in case.inputs()[:3]]
+    index = Index(*(jnp.asarray(n, jnp.int32) for n in (case.query_lengths, case.key_lengths)))
+    want = jax.jit(lambda *x: quantize(*x)[0])(*arrays, index)
+    got, prepared, back = (
+        jax.jit(functools.partial(quantize_kernel, **how))(*arrays, index)
+        for how in ({}, dict(prepare_value=True), dict(back=True))
+    )
+    for g, w in zip(got[3:], want[3:], strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6)
+    same = (*got[:2], prepare_value(got[2]), *got[3:])
+    for g, w in zip(prepared, same, strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+    of_xla = (*want[:3], *jax.jit(rounded)(*arrays, index))
+    for g, w in zip((*got[:3], *back), of_xla, strict=True):
+        g, w = wide(g), wide(w)
+        assert g.shape == w.shape
+        assert np.mean(g != w) < 0.02
+        assert np.linalg.norm(g - w) <= 5e-3 * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("prepare", (False, True))
+def test_quantize_qkv(prepare):
+    """The public call has the kernels' bits, and as little as XLA's own rounding saturates."""
+    case = rounding_case(128, "bfloat16")
+    arrays = [jnp.asarray(x) for x in case.inputs()[:3]]
+    lengths = dict(
+        query_seq_lengths=jnp.asarray(case.query_lengths, jnp.int32),
+        key_value_seq_lengths=jnp.asarray(case.key_lengths, jnp.int32),
+    )
+    how = dict(prepare_value=prepare)
+    got, saturated = quantize_qkv(*arrays, rotation_seed=5, **how, **lengths, return_saturated=True)
+    index = Index(*lengths.values())
+    want = jax.jit(functools.partial(quantize_kernel, seed=5, **how))(*arrays, index)
+    for g, w in zip(got, want, strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+    of_xla = jax.jit(lambda *x: quantize(*x, seed=5))(*arrays, index)[1]
+    assert [int(n) for n in (*saturated, *of_xla)] == [0] * 6
+    head = quantize_qkv(*arrays, granularity="head", **lengths)
+    assert head.query_descale.shape == (3, 4, 1)
 
 
 def test_refusals_name_the_reason():
