@@ -11,7 +11,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kWarpgroupRows = 64;
-constexpr double kTileCycles = 4000;               // of a work tile outside its main loop
+constexpr double kWarpgroupCycles = 1570;          // outside the main loop of a work tile
 constexpr std::int64_t kMaxWalkedTiles = 1 << 14;  // beyond, balance is perfect enough
 
 // (batch, query head) pairs in a group; those that share K and V stay together. In a group blocks
@@ -26,7 +26,7 @@ std::int32_t heads_per_group(const Shape& shape) {
 }
 
 // What one warpgroup takes for a key tile with nobody to overlap with, of what all take together.
-double lone_share(const TileModel& model) { return model.block_m >= 192 ? 0.6 : 0.8; }
+double lone_share(const TileModel& model) { return model.block_m >= 192 ? 0.7 : 0.8; }
 
 // Modelled cycles until the last CTA is done, tiles handed out as attention/scheduler.cuh does;
 // cycles[block] is a row block's at full lengths.
@@ -84,8 +84,9 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
       most = std::max<double>(most, range.end - range.begin);
     }
     const double warpgroups = model.block_m / kWarpgroupRows;
-    cycles.push_back(kTileCycles + model.key_tile_cycles *
-                                       std::max(tiles / warpgroups, most * lone_share(model)));
+    cycles.push_back(kWarpgroupCycles * warpgroups +
+                     model.key_tile_cycles *
+                         std::max(tiles / warpgroups, most * lone_share(model)));
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   order.longest_first =

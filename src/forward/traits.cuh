@@ -78,8 +78,10 @@ struct ForwardLayout : Operands {
   // Roles: warpgroup 0 produces, the others consume 64 query rows each.
   static constexpr int kConsumers = Operands::kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + Operands::kSpecialised) * kWarpgroupThreads;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  // The widest O takes from the producer what it can spare.
+  static constexpr bool kWidest = Operands::kHeadDimV > 192;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kWidest ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kWidest ? 240 : 232;
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(kConsumerRegisters * kConsumers + kProducerRegisters <= 512);
 
