@@ -111,6 +111,7 @@ def _quantized_forward(options, query, key, value, index, dense):
     def portable(query, key, value, *present):
         present = _unpack(index, present)
         quantized, _ = quantize.quantize(query, key, value, present)
+        quantized = lax.optimization_barrier(quantized)  # as in quantize.rounded
         rest = (present, dense, Descales(*quantized[3:]), query.dtype)
         return xla.forward(options, *quantized[:3], *rest)
 

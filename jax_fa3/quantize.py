@@ -79,6 +79,8 @@ def rounded(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """16-bit arrays as their forward pass in float8 has them, in their own dtype and basis."""
     x, _ = quantize(query, key, value, index)
+    # Or else XLA, which may compute more exactly than asked, leaves out the way there and back.
+    x = lax.optimization_barrier(x)
 
     def read(float8, descale, like, seed):
         array = float8.astype(like.dtype)  # which holds it exactly

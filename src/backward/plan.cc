@@ -10,10 +10,10 @@ namespace jax_fa3 {
 namespace {
 
 constexpr std::int64_t kGroupBytes = 32 << 20;  // of L2, for Q, dO and fp32 dQ of the running heads
+constexpr std::int64_t kFewestHeads = 8;        // of a group
 
-constexpr std::int64_t kPartAlignment = 256;       // bytes
-constexpr std::int64_t kStatisticsBytes = 16;      // of a query row
-constexpr std::int64_t kKeyValueBytes = 16 << 20;  // of L2, for K and V in the dQ kernel
+constexpr std::int64_t kPartAlignment = 256;   // bytes
+constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
 
 // Parts of the workspace one after the other, each aligned.
 class Workspace {
@@ -39,20 +39,19 @@ class Workspace {
   std::int64_t bytes_ = 0;
 };
 
-// (batch, kv head) pairs whose Q, dO and fp32 dQ fit L2 together.
+// (batch, kv head) pairs in a group: those whose Q, dO and float32 dQ fit L2 together, and with
+// fused dQ eight at least. The blocks of a long sequence that run side by side do not read the same
+// queries at a time anyway, and of the last group there must be enough blocks for all CTAs to be
+// done together: few kv heads, each with many query heads, make few and long blocks.
 std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) {
+  const std::int64_t heads = std::max<std::int64_t>(shape.batch * shape.num_heads_kv, 1);
   const std::int64_t row_bytes = 2 * (shape.head_dim + shape.head_dim_v) + 4 * key.head_dim;
-  const std::int64_t group = shape.num_heads_q / shape.num_heads_kv;
-  return static_cast<std::int32_t>(heads_in_l2(shape.batch * shape.num_heads_kv,
-                                               group * shape.seqlen_q * row_bytes, kGroupBytes));
-}
-
-// (batch, query head) pairs whose K and V fit L2 together.
-std::int32_t choose_dq_heads_per_group(const Shape& shape) {
-  const std::int64_t bytes = 2 * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
-  const std::int64_t group = shape.num_heads_q / shape.num_heads_kv;
-  return static_cast<std::int32_t>(
-      group * heads_in_l2(shape.batch * shape.num_heads_kv, bytes, kKeyValueBytes));
+  const std::int64_t sharing = shape.num_heads_q / shape.num_heads_kv;
+  const std::int64_t head_bytes = std::max<std::int64_t>(sharing * shape.seqlen_q * row_bytes, 1);
+  const std::int64_t wanted =
+      std::max<std::int64_t>(kGroupBytes / head_bytes, key.separate_dq ? 1 : kFewestHeads);
+  // Groups of equal size, as far as possible.
+  return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
 }
 
 }  // namespace
@@ -85,7 +84,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   if (!dq_tiles.ok()) return dq_tiles.status();
   plan.dq_num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dq_grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.dq_num_tiles, num_sms));
-  plan.dq_heads_per_group = choose_dq_heads_per_group(shape);
+  plan.dq_heads_per_group = query_heads_per_group(shape);
 
   const std::int64_t heads = shape.num_heads_q;
   const std::int64_t m_blocks = plan.num_m_blocks;

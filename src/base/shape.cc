@@ -58,10 +58,11 @@ std::string no_kernel_message(const char* direction, const char* dtype, const Sh
                 "(CMake options) that cover it");
 }
 
-std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head, std::int64_t bytes) {
-  if (num_heads == 0 || bytes_per_head == 0) return std::max<std::int64_t>(num_heads, 1);
-  const std::int64_t fitting = std::clamp<std::int64_t>(bytes / bytes_per_head, 1, num_heads);
-  return ceil_div(num_heads, ceil_div(num_heads, fitting));
+std::int32_t query_heads_per_group(const Shape& shape) {
+  const std::int64_t wanted = shape.head_dim <= 64 ? 64 : 32;
+  const std::int64_t sharing = shape.num_heads_q / shape.num_heads_kv;
+  const std::int64_t rounded = ceil_div(wanted, sharing) * sharing;
+  return static_cast<std::int32_t>(std::min(rounded, shape.batch * shape.num_heads_q));
 }
 
 StatusOr<std::int64_t> count_tiles(std::int64_t batch, std::int64_t num_heads,

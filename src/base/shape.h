@@ -56,9 +56,12 @@ inline std::string no_kernel_message(const char* direction, const Shape& shape,
   return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims);
 }
 
-// How many heads to run side by side so that their operands stay within `bytes` of L2 together:
-// groups of equal size as far as possible, at least one head.
-std::int64_t heads_in_l2(std::int64_t num_heads, std::int64_t bytes_per_head, std::int64_t bytes);
+// (batch, query head) pairs in a group of a kernel whose work tiles are blocks of queries, under a
+// causal mask; those that share K and V stay together. In a group blocks of all heads go out
+// deepest first: with few heads its CTAs are at too many depths at a time to read the same keys
+// together, with many a short sequence's K and V have left L2 when they are read again. Measured
+// best at every length from 512 to 16384: 32, and 64 narrow ones.
+std::int32_t query_heads_per_group(const Shape& shape);
 
 // batch * num_heads * num_blocks, which the kernels index with 32 bits.
 StatusOr<std::int64_t> count_tiles(std::int64_t batch, std::int64_t num_heads,

@@ -14,17 +14,6 @@ constexpr int kWarpgroupRows = 64;
 constexpr double kWarpgroupCycles = 1570;          // outside the main loop of a work tile
 constexpr std::int64_t kMaxWalkedTiles = 1 << 14;  // beyond, balance is perfect enough
 
-// (batch, query head) pairs in a group; those that share K and V stay together. In a group blocks
-// of all heads go out deepest first: with few heads its CTAs are at too many depths at a time to
-// read the same keys together, with many a short sequence's K and V have left L2 when they are read
-// again. Measured best at every length from 512 to 16384: 32, and 64 narrow ones.
-std::int32_t heads_per_group(const Shape& shape) {
-  const std::int64_t wanted = shape.head_dim <= 64 ? 64 : 32;
-  const std::int64_t sharing = shape.num_heads_q / shape.num_heads_kv;
-  const std::int64_t rounded = (wanted + sharing - 1) / sharing * sharing;
-  return static_cast<std::int32_t>(std::min(rounded, shape.batch * shape.num_heads_q));
-}
-
 // What one warpgroup takes for a key tile with nobody to overlap with, of what all take together.
 double lone_share(const TileModel& model) { return model.block_m >= 192 ? 0.7 : 0.8; }
 
@@ -91,7 +80,7 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   order.longest_first =
       order.num_m_blocks > 1 && options.window_right < kUnbounded && cycles.back() > cycles.front();
-  order.heads_per_group = order.longest_first ? heads_per_group(shape) : 1;
+  order.heads_per_group = order.longest_first ? query_heads_per_group(shape) : 1;
   return Schedule{order, makespan(order, cycles)};
 }
 
