@@ -133,6 +133,7 @@ def measure(trainees: list[Trainee], tokens: jax.Array, rounds: int) -> list[dic
         trainee.attempt(trainee.lower, platform())
         trainee.attempt(trainee.compile)
         trainee.attempt(trainee.begin, tokens)
+        print(f"  {trainee.name}: {trainee.error or f'compiled in {trainee.compile_s:.0f} s'}")
     for i in range(rounds):
         first = i % len(trainees)
         for trainee in trainees[first:] + trainees[:first]:

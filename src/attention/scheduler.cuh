@@ -10,6 +10,8 @@
 //               memory; enough where tiles are nearly equal.
 #pragma once
 
+#include <cutlass/cutlass.h>
+
 #include "attention/mask.h"
 #include "base/types.h"
 #include "device/mma.cuh"
@@ -80,11 +82,19 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
+  // `readers` are the consumer warpgroups and the producer.
+  CUTE_DEVICE void init(int readers) {
+    for (int s = 0; s < kStages; ++s) {
+      ring.full[s].init(cutlass::NumThreadsPerWarp);  // each lane for what it has written
+      ring.empty[s].init(readers);
+    }
+  }
+
   // The scheduling warp.
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    static_assert(kRanges <= 32);
-    const int lane = threadIdx.x % 32;
+    static_assert(kRanges <= cutlass::NumThreadsPerWarp);
+    const int lane = threadIdx.x % cutlass::NumThreadsPerWarp;
     Cursor cursor;
     for (int index = blockIdx.x; index < p.scheduler.num_tiles;) {
       const WorkTile tile = p.scheduler.tile(index);
@@ -118,8 +128,7 @@ struct WorkQueue {
  private:
   // Returns when the next stage is free.
   CUTE_DEVICE void publish(Cursor& cursor) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ring.full[cursor.stage].arrive();
+    ring.full[cursor.stage].arrive();
     cursor.advance();
     wait_empty(ring, cursor);
   }

@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dquery}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.works.ring.init(T::kConsumers + 1);
+    shared.works.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);

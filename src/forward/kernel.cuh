@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    shared.works.ring.init(T::kConsumers + 1);
+    shared.works.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);

@@ -273,7 +273,7 @@ def test_rounding(head_dim, dtype):
         g, w = wide(g), wide(w)
         assert g.shape == w.shape
         assert np.mean(g != w) < 0.02
-        assert np.linalg.norm(g - w) <= 5e-3 * np.linalg.norm(w)
+        assert np.linalg.norm(g - w) <= 1e-2 * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize("prepare", (False, True))
