@@ -84,6 +84,8 @@ def main() -> int:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     data = dict(environment=environment(), records=records)
     save(data, args.output / "ablation.json")
+    if records[0]["error"]:
+        raise SystemExit(f"the whole kernel: {records[0]['error']}")
     report = render(data)
     (args.output / "ablation.md").write_text(report)
     plot(data, args.output / "ablation.png")
