@@ -273,6 +273,7 @@ def test_rounding(head_dim, dtype):
         g, w = wide(g), wide(w)
         assert g.shape == w.shape
         assert np.mean(g != w) < 0.02
+        # Elements between two float8 go either way by an ulp. Measured: up to 6.4e-3 (head_dim 80).
         assert np.linalg.norm(g - w) <= 1e-2 * np.linalg.norm(w)
 
 
