@@ -77,7 +77,7 @@ class Trainee:
         loss, self.initialise = build(config, ATTENTION[name]())
         self.name, self.error, self.times = name, None, []
         self.step = make_step(loss, optimizer)
-        self.start = jax.jit(lambda: self._state(optimizer))
+        self.start = partial(self._state, optimizer)  # jitted, XLA would fold all random numbers
         self.types = (*jax.eval_shape(self.start), tokens)
 
     def _state(self, optimizer):

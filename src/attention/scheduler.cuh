@@ -55,6 +55,9 @@ struct TileScheduler {
   }
 };
 
+// Of the CTA: one of the producer's warpgroup, but not the producer's.
+constexpr int kSchedulingWarp = 1;
+
 // A work tile with its sequence's mask.
 struct Work {
   WorkTile tile;
@@ -113,14 +116,27 @@ struct WorkQueue {
     publish(cursor);
   }
 
-  // For the producer thread.
-  CUTE_DEVICE const Slot& wait(Cursor cursor) {
+  // For the producer thread, which gives the stage back at once. False: there are no more.
+  struct Load {
+    WorkTile tile;
+    int head_kv;
+    TileRange range;
+  };
+  CUTE_DEVICE bool take(Cursor& cursor, Load& load) {
     wait_full(ring, cursor);
-    return slots[cursor.stage];
+    const Slot& slot = slots[cursor.stage];
+    if (slot.work.none()) return false;
+    load = {slot.work.tile, slot.head_kv, slot.ranges[0]};
+    release(ring, cursor);
+    cursor.advance();
+    return true;
   }
   // For whole warps: in uniform registers, where reductions of a warp end. A stage may be released
   // only behind a barrier of the warpgroup.
-  CUTE_DEVICE Work read(Cursor cursor) { return broadcast(wait(cursor).work); }
+  CUTE_DEVICE Work read(Cursor cursor) {
+    wait_full(ring, cursor);
+    return broadcast(slots[cursor.stage].work);
+  }
   CUTE_DEVICE TileRange range(Cursor cursor, int i) const {
     return broadcast(slots[cursor.stage].ranges[i]);
   }

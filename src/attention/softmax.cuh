@@ -3,6 +3,7 @@
 // follows the true one only when it has grown by more than `threshold`; P stays <= 2^threshold.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "attention/mask.h"
@@ -65,51 +66,86 @@ CUTE_DEVICE void mask_scores_transposed(Accumulator& tSt, const Mask& mask, int 
   mask_columns(tSt, low, high);
 }
 
+// P = exp2(S * scale_log2 - reference), row by row. The reference, in log2 units, is the largest
+// scaled logit less kShift when it moves, and it moves when a logit has grown `threshold` beyond:
+// P <= 2^(kShift + threshold). scale_log2 is positive and may differ from tile to tile.
+//
+// A tile goes through update(), a row's first one through begin(). Or through its parts, largest(),
+// follow() and exponentiate(), so that a warpgroup can act between them.
+//
+// kMovesOften, for a small threshold: what largest() found is made use of when the reference moves.
+// That is a few instructions more where it does not.
+template <int kShift, bool kMovesOften>
 struct OnlineSoftmax {
-  // Raw logits; the reference maximum of each of the thread's two rows.
-  float row_max[2] = {-INFINITY, -INFINITY};
+  float threshold;
+  // Of each of the thread's two rows. Below every logit, and finite: a row that has seen no key
+  // needs no care.
+  float reference[2] = {-FLT_MAX, -FLT_MAX};
   // This thread's share of the row sums, until finish() adds up the quad's.
   float row_sum[2] = {0.f, 0.f};
-  // What O must be multiplied with before the next P V is added, if `rescale`.
-  float correction[2] = {1.f, 1.f};
+  // What O must be multiplied with before the next P V is added, if the reference moved.
+  float correction[2];
+  // The result of largest() from which on the reference may have to move.
+  float limit[2] = {-INFINITY, -INFINITY};
 
-  // Turns S into P = exp2((S - max) * scale_log2) and updates max and sum. Returns, uniformly
-  // over the warp, whether the reference maximum moved.
   template <class Accumulator>
-  CUTE_DEVICE bool update(Accumulator& tS, float scale_log2, float threshold) {
-    float tile_max[2] = {row_max[0], row_max[1]};
+  CUTE_DEVICE void begin(Accumulator& tS, float scale_log2) {
+    float row_max[2];
+    maximum(row_max, tS, scale_log2);
+    move_reference(row_max);
+    exponentiate(tS, scale_log2);
+  }
+
+  // Returns, uniformly over the warp, whether the reference moved.
+  template <class Accumulator>
+  CUTE_DEVICE bool update(Accumulator& tS, float scale_log2) {
+    float found[2];
+    largest(found, tS, scale_log2);
+    const bool moved = follow(found, tS, scale_log2);
+    exponentiate(tS, scale_log2);
+    return moved;
+  }
+
+  // The largest of this thread's scaled logits in each row, for follow(); where it is negative,
+  // some negative number. One instruction finds the largest of three integers, of floats only of
+  // two, and bits of floats compare as integers where one of them is not negative.
+  template <class Accumulator>
+  CUTE_DEVICE static void largest(float (&found)[2], const Accumulator& tS, float scale_log2) {
+    int bits[2][2];  // two chains a row: one would wait for its own latency
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
-      const int r = accumulator_row(i);
-      tile_max[r] = fmaxf(tile_max[r], tS(i));
+      int& chain = bits[accumulator_row(i)][i / 4 % 2];
+      chain = i < 8 && i % 2 == 0 ? __float_as_int(tS(i)) : max(chain, __float_as_int(tS(i)));
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 1));
-      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffff, tile_max[r], 2));
+      found[r] = __int_as_float(max(bits[r][0], bits[r][1])) * scale_log2;
     }
-    // -inf - -inf is NaN, and a comparison with NaN is false: an empty row does not grow.
-    const bool rescale =
-        __any_sync(0xffffffff, (tile_max[0] - row_max[0]) * scale_log2 > threshold ||
-                                   (tile_max[1] - row_max[1]) * scale_log2 > threshold);
-    if (rescale) {
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        correction[r] = exp2_approx((row_max[r] - finite(tile_max[r])) * scale_log2);
-        row_max[r] = tile_max[r];
-        row_sum[r] *= correction[r];
-      }
-    }
-    float offset[2];
+  }
+
+  // Every thread compares what it has found, and a vote makes that the warp's: as long as no
+  // reference moves, nobody needs a row's maximum. Negative ones count where a limit is negative.
+  template <class Accumulator>
+  CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2) {
+    if (!any(found[0] >= limit[0] || found[1] >= limit[1])) return false;
+    float row_max[2] = {found[0], found[1]};
+    if (!kMovesOften || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS, scale_log2);
+    return move_reference(row_max);
+  }
+
+  template <class Accumulator>
+  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2) {
+    exponentiate<0, decltype(cute::size(tS))::value>(tS, scale_log2);
+  }
+  // Elements kBegin to kEnd - 1 only.
+  template <int kBegin, int kEnd, class Accumulator>
+  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2) {
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) offset[r] = finite(row_max[r]) * scale_log2;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tS); ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       const int r = accumulator_row(i);
-      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -offset[r]));
+      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -reference[r]));
       row_sum[r] += tS(i);
     }
-    return rescale;
   }
 
   template <class Accumulator>
@@ -118,10 +154,10 @@ struct OnlineSoftmax {
     for (int i = 0; i < cute::size(tO); ++i) tO(i) *= correction[accumulator_row(i)];
   }
 
-  // O /= l, and the rows' LSE in natural log. A row that saw no key gives 0 and -inf.
+  // O /= l, and the rows' LSE in natural log: sums are shifted as the reference is. A row that saw
+  // no key gives 0 and -inf.
   template <class Accumulator>
-  CUTE_DEVICE void finish(Accumulator& tO, float softmax_scale, const bool (&exists)[2],
-                          float (&lse)[2]) {
+  CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float (&lse)[2]) {
     float inverse[2];
     bool empty[2];
     CUTE_UNROLL
@@ -130,7 +166,7 @@ struct OnlineSoftmax {
       row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 2);
       empty[r] = !exists[r] || row_sum[r] == 0.f;
       inverse[r] = 1.f / row_sum[r];
-      lse[r] = empty[r] ? -INFINITY : row_max[r] * softmax_scale + logf(row_sum[r]);
+      lse[r] = empty[r] ? -INFINITY : reference[r] * kLn2 + logf(row_sum[r]);
     }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tO); ++i) {
@@ -139,9 +175,42 @@ struct OnlineSoftmax {
     }
   }
 
- protected:
-  // The reference of a row that has seen no key yet: any finite value gives exp2(-inf) = 0.
-  CUTE_DEVICE static float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
+ private:
+  CUTE_DEVICE static bool any(bool condition) { return __any_sync(0xffffffff, condition); }
+
+  CUTE_DEVICE float reach(int r) const { return reference[r] + (kShift + threshold); }
+
+  // The largest of this thread's scaled logits in each row.
+  template <class Accumulator>
+  CUTE_DEVICE static void maximum(float (&row_max)[2], const Accumulator& tS, float scale_log2) {
+    row_max[0] = row_max[1] = -INFINITY;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      const int r = accumulator_row(i);
+      row_max[r] = fmaxf(row_max[r], tS(i));
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) row_max[r] *= scale_log2;
+  }
+
+  // Lets the references follow the quads' maxima if one has outgrown its own; returns whether.
+  CUTE_DEVICE bool move_reference(float (&row_max)[2]) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(0xffffffff, row_max[r], 1));
+      row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(0xffffffff, row_max[r], 2));
+    }
+    if (!any(row_max[0] > reach(0) || row_max[1] > reach(1))) return false;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float moved = fmaxf(row_max[r] - kShift, reference[r]);
+      correction[r] = exp2_approx(reference[r] - moved);
+      row_sum[r] *= correction[r];
+      reference[r] = moved;
+      limit[r] = reach(r) < 0.f ? -INFINITY : reach(r);
+    }
+    return true;
+  }
 };
 
 }  // namespace jax_fa3

@@ -93,14 +93,10 @@ CUTE_DEVICE void produce(const DQueryParams& p, typename T::SharedStorage& share
   RingCursor<T::kKeyStages> key_cursor;
   RingCursor<T::kValueStages> value_cursor;
 
-  for (;;) {
-    const auto& slot = shared.works.wait(works_cursor);
-    if (slot.work.none()) break;
-    const WorkTile tile = slot.work.tile;
-    const int head_kv = slot.head_kv;
-    const TileRange keys = slot.ranges[0];
-    release(shared.works.ring, works_cursor);
-    works_cursor.advance();
+  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+    const WorkTile tile = load.tile;
+    const int head_kv = load.head_kv;
+    const TileRange keys = load.range;
     const int row = tile.block * T::kBlockM;
 
     const auto load_queries = [&] {
@@ -305,9 +301,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dquery}) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-    }
+    prefetch_maps({&p.query, &p.dout, &p.key, &p.value, &p.dquery});
     shared.works.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
@@ -320,7 +314,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == 1) shared.works.fill(p, visible_keys<T>);
+    if (threadIdx.x / 32 == kSchedulingWarp) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     DQueryConsumer<T>{p, shared, warpgroup - 1}.run();

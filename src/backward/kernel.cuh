@@ -17,9 +17,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue}) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-    }
+    prefetch_maps({&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue});
     shared.tiles.ring.init(T::kConsumers);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);

@@ -6,6 +6,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include <cutlass/cuda_host_adapter.hpp>
+#include <initializer_list>
 
 #include "base/problem.h"
 #include "base/status.h"
@@ -15,6 +16,13 @@ namespace jax_fa3 {
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+// Fetches tensor maps of the kernel's parameters before the first load waits for them.
+CUTE_DEVICE void prefetch_maps(std::initializer_list<const CUtensorMap*> maps) {
+  for (const CUtensorMap* map : maps) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+  }
+}
 
 // L2 eviction priorities, as cache-hint operands of TMA instructions.
 constexpr std::uint64_t kEvictFirst =

@@ -71,7 +71,7 @@ struct ForwardConsumer {
   }
 
   template <class AccumulatorO>
-  CUTE_DEVICE void attend(AccumulatorO& tO, OnlineSoftmax& softmax, const Mask& mask,
+  CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Mask& mask,
                           const TileRange& keys, int row) {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
@@ -80,7 +80,6 @@ struct ForwardConsumer {
         operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.softmax_scale_log2;
-    const float threshold = T::kConditionalRescale ? p.rescale_threshold : 0.f;
 
     const auto issue_scores = [&](auto& tS) {
       wait_full(shared.key_ring, key_cursor);
@@ -103,7 +102,7 @@ struct ForwardConsumer {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
-      softmax.update(tS, scale_log2, threshold);  // O is zero: no rescale
+      softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
       clear_value_tail(mask, n);
     }
@@ -127,7 +126,7 @@ struct ForwardConsumer {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if constexpr (decltype(masked)::value) mask_scores(tS, mask, row, n * T::kBlockN);
-      const bool rescale = softmax.update(tS, scale_log2, threshold);
+      const bool rescale = softmax.update(tS, scale_log2);
       if constexpr (T::kOverlap) finish_output();
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);
@@ -154,7 +153,7 @@ struct ForwardConsumer {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      OnlineSoftmax softmax;
+      typename T::Softmax softmax{T::kConditionalRescale ? p.rescale_threshold : 0.f};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         skip(loaded.end - keys.end, loaded.end - keys.end);
@@ -168,7 +167,7 @@ struct ForwardConsumer {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      softmax.finish(tO, p.softmax_scale, exists, lse);
+      softmax.finish(tO, exists, lse);
       store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
       query_cursor.advance();

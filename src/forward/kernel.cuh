@@ -18,9 +18,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&p.query, &p.key, &p.value, &p.out}) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-    }
+    prefetch_maps({&p.query, &p.key, &p.value, &p.out});
     shared.works.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
@@ -35,7 +33,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == 1) shared.works.fill(p, visible_keys<T>);
+    if (threadIdx.x / 32 == kSchedulingWarp) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer{p, shared, warpgroup - 1}.run();

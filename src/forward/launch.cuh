@@ -24,7 +24,6 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
   p->seqlen_q = static_cast<int>(s.seqlen_q);
   p->seqlen_k = static_cast<int>(s.seqlen_k);
   p->heads_per_kv_head = static_cast<int>(s.num_heads_q / s.num_heads_kv);
-  p->softmax_scale = problem.softmax_scale;
   p->softmax_scale_log2 = problem.softmax_scale * kLog2e;
   p->rescale_threshold = problem.rescale_threshold;
   p->lse = problem.lse;

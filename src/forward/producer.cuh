@@ -13,14 +13,10 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
-  for (;;) {
-    const auto& slot = shared.works.wait(works_cursor);
-    if (slot.work.none()) break;
-    const WorkTile tile = slot.work.tile;
-    const int head_kv = slot.head_kv;
-    const TileRange keys = slot.ranges[0];
-    release(shared.works.ring, works_cursor);
-    works_cursor.advance();
+  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+    const WorkTile tile = load.tile;
+    const int head_kv = load.head_kv;
+    const TileRange keys = load.range;
     const int row = tile.block * T::kBlockM;
 
     // Each warpgroup's rows by themselves: they load as soon as it is done with its last ones,

@@ -22,7 +22,6 @@ struct ForwardParams {
   int seqlen_q;
   int seqlen_k;
   int heads_per_kv_head;
-  float softmax_scale;
   float softmax_scale_log2;
   float rescale_threshold;
   float* lse;  // [b, h_q, s_q]
@@ -52,7 +51,7 @@ struct ForwardOperands {
   // S = Q K^T, O += P V with P from registers.
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
   using MmaO = MmaRS<Element, kHeadDimV, Major::MN>;
-  using Softmax = OnlineSoftmax;
+  using Softmax = OnlineSoftmax<0, false>;
 
   CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
                                      int key, int head, int batch) {

@@ -72,7 +72,7 @@ struct UnspecialisedForward {
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
     clear(tO);
-    OnlineSoftmax softmax;
+    typename T::Softmax softmax{p.rescale_threshold};
     shared.query_ring[0].full[0].wait(query_phase);
     query_phase ^= 1;
 
@@ -94,7 +94,7 @@ struct UnspecialisedForward {
         issue_scores(tS);
         wait_mma<0>(tS);
         if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
-        softmax.update(tS, p.softmax_scale_log2, p.rescale_threshold);
+        softmax.begin(tS, p.softmax_scale_log2);
         convert(tS, tP);
         __syncthreads();
         load_key(n - T::kStages, key_cursor);
@@ -108,7 +108,7 @@ struct UnspecialisedForward {
         wait_mma<1>(tS);
         // A vote, because O is in flight: only a branch known to be uniform leaves it alone.
         if (__any_sync(0xffffffff, keys.cuts(n))) mask_scores(tS, mask, row, n * T::kBlockN);
-        const bool rescale = softmax.update(tS, p.softmax_scale_log2, p.rescale_threshold);
+        const bool rescale = softmax.update(tS, p.softmax_scale_log2);
         wait_mma<0>(tO);
         convert(tS, tP);
         if (rescale) softmax.rescale(tO);
@@ -126,7 +126,7 @@ struct UnspecialisedForward {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
-    softmax.finish(tO, p.softmax_scale, exists, lse);
+    softmax.finish(tO, exists, lse);
     ForwardConsumer<T> consumer{p, shared, warpgroup};
     consumer.store_lse(lse, tile, first_row);
     consumer.store_output(tO, tile, row);

@@ -1,8 +1,9 @@
 // One consumer warpgroup in float8: the schedule is that of forward/consumer.cuh, and so are
 // passed-over tiles. What differs:
-//   - a turn ends when the row maxima are known. GEMMs take half the time of 16 bits, exponentials
-//     the same: if one warpgroup's GEMMs were issued right behind another's, both would wait for
-//     them and then exponentiate together, with idle tensor cores;
+//   - a turn ends when the scores have arrived and the first are exponentiated (kScoresOfTurn).
+//     GEMMs take half the time of 16 bits, exponentials the same: if one warpgroup's GEMMs were
+//     issued right behind another's, both would wait for them and then exponentiate together,
+//     with idle tensor cores;
 //   - the scale of the logits is a number per key tile: it multiplies the scores in the same FFMA
 //     that subtracts the maximum, and the maximum is kept in scaled units;
 //   - P is rounded to e4m3 without leaving the thread (attention/prepared_value.h);
@@ -51,7 +52,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
   }
 
   template <class AccumulatorO>
-  CUTE_DEVICE void attend(AccumulatorO& tO, Float8Softmax& softmax, const WorkTile& tile,
+  CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const WorkTile& tile,
                           const Mask& mask, const TileRange& keys, int row) {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
@@ -125,11 +126,17 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if constexpr (decltype(masked)::value) mask_scores(tS, mask, row, n * T::kBlockN);
-      float tile_max[2];
-      softmax.maximum(tile_max, tS, scale);
-      this->pass_turn();
-      const bool rescale = softmax.follow(tile_max, tS, scale);
-      softmax.exponentiate(tS, scale);
+      float found[2];
+      softmax.largest(found, tS, scale);
+      if constexpr (T::kScoresOfTurn == 0) this->pass_turn();
+      const bool rescale = softmax.follow(found, tS, scale);
+      if constexpr (T::kScoresOfTurn > 0) {
+        softmax.template exponentiate<0, T::kScoresOfTurn>(tS, scale);
+        warpgroup_fence_operand(tS);  // no exponential moves past it, in either direction
+        this->pass_turn();
+        warpgroup_fence_operand(tS);
+      }
+      softmax.template exponentiate<T::kScoresOfTurn, decltype(size(tS))::value>(tS, scale);
       wait_mma<0>(tSum);
       release(shared.value_ring, value_cursor);
       value_cursor.advance();
@@ -168,7 +175,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      Float8Softmax softmax;
+      typename T::Softmax softmax{T::kThreshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         this->skip(loaded.end - keys.end, loaded.end - keys.end);
@@ -181,9 +188,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      // P and its sums are shifted alike, and so is row_max, to which the LSE adds the sum's
-      // logarithm: the shift needs no undoing.
-      softmax.finish(tO, kLn2, exists, lse);
+      softmax.finish(tO, exists, lse);
       this->store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
       query_cursor.advance();

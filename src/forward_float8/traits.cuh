@@ -2,13 +2,12 @@
 #pragma once
 
 #include "attention/prepared_value.h"
-#include "attention/softmax_float8.cuh"
 #include "forward/traits.cuh"
 #include "forward_float8/config.h"
 
 namespace jax_fa3 {
 
-// rescale_threshold has no meaning: what e4m3 leaves room for is Float8Softmax::kThreshold.
+// rescale_threshold has no meaning: what e4m3 leaves room for is ForwardFloat8Operands::kThreshold.
 struct ForwardFloat8Params : ForwardParams {
   const float* query_descale;  // [b, h_q, query_descales]
   const float* key_descale;    // [b, h_kv, key_descales]
@@ -42,7 +41,15 @@ struct ForwardFloat8Operands {
   // S = Q K^T, O += P V with P from registers. 8-bit WGMMA takes K-major operands only.
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
   using MmaO = MmaRS<Element, kHeadDimV, Major::K>;
-  using Softmax = Float8Softmax;
+  // P uses the range of e4m3: at most 2^(6 + 2), of 448. Whole numbers: where the reference is the
+  // maximum, the largest P is a power of two and has no rounding error. Sums are of P before it is
+  // rounded.
+  using Softmax = OnlineSoftmax<6, true>;
+  static constexpr float kThreshold = 2.f;
+
+  // A turn ends when so many of a tile's scores are exponentiated (of 64 a thread): where these
+  // take longer than the products, the warpgroups' exponentials should not coincide.
+  static constexpr int kScoresOfTurn = kHeadDim == 128 && kHeadDimV == 128 ? 16 : 0;
 
   CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
                                      int key, int head, int batch) {

@@ -270,10 +270,13 @@ def test_rounding(head_dim, dtype):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
     of_xla = (*want[:3], *jax.jit(rounded)(*arrays, index))
     for g, w in zip((*got[:3], *back), of_xla, strict=True):
+        is_float8 = w.dtype.itemsize == 1
         g, w = wide(g), wide(w)
         assert g.shape == w.shape
+        # Elements between two float8 go either way: to a neighbour, and few. Measured: up to 6.4e-3.
+        if is_float8:
+            assert np.all(abs(g - w) <= np.maximum(np.maximum(abs(g), abs(w)) / 8, 2**-9))
         assert np.mean(g != w) < 0.02
-        # Elements between two float8 go either way by an ulp. Measured: up to 6.4e-3 (head_dim 80).
         assert np.linalg.norm(g - w) <= 1e-2 * np.linalg.norm(w)
 
 
