@@ -55,8 +55,8 @@ struct TileScheduler {
   }
 };
 
-// Of the CTA: one of the producer's warpgroup, but not the producer's.
-constexpr int kSchedulingWarp = 1;
+// Of the producer's warpgroup, in another warp than the producer.
+constexpr int kSchedulingThread = 32;
 
 // A work tile with its sequence's mask.
 struct Work {
@@ -66,7 +66,7 @@ struct Work {
   CUTE_DEVICE bool none() const { return tile.block < 0; }
 };
 
-// A CTA's work tiles, worked out once by a warp of its own for producer and consumers: divisions
+// A CTA's work tiles, worked out once by a thread of its own for producer and consumers: divisions
 // and clamps that everybody would wait for at the start of every tile. A stage is filled again
 // when its tile has been stored, so numbers are taken one ahead, no more, and CTAs stay balanced.
 //
@@ -85,34 +85,21 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
-  // `readers` are the consumer warpgroups and the producer.
-  CUTE_DEVICE void init(int readers) {
-    for (int s = 0; s < kStages; ++s) {
-      ring.full[s].init(cutlass::NumThreadsPerWarp);  // each lane for what it has written
-      ring.empty[s].init(readers);
-    }
-  }
-
-  // The scheduling warp.
+  // The scheduling thread.
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    static_assert(kRanges <= cutlass::NumThreadsPerWarp);
-    const int lane = threadIdx.x % cutlass::NumThreadsPerWarp;
     Cursor cursor;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles;) {
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       Slot& slot = slots[cursor.stage];
-      if (lane == 0) {
-        slot.work = {tile, mask};
-        slot.head_kv = tile.head / p.heads_per_kv_head;
-      }
-      if (lane < kRanges) slot.ranges[lane] = range_of(tile, mask, lane);
+      slot.work = {tile, mask};
+      slot.head_kv = tile.head / p.heads_per_kv_head;
+      CUTE_NO_UNROLL
+      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(tile, mask, i);
       publish(cursor);
-      if (lane == 0) index = p.scheduler.next(index);
-      index = __shfl_sync(0xffffffff, index, 0);
     }
-    if (lane == 0) slots[cursor.stage].work.tile.block = -1;
+    slots[cursor.stage].work.tile.block = -1;
     publish(cursor);
   }
 
@@ -142,7 +129,7 @@ struct WorkQueue {
   }
 
  private:
-  // Returns when the next stage is free.
+  // Returns when the next stage is free: only then is its tile's number taken.
   CUTE_DEVICE void publish(Cursor& cursor) {
     ring.full[cursor.stage].arrive();
     cursor.advance();

@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     prefetch_maps({&p.query, &p.dout, &p.key, &p.value, &p.dquery});
-    shared.works.init(T::kConsumers + 1);
+    shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == kSchedulingWarp) shared.works.fill(p, visible_keys<T>);
+    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     DQueryConsumer<T>{p, shared, warpgroup - 1}.run();

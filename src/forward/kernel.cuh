@@ -1,4 +1,4 @@
-// FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, a warp that
+// FlashAttention forward for Hopper (arXiv:2407.08608): persistent CTAs, a thread that
 // schedules, one TMA producer thread, two or three WGMMA consumer warpgroups.
 // docs/design/forward.md draws the schedule. Traits and Consumer are those of the operands' type:
 // forward/ for 16 bits, forward_float8/ for 8.
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   if (threadIdx.x == 0) {
     prefetch_maps({&p.query, &p.key, &p.value, &p.out});
-    shared.works.init(T::kConsumers + 1);
+    shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
     shared.value_ring.init(T::kConsumers);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x / 32 == kSchedulingWarp) shared.works.fill(p, visible_keys<T>);
+    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     Consumer{p, shared, warpgroup - 1}.run();
