@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jax_fa3
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import our_attention
-from benchmarks.render import table
+from benchmarks.render import pyplot, table
 from benchmarks.timing import describe
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -256,6 +256,42 @@ def render(data: dict) -> str:
     return "\n".join(lines)
 
 
+def plot(data: dict, path: Path) -> None:
+    """Efficiencies: a panel for each number of GPUs and pass, a bar for each way and length."""
+    records = [x for x in data["records"] if not x["error"]]
+    names = list(dict.fromkeys(x["way"] for x in records))
+    lengths = sorted({x["tokens"] for x in records})
+    panels = sorted({(x["devices"], MODES.index(x["mode"])) for x in records})
+    figure, grid = pyplot().subplots(
+        1, len(panels), figsize=(3.4 * len(panels) + 1.2, 0.5 * len(names) + 1.4),
+        sharey=True, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    height = 0.8 / len(lengths)
+    for axes, (count, mode) in zip(grid[0], panels, strict=True):
+        for i, tokens in enumerate(lengths):
+            bars = {
+                names.index(x["way"]) + (i + 0.5) * height - 0.4: x["efficiency"]
+                for x in records
+                if (x["devices"], x["mode"], x["tokens"]) == (count, MODES[mode], tokens)
+            }
+            drawn = axes.barh(
+                [*bars], [*bars.values()], 0.9 * height, color=f"C{i}", label=f"{tokens // 1024}k"
+            )
+            axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+        axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+        axes.set_title(f"{count} GPUs, {MODES[mode]}", fontsize=10)
+        axes.set_xlim(0, 1.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].invert_yaxis()
+    figure.supxlabel("efficiency: one GPU's time / number of GPUs / time", fontsize=9)
+    handles = {h.get_label(): h for axes in grid[0] for h in axes.containers}
+    figure.legend([*handles.values()], [*handles], title="tokens", frameon=False,
+                  loc="outside right center")  # fmt: skip
+    figure.savefig(path, dpi=140)
+    pyplot().close(figure)
+
+
 def dry_run(args: argparse.Namespace) -> int:
     """Lowers everything for CUDA; each program must call the kernels."""
     failed = 0
@@ -289,6 +325,7 @@ def main() -> int:
     data = run(args)
     report = render(data)
     (args.output / "mesh.md").write_text(report)
+    plot(data, args.output / "mesh.png")
     print("\n" + report)
     return 1 if any(x["error"] for x in data["records"]) else 0
 
