@@ -273,7 +273,7 @@ def test_rounding(head_dim, dtype):
         is_float8 = w.dtype.itemsize == 1
         g, w = wide(g), wide(w)
         assert g.shape == w.shape
-        # Between two float8, elements go either way: to a neighbour, and few. Up to 6.4e-3 measured.
+        # Elements between two float8 go either way, to a neighbour, and few: up to 6.4e-3 measured.
         if is_float8:
             assert np.all(abs(g - w) <= np.maximum(np.maximum(abs(g), abs(w)) / 8, 2**-9))
         assert np.mean(g != w) < 0.02
