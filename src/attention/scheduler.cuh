@@ -157,27 +157,4 @@ CUTE_DEVICE TileRange visible_keys(const WorkTile& tile, const Mask& mask, int i
   return mask.key_tiles(first, first + (i == 0 ? T::kBlockM : kWarpgroupRows), T::kBlockN);
 }
 
-// For the backward kernel, whose consumers have no register left for what another warp works out:
-// the numbers of a CTA's work tiles on their way from the producer thread to the consumers, taken a
-// tile ahead; four stages, so that the producer never waits for a tile to be stored.
-struct TileNumbers {
-  static constexpr int kStages = 4;
-  using Cursor = RingCursor<kStages>;
-
-  RingBarriers<kStages> ring;
-  int number[kStages];
-
-  CUTE_DEVICE void publish(int tile, Cursor& cursor) {
-    wait_empty(ring, cursor);
-    number[cursor.stage] = tile;
-    ring.full[cursor.stage].arrive();
-    cursor.advance();
-  }
-  // For whole warps. release(ring, cursor) must not come before a barrier of the warpgroup.
-  CUTE_DEVICE int read(Cursor cursor) {
-    wait_full(ring, cursor);
-    return __shfl_sync(0xffffffff, number[cursor.stage], 0);
-  }
-};
-
 }  // namespace jax_fa3

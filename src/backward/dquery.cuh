@@ -279,7 +279,7 @@ struct DQueryConsumer {
   // its leader knows that the buffer has been read.
   template <class AccumulatorDQ>
   CUTE_DEVICE void store_output(const AccumulatorDQ& tDQ, const WorkTile& tile, int row) const {
-    store_accumulator<typename T::MmaDQ>(tDQ, T::QTile::row_block(shared.query, warpgroup));
+    store_accumulator<typename T::QTile>(tDQ, shared.query, warpgroup * kWarpgroupRows);
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
     if (threadIdx.x % kWarpgroupThreads == 0) {

@@ -4,7 +4,8 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "backward/consumer.cuh"
+#include "backward/gradient_split.cuh"
+#include "backward/key_split.cuh"
 #include "backward/producer.cuh"
 
 namespace jax_fa3 {
@@ -18,11 +19,18 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     prefetch_maps({&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue});
-    shared.tiles.ring.init(T::kConsumers);
+    shared.works.ring.init(T::kConsumers + 1);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
+    shared.handover_ring.init(kWarpgroupThreads, kWarpgroupThreads);
+    shared.output_ring.init(1);
     cutlass::arch::fence_barrier_init();
+  }
+  if (threadIdx.x < 128) {
+    const int i = threadIdx.x / 64;
+    shared.constants[i].fill(Statistic(i), threadIdx.x % 64);
+    cutlass::arch::fence_view_async_shared();
   }
   __syncthreads();
 
@@ -30,9 +38,12 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
+    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_queries<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    BackwardConsumer<T>{p, shared, warpgroup - 1}.run();
+    using Consumer =
+        cute::conditional_t<T::kSplitKeys, KeySplitConsumer<T>, GradientSplitConsumer<T>>;
+    Consumer{{p, shared, warpgroup - 1}}.run();
   }
 }
 

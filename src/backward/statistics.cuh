@@ -55,22 +55,32 @@ CUTE_DEVICE float finite_or_nan(float x) { return fmaf(x, 0.f, x); }
 
 enum class Statistic { kLse, kDelta };
 
+// The constant operand: eight rows of eight terms that stand for all rows and for both halves.
+struct alignas(128) StatisticConstant {
+  cutlass::bfloat16_t terms[8][8];
+
+  // By 64 threads of which this is number `thread`.
+  CUTE_DEVICE void fill(Statistic statistic, int thread) {
+    const bool picked = (thread % 8 < 4) == (statistic == Statistic::kLse);
+    terms[thread / 8][thread % 8] = cutlass::bfloat16_t(picked ? 0.5f : 0.f);
+  }
+  CUTE_DEVICE auto tensor() {
+    using Layout = cute::Layout<
+        cute::Shape<cute::Shape<cute::_8, cute::_8>, cute::Shape<cute::_8, cute::_2>>,
+        cute::Stride<cute::Stride<cute::_8, cute::_0>, cute::Stride<cute::_1, cute::_0>>>;
+    return cute::make_tensor(cute::make_smem_ptr(&terms[0][0]), Layout{});
+  }
+};
+
 // kRows statistics, an operand of kRows by one k-step. WGMMA wants 16 terms: the row's eight stand
 // in for both halves, and the constant operand has one half for the terms it picks.
 template <int kRows>
 struct StatisticTile {
-  using Mma = MmaRS<cutlass::bfloat16_t, kRows, Major::K>;
+  using Mma = MmaSS<cutlass::bfloat16_t, kRows, Major::K, Major::K>;
   using Layout = cute::Layout<
       cute::Shape<cute::Shape<cute::_8, cute::Int<kRows / 8>>, cute::Shape<cute::_8, cute::_2>>,
       cute::Stride<cute::Stride<cute::_8, cute::_64>, cute::Stride<cute::_1, cute::_0>>>;
 
-  // Lanes 0 and 1 of a quad hold columns 0 to 3 and 8 to 11 of an A operand, 2 and 3 the others.
-  CUTE_DEVICE static auto constant(Statistic statistic) {
-    auto tA = make_operand_a<cutlass::bfloat16_t, 16>();
-    const bool picked = (threadIdx.x % 4 < 2) == (statistic == Statistic::kLse);
-    cute::fill(tA, cutlass::bfloat16_t(picked ? 0.5f : 0.f));
-    return tA;
-  }
   CUTE_DEVICE static auto tensor(RowStatistics* rows) {
     return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<cutlass::bfloat16_t*>(rows)),
                              Layout{});

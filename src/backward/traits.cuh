@@ -34,57 +34,51 @@ struct BackwardParams {
 // The query blocks of a work tile, one after another: those that see its keys, for each query head
 // that shares its kv head. One loop rather than two, for the register allocator's sake.
 struct QueryWalk {
-  const int first, end, end_head, num_m_blocks, num_heads, batch;
-  int m, head;
+  // Blocks are numbered through all batches and query heads; a head's first one stands for it.
+  const int first, end, end_block, num_m_blocks;
+  int m, head, head_block;
 
   CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
       : first(queries.begin),
         end(queries.end),
-        end_head(queries.empty() ? 0 : (tile.head + 1) * p.heads_per_kv_head),
+        end_block(queries.empty() ? -1 : block_of(p, tile, 1)),
         num_m_blocks(p.num_m_blocks),
-        num_heads(p.scheduler.num_heads * p.heads_per_kv_head),
-        batch(tile.batch),
         m(first),
-        head(tile.head * p.heads_per_kv_head) {}
+        head(tile.head * p.heads_per_kv_head),
+        head_block(block_of(p, tile, 0)) {}
 
-  CUTE_DEVICE bool more() const { return head < end_head; }
+  CUTE_DEVICE bool more() const { return head_block < end_block; }
   CUTE_DEVICE void next() {
     if (++m < end) return;
     m = first;
     ++head;
+    head_block += num_m_blocks;
   }
-  // Number of the block among those of all batches and query heads.
-  CUTE_DEVICE std::int64_t block() const {
-    return (std::int64_t(batch) * num_heads + head) * num_m_blocks + m;
+  CUTE_DEVICE std::int64_t block() const { return head_block + m; }
+
+ private:
+  // The first block of the tile's kv head, or of the next one.
+  CUTE_DEVICE static int block_of(const BackwardParams& p, const WorkTile& tile, int next) {
+    return (tile.batch * p.scheduler.num_heads + tile.head + next) * p.heads_per_kv_head *
+           p.num_m_blocks;
   }
 };
 
-// A work tile of the backward pass: what it is and what it has to visit.
-struct BackwardTile {
-  WorkTile at;
-  Mask mask;
-  TileRange queries;
+// range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
+// in which a sequence ends counts as cut.
+template <class T>
+CUTE_DEVICE TileRange visible_queries(const WorkTile& tile, const Mask& mask, int) {
+  const int key = tile.block * T::kBlockN;
+  TileRange queries = mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
+  queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
+  queries.full_begin = min(queries.full_begin, queries.full_end);
+  return queries;
+}
 
-  template <class T>
-  CUTE_DEVICE static BackwardTile make(const BackwardParams& p, int index) {
-    BackwardTile tile;
-    tile.at = p.scheduler.tile(index);
-    tile.mask = make_mask(p.mask, p.index, tile.at.batch, p.seqlen_q, p.seqlen_k);
-    const int key = tile.at.block * T::kBlockN;
-    tile.queries = tile.mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
-    return tile;
-  }
-
-  CUTE_DEVICE QueryWalk walk(const BackwardParams& p) const { return QueryWalk(p, at, queries); }
-};
-
-// How two warpgroups divide a step (kBlockM queries against kBlockN keys).
+// How two consumer warpgroups divide a step: kBlockM queries against kBlockN keys.
 enum class Split {
-  // Each has 64 of 128 keys: S^T and dP^T are A operands of its dV and dK as they stand.
-  kKeys,
-  // Head dims past 128: dV and dK of 64 keys no longer fit one warpgroup. Each makes S^T and dP^T
-  // for half the queries, publishes P^T and dS^T, and has half the head dim of dV and dK.
-  kHeadDim,
+  kKeys,       // dK and dV of half the keys each
+  kGradients,  // head dims past 128: one makes dV, the other dK
 };
 
 template <class Config>
@@ -95,7 +89,7 @@ struct BackwardTraits {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr bool kFusedDQ = !Config::kSeparateDQ;
-  static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kHeadDim;
+  static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kGradients;
   static constexpr bool kSplitKeys = kSplit == Split::kKeys;
   static_assert(kSplitKeys || !kFusedDQ);
 
@@ -104,37 +98,25 @@ struct BackwardTraits {
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
   // Together what the launch gives 384 threads: 168 each.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 
-  // Half tiles of dQ, dK and dV begin at a chunk.
-  static constexpr int kChunkK = kHeadDim / 2 % 64 == 0 || kHeadDim == 64 ? 64 : 32;
-  static constexpr int kChunkV = kHeadDimV / 2 % 64 == 0 || kHeadDimV == 64 ? 64 : 32;
-  using QTile = SmemTile<Element, kBlockM, kHeadDim, kChunkK>;
-  using DOTile = SmemTile<Element, kBlockM, kHeadDimV, kChunkV>;
-  using KTile = SmemTile<Element, kBlockN, kHeadDim, kChunkK>;
-  using VTile = SmemTile<Element, kBlockN, kHeadDimV, kChunkV>;
-  using PTile = SmemTile<Element, kBlockN, kBlockM>;  // P^T and dS^T: (key, query)
-  // One warpgroup's dK and dV, on their way to global memory.
-  using DKTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDim : kHeadDim / 2, kChunkK>;
-  using DVTile = SmemTile<Element, kWarpgroupRows, kSplitKeys ? kHeadDimV : kHeadDimV / 2, kChunkV>;
+  using QTile = SmemTile<Element, kBlockM, kHeadDim>;
+  using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
+  using KTile = SmemTile<Element, kBlockN, kHeadDim>;
+  using VTile = SmemTile<Element, kBlockN, kHeadDimV>;
+  using PTile = SmemTile<Element, kBlockN, kBlockM>;  // dS^T: (key, query)
+  // 64 rows of dK and dV on their way to global memory, all columns or half of them.
+  using DKTile = SmemTile<Element, kWarpgroupRows, kHeadDim <= 128 ? kHeadDim : kHeadDim / 2>;
+  using DVTile = SmemTile<Element, kWarpgroupRows, kHeadDimV <= 128 ? kHeadDimV : kHeadDimV / 2>;
 
-  // Queries per warpgroup of S^T and dP^T; columns per warpgroup of dK and dV.
-  static constexpr int kQueries = kSplitKeys ? kBlockM : kBlockM / 2;
-  static constexpr int kColsK = DKTile::kCols;
-  static constexpr int kColsV = DVTile::kCols;
-  using MmaS = MmaSS<Element, kQueries, Major::K, Major::K>;
-  using Statistics = StatisticTile<kQueries>;
-  using MmaDV = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsV, Major::MN>,
-                                    MmaSS<Element, kColsV, Major::K, Major::MN>>;
-  using MmaDK = cute::conditional_t<kSplitKeys, MmaRS<Element, kColsK, Major::MN>,
-                                    MmaSS<Element, kColsK, Major::K, Major::MN>>;
-
-  // Whether one warpgroup's dS goes into the other's GEMMs.
-  static constexpr bool kSharesScores = kFusedDQ || !kSplitKeys;
+  using MmaS = MmaSS<Element, kBlockM, Major::K, Major::K>;
+  using Statistics = StatisticTile<kBlockM>;
+  using MmaDV = MmaRS<Element, kHeadDimV, Major::MN>;
+  using MmaDK = MmaRS<Element, kHeadDim, Major::MN>;
 
   // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.
   // A half narrower than 64 columns would starve the tensor core: then the second half starts
@@ -145,41 +127,51 @@ struct BackwardTraits {
   static_assert(!kSplitRowsDQ || kHeadDim == 64);
   using MmaDQ = MmaSS<Element, kColsDQ, Major::MN, Major::MN>;
   static constexpr int kFirstColDQ = kSplitRowsDQ ? 0 : kHeadDim - kColsDQ;  // of warpgroup 1
+  static_assert(!kFusedDQ || kFirstColDQ % KTile::kChunkCols == 0);
   // Floats of one thread's share, for both warpgroups; the skipped ones come first in the second.
   static constexpr int kSkippedDQ = kOverlap / 2;
   static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
 
   static constexpr int kStages = 2;
+  using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
+  // What consumers write: `output` is dK and dV on their way, each warpgroup's.
+  static constexpr int kOutputElements = cute::max(DKTile::kElements, DVTile::kElements);
+  struct KeySplitExchange {
+    // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
+    alignas(1024) Element dscores[2][kFusedDQ ? PTile::kElements : 8];
+    alignas(1024) Element output[2][kOutputElements];
+  };
+  union GradientSplitExchange {
+    float4 probabilities[2][kBlockN * kBlockM / 4];  // P^T, four floats of each thread together
+    alignas(1024) Element output[2][kOutputElements];
+  };
+  using Exchange = cute::conditional_t<kSplitKeys, KeySplitExchange, GradientSplitExchange>;
+
   struct SharedStorage {
-    // Not last: compute-sanitizer takes the halves of this operand for 16 bytes a row each.
-    alignas(1024) RowStatistics statistics[kStages][kBlockM];
+    // What is small comes first: compute-sanitizer takes the zero strides of `constants` and
+    // `statistics` for longer reads, which would leave the allocation from its end.
+    StatisticConstant constants[2];  // by Statistic
+    alignas(128) RowStatistics statistics[kStages][kBlockM];
+    Works works;
+    RingBarriers<1> key_value_ring;
+    Ring query_ring;  // Q and the statistics
+    Ring dout_ring;
+    Ring handover_ring;           // P^T, split by gradients
+    RingBarriers<1> output_ring;  // the buffer of dK, split by gradients
     alignas(1024) Element key[KTile::kElements];
     alignas(1024) Element value[VTile::kElements];
     alignas(1024) Element query[kStages][QTile::kElements];
     alignas(1024) Element dout[kStages][DOTile::kElements];
-    union {
-      // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
-      struct {
-        alignas(1024) Element dscores[2][kSharesScores ? PTile::kElements : 8];
-        alignas(1024) Element probabilities[kSplitKeys ? 1 : 2][kSplitKeys ? 8 : PTile::kElements];
-      };
-      // Between work tiles, for each warpgroup: dV, then dK.
-      alignas(
-          1024) Element output[kConsumers][kWarpgroupRows * (kColsK > kColsV ? kColsK : kColsV)];
-    };
-    TileNumbers tiles;
-    RingBarriers<1> key_value_ring;
-    Ring query_ring;  // Q and the statistics
-    Ring dout_ring;
+    Exchange exchange;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
-  enum NamedBarrier : std::uint32_t {
-    kConsumersMeet = 0,  // both consumers, 256 threads
-    kWarpgroup = 1,      // + w: all of consumer w, 128 threads
+  enum NamedBarrier : std::uint32_t {  // 0 to 7: CUTLASS keeps the other eight
+    kWarpgroup = 0,                    // + w: all of consumer w, 128 threads
+    kScores = 2,  // + w: dS of consumer w; both consumers, one arrives and the other waits
   };
 };
 

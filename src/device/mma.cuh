@@ -93,6 +93,14 @@ CUTE_DEVICE void convert_float8(const Accumulator& source, Operand& target) {
   }
 }
 
+// Four 8 x 8 matrices of 16 bits from a warp's registers to shared memory: lane 8i + j has the
+// address of row j of matrix i.
+CUTE_DEVICE void store_matrices(std::uint32_t address, const std::uint32_t* words) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 enum class Accumulate { kOverwrite, kAdd };
 
 // Issues C (+)= A * B for operands already partitioned (descriptors or registers) and commits
@@ -120,12 +128,11 @@ CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, C& tC, bool keep =
   if constexpr (kRegisterA) cute::warpgroup_fence_operand(const_cast<A&>(tA));
 }
 
-// As issue_mma with Accumulate::kOverwrite, C = A * B + A' * B' in one group. A' is a register
-// operand, B' one k-step.
+// As issue_mma with Accumulate::kOverwrite, C = A * B + A' * B' in one group. All operands are in
+// shared memory, A' and B' have one k-step.
 template <class Mma, class A, class B, class Mma2, class A2, class B2, class C>
 CUTE_DEVICE void issue_mma(Mma mma, const A& tA, const B& tB, Mma2 mma2, const A2& tA2,
                            const B2& tB2, C& tC) {
-  cute::warpgroup_fence_operand(const_cast<A2&>(tA2));
   cute::warpgroup_arrive();
   mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
   CUTE_UNROLL
@@ -146,25 +153,40 @@ CUTE_DEVICE void wait_mma(C& tC) {
   cute::warpgroup_fence_operand(tC);
 }
 
-// Writes an accumulator of Mma, already rounded to 16 bits, to shared memory as a (64, kN) tile.
-template <class Mma, class Rounded, class Tensor>
-CUTE_DEVICE void store_rounded(const Rounded& rounded, Tensor&& sC) {
-  using namespace cute;
-  using Element = typename Rounded::value_type;
-  constexpr int kN = decltype(size<1>(sC))::value;
-  const auto tC = make_tensor(rounded.data(), make_accumulator<Mma, kN>().layout());
-  const auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, Mma{});
-  const auto thread_copy = tiled_copy.get_slice(threadIdx.x % kWarpgroupThreads);
-  copy(tiled_copy, thread_copy.retile_S(tC), thread_copy.partition_D(sC));
+// Writes a warpgroup's accumulator, already rounded to 16 bits, to a tile in shared memory, from
+// `row` and `col` on: multiples of 16; columns that do not begin at 0 must lie in one chunk.
+// Addresses of the columns differ by an exclusive or with a constant, so that a thread works out
+// one.
+template <class Tile, class Rounded>
+CUTE_DEVICE void store_rounded(const Rounded& rounded, typename Tile::Element* tile, int row,
+                               int col = 0) {
+  static_assert(sizeof(typename Tile::Element) == 2);
+  constexpr int kStepCols = 16, kStepBytes = 2 * kStepCols;
+  constexpr int kSteps = decltype(cute::size(rounded))::value / 8;
+  // Read anew: an address kept across a loop would take a register that others need.
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  thread %= kWarpgroupThreads;
+  const unsigned first_row = row + thread / 32 * 16 + thread % 16;
+  unsigned offset = first_row * Tile::kChunkBytes + 2 * col + thread % 32 / 16 * 16;
+  offset ^= offset >> 3 & (Tile::kChunkBytes - 16);  // the swizzle
+  const std::uint32_t address = cute::cast_smem_ptr_to_uint(tile) + offset;
+  const auto* const words = reinterpret_cast<const std::uint32_t*>(&rounded(0));
+  CUTE_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    const int chunk = step * kStepCols / Tile::kChunkCols;
+    store_matrices(
+        (address ^ step * kStepBytes % Tile::kChunkBytes) + chunk * Tile::kChunkElements * 2,
+        words + 4 * step);
+  }
 }
 
-// Rounds an accumulator of Mma to 16 bits and writes it to shared memory.
-template <class Mma, class Accumulator, class Tensor>
-CUTE_DEVICE void store_accumulator(const Accumulator& tC, Tensor&& sC) {
-  using Element = typename cute::remove_cvref_t<Tensor>::value_type;
-  auto rounded = cute::make_tensor_like<Element>(tC);
+// Rounds an accumulator to the tile's 16 bits and writes it there.
+template <class Tile, class Accumulator>
+CUTE_DEVICE void store_accumulator(const Accumulator& tC, typename Tile::Element* tile, int row) {
+  auto rounded = cute::make_tensor_like<typename Tile::Element>(tC);
   convert(tC, rounded);
-  store_rounded<Mma>(rounded, sC);
+  store_rounded<Tile>(rounded, tile, row);
 }
 
 // Operands of a one-warpgroup MMA: descriptors of a shared-memory tensor.

@@ -2,6 +2,7 @@
 //
 // full[s]: one arrival (the producer's expect) and the bytes of the stage; consumers wait.
 // empty[s]: one arrival per consumer warpgroup once it has read the stage; the producer waits.
+// Where threads write and read stages themselves, one arrival of each of them.
 #pragma once
 
 #include "device/tma.cuh"
@@ -13,9 +14,9 @@ struct RingBarriers {
   TransactionBarrier full[kStages];
   Barrier empty[kStages];
 
-  CUTE_DEVICE void init(int num_consumers) {
+  CUTE_DEVICE void init(int num_consumers, int num_producers = 1) {
     for (int s = 0; s < kStages; ++s) {
-      full[s].init(1);
+      full[s].init(num_producers);
       empty[s].init(num_consumers);
     }
   }

@@ -72,13 +72,7 @@ struct SmemTile {
     return cute::local_tile(tensor(data), cute::Shape<cute::Int<kHeight>, cute::Int<kCols>>{},
                             cute::make_coord(i, 0));
   }
-  // Columns [kWidth i, kWidth i + kWidth) of all rows.
-  template <int kWidth>
-  CUTE_DEVICE static auto col_block(Element* data, int i) {
-    return cute::local_tile(tensor(data), cute::Shape<cute::Int<kRows>, cute::Int<kWidth>>{},
-                            cute::make_coord(0, i));
-  }
-  // The same columns of the transposed view, from column `first`, a multiple of kChunkCols.
+  // kWidth columns of the transposed view, from column `first`, a multiple of kChunkCols.
   template <int kWidth>
   CUTE_DEVICE static auto transposed_cols(Element* data, int first) {
     return cute::local_tile(transposed(data + first / kChunkCols * kChunkElements),

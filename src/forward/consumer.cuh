@@ -209,7 +209,7 @@ struct ForwardConsumer {
       if (leader) tma_store_wait<0>();
       NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     }
-    store_accumulator<typename T::MmaO>(tO, T::OTile::row_block(buffer, warpgroup));
+    store_accumulator<typename T::OTile>(tO, buffer, warpgroup * kWarpgroupRows);
     cutlass::arch::fence_view_async_shared();
     NamedBarrier::sync(kWarpgroupThreads, T::kOutput + warpgroup);
     if (leader) {

@@ -214,7 +214,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       auto bf16 = recast<cutlass::bfloat16_t>(rounded);
       convert(tO, bf16);
     }
-    store_rounded<typename T::MmaO>(rounded, T::OTile::row_block(shared.own_output, warpgroup));
+    store_rounded<typename T::OTile>(rounded, shared.own_output, warpgroup * kWarpgroupRows);
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
     if (leader) {
