@@ -85,11 +85,12 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
-  // The scheduling thread.
-  template <class Params, class RangeOf>
-  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
+  // The scheduling thread. It calls await_demand() before it takes another number.
+  template <class Params, class RangeOf, class AwaitDemand>
+  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, AwaitDemand await_demand) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles;
+         await_demand(), index = p.scheduler.next(index)) {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       Slot& slot = slots[cursor.stage];
@@ -101,6 +102,10 @@ struct WorkQueue {
     }
     slots[cursor.stage].work.tile.block = -1;
     publish(cursor);
+  }
+  template <class Params, class RangeOf>
+  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
+    fill(p, range_of, [] {});
   }
 
   // For the producer thread, which gives the stage back at once. False: there are no more.

@@ -22,7 +22,6 @@ struct GradientSplitConsumer : TileConsumer<T> {
   using Base = TileConsumer<T>;
   using Base::cursor, Base::p, Base::queries, Base::shared;
   using typename Base::Element;
-  using typename Base::NamedBarrier;
 
   static constexpr int kThreadFloats = T::kBlockN * T::kBlockM / kWarpgroupThreads;
   typename T::Cursor handover{};

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_maps({&p.query, &p.dout, &p.key, &p.value, &p.dkey, &p.dvalue});
     shared.works.ring.init(T::kConsumers + 1);
+    shared.demand.init(1);
     shared.key_value_ring.init(T::kConsumers);
     shared.query_ring.init(T::kConsumers);
     shared.dout_ring.init(T::kConsumers);
@@ -38,7 +39,14 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_queries<T>);
+    if (threadIdx.x == kSchedulingThread) {
+      // Tiles are few and long: a number taken at the start of the tile before would be as good as
+      // dealt out.
+      shared.works.fill(p, visible_queries<T>, [&shared, cursor = RingCursor<1>{}]() mutable {
+        wait_full(shared.demand, cursor);
+        cursor.advance();
+      });
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     using Consumer =

@@ -39,6 +39,7 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
                                     walk.m * T::kBlockM, walk.head, tile.batch);
       cursor.advance();
     }
+    shared.demand.full[0].arrive();
   }
 }
 

@@ -156,6 +156,7 @@ struct BackwardTraits {
     StatisticConstant constants[2];  // by Statistic
     alignas(128) RowStatistics statistics[kStages][kBlockM];
     Works works;
+    RingBarriers<1> demand;  // the producer has loaded all of a tile
     RingBarriers<1> key_value_ring;
     Ring query_ring;  // Q and the statistics
     Ring dout_ring;
