@@ -68,7 +68,7 @@ struct Work {
 
 // A CTA's work tiles, worked out once by a thread of its own for producer and consumers: divisions
 // and clamps that everybody would wait for at the start of every tile. A stage is filled again
-// when its tile has been stored, so numbers are taken one ahead, no more, and CTAs stay balanced.
+// when its tile has been stored, so numbers are taken at most one ahead, and CTAs stay balanced.
 //
 // range_of(tile, mask, i), i < kRanges, is what of the other sequence has to be visited; [0] is
 // what the producer loads.
@@ -85,12 +85,12 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
-  // The scheduling thread. It calls await_demand() before it takes another number.
-  template <class Params, class RangeOf, class AwaitDemand>
-  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, AwaitDemand await_demand) {
+  // The scheduling thread. With each tile it calls on_tile(tile, ranges[0]), and takes another
+  // number when that has returned and a stage is free.
+  template <class Params, class RangeOf, class OnTile>
+  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, const OnTile& on_tile) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles;
-         await_demand(), index = p.scheduler.next(index)) {
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
       const WorkTile tile = p.scheduler.tile(index);
       const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       Slot& slot = slots[cursor.stage];
@@ -98,14 +98,17 @@ struct WorkQueue {
       slot.head_kv = tile.head / p.heads_per_kv_head;
       CUTE_NO_UNROLL
       for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(tile, mask, i);
-      publish(cursor);
+      ring.full[cursor.stage].arrive();
+      on_tile(tile, slot.ranges[0]);
+      cursor.advance();
+      wait_empty(ring, cursor);
     }
     slots[cursor.stage].work.tile.block = -1;
-    publish(cursor);
+    ring.full[cursor.stage].arrive();
   }
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    fill(p, range_of, [] {});
+    fill(p, range_of, [](const WorkTile&, const TileRange&) {});
   }
 
   // For the producer thread, which gives the stage back at once. False: there are no more.
@@ -134,13 +137,6 @@ struct WorkQueue {
   }
 
  private:
-  // Returns when the next stage is free: only then is its tile's number taken.
-  CUTE_DEVICE void publish(Cursor& cursor) {
-    ring.full[cursor.stage].arrive();
-    cursor.advance();
-    wait_empty(ring, cursor);
-  }
-
   template <class Words>
   CUTE_DEVICE static Words broadcast(const Words& shared) {
     Words words = shared;

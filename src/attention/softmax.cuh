@@ -1,6 +1,6 @@
 // Masking and online softmax on a warpgroup's accumulator of S = Q K^T (Algorithm 2 of
 // arXiv:2407.08608), with the conditional rescale: O, l and P refer to a reference maximum that
-// follows the true one only when it has grown by more than `threshold`; P stays <= 2^threshold.
+// follows the true one only when it has grown by more than `threshold`.
 #pragma once
 
 #include <cfloat>
@@ -73,9 +73,10 @@ CUTE_DEVICE void mask_scores_transposed(Accumulator& tSt, const Mask& mask, int 
 // A tile goes through update(), a row's first one through begin(). Or through its parts, largest(),
 // follow() and exponentiate(), so that a warpgroup can act between them.
 //
-// kMovesOften, for a small threshold: what largest() found is made use of when the reference moves.
-// That is a few instructions more where it does not.
-template <int kShift, bool kMovesOften>
+// kReuseFound: what largest() found is made use of when the reference moves, rather than found
+// anew. For a small threshold, with which it moves often: that is a few instructions more where it
+// does not.
+template <int kShift, bool kReuseFound>
 struct OnlineSoftmax {
   float threshold;
   // Of each of the thread's two rows. Below every logit, and finite: a row that has seen no key
@@ -129,7 +130,7 @@ struct OnlineSoftmax {
   CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2) {
     if (!any(found[0] >= limit[0] || found[1] >= limit[1])) return false;
     float row_max[2] = {found[0], found[1]};
-    if (!kMovesOften || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS, scale_log2);
+    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS, scale_log2);
     return move_reference(row_max);
   }
 

@@ -5,7 +5,9 @@
 
 namespace jax_fa3 {
 
-constexpr int kDQueryBlockM = 128;  // query rows of a work tile of the separate dQ kernel
+// Query rows of a work tile of the separate dQ kernel, 64 for each consumer warpgroup: three of
+// them where their accumulators fit the registers.
+constexpr int dquery_block_m(int head_dim) { return head_dim <= 96 ? 192 : 128; }
 
 // What identifies a compiled backward kernel: the row of the dispatch table.
 struct BackwardKey {

@@ -44,16 +44,18 @@ struct DQueryTraits {
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
-  static constexpr int kBlockM = kDQueryBlockM;
+  static constexpr int kBlockM = dquery_block_m(kHeadDim);
   // As many keys as registers hold of S and dP beside dQ and the dS before.
-  static constexpr int kBlockN = kHeadDim <= 64 ? 128 : kHeadDim <= 128 ? 96 : 64;
+  static constexpr int kBlockN = kHeadDim > 96 && kHeadDim <= 128 ? 96 : 64;
 
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  // The widest dQ takes from the producer what it can spare.
-  static constexpr int kProducerRegisters = kHeadDim > 192 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kHeadDim > 192 ? 240 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
+  // Together what the launch gives: 168 registers to each of 384 threads, 128 to each of 512. The
+  // widest dQ takes from the producer what it can spare.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim > 192 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim > 192 ? 240 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters ==
+                (kConsumers == 3 ? 4 * 128 : 3 * 168));
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;

@@ -24,7 +24,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
   using typename Base::Element;
 
   static constexpr int kThreadFloats = T::kBlockN * T::kBlockM / kWarpgroupThreads;
-  typename T::Cursor handover{};
+  RingCursor<T::kHandoverStages> handover{};
   RingCursor<1> output_cursor{};
 
   // Each thread answers for what it has written and read.
@@ -56,31 +56,30 @@ struct GradientSplitConsumer : TileConsumer<T> {
     handover.advance();
   }
 
+  // The visits are of tiles that some query sees.
   template <class AccumulatorDV>
   CUTE_DEVICE void visit_for_dvalue(AccumulatorDV& tDV) {
     using namespace cute;
-    typename T::MmaS mma_s;
-    typename T::Statistics::Mma mma_statistic;
     typename T::MmaDV mma_dv;
-    const auto tSrK = operand_a(mma_s, T::KTile::tensor(shared.key));
     auto tP = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dV of the step before
 
-    for (QueryWalk walk = this->walk(); walk.more(); walk.next()) {
+    QueryWalk walk = this->walk();
+    do {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockM>();
+      // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
+      const bool cut = __any_sync(0xffffffff, queries.cuts(walk.m));
       wait_full(shared.query_ring, cursor);
-      if (queries.cuts(walk.m)) this->clear_query_tail(walk.m);
-      issue_mma(
-          mma_s, tSrK, operand_b(mma_s, T::QTile::tensor(shared.query[cursor.stage])),
-          mma_statistic, operand_a(mma_statistic, shared.constants[int(Statistic::kLse)].tensor()),
-          operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])), tS);
+      if (cut) this->clear_query_tail(walk.m);
+      this->issue_scores(T::KTile::tensor(shared.key), T::QTile::tensor(shared.query[cursor.stage]),
+                         Statistic::kLse, tS);
       wait_mma<1>(tDV);
       if (pending) release(shared.dout_ring, cursor.before());
       pending = true;
       wait_mma<0>(tS);
       release(shared.query_ring, cursor);
 
-      if (__any_sync(0xffffffff, queries.cuts(walk.m))) {
+      if (cut) {
         const auto& [tile, mask] = this->work();
         mask_scores_transposed(tS, mask, walk.m * T::kBlockM, tile.block * T::kBlockN);
       }
@@ -92,31 +91,26 @@ struct GradientSplitConsumer : TileConsumer<T> {
       issue_mma<Accumulate::kAdd>(
           mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(shared.dout[cursor.stage])), tDV);
       cursor.advance();
-    }
+    } while (walk.next());
     wait_mma<0>(tDV);
-    if (pending) release(shared.dout_ring, cursor.before());
+    release(shared.dout_ring, cursor.before());
   }
 
   template <class AccumulatorDK>
   CUTE_DEVICE void visit_for_dkey(AccumulatorDK& tDK) {
     using namespace cute;
-    typename T::MmaS mma_dp;
-    typename T::Statistics::Mma mma_statistic;
     typename T::MmaDK mma_dk;
-    const auto tDPrV = operand_a(mma_dp, T::VTile::tensor(shared.value));
     auto tDS = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dK of the step before
 
-    for (QueryWalk walk = this->walk(); walk.more(); walk.next()) {
+    QueryWalk walk = this->walk();
+    do {
       auto tDP = make_accumulator<typename T::MmaS, T::kBlockM>();
       wait_full(shared.query_ring, cursor);  // the statistics
       if (queries.cuts(walk.m)) this->clear_query_tail(walk.m);
       wait_full(shared.dout_ring, cursor);
-      issue_mma(mma_dp, tDPrV, operand_b(mma_dp, T::DOTile::tensor(shared.dout[cursor.stage])),
-                mma_statistic,
-                operand_a(mma_statistic, shared.constants[int(Statistic::kDelta)].tensor()),
-                operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])),
-                tDP);
+      this->issue_scores(T::VTile::tensor(shared.value),
+                         T::DOTile::tensor(shared.dout[cursor.stage]), Statistic::kDelta, tDP);
       wait_mma<1>(tDK);
       if (pending) release(shared.query_ring, cursor.before());
       pending = true;
@@ -131,9 +125,9 @@ struct GradientSplitConsumer : TileConsumer<T> {
       issue_mma<Accumulate::kAdd>(
           mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(shared.query[cursor.stage])), tDK);
       cursor.advance();
-    }
+    } while (walk.next());
     wait_mma<0>(tDK);
-    if (pending) release(shared.query_ring, cursor.before());
+    release(shared.query_ring, cursor.before());
   }
 
   CUTE_DEVICE void run() {
@@ -158,7 +152,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
         this->release_keys();
       }
       auto last = handover;
-      for (int i = 0; i < T::kStages; ++i) {
+      for (int i = 0; i < T::kHandoverStages; ++i) {
         wait_empty(shared.handover_ring, last);
         last.advance();
       }

@@ -1,5 +1,5 @@
-// FlashAttention backward for Hopper: persistent CTAs that take blocks of keys, one TMA producer
-// thread, two WGMMA consumer warpgroups. docs/design/backward.md draws the schedule.
+// FlashAttention backward for Hopper: persistent CTAs that take blocks of keys, two threads
+// that load, two WGMMA consumer warpgroups. docs/design/backward.md draws the schedule.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -39,14 +39,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
     if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x == kSchedulingThread) {
-      // Tiles are few and long: a number taken at the start of the tile before would be as good as
-      // dealt out.
-      shared.works.fill(p, visible_queries<T>, [&shared, cursor = RingCursor<1>{}]() mutable {
-        wait_full(shared.demand, cursor);
-        cursor.advance();
-      });
-    }
+    if (threadIdx.x == kSchedulingThread) schedule<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     using Consumer =

@@ -35,18 +35,11 @@ struct KeySplitConsumer : TileConsumer<T> {
   template <class AccumulatorDK, class AccumulatorDV>
   CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, const QueryWalk& walk) {
     using namespace cute;
-    typename T::MmaS mma_s;
-    typename T::Statistics::Mma mma_statistic;
     typename T::MmaDV mma_dv;
     typename T::MmaDK mma_dk;
     typename T::MmaDQ mma_dq;
     Element* const query = shared.query[cursor.stage];
     Element* const dout = shared.dout[cursor.stage];
-    const auto constant = [&](Statistic statistic) {
-      return operand_a(mma_statistic, shared.constants[int(statistic)].tensor());
-    };
-    const auto statistics =
-        operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage]));
 
     auto tS = make_accumulator<typename T::MmaS, T::kBlockM>();
     auto tDP = make_accumulator<typename T::MmaS, T::kBlockM>();
@@ -54,13 +47,11 @@ struct KeySplitConsumer : TileConsumer<T> {
     const bool cut = __any_sync(0xffffffff, queries.cuts(walk.m));
     wait_full(shared.query_ring, cursor);
     if (cut) this->clear_query_tail(walk.m);
-    issue_mma(mma_s, operand_a(mma_s, T::KTile::row_block(shared.key, warpgroup)),
-              operand_b(mma_s, T::QTile::tensor(query)), mma_statistic, constant(Statistic::kLse),
-              statistics, tS);
+    this->issue_scores(T::KTile::row_block(shared.key, warpgroup), T::QTile::tensor(query),
+                       Statistic::kLse, tS);
     wait_full(shared.dout_ring, cursor);
-    issue_mma(mma_s, operand_a(mma_s, T::VTile::row_block(shared.value, warpgroup)),
-              operand_b(mma_s, T::DOTile::tensor(dout)), mma_statistic, constant(Statistic::kDelta),
-              statistics, tDP);
+    this->issue_scores(T::VTile::row_block(shared.value, warpgroup), T::DOTile::tensor(dout),
+                       Statistic::kDelta, tDP);
 
     wait_mma<1>(tS);
     if (cut) {
@@ -113,7 +104,7 @@ struct KeySplitConsumer : TileConsumer<T> {
   template <class AccumulatorDQ>
   CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
-    float* const base = p.dquery + walk.block() * T::kBlockFloatsDQ +
+    float* const base = p.dquery + p.query_block(walk.batch_head, walk.m) * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +
                         threadIdx.x % kWarpgroupThreads * 4;
     const int skipped = warpgroup == 1 ? T::kSkippedDQ : 0;
@@ -131,12 +122,14 @@ struct KeySplitConsumer : TileConsumer<T> {
       auto tDV = make_accumulator<typename T::MmaDV, T::kHeadDimV>();
       cute::clear(tDK);
       cute::clear(tDV);
-      QueryWalk walk = this->walk();
-      if (walk.more()) {
+      if (!queries.empty()) {
         this->await_keys();
         this->template clear_tail<typename T::KTile>(shared.key);
         this->template clear_tail<typename T::VTile>(shared.value);
-        for (; walk.more(); walk.next()) step(tDK, tDV, walk);
+        QueryWalk walk = this->walk();
+        do {
+          step(tDK, tDV, walk);
+        } while (walk.next());
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;

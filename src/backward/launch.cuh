@@ -63,7 +63,7 @@ Status launch_dquery(const BackwardPlan& plan, const BackwardProblem& problem,
   JFA_CHECK_OK(map_of<typename T::QTile>(&p.dquery, problem, problem.dquery, s.seqlen_q,
                                          s.num_heads_q, s.head_dim, kWarpgroupRows));
   const bool causal = problem.mask.window_right < kUnbounded;
-  p.scheduler = TileScheduler{ceil_div(main.seqlen_q, kDQueryBlockM),
+  p.scheduler = TileScheduler{ceil_div(main.seqlen_q, T::kBlockM),
                               static_cast<int>(s.num_heads_q),
                               static_cast<int>(s.batch * s.num_heads_q),
                               causal ? plan.dq_heads_per_group : 1,
@@ -133,6 +133,7 @@ Status launch_backward(const BackwardPlan& plan, const BackwardProblem& problem,
   p.index = problem.index;
   p.seqlen_q = static_cast<int>(s.seqlen_q);
   p.seqlen_k = static_cast<int>(s.seqlen_k);
+  p.num_heads = static_cast<int>(s.num_heads_q);
   p.heads_per_kv_head = static_cast<int>(s.num_heads_q / s.num_heads_kv);
   p.num_m_blocks = plan.num_m_blocks;
   p.softmax_scale = problem.softmax_scale;

@@ -9,8 +9,7 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr std::int64_t kGroupBytes = 32 << 20;  // of L2, for Q, dO and fp32 dQ of the running heads
-constexpr std::int64_t kFewestHeads = 8;        // of a group
+constexpr std::int64_t kRoundsOfGroup = 2;
 
 constexpr std::int64_t kPartAlignment = 256;   // bytes
 constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
@@ -39,17 +38,12 @@ class Workspace {
   std::int64_t bytes_ = 0;
 };
 
-// (batch, kv head) pairs in a group: those whose Q, dO and float32 dQ fit L2 together, and with
-// fused dQ eight at least. The blocks of a long sequence that run side by side do not read the same
-// queries at a time anyway, and of the last group there must be enough blocks for all CTAs to be
-// done together: few kv heads, each with many query heads, make few and long blocks.
-std::int32_t choose_heads_per_group(const Shape& shape, const BackwardKey& key) {
-  const std::int64_t heads = std::max<std::int64_t>(shape.batch * shape.num_heads_kv, 1);
-  const std::int64_t row_bytes = 2 * (shape.head_dim + shape.head_dim_v) + 4 * key.head_dim;
-  const std::int64_t sharing = shape.num_heads_q / shape.num_heads_kv;
-  const std::int64_t head_bytes = std::max<std::int64_t>(sharing * shape.seqlen_q * row_bytes, 1);
+// (batch, kv head) pairs in a group: as many as have two tiles for each CTA. The second tile of a
+// CTA then belongs to the second half of a head's, and QueryWalk keeps the CTAs together.
+std::int32_t choose_heads_per_group(std::int64_t heads, std::int64_t num_n_blocks, int num_sms) {
+  heads = std::max<std::int64_t>(heads, 1);
   const std::int64_t wanted =
-      std::max<std::int64_t>(kGroupBytes / head_bytes, key.separate_dq ? 1 : kFewestHeads);
+      std::max<std::int64_t>(kRoundsOfGroup * num_sms / std::max<std::int64_t>(num_n_blocks, 1), 1);
   // Groups of equal size, as far as possible.
   return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
 }
@@ -76,11 +70,12 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
-  plan.heads_per_group = choose_heads_per_group(shape, key);
+  plan.heads_per_group =
+      choose_heads_per_group(shape.batch * shape.num_heads_kv, plan.num_n_blocks, num_sms);
 
-  const auto dq_tiles =
-      count_tiles(shape.batch, shape.num_heads_q,
-                  ceil_div(static_cast<std::int32_t>(shape.seqlen_q), kDQueryBlockM));
+  const auto dq_tiles = count_tiles(
+      shape.batch, shape.num_heads_q,
+      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim)));
   if (!dq_tiles.ok()) return dq_tiles.status();
   plan.dq_num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dq_grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.dq_num_tiles, num_sms));

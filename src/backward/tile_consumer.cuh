@@ -71,6 +71,18 @@ struct TileConsumer {
     sync_warpgroup();
   }
 
+  // Issues C = left right^T - the queries' statistic: S^T or dP^T of 64 keys against the stage's
+  // queries.
+  template <class Left, class Right, class Accumulator>
+  CUTE_DEVICE void issue_scores(const Left& left, const Right& right, Statistic statistic,
+                                Accumulator& tC) const {
+    typename T::MmaS mma;
+    typename T::Statistics::Mma mma_statistic;
+    issue_mma(mma, operand_a(mma, left), operand_b(mma, right), mma_statistic,
+              operand_a(mma_statistic, shared.constants[int(statistic)].tensor()),
+              operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])), tC);
+  }
+
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
   // as many at a time as Tile has. On return the warpgroup's leader knows that its buffer has been
   // read.

@@ -23,45 +23,52 @@ struct BackwardParams {
   IndexArrays index;
   int seqlen_q;
   int seqlen_k;
+  int num_heads;  // of query
   int heads_per_kv_head;
   int num_m_blocks;
   float softmax_scale;
   float softmax_scale_log2;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
+
+  // The place of a head's query block in what has one for each.
+  CUTE_DEVICE std::int64_t query_block(int batch_head, int m) const {
+    return batch_head * num_m_blocks + m;
+  }
 };
 
-// The query blocks of a work tile, one after another: those that see its keys, for each query head
-// that shares its kv head. One loop rather than two, for the register allocator's sake.
+// The query blocks of a work tile, one after another: those that see its keys, each of all the
+// query heads that share its kv head before the next. Some query sees the tile. One loop rather
+// than two, and with its test at the end, so that the compiler keeps out of it what does not
+// change.
+//
+// Under a causal mask tiles end where the queries end, and begin later and later. The first half of
+// a kv head's tiles goes down from the end and the second half up to it: CTAs that begin together
+// with tiles of the first half, and end together with the ones that they take after them, are then
+// all the way at the same queries, which L2 has.
 struct QueryWalk {
-  // Blocks are numbered through all batches and query heads; a head's first one stands for it.
-  const int first, end, end_block, num_m_blocks;
-  int m, head, head_block;
+  int batch_head, m;  // query heads are counted through all batches
 
   CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
-      : first(queries.begin),
-        end(queries.end),
-        end_block(queries.empty() ? -1 : block_of(p, tile, 1)),
-        num_m_blocks(p.num_m_blocks),
-        m(first),
-        head(tile.head * p.heads_per_kv_head),
-        head_block(block_of(p, tile, 0)) {}
-
-  CUTE_DEVICE bool more() const { return head_block < end_block; }
-  CUTE_DEVICE void next() {
-    if (++m < end) return;
-    m = first;
-    ++head;
-    head_block += num_m_blocks;
+      : first_head_((tile.batch * p.scheduler.num_heads + tile.head) * p.heads_per_kv_head),
+        last_head_(first_head_ + p.heads_per_kv_head - 1),
+        direction_(2 * tile.block < p.scheduler.num_blocks ? -1 : 1),
+        end_(direction_ < 0 ? queries.begin - 1 : queries.end) {
+    batch_head = first_head_;
+    m = direction_ < 0 ? queries.end - 1 : queries.begin;
   }
-  CUTE_DEVICE std::int64_t block() const { return head_block + m; }
+
+  // False: that was the last one.
+  CUTE_DEVICE bool next() {
+    if (batch_head++ == last_head_) {
+      batch_head = first_head_;
+      m += direction_;
+    }
+    return m != end_;
+  }
 
  private:
-  // The first block of the tile's kv head, or of the next one.
-  CUTE_DEVICE static int block_of(const BackwardParams& p, const WorkTile& tile, int next) {
-    return (tile.batch * p.scheduler.num_heads + tile.head + next) * p.heads_per_kv_head *
-           p.num_m_blocks;
-  }
+  const int first_head_, last_head_, direction_, end_;
 };
 
 // range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
@@ -75,12 +82,6 @@ CUTE_DEVICE TileRange visible_queries(const WorkTile& tile, const Mask& mask, in
   return queries;
 }
 
-// How two consumer warpgroups divide a step: kBlockM queries against kBlockN keys.
-enum class Split {
-  kKeys,       // dK and dV of half the keys each
-  kGradients,  // head dims past 128: one makes dV, the other dK
-};
-
 template <class Config>
 struct BackwardTraits {
   using Element = ElementOf<Config::kDType>;
@@ -89,8 +90,9 @@ struct BackwardTraits {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr bool kFusedDQ = !Config::kSeparateDQ;
-  static constexpr Split kSplit = kHeadDim <= 128 ? Split::kKeys : Split::kGradients;
-  static constexpr bool kSplitKeys = kSplit == Split::kKeys;
+  // How the consumers divide a step, kBlockM queries against kBlockN keys: dK and dV of half the
+  // keys each, or, where registers do not hold both, one makes dV and the other dK.
+  static constexpr bool kSplitKeys = kHeadDim <= 128;
   static_assert(kSplitKeys || !kFusedDQ);
 
   // Roles: warpgroup 0 produces, two consume.
@@ -132,7 +134,9 @@ struct BackwardTraits {
   static constexpr int kSkippedDQ = kOverlap / 2;
   static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
 
-  static constexpr int kStages = 2;
+  // A third stage where there is room past head dim 128, whose consumers are not in step.
+  static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
+  static constexpr int kHandoverStages = 2;
   using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
@@ -145,7 +149,8 @@ struct BackwardTraits {
     alignas(1024) Element output[2][kOutputElements];
   };
   union GradientSplitExchange {
-    float4 probabilities[2][kBlockN * kBlockM / 4];  // P^T, four floats of each thread together
+    // P^T, four floats of each thread together
+    float4 probabilities[kHandoverStages][kBlockN * kBlockM / 4];
     alignas(1024) Element output[2][kOutputElements];
   };
   using Exchange = cute::conditional_t<kSplitKeys, KeySplitExchange, GradientSplitExchange>;
@@ -160,8 +165,8 @@ struct BackwardTraits {
     RingBarriers<1> key_value_ring;
     Ring query_ring;  // Q and the statistics
     Ring dout_ring;
-    Ring handover_ring;           // P^T, split by gradients
-    RingBarriers<1> output_ring;  // the buffer of dK, split by gradients
+    RingBarriers<kHandoverStages> handover_ring;  // P^T, split by gradients
+    RingBarriers<1> output_ring;                  // the buffer of dK, split by gradients
     alignas(1024) Element key[KTile::kElements];
     alignas(1024) Element value[VTile::kElements];
     alignas(1024) Element query[kStages][QTile::kElements];

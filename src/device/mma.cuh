@@ -154,12 +154,10 @@ CUTE_DEVICE void wait_mma(C& tC) {
 }
 
 // Writes a warpgroup's accumulator, already rounded to 16 bits, to a tile in shared memory, from
-// `row` and `col` on: multiples of 16; columns that do not begin at 0 must lie in one chunk.
-// Addresses of the columns differ by an exclusive or with a constant, so that a thread works out
-// one.
+// `row` on, a multiple of 16. Addresses of the columns differ by an exclusive or with a constant,
+// so that a thread works out one.
 template <class Tile, class Rounded>
-CUTE_DEVICE void store_rounded(const Rounded& rounded, typename Tile::Element* tile, int row,
-                               int col = 0) {
+CUTE_DEVICE void store_rounded(const Rounded& rounded, typename Tile::Element* tile, int row) {
   static_assert(sizeof(typename Tile::Element) == 2);
   constexpr int kStepCols = 16, kStepBytes = 2 * kStepCols;
   constexpr int kSteps = decltype(cute::size(rounded))::value / 8;
@@ -168,7 +166,7 @@ CUTE_DEVICE void store_rounded(const Rounded& rounded, typename Tile::Element* t
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   thread %= kWarpgroupThreads;
   const unsigned first_row = row + thread / 32 * 16 + thread % 16;
-  unsigned offset = first_row * Tile::kChunkBytes + 2 * col + thread % 32 / 16 * 16;
+  unsigned offset = first_row * Tile::kChunkBytes + thread % 32 / 16 * 16;
   offset ^= offset >> 3 & (Tile::kChunkBytes - 16);  // the swizzle
   const std::uint32_t address = cute::cast_smem_ptr_to_uint(tile) + offset;
   const auto* const words = reinterpret_cast<const std::uint32_t*>(&rounded(0));

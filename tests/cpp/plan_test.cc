@@ -90,11 +90,12 @@ void heads_of_a_group() {
   // Tiles that differ in length are handed out by a counter.
   CHECK(forward(gqa, kCausal).longest_first);
   CHECK(!forward(gqa).longest_first);
-  // Backward: Q, dO and fp32 dQ of 1024 queries of d128 are 1 MB, those of 32 heads fit.
+  // Backward: two tiles for each of 132 CTAs. 1024 keys of d128 are 8 tiles.
   CHECK(backward(shape(4, 1024, 16, 128)).heads_per_group == 32);
-  CHECK(backward(shape(1, 8192, 16, 128)).heads_per_group == 8);  // no fewer
-  Shape gqa_backward = shape(1, 8192, 64, 128);
-  gqa_backward.num_heads_kv = 16;
+  CHECK(backward(shape(1, 8192, 16, 128)).heads_per_group == 4);
+  CHECK(backward(shape(1, 65536, 16, 128)).heads_per_group == 1);
+  Shape gqa_backward = shape(1, 4096, 64, 128);
+  gqa_backward.num_heads_kv = 8;
   CHECK(backward(gqa_backward).heads_per_group == 8);
 }
 
