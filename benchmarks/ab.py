@@ -71,19 +71,21 @@ def serve(root: Path, dry_run: bool) -> int:
     sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may write into the answers
     import jax_fa3
+    from benchmarks.float8 import OURS
     from benchmarks.implementations import IMPLEMENTATIONS
     from benchmarks.problems import Problem, reference
     from benchmarks.timing import Program, platform
 
     if not Path(jax_fa3.__file__).is_relative_to(root):
         raise ImportError(f"jax_fa3 came from {jax_fa3.__file__}; expected {root}")
-    ours = next(x for x in IMPLEMENTATIONS if x.name == "jax_fa3")
+    implementations = {x.name: x for x in (*IMPLEMENTATIONS, *OURS)}
     program = None
     for line in sys.stdin:
         request = json.loads(line)
         if "load" in request:
             problem = Problem(**request["load"])
-            program = Program(ours, problem, request["mode"])
+            implementation = implementations[request["implementation"]]
+            program = Program(implementation, problem, request["mode"])
             program.attempt(program.lower, "cuda" if dry_run else platform())
             if not dry_run:
                 inputs = problem.inputs()
@@ -109,7 +111,8 @@ def compare(workers: list[Worker], args: argparse.Namespace) -> None:
         label = f"{mode}:{problem.label}"
         if not re.search(args.filter, label):
             continue
-        rows = [worker.ask({"load": vars(problem), "mode": mode}) for worker in workers]
+        load = dict(load=vars(problem), mode=mode, implementation=args.implementation)
+        rows = [worker.ask(load) for worker in workers]
         for _ in range(args.rounds):
             rows = [worker.ask({"round": None}) for worker in workers]
         print(f"{label:48}{cells(rows)}", flush=True)
@@ -138,6 +141,11 @@ def main() -> int:
     )
     parser.add_argument("builds", nargs="*", metavar="[NAME=]PATH")
     parser.add_argument("--filter", default="", help="regular expression, on MODE:LABEL")
+    parser.add_argument(
+        "--implementation",
+        default="jax_fa3",
+        help="whose program is timed: jax_fa3, or a column of benchmarks.float8 such as 'float8'",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seqlens", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, default=16384, help="batch x sequence length")

@@ -3,9 +3,9 @@
 #
 # Forward rows:  head_dim head_dim_v block_m block_n
 # Backward rows: the same, and whether dQ has a kernel of its own (backward/config.h)
-# Float8 rows:   head_dim head_dim_v block_m block_n promote (forward_float8/config.h)
-# The planner weighs a head dim's rows against each other: forward by their makespan, for float8 among
-# those that promote or those that do not, backward the first that is deterministic if need be.
+# Float8 rows:   head_dim head_dim_v block_m block_n
+# The planner weighs a head dim's rows against each other: forward by their makespan, backward the
+# first that is deterministic if need be.
 
 set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128"
@@ -32,16 +32,12 @@ set(JAX_FA3_BACKWARD_TILES
 )
 
 set(JAX_FA3_FORWARD_FLOAT8_TILES
-  " 64  64 192 128 0"
-  " 64  64 192 128 4"
-  " 96  96 192 128 0"
-  " 96  96 128 128 4"
-  "128 128 128 128 0"
-  "128 128 128 128 4"
-  "192 128 128 128 0"
-  "192 128 128 128 4"
-  "192 192 128 128 0"
-  "256 256 128 128 0"
+  " 64  64 192 128"
+  " 96  96 128 128"
+  "128 128 128 128"
+  "192 128 128 128"
+  "192 192 128 128"
+  "256 256 128 128"
 )
 
 set(JAX_FA3_FORWARD_DTYPES bf16 fp16)

@@ -43,7 +43,7 @@ def forward_float8_plan(
     num_sms: int,
 ) -> dict[str, Any]:
     """Kernel, tiles, grid and "workspace_bytes" of a forward call on e4m3 arrays. Raises ValueError
-    likewise. "promote" is the number of key tiles summed by the tensor cores alone, 0 for all."""
+    likewise."""
 
 def backward_plan(
     dtype: str,

@@ -71,13 +71,15 @@ def forward(
 
     b, q, h, g, _ = rows.shape
     stats = _full(query, (b, h, q, g), -jnp.inf)
-    init = (stats, _full(query, stats.shape, 0), _full(query, (*stats.shape, value.shape[-1]), 0))
+    sums = _full(query, (*stats.shape, problem.value.shape[-1]), 0)
+    init = (stats, _full(query, stats.shape, 0), sums)
     (row_max, row_sum, acc), _ = lax.scan(step, init, problem.starts())
 
     empty = row_sum == 0
-    divisor = jnp.where(empty, 1, row_sum)
-    out = jnp.moveaxis(acc / divisor[..., None], 1, 2).reshape(*query.shape[:-1], acc.shape[-1])
-    lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(divisor))
+    row_sum = jnp.where(empty, 1, row_sum)
+    out = problem.normalize(acc, row_sum)
+    out = jnp.moveaxis(out, 1, 2).reshape(*query.shape[:-1], out.shape[-1])
+    lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
     return out.astype(dtype or query.dtype), jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
 
 
@@ -193,6 +195,10 @@ class _Problem:
         """probs @ value, [b, h, q, g, e]."""
         return _dot("bhqgk,bkhe->bhqge", probs.astype(self.value.dtype), block.value)
 
+    def normalize(self, acc, row_sum):
+        """The output of the sums of weighed values, [b, h, q, g, e]."""
+        return acc / row_sum[..., None]
+
     def scores(self, rows, block: _Block):
         """Scaled, biased scores of all rows against one block; -inf where a row sees no key."""
         scores = self.products(rows, block)
@@ -241,16 +247,18 @@ class _Float8Problem(_Problem):
     """A forward problem in float8: products of float8 numbers, summed in float32, times scales.
 
     float8 goes into products as bfloat16, which holds it exactly and which any platform has.
-    Probabilities, at most 1, use the upper half of float8's range.
+    Probabilities, at most 1, use the upper half of float8's range. Value has one more column, of
+    ones: that of the output is the sum of the probabilities as they were rounded.
     """
 
     def __init__(self, options, query, key, value, index: Index, dense: Dense, descales: Descales):
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
         super().__init__(options, query, key, value, index, dense)
         by_row = self.query_heads(quantize.by_row(descales.query, self.seqlen_q))  # [b, q, h, g]
         self.query_scale = options.scale * jnp.moveaxis(by_row, 1, 2)[..., None]
         by_column = self.fill(quantize.by_row(descales.key, self.seqlen_k), 1)  # [b, k | 1, h]
         self.key_scale = jnp.moveaxis(by_column, 1, 2)[:, :, None, None]
-        self.value_scale = descales.value[:, :, None, None, None] / PROBS_SCALE
+        self.value_scale = descales.value[:, :, None, None, None]
 
     def rows(self):
         return super().rows().astype(jnp.bfloat16)
@@ -267,7 +275,11 @@ class _Float8Problem(_Problem):
 
     def weigh(self, probs, block: _Block):
         probs = (probs * PROBS_SCALE).astype(FLOAT8).astype(jnp.bfloat16)
-        return _dot("bhqgk,bkhe->bhqge", probs, block.value) * self.value_scale
+        return _dot("bhqgk,bkhe->bhqge", probs, block.value)
+
+    def normalize(self, acc, row_sum):
+        divisor = acc[..., -1:]
+        return acc[..., :-1] / jnp.where(divisor == 0, 1, divisor) * self.value_scale
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:

@@ -94,8 +94,12 @@ def check(case, got, arrays, products="exact"):
         row_sum = weights.sum(-1, keepdims=True)
         exact_lse = np.swapaxes((row_max + np.log(row_sum))[..., 0], 1, 2)
     rounded = wide((256 * weights).astype(ml_dtypes.float8_e4m3fn)) / 256
-    divisor = np.where(row_sum == 0, 1, row_sum)
-    exact, same = (np.swapaxes((w / divisor) @ value, 1, 2) for w in (weights, rounded))
+
+    def normalized(weights):
+        row_sum = weights.sum(-1, keepdims=True)
+        return weights / np.where(row_sum == 0, 1, row_sum)
+
+    exact, same = (np.swapaxes(normalized(w) @ value, 1, 2) for w in (weights, rounded))
     tolerance.check("out", out, exact, same)
     if products == "exact":
         tolerance.check("lse", lse, exact_lse, exact_lse.astype(np.float32))

@@ -155,20 +155,22 @@ struct OnlineSoftmax {
     for (int i = 0; i < cute::size(tO); ++i) tO(i) *= correction[accumulator_row(i)];
   }
 
-  // O /= l, and the rows' LSE in natural log: sums are shifted as the reference is. A row that saw
-  // no key gives 0 and -inf.
-  template <class Accumulator>
-  CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float (&lse)[2]) {
-    float inverse[2];
-    bool empty[2];
+  // The rows' LSE in natural log: sums are shifted as the reference is. A row that saw no key, or
+  // does not exist, is empty, and its LSE -inf.
+  CUTE_DEVICE void finish(const bool (&exists)[2], float (&lse)[2], bool (&empty)[2]) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 1);
       row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 2);
       empty[r] = !exists[r] || row_sum[r] == 0.f;
-      inverse[r] = 1.f / row_sum[r];
       lse[r] = empty[r] ? -INFINITY : reference[r] * kLn2 + logf(row_sum[r]);
     }
+  }
+
+  // O /= l, of finished row sums; 0 where a row is empty.
+  template <class Accumulator>
+  CUTE_DEVICE void normalize(Accumulator& tO, const bool (&empty)[2]) const {
+    const float inverse[2] = {1.f / row_sum[0], 1.f / row_sum[1]};
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tO); ++i) {
       const int r = accumulator_row(i);
@@ -176,7 +178,7 @@ struct OnlineSoftmax {
     }
   }
 
- private:
+ protected:
   CUTE_DEVICE static bool any(bool condition) { return __any_sync(0xffffffff, condition); }
 
   CUTE_DEVICE float reach(int r) const { return reference[r] + (kShift + threshold); }
@@ -207,10 +209,14 @@ struct OnlineSoftmax {
       const float moved = fmaxf(row_max[r] - kShift, reference[r]);
       correction[r] = exp2_approx(reference[r] - moved);
       row_sum[r] *= correction[r];
-      reference[r] = moved;
-      limit[r] = reach(r) < 0.f ? -INFINITY : reach(r);
+      set_reference(r, moved);
     }
     return true;
+  }
+
+  CUTE_DEVICE void set_reference(int r, float moved) {
+    reference[r] = moved;
+    limit[r] = reach(r) < 0.f ? -INFINITY : reach(r);
   }
 };
 

@@ -66,6 +66,13 @@ struct SmemTile {
     return cute::make_tensor(cute::make_smem_ptr(data), LayoutT{});
   }
 
+  // Where an element stands.
+  CUTE_DEVICE static int offset(int row, int col) {
+    const int byte = (row * kChunkCols + col % kChunkCols) * int(sizeof(Element));
+    const int swizzled = byte ^ (byte >> 3 & (kChunkBytes - 16));
+    return col / kChunkCols * kChunkElements + swizzled / int(sizeof(Element));
+  }
+
   // Rows [kHeight i, kHeight i + kHeight), by default one warpgroup's.
   template <int kHeight = 64>
   CUTE_DEVICE static auto row_block(Element* data, int i) {

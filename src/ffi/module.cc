@@ -52,9 +52,7 @@ nb::dict key_dict(const char* direction, const char* dtype, const Key& key) {
 nb::dict to_dict(const ForwardKey& key) { return key_dict("forward", to_string(key.dtype), key); }
 
 nb::dict to_dict(const ForwardFloat8Key& key) {
-  nb::dict dict = key_dict("forward_float8", "e4m3", key);
-  dict["promote"] = key.promote;
-  return dict;
+  return key_dict("forward_float8", "e4m3", key);
 }
 
 nb::dict to_dict(const BackwardKey& key) {

@@ -29,6 +29,9 @@ struct ForwardConsumer {
   typename T::Cursor key_cursor, value_cursor;
   bool output_is_staged = false;
 
+  // What shared memory has to hold before the first load: nothing.
+  CUTE_DEVICE static void prepare(typename T::SharedStorage&) {}
+
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
   // under another's GEMMs.
   CUTE_DEVICE void take_turn() const {
@@ -167,7 +170,9 @@ struct ForwardConsumer {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      softmax.finish(tO, exists, lse);
+      bool empty[2];
+      softmax.finish(exists, lse, empty);
+      softmax.normalize(tO, empty);
       store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
       query_cursor.advance();

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     shared.value_ring.init(T::kConsumers);
     cutlass::arch::fence_barrier_init();
   }
+  Consumer::prepare(shared);
   __syncthreads();
 
   const int warpgroup = cutlass::canonical_warp_group_idx();

@@ -52,6 +52,7 @@ struct ForwardOperands {
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
   using MmaO = MmaRS<Element, kHeadDimV, Major::MN>;
   using Softmax = OnlineSoftmax<0, false>;
+  static constexpr int kValueElements = VTile::kElements;  // of a stage
 
   CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
                                      int key, int head, int batch) {
@@ -88,10 +89,12 @@ struct ForwardLayout : Operands {
   // one Q and an O would, up to three, a second Q, which loads a whole tile ahead; O, unless it is
   // wider, is then staged in the Q that it was made of. Or else an O, so that the next Q loads
   // while the last P V runs. Or neither.
+  static constexpr int kValueBytes =
+      Operands::kValueElements * int(sizeof(typename VTile::Element));
   template <int kQueries, bool kOutput>
   static constexpr int kStagesBeside = key_value_stages(kQueries* QTile::kBytes +
                                                             (kOutput ? OTile::kBytes : 0),
-                                                        KTile::kBytes + VTile::kBytes);
+                                                        KTile::kBytes + kValueBytes);
   static constexpr bool kWideOutput = OTile::kBytes > QTile::kBytes;
   static constexpr int kLeft = kStagesBeside<2, kWideOutput>;
   static constexpr int kQueryStages =
@@ -111,7 +114,7 @@ struct ForwardLayout : Operands {
 
     alignas(1024) typename QTile::Element query[kQueryStages][QTile::kElements];
     alignas(1024) typename KTile::Element key[kStages][KTile::kElements];
-    alignas(1024) typename VTile::Element value[kStages][VTile::kElements];
+    alignas(1024) typename VTile::Element value[kStages][Operands::kValueElements];
     alignas(1024) Output own_output[kOwnOutput ? OTile::kElements : 8];
     Works works;
     RingBarriers<kQueryStages> query_ring[kConsumers];  // each its own 64 rows

@@ -126,7 +126,9 @@ struct UnspecialisedForward {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
-    softmax.finish(tO, exists, lse);
+    bool empty[2];
+    softmax.finish(exists, lse, empty);
+    softmax.normalize(tO, empty);
     ForwardConsumer<T> consumer{p, shared, warpgroup};
     consumer.store_lse(lse, tile, first_row);
     consumer.store_output(tO, tile, row);

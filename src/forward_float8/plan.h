@@ -11,11 +11,6 @@
 
 namespace jax_fa3 {
 
-// Rows that see more keys than this are summed in two levels where a kernel for it is compiled: the
-// error of the tensor cores' accumulation grows with the number of keys, and from here on it
-// outweighs that of rounding P if values have a mean (docs/design/forward_float8.md).
-constexpr std::int64_t kPromoteAboveKeys = 1024;
-
 constexpr std::int64_t kFloat8HeadDimMultiple = 16;  // 16 bytes, the granularity of TMA
 
 struct ForwardFloat8Plan : TileOrder {

@@ -4,6 +4,7 @@
 #include "attention/prepared_value.h"
 #include "forward/traits.cuh"
 #include "forward_float8/config.h"
+#include "forward_float8/softmax.cuh"
 
 namespace jax_fa3 {
 
@@ -25,33 +26,47 @@ struct ForwardFloat8Operands {
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
-  static constexpr int kPromote = Config::kPromote;
   static constexpr bool kSpecialised = true;
-  static constexpr bool kPingPong = true;
   static_assert(kDescaleBlock % kBlockN == 0, "a key tile has one scale");
   static_assert(kDescaleBlock % kWarpgroupRows == 0, "a warpgroup's rows have one scale");
   static_assert(kPreparedBlock % kBlockN == 0, "tiles end where prepared value ends");
-  static_assert(kPromote >= 0 && (kPromote & (kPromote - 1)) == 0);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using KTile = SmemTile<Element, kBlockN, kHeadDim>;
   using VTile = SmemTile<Element, kHeadDimV, kBlockN>;        // V^T, prepared
   using OTile = SmemTile<std::uint16_t, kBlockM, kHeadDimV>;  // bits of bf16 or fp16
 
-  // S = Q K^T, O += P V with P from registers. 8-bit WGMMA takes K-major operands only.
-  using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
-  using MmaO = MmaRS<Element, kHeadDimV, Major::K>;
-  // P uses the range of e4m3: at most 2^(6 + 2), of 448. Whole numbers: where the reference is the
-  // maximum, the largest P is a power of two and has no rounding error. Sums are of P before it is
-  // rounded.
-  // As measured: finding a row's maximum anew is faster at head dim 128 on short sequences only.
-  static constexpr bool kReuseFound = !(kHeadDim == 128 && kHeadDimV == 128 && kPromote == 0);
-  using Softmax = OnlineSoftmax<6, kReuseFound>;
-  static constexpr float kThreshold = 2.f;
+  // A stage of value is V^T and, behind it, rows of ones: as many as a product has at least.
+  static constexpr int kSumRows = 8;
+  static constexpr int kValueElements = VTile::kElements + kSumRows * kBlockN;
+  static constexpr int kOutputColumns = kHeadDimV + kSumRows;
+  static_assert(VTile::kChunks == 1, "the rows of ones are rows of the same tile");
 
-  // A turn ends when so many of a tile's scores are exponentiated (of 64 a thread): where these
-  // take longer than the products, the warpgroups' exponentials should not coincide.
+  // Whether registers hold O, the sums of a group of tiles, P and the next S. At 64 they do not:
+  // three warpgroups share them.
+  static constexpr bool kOverlap = kHeadDimV > 64 && kHeadDimV <= 128;
+  static constexpr bool kPingPong = kOverlap;
+  // Key tiles that the tensor cores sum, where products overlap; elsewhere it is one. Of four,
+  // every second value of 1 would come out wrong by up to 0.6 %; of two, the speed is 1 % less.
+  static constexpr int kTilesOfSum = 3;
+  // Elsewhere O's columns are summed in parts, those of the weights' sums with the last.
+  static constexpr int kParts = kHeadDimV > 128 ? 2 : 1;
+  static constexpr int kPartColumns = kHeadDimV / kParts;
+  template <int kPart>
+  static constexpr int kColumnsOfPart = kPartColumns + (kPart == kParts - 1 ? kSumRows : 0);
+  using SummedTile = SmemTile<Element, kOutputColumns, kBlockN>;
+  using MmaO = MmaRS<Element, kOverlap ? kOutputColumns : kPartColumns, Major::K>;
+
+  // As measured: without maxima head_dim 64 gains 8 %, and 128 loses 15.
+  static constexpr bool kFindsMaxima = kHeadDimV > 64;
+  // Scores of a tile (of 64 a thread) that are exponentiated when a turn ends: where exponentials
+  // take longer than the products, the warpgroups' should not coincide.
   static constexpr int kScoresOfTurn = kHeadDim == 128 && kHeadDimV == 128 ? 16 : 0;
+
+  // S = Q K^T. 8-bit WGMMA takes K-major operands only.
+  using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
+  using Softmax = Float8Softmax;
+  static constexpr float kThreshold = 2.f;
 
   CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full, Element* smem,
                                      int key, int head, int batch) {

@@ -180,10 +180,11 @@ void refusals() {
   CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
 }
 
-const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128, 0},   {64, 64, 192, 128, 4},
-                                               {64, 64, 128, 128, 0},   {128, 128, 128, 128, 0},
-                                               {128, 128, 128, 128, 4}, {192, 128, 128, 128, 0},
-                                               {256, 256, 128, 128, 0}};
+const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
+                                               {128, 128, 192, 128},
+                                               {128, 128, 128, 128},
+                                               {192, 128, 128, 128},
+                                               {256, 256, 128, 128}};
 
 ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kDense, bool prepared = true) {
   const auto plan = plan_forward_float8(s, mask, prepared, kFloat8, kSms);
@@ -200,16 +201,6 @@ void float8_tiles() {
   CHECK(float8(values).key.head_dim == 192 && float8(values).key.head_dim_v == 128);
   CHECK(float8(shape(1, 4096, 16, 128), kCausal).longest_first);
   CHECK(float8(shape(8, 16384, 16, 128)).grid == kSms);
-}
-
-void float8_promotes_where_rows_see_many_keys() {
-  CHECK(float8(shape(1, kPromoteAboveKeys, 4, 128)).key.promote == 0);
-  CHECK(float8(shape(1, kPromoteAboveKeys + 1, 4, 128)).key.promote == 4);
-  CHECK(float8(shape(1, 1 << 17, 4, 128), kCausal).key.promote == 4);
-  // A row sees the keys of its window and its own.
-  CHECK(float8(shape(1, 1 << 17, 4, 128), {kPromoteAboveKeys - 1, 0, 0}).key.promote == 0);
-  CHECK(float8(shape(1, 1 << 17, 4, 128), {kPromoteAboveKeys, 0, 0}).key.promote == 4);
-  CHECK(float8(shape(1, 1 << 17, 4, 256)).key.promote == 0);  // no such kernel
 }
 
 void float8_workspace() {
@@ -263,7 +254,6 @@ int main() {
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
   jax_fa3::float8_tiles();
-  jax_fa3::float8_promotes_where_rows_see_many_keys();
   jax_fa3::float8_workspace();
   jax_fa3::float8_refusals();
   jax_fa3::printable();
