@@ -1,22 +1,24 @@
 """The public way to float8 arrays: checks, and who rounds.
 
-Kernels round where they can (`_by_kernel`), as they do within `forward_dtype`, and XLA everywhere
-else. Both ways are straight-through.
+Kernels round where they can (`_may_use_kernel`), as they do within `forward_dtype`, and XLA
+everywhere else. Both ways are straight-through.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3 import quantize, sharding, support, validate
-from jax_fa3.context.layout import vary_together
-from jax_fa3.options import Descales, Index
-from jax_fa3.quantize import SEED, Granularity, QuantizedQKV, Saturated
+from jax_fa3 import route, sharding, validate
+from jax_fa3.arguments import Arguments
+from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.float8 import rounding
+from jax_fa3.float8.rounding import SEED, Granularity, QuantizedQKV, Saturated
+from jax_fa3.operands import Operands, in_row_dims
 
 
 def quantize_qkv(
@@ -74,79 +76,87 @@ def quantize_qkv(
 
     Source: FlashAttention-3, arXiv:2407.08608; Hadamard rotations, arXiv:2404.00456.
     """
-    arrays = {"query": query, "key": key, "value": value}
-    arrays = [validate.as_array(*item) for item in arrays.items()]
-    descales = Descales(
-        validate.as_array("query_descale", query_descale),
-        validate.as_array("key_descale", key_descale),
-        validate.as_array("value_descale", value_descale),
+    given = dict(
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
     )
-    index = Index(
-        validate.as_array("query_seq_lengths", query_seq_lengths),
-        validate.as_array("key_value_seq_lengths", key_value_seq_lengths),
-    )
-    validate.check_heads(*arrays)
-    validate.check_descales(*arrays, descales)
-    validate.check_lengths(arrays[0], index)
+    arguments = Arguments(query, key, value, **given).with_arrays()
+    validate.check_heads(arguments.query, arguments.key, arguments.value)
+    validate.check_arrays(arguments)
     validate.check_choice("granularity", granularity, get_args(Granularity))
     validate.check_seed("rotation_seed", rotation_seed)
     validate.check_flag("prepare_value", prepare_value)
     validate.check_flag("return_saturated", return_saturated)
-    how = (granularity, rotation_seed, bool(prepare_value))
-    results = _run(how, *arrays, index, descales)
-    return results if return_saturated else results[0]
+    how = _How(granularity, rotation_seed, bool(prepare_value))
+    quantized, saturated = _run(how, Operands(**arguments.arrays()))
+    fields = {name: x for name, x in quantized.present().items() if name != "prepared_value"}
+    value = quantized.value if quantized.prepared_value is None else quantized.prepared_value
+    results = QuantizedQKV(**fields | dict(value=value))
+    return (results, saturated) if return_saturated else results
+
+
+class _How(NamedTuple):
+    """The static choices of rounding."""
+
+    granularity: Granularity
+    seed: int | None
+    prepare_value: bool
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(how, query, key, value, index, descales):
+def _run(how: _How, operands: Operands) -> tuple[Operands, Saturated]:
     """quantize() with or without a batch dimension, compiled once outside of jax.jit."""
-    granularity, seed, prepare = how
-    given = quantize.spread(query, key, value, descales)
-    unbatched = query.ndim == 3
-    if unbatched:
-        query, key, value = query[None], key[None], value[None]
-    index = jax.tree.map(lambda x: jnp.broadcast_to(x, query.shape[:1]), index)
-    if _by_kernel(how, query, key, value, given):
-        quantized = QuantizedQKV(*_measured(seed, prepare, query, key, value, index))
+    scales = operands.only(rounding.DESCALES).present()
+    spread = rounding.spread(scales, operands.query, operands.key, operands.value)
+    is_batched = operands.query.ndim == 4
+    operands = in_row_dims(operands.replace(**spread))
+    if _may_use_kernel(how, operands):
+        quantized = _measured(how, operands)
         # A measured scale brings the largest element to 448, give or take a rounding; elements are
         # cut from 464 on.
         saturated = Saturated(*[jnp.int32(0)] * 3)
     else:
-        quantized, saturated = quantize.quantize(query, key, value, index, granularity, seed, given)
-        if prepare:
-            quantized = quantized._replace(value=quantize.prepare_value(quantized.value))
-    return jax.tree.map(lambda x: x[0], quantized) if unbatched else quantized, saturated
+        quantized, saturated = rounding.quantize(operands, how.granularity, how.seed)
+        quantized = rounding.prepared(quantized) if how.prepare_value else quantized
+    if not is_batched:
+        quantized = jax.tree.map(lambda x: x[0], quantized)
+    return quantized, saturated
 
 
-def _by_kernel(how, query, key, value, given) -> bool:
+def _may_use_kernel(how: _How, operands: Operands) -> bool:
     """Whether to leave the choice of kernel or XLA to the platform that the program is lowered
-    for: calls.py's matter. What is said here holds on all of them."""
-    granularity, seed, _ = how
+    for. What is said here holds on all of them."""
     # In a jax.shard_map results vary over the mesh axes of their operand, those of one custom call
     # all alike.
-    varying = {jax.typeof(x).manual_axis_type.varying for x in (query, key, value)}
+    arrays = operands.only(rounding.ARRAYS).present().values()
+    varying = {jax.typeof(x).manual_axis_type.varying for x in arrays}
     return (
-        query.dtype.name in support.KERNEL_DTYPES
-        and granularity == "block"
-        and seed is not None
-        and all(x is None for x in given)
+        how.granularity == "block"
+        and how.seed is not None
+        and not operands.only(rounding.DESCALES).present()
         and len(varying) == 1
-        and not support.quantize_reason(query, key, value)
-        and not (support.has_gpu() and support.device_reason())
+        and route.kernels_round(operands)
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _measured(seed, prepare, query, key, value, index):
-    """The arrays of QuantizedQKV, by blocks, by whoever rounds."""
-    return sharding.quantized(seed, prepare, *vary_together((query, key, value, index)))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measured(how: _How, operands: Operands) -> Operands:
+    """float8 arrays with measured scales by blocks, by whoever rounds."""
+    return sharding.quantized(
+        vary_together(operands), seed=how.seed, prepare_value=how.prepare_value
+    )
 
 
 @_measured.defjvp
-def _straight_through(seed, prepare, primals, tangents):
-    results = _measured(seed, prepare, *primals)
-    descales = Descales(*results[3:])
-    *rows, value = quantize.tangents(*tangents[:3], primals[3], descales, seed)
-    arrays = (*rows, quantize.prepare_value(value) if prepare else value)
-    arrays = map(sharding.typed_like, arrays, results)
-    return results, (*arrays, *map(jnp.zeros_like, descales))
+def _straight_through(how, primals, tangents):
+    (operands,), (tangents,) = primals, tangents
+    results = _measured(how, operands)
+    arrays = rounding.straight_through(tangents, operands, results, how.seed)
+    arrays = rounding.prepared(arrays) if how.prepare_value else arrays
+    typed = {
+        name: sharding.typed_like(x, getattr(results, name)) for name, x in arrays.present().items()
+    }
+    return results, jax.tree.map(jnp.zeros_like, results).replace(**typed)

@@ -7,25 +7,30 @@ which leaves their products as they are and spreads an outlier over its row; tha
 processing" (arXiv:2407.08608, section 3.3). Value stays in its own basis, and may be put into the
 order in which a tensor core takes it.
 
-Inside the package scales have the shapes of `options.Descales`.
+Inside the package scales have the dimensions of `Operands`' rows.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa3.options import BLOCK, FLOAT8, Descales, Index, num_blocks, padded_keys
+from jax_fa3.operands import Operands
+from jax_fa3.options import BLOCK, FLOAT8, num_blocks, padded_keys
 
 Granularity = Literal["tensor", "head", "block"]
 
 LARGEST = 448.0  # of e4m3
 OVERFLOW = 464.0  # from here on rounding to nearest would pass it
 SEED = 0  # of the rotation, where the caller has no part in it
+DESCALES = ("query_descale", "key_descale", "value_descale")
+ARRAYS = ("query", "key", "value")
+TAKEN = (*ARRAYS, "query_lengths", "key_lengths")  # what the kernels' rounding depends on
+GIVEN = (*ARRAYS, "prepared_value", *DESCALES)  # what it gives
 
 
 class QuantizedQKV(NamedTuple):
@@ -52,46 +57,54 @@ class Saturated(NamedTuple):
 
 
 def quantize(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: Index,
-    granularity: Granularity = "block",
-    seed: int | None = SEED,
-    given: Descales | None = None,
-) -> tuple[QuantizedQKV, Saturated]:
-    """What `quantize_qkv` does, of checked 4-D arrays; scales that are not given are measured."""
-    query_given, key_given, value_given = given or Descales()
+    operands: Operands, granularity: Granularity = "block", seed: int | None = SEED
+) -> tuple[Operands, Saturated]:
+    """Query, key and value in float8, and their scales.
+
+    Scales that the operands have are used; others are measured.
+    """
+    value_given = operands.value_descale
     if value_given is not None:
         value_given = value_given[..., None]
     whole = "head" if granularity == "block" else granularity
+    query_lengths, key_lengths = operands.query_lengths, operands.key_lengths
     tensors, descales, saturated = zip(
-        _quantize(query, index.query_lengths, granularity, seed, query_given),
-        _quantize(key, index.key_lengths, granularity, seed, key_given),
-        _quantize(value, index.key_lengths, whole, None, value_given),
+        _quantize(operands.query, query_lengths, granularity, seed, operands.query_descale),
+        _quantize(operands.key, key_lengths, granularity, seed, operands.key_descale),
+        _quantize(operands.value, key_lengths, whole, None, value_given),
         strict=True,
     )
-    return QuantizedQKV(*tensors, *descales[:2], descales[2][..., 0]), Saturated(*saturated)
+    scales = (*descales[:2], descales[2][..., 0])
+    quantized = zip((*ARRAYS, *DESCALES), (*tensors, *scales), strict=True)
+    return Operands(**dict(quantized)), Saturated(*saturated)
 
 
-def rounded(
-    query: jax.Array, key: jax.Array, value: jax.Array, index: Index
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """16-bit arrays as their forward pass in float8 has them, in their own dtype and basis."""
-    x, _ = quantize(query, key, value, index)
-    # Or else XLA, which may compute more exactly than asked, leaves out the way there and back.
-    x = lax.optimization_barrier(x)
+def settled(quantized: Operands) -> Operands:
+    """Arrays that are float8 indeed: XLA, which may compute more exactly than asked, would leave
+    out a way to float8 and back."""
+    return lax.optimization_barrier(quantized)
+
+
+def rounded(operands: Operands) -> Operands:
+    """16-bit query, key and value as their forward pass in float8 has them, in their own dtype and
+    basis."""
+    x = settled(quantize(operands)[0])
 
     def read(float8, descale, like, seed):
         array = float8.astype(like.dtype)  # which holds it exactly
         array = array.astype(jnp.float32) if seed is None else _rotate(array, seed, back=True)
         return (array * by_row(descale, like.shape[1])[..., None]).astype(like.dtype)
 
-    return (
-        read(x.query, x.query_descale, query, SEED),
-        read(x.key, x.key_descale, key, SEED),
-        read(x.value, x.value_descale[..., None], value, None),
+    return Operands(
+        query=read(x.query, x.query_descale, operands.query, SEED),
+        key=read(x.key, x.key_descale, operands.key, SEED),
+        value=read(x.value, x.value_descale[..., None], operands.value, None),
     )
+
+
+def prepared(quantized: Operands) -> Operands:
+    """The quantized arrays with their value prepared."""
+    return quantized.replace(value=None, prepared_value=prepare_value(quantized.value))
 
 
 def prepare_value(value: jax.Array) -> jax.Array:
@@ -117,20 +130,22 @@ def restore_value(prepared: jax.Array, seqlen: int) -> jax.Array:
     return lax.slice_in_dim(value, 0, seqlen, axis=1)
 
 
-def tangents(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: Index,
-    descales: Descales,
-    seed: int | None = SEED,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Those of the float8 arrays, of tangents and scales that were measured, so that nothing
-    saturates: rounding passes them on."""
-    return (
-        _scale(_rotated(query, index.query_lengths, seed), descales.query).astype(FLOAT8),
-        _scale(_rotated(key, index.key_lengths, seed), descales.key).astype(FLOAT8),
-        _scale(_rotated(value, index.key_lengths, None), descales.value[..., None]).astype(FLOAT8),
+def straight_through(
+    tangents: Operands, operands: Operands, scales: Operands, seed: int | None = SEED
+) -> Operands:
+    """The tangents of float8 arrays, from those of the operands that were rounded with measured
+    scales, so that nothing saturates: rounding passes them on.
+    """
+
+    def scaled(x, lengths, descale, seed):
+        return _scale(_rotated(x, lengths, seed), descale).astype(FLOAT8)
+
+    query_lengths, key_lengths = operands.query_lengths, operands.key_lengths
+    value_descale = scales.value_descale[..., None]
+    return Operands(
+        query=scaled(tangents.query, query_lengths, scales.query_descale, seed),
+        key=scaled(tangents.key, key_lengths, scales.key_descale, seed),
+        value=scaled(tangents.value, key_lengths, value_descale, None),
     )
 
 
@@ -229,20 +244,18 @@ def _whole(x: jax.Array, axis: int) -> jax.Array:
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
-def spread(query: jax.Array, key: jax.Array, value: jax.Array, given: Descales) -> Descales:
-    """Checked scales of arrays with or without a batch dimension, in the shapes used inside."""
+def spread(scales: dict[str, Any], query: Any, key: Any, value: Any) -> dict[str, jax.Array]:
+    """Checked public scales, by their fields of Operands, with those fields' dimensions; the arrays
+    have a batch dimension or not."""
     batch = query.shape[0] if query.ndim == 4 else 1
 
     def by_head(x, array, *blocks):
-        if x is None:
-            return None
         blocks = x.shape[-1:] if x.ndim == array.ndim - 1 else blocks
         shape = (batch, array.shape[-2], *blocks)
         return jnp.broadcast_to(x, shape) if x.ndim == 0 else x.reshape(shape)
 
-    return Descales(
-        by_head(given.query, query, 1), by_head(given.key, key, 1), by_head(given.value, value)
-    )
+    whole = dict(zip(DESCALES, ((query, 1), (key, 1), (value,)), strict=True))
+    return {name: by_head(x, *whole[name]) for name, x in scales.items()}
 
 
 def by_row(descale: jax.Array, seqlen: int) -> jax.Array:

@@ -5,13 +5,15 @@ Each is `dot_product_attention` of the whole sequence, given and returning each 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_fa3 import api, context, sharding
-from jax_fa3.context.layout import Layout, vary_together
+from jax_fa3 import api, sharding
+from jax_fa3.arguments import Arguments
+from jax_fa3.context_parallel import Divided
+from jax_fa3.context_parallel.layout import Layout, vary_together
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.vjp import attend
 
@@ -167,47 +169,20 @@ def ulysses_attention(
     return _attend("ulysses", **locals())
 
 
-def _attend(strategy, query, key, value, axis_name, layout, return_residual, **arguments):
+def _attend(strategy, axis_name, layout, **arguments):
     size = _axis_size(f"{strategy}_attention", axis_name)
-    call = api.prepare(query, key, value, return_residual=return_residual, **arguments)
-    _check_layout(layout, size, query=call.query, key=call.key)
+    options, operands = api.prepare(Arguments(**arguments))
+    _check_layout(layout, size, query=operands.query, key=operands.key)
+    # A device's part of the work goes through sharding, which divides batch and heads where their
+    # axes are automatic here.
+    divided = Divided(strategy, axis_name, layout, sharding)
 
-    divided = _Divided(strategy, axis_name, layout)
-
-    def core(query, key, value, index, dense, descales):
+    def core(operands):
         # The rank makes the operands vary over the axis even where a caller has copies of them.
-        query, _ = vary_together((query, lax.axis_index(axis_name)))
-        operands = (query, key, value, index, dense, descales)
-        return attend(call.options, bool(return_residual), *operands, divided)
+        query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
+        return attend(options, operands.replace(query=query), divided)
 
-    results = api.in_public_layout(core, *call[1:])
-    return results if return_residual else results[0]
-
-
-class _Divided(NamedTuple):
-    """The two operations over a divided sequence. A device's part of the work goes through
-    sharding.py, which divides batch and heads where their axes are automatic here."""
-
-    strategy: context.Strategy
-    axis_name: str | tuple[str, ...]
-    layout: Layout
-
-    def forward(self, options, *operands):
-        return self._run(context.forward, options, operands)
-
-    def backward(self, options, *operands):
-        return *self._run(context.backward, options, operands), None
-
-    def _run(self, function, options, operands):
-        *operands, _ = operands  # without bias and mask
-        return function(
-            self.strategy,
-            self.axis_name,
-            options,
-            *operands,
-            layout=self.layout,
-            local=sharding,
-        )
+    return api.public_results(api.in_public_layout(core, operands), options)
 
 
 def _axis_size(function, axis_name) -> int:

@@ -15,14 +15,19 @@ Causal attention is balanced when a device holds, of 2N chunks, one from each en
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fa3.options import UNBOUNDED, AttentionOptions
+from jax_fa3 import mask
+from jax_fa3.operands import Bundle
+from jax_fa3.operations import Operations
+from jax_fa3.options import AttentionOptions
 
 Layout = Literal["contiguous", "zigzag"]
 Order = Literal["contiguous", "zigzag", "mirrored"]
@@ -84,12 +89,10 @@ def chunk_table(order: Order, size: int) -> np.ndarray:
 def balanced(layout: Layout, options: AttentionOptions, size: int, *seqlens: int) -> Order:
     """The order in which to work: mirrored where contiguous rows would see unequal numbers of keys.
 
-    That is where rows see all keys up to their own position. A device's rows must come in halves.
+    A device's rows must come in halves.
     """
-    triangular = options.window_left == UNBOUNDED > options.window_right
-    if layout == "contiguous" and triangular and size > 1 and not any(n % 2 for n in seqlens):
-        return "mirrored"
-    return layout
+    uneven = layout == "contiguous" and mask.is_triangular(options) and size > 1
+    return "mirrored" if uneven and not any(n % 2 for n in seqlens) else layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +141,9 @@ class Axis:
 
 
 def pack(*arrays: jax.Array) -> jax.Array:
-    """Arrays [batch, seq, heads, dim] that travel as one. A new leading axis keeps each of them
-    dense and its dimensions as they were sharded; unequal arrays share their last dimension.
+    """Arrays that travel as one, whose shapes differ in the last dimension at most. A new leading
+    axis keeps each of them dense and its dimensions as they were sharded; unequal arrays share
+    their last dimension.
     """
     if len({x.shape for x in arrays}) == 1:
         return jnp.stack(arrays)
@@ -151,6 +155,56 @@ def unpack(packed: jax.Array, *like: jax.Array) -> list[jax.Array]:
     if packed.ndim > like[0].ndim:
         return [packed[i] for i in range(len(like))]
     return jnp.split(packed, np.cumsum([x.shape[-1] for x in like])[:-1], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The arrays of some bundles, those that differ in no more than their last dimension as one."""
+
+    bundles: tuple[Bundle, ...]
+    groups: dict[tuple, list[tuple[int, str]]]  # by dimensions and dtype: bundle and name
+    arrays: dict[tuple, jax.Array]
+
+    @classmethod
+    def of(cls, *bundles: Bundle) -> Packed:
+        groups = defaultdict(list)
+        for i, bundle in enumerate(bundles):
+            for (name, x), dims in zip(bundle.present().items(), bundle.dims(), strict=True):
+                groups[dims.rstrip("de"), len(dims), x.dtype].append((i, name))
+        arrays = {
+            kind: pack(*(getattr(bundles[i], name) for i, name in group))
+            for kind, group in groups.items()
+        }
+        return cls(bundles, groups, arrays)
+
+    def each(self, function: Callable[[jax.Array], jax.Array]) -> Packed:
+        arrays = {kind: function(x) for kind, x in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
+
+    def along(self, function: Callable[[jax.Array, int], jax.Array]) -> Packed:
+        """function(array, dimension of its sequence, from the end)."""
+
+        def dim(dims, ndim, _):
+            return next(dims.index(letter) for letter in "st" if letter in dims) - ndim
+
+        arrays = {kind: function(x, dim(*kind)) for kind, x in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
+
+    def unpacked(self) -> tuple[Bundle, ...]:
+        found = [{} for _ in self.bundles]
+        for kind, group in self.groups.items():
+            like = [getattr(self.bundles[i], name) for i, name in group]
+            for (i, name), x in zip(group, unpack(self.arrays[kind], *like), strict=True):
+                found[i][name] = x
+        return tuple(type(x)(**arrays) for x, arrays in zip(self.bundles, found, strict=True))
+
+
+class Part(NamedTuple):
+    """A device's place in a divided sequence, and the operations that do its pieces of the work."""
+
+    local: Operations
+    axis: Axis
+    layout: Layout
 
 
 def vary_together(operands: Any) -> Any:
