@@ -1,7 +1,7 @@
 """Which keys a row sees: everything that gives the mask of a call its meaning.
 
 A row sees a key that is inside the window around the row's own position, where both are inside of
-their sequences' lengths, and where a dense mask is True. The rows and keys that one device works
+their sequences' lengths and a dense mask is True. The rows and keys that one device works
 with may be parts of a sequence: then windows and positions are moved to where the part stands.
 """
 
@@ -22,23 +22,34 @@ from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions
 def visible(
     options: AttentionOptions, operands: Operands, row: jax.Array, column: jax.Array
 ) -> jax.Array | None:
-    """[b | 1, q, k], by all but the dense mask; None where every row sees every key.
+    """[b | 1, h | 1, q | 1, k | 1]; None where every row sees every key.
 
-    row: int32 [1, q, 1], the numbers of all query rows; column: int32 [1, 1, k], of some keys.
+    row: int32 [q, 1], the numbers of all query rows; column: int32 [k], those of some keys, to
+    which the operands' arrays of keys belong.
     """
     position = row + options.query_offset
     if operands.query_offset is not None:
-        position = row + _legal_offset(operands.query_offset)[:, None, None]
+        position = row + _by_sequence(_legal_offset(operands.query_offset))
     terms = []
     if operands.key_lengths is not None:
-        terms.append(column < operands.key_lengths[:, None, None])
+        terms.append(column < _by_sequence(operands.key_lengths))
     if operands.query_lengths is not None:
-        terms.append(row < operands.query_lengths[:, None, None])
+        terms.append(row < _by_sequence(operands.query_lengths))
     if options.window_left < UNBOUNDED:
         terms.append(column >= position - options.window_left)
     if options.window_right < UNBOUNDED:
         terms.append(column <= position + options.window_right)
-    return functools.reduce(jnp.logical_and, terms) if terms else None
+    if operands.mask is not None:
+        terms.append(operands.mask)
+    if not terms:
+        return None
+    found = functools.reduce(jnp.logical_and, terms)
+    return found.reshape((1,) * (4 - found.ndim) + found.shape)
+
+
+def _by_sequence(x: jax.Array) -> jax.Array:
+    """[b] -> [b, 1, 1, 1]."""
+    return x[:, None, None, None]
 
 
 def has_window(options: AttentionOptions) -> bool:

@@ -56,15 +56,9 @@ class Row:
         """The array's shape in a call of these extents."""
         return tuple(map(extents.by_letter().get, self.dims))
 
-    @property
-    def sequence(self) -> int | None:
-        """Which dimension has query or key rows."""
-        return next((i for i, letter in enumerate(self.dims) if letter in "st"), None)
-
-    @property
-    def heads(self) -> int | None:
-        """Which dimension has heads."""
-        return next((i for i, letter in enumerate(self.dims) if letter in "hk"), None)
+    def axis(self, letters: str) -> int | None:
+        """The first dimension that has one of these letters."""
+        return next((i for i, letter in enumerate(self.dims) if letter in letters), None)
 
     @property
     def splits(self) -> Literal["queries", "keys"] | None:

@@ -12,7 +12,6 @@ g, k] in float32, so that heads are never repeated in memory.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -80,10 +79,10 @@ def backward(
     def step(dquery, start):
         block = problem.block(start)
         probs = jnp.exp(problem.scores(rows, block) - lse[..., None])
-        dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.value)
+        dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = probs * (dprobs - delta[..., None])
         dscores = dlogits.astype(query.dtype)
-        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.key)
+        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
         dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
         dbias = None if bias is None else _sum_to_bias(dlogits, bias.shape)
@@ -101,8 +100,7 @@ def backward(
 
 class _Block(NamedTuple):
     start: jax.Array  # index of its first key
-    key: jax.Array  # [b, k, h, d], zero past the sequence's length
-    value: jax.Array  # [b, k, h, e], likewise
+    operands: Operands  # with the block's keys; key and value are zero past the sequence's length
 
 
 class _Problem:
@@ -116,8 +114,9 @@ class _Problem:
         self.operands = operands.map(self.filled)
 
     def filled(self, row, x):
-        """`x` with whole blocks along the keys."""
-        return self.fill(x, row.dims.index("t")) if row.splits == "keys" else x
+        """`x` with whole blocks along the keys, if it has any."""
+        axis = row.axis("t")
+        return x if axis is None else self.fill(x, axis)
 
     def fill(self, x, axis):
         """`x` with whole blocks along the key axis `axis`; a broadcast axis stays as it is."""
@@ -152,15 +151,20 @@ class _Problem:
         return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def block(self, start) -> _Block:
+        def of_block(row, x):
+            axis = row.axis("t")
+            if axis is None or (row.form == "broadcast" and x.shape[axis] == 1):
+                return x
+            return lax.dynamic_slice_in_dim(x, start, self.block_size, axis)
+
+        operands = self.operands.map(of_block)
+        if operands.key_lengths is None:
+            return _Block(start, operands)
+        inside = start + jnp.arange(self.block_size) < operands.key_lengths[:, None]
         key, value = (
-            lax.dynamic_slice_in_dim(x, start, self.block_size, 1)
-            for x in (self.operands.key, self.operands.value)
+            jnp.where(inside[..., None, None], x, 0) for x in (operands.key, operands.value)
         )
-        lengths = self.operands.key_lengths
-        if lengths is not None:
-            inside = start + jnp.arange(self.block_size) < lengths[:, None]
-            key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
-        return _Block(start, key, value)
+        return _Block(start, operands.replace(key=key, value=value))
 
     def scales(self, start):
         """What products of rows and a block's keys are to be multiplied by."""
@@ -168,34 +172,31 @@ class _Problem:
 
     def weigh(self, probs, block: _Block):
         """probs @ value, [b, h, q, g, e]."""
-        return _dot("bhqgk,bkhe->bhqge", probs.astype(block.value.dtype), block.value)
+        value = block.operands.value
+        return _dot("bhqgk,bkhe->bhqge", probs.astype(value.dtype), value)
 
     def scores(self, rows, block: _Block):
         """Scores of all rows against one block; -inf where a row sees no key."""
-        products = _dot("bqhgd,bkhd->bhqgk", rows, block.key)
-        bias = self.dense_block(self.operands.bias, block.start)
+        products = _dot("bqhgd,bkhd->bhqgk", rows, block.operands.key)
+        bias = self.by_group(block.operands.bias)
         scores = score.scores(products, self.scales(block.start), bias)
-        visible = self.visible(block.start)
+        visible = self.by_group(self.visible(block))
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
-    def visible(self, start):
-        """[b | 1, h | 1, q | 1, g | 1, k | 1]; None where every row sees every key."""
-        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[None, :, None]
-        column = start + jnp.arange(self.block_size, dtype=jnp.int32)[None, None, :]
-        terms = [mask.visible(self.options, self.operands, row, column)]
-        if self.num_blocks * self.block_size != self.seqlen_k:
-            terms.append(column < self.seqlen_k)
-        terms = [x[:, None, :, None, :] for x in terms if x is not None]
-        if self.operands.mask is not None:
-            terms.append(self.dense_block(self.operands.mask, start))
-        return functools.reduce(jnp.logical_and, terms) if terms else None
+    def visible(self, block: _Block):
+        """[b | 1, h * g | 1, q | 1, k | 1]; None where every row sees every key."""
+        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[:, None]
+        column = block.start + jnp.arange(self.block_size, dtype=jnp.int32)
+        visible = mask.visible(self.options, block.operands, row, column)
+        if self.num_blocks * self.block_size == self.seqlen_k:
+            return visible
+        inside = (column < self.seqlen_k).reshape(1, 1, 1, -1)
+        return inside if visible is None else visible & inside
 
-    def dense_block(self, x, start):
-        """The block's columns of a bias or mask, as [b | 1, h | 1, q | 1, g | 1, k | 1]."""
+    def by_group(self, x):
+        """[b | 1, h * g | 1, q | 1, k | 1] -> [b | 1, h | 1, q | 1, g | 1, k | 1]."""
         if x is None:
             return None
-        if x.shape[3] > 1:
-            x = lax.dynamic_slice_in_dim(x, start, self.block_size, 3)
         b, heads, q, k = x.shape
         h = self.num_heads_kv if heads > 1 else 1
         return jnp.moveaxis(x.reshape(b, h, heads // h, q, k), 2, 3)
@@ -224,8 +225,9 @@ class _Float8Problem(_Problem):
         return super().rows().astype(jnp.bfloat16)
 
     def block(self, start) -> _Block:
-        start, key, value = super().block(start)
-        return _Block(start, key.astype(jnp.bfloat16), value.astype(jnp.bfloat16))
+        start, operands = super().block(start)
+        key, value = (x.astype(jnp.bfloat16) for x in (operands.key, operands.value))
+        return _Block(start, operands.replace(key=key, value=value))
 
     def scales(self, start):
         key_scale = self.key_scale
@@ -235,7 +237,7 @@ class _Float8Problem(_Problem):
 
     def weigh(self, probs, block: _Block):
         probs = (probs * PROBS_SCALE).astype(FLOAT8).astype(jnp.bfloat16)
-        return _dot("bhqgk,bkhe->bhqge", probs, block.value) * self.value_scale
+        return _dot("bhqgk,bkhe->bhqge", probs, block.operands.value) * self.value_scale
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class _Gathered(Piecewise):
     def gather(self, operands: Operands) -> dict[str, jax.Array]:
         """The arrays of key rows of the whole sequence."""
         return {
-            name: self._whole(x, operands.rows()[name].sequence)
+            name: self._whole(x, operands.rows()[name].axis("t"))
             for name, x in keys_of(operands).items()
         }
 

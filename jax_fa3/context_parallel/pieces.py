@@ -212,8 +212,9 @@ class Piecewise:
         }[row.splits]
         if chosen == tuple(range(len(chunks.starts))):
             return x
-        parts = jnp.split(x, len(chunks.starts), row.sequence)
-        return jnp.concatenate([parts[i] for i in chosen], row.sequence)
+        axis = row.axis("st")
+        parts = jnp.split(x, len(chunks.starts), axis)
+        return jnp.concatenate([parts[i] for i in chosen], axis)
 
 
 class Partials:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, sharding
 from jax_fa3.arguments import Arguments
-from jax_fa3.context_parallel import Divided
+from jax_fa3.context_parallel import Divided, Strategy
 from jax_fa3.context_parallel.layout import Layout, vary_together
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.vjp import attend
@@ -170,8 +170,18 @@ def ulysses_attention(
 
 
 def _attend(strategy, axis_name, layout, **arguments):
+    return attention(Arguments(**arguments), strategy, axis_name, layout)
+
+
+def attention(
+    arguments: Arguments,
+    strategy: Strategy,
+    axis_name: str | tuple[str, ...],
+    layout: Layout = "contiguous",
+) -> Any:
+    """The attention of these arguments by one of the strategies."""
     size = _axis_size(f"{strategy}_attention", axis_name)
-    options, operands = api.prepare(Arguments(**arguments))
+    options, operands = api.prepare(arguments)
     _check_layout(layout, size, query=operands.query, key=operands.key)
     # A device's part of the work goes through sharding, which divides batch and heads where their
     # axes are automatic here.

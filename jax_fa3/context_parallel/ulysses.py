@@ -63,7 +63,7 @@ class _Exchange:
         return bundle.map(self._to_sequence)
 
     def _to_heads(self, row, x):
-        heads, sequence = row.heads, row.sequence
+        heads, sequence = row.axis("hk"), row.axis("st")
         if heads is None and sequence is None:
             return x
         if sequence is None:
@@ -77,7 +77,7 @@ class _Exchange:
         return zigzag_unpermute(x, sequence, self.axis.size) if self.layout == "zigzag" else x
 
     def _to_sequence(self, row, x):
-        heads, sequence = row.heads, row.sequence
+        heads, sequence = row.axis("hk"), row.axis("st")
         if self.layout == "zigzag":
             x = zigzag_permute(x, sequence, self.axis.size)
         x = lax.all_to_all(x, self.axis.name, sequence, heads, tiled=True)
