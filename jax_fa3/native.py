@@ -34,7 +34,6 @@ def registrations() -> dict[str, Any]:
     return {} if _C is None else _C.registrations()
 
 
-@functools.lru_cache(maxsize=1024)
 def plan(
     target: Target,
     dtype: str,
@@ -47,11 +46,16 @@ def plan(
     `dtype` is query's name. Raises ValueError with the reason if there is none.
     """
     if target == "forward_float8":
-        return _C.forward_float8_plan(*extents, *options.window, value_is_prepared, NUM_SMS)
+        return _remembered(target, *extents, *options.window, value_is_prepared, NUM_SMS)
     name = KERNEL_DTYPES[dtype]
     if target == "forward":
-        return _C.forward_plan(name, *extents, *options.window, NUM_SMS)
-    return _C.backward_plan(name, *extents, options.deterministic, NUM_SMS)
+        return _remembered(target, name, *extents, *options.window, NUM_SMS)
+    return _remembered(target, name, *extents, options.deterministic, NUM_SMS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(target: Target, *call: Any) -> dict[str, Any]:
+    return getattr(_C, f"{target}_plan")(*call)
 
 
 def refusal(*call: Any) -> str | None:
