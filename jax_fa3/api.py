@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -178,10 +178,57 @@ def dot_product_attention(
     return attention(Arguments(**locals()))
 
 
+def is_supported(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+    query_offset: Any = None,
+    deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
+    value_is_prepared: bool = False,
+) -> str | None:
+    """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
+
+    Args: those of `dot_product_attention`, each array also as a `jax.ShapeDtypeStruct`.
+
+    Returns:
+      None when forward and backward of this call run on the kernels here, else the reason.
+
+    Raises:
+      ValueError, TypeError: as `dot_product_attention` does for the same arguments.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 16, 128), "float32")
+      >>> jax_fa3.is_supported(x, x, x)
+      'the kernels take bfloat16 or float16, not float32'
+    """
+    return reason_against(Arguments(**locals()))
+
+
 def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`dot_product_attention` of these arguments."""
     options, operands = prepare(arguments)
     return public_results(_run(options, operands), options)
+
+
+def reason_against(arguments: Arguments) -> str | None:
+    """`is_supported` of these arguments."""
+    validate.check_call(arguments)
+    return route.reasons_of(arguments, arguments.options()).first
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:

@@ -47,20 +47,20 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
 def backward(
     options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
 ) -> Operands:
-    query, key, value = arrays = [getattr(operands, name) for name in ARRAYS]
+    query, differentiable = operands.query, operands.differentiable().present()
     plan = native.plan("backward", query.dtype.name, operands.extents, options)
-    results = [_result(query, x.shape, x.dtype) for x in arrays]
+    results = [_result(query, x.shape, x.dtype) for x in differentiable.values()]
     results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
-    rest = _taken(operands)[len(arrays) :]
+    arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
     call = jax.ffi.ffi_call(BACKWARD, results)
-    gradients = call(
-        *arrays,
+    *gradients, _ = call(
+        *_taken(arrays),
         *outputs.present().values(),
         *cotangents.present().values(),
-        *rest,
+        *_taken(others),
         options=attributes(options, operands, has_dlse=cotangents.lse is not None),
     )
-    return type(operands)(**dict(zip(ARRAYS, gradients, strict=False)))
+    return type(operands)(**dict(zip(differentiable, gradients, strict=True)))
 
 
 def quantize(

@@ -18,10 +18,12 @@ from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jax_fa3.options import FLOAT8, num_blocks, padded_keys
 
 DTYPES = ("bfloat16", "float16", "float32")
+FLOAT8_INPUTS = f"{FLOAT8} inputs"
 ANY_SEQUENCE = "b"  # one value for each sequence
 
 # How the shape of a public argument may differ from the row's dimensions (3-D inputs: without b).
@@ -106,7 +108,7 @@ class Bundle:
     def rows(cls) -> dict[str, Row]:
         return {field.name: field.metadata["row"] for field in dataclasses.fields(cls)}
 
-    def present(self) -> dict[str, jax.Array]:
+    def present(self) -> dict[str, Array]:
         """The arrays that are there, in the order in which jax.tree flattens them."""
         arrays = {name: getattr(self, name) for name in self.rows()}
         return {name: x for name, x in arrays.items() if x is not None}
@@ -115,7 +117,7 @@ class Bundle:
         """The dimensions of the arrays that are there."""
         return tuple(_dims(self.rows()[name], x) for name, x in self.present().items())
 
-    def replace(self, **arrays: jax.Array | None) -> Self:
+    def replace(self, **arrays: Array | None) -> Self:
         return dataclasses.replace(self, **arrays)
 
     def only(self, names: Any) -> Self:
@@ -141,27 +143,21 @@ class Operands(Bundle):
     is absent. float8 arrays have all three descales, others have none.
     """
 
-    query: jax.Array | None = row("bshd", *DTYPES, FLOAT8, differentiable=True)
-    key: jax.Array | None = row("btkd", *DTYPES, FLOAT8, differentiable=True)
-    value: jax.Array | None = row("btke", *DTYPES, FLOAT8, differentiable=True)
-    prepared_value: jax.Array | None = row("bkep", FLOAT8, needs_whole=f"{FLOAT8} inputs")
-    query_descale: jax.Array | None = row(
-        "bhm", "float32", form="blocks", needs_whole=f"{FLOAT8} inputs"
-    )
-    key_descale: jax.Array | None = row(
-        "bkn", "float32", form="blocks", needs_whole=f"{FLOAT8} inputs"
-    )
-    value_descale: jax.Array | None = row(
-        "bk", "float32", form="blocks", needs_whole=f"{FLOAT8} inputs"
-    )
-    query_lengths: jax.Array | None = row(
+    query: Array | None = row("bshd", *DTYPES, FLOAT8, differentiable=True)
+    key: Array | None = row("btkd", *DTYPES, FLOAT8, differentiable=True)
+    value: Array | None = row("btke", *DTYPES, FLOAT8, differentiable=True)
+    prepared_value: Array | None = row("bkep", FLOAT8, needs_whole=FLOAT8_INPUTS)
+    query_descale: Array | None = row("bhm", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
+    key_descale: Array | None = row("bkn", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
+    value_descale: Array | None = row("bk", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
+    query_lengths: Array | None = row(
         "b", "int32", argument="query_seq_lengths", counts="queries", flag=True
     )
-    key_lengths: jax.Array | None = row(
+    key_lengths: Array | None = row(
         "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
     )
-    query_offset: jax.Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
-    bias: jax.Array | None = row(
+    query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
+    bias: Array | None = row(
         "bhst",
         *DTYPES,
         form="broadcast",
@@ -169,7 +165,7 @@ class Operands(Bundle):
         needs_whole="a bias or mask",
         refusal="the kernels take no bias",
     )
-    mask: jax.Array | None = row(
+    mask: Array | None = row(
         "bhst",
         "bool",
         form="broadcast",
@@ -202,8 +198,8 @@ class Operands(Bundle):
 class Outputs(Bundle):
     """What a call gives, and the cotangents of that; the LSE in natural log units."""
 
-    out: jax.Array | None = row("bshe", *DTYPES)
-    lse: jax.Array | None = row("bhs", "float32")
+    out: Array | None = row("bshe", *DTYPES)
+    lse: Array | None = row("bhs", "float32")
 
 
 def in_row_dims(operands: Operands) -> Operands:
@@ -228,7 +224,7 @@ def dims(*bundles: Bundle) -> tuple[str, ...]:
     return sum((bundle.dims() for bundle in bundles), ())
 
 
-def _dims(row: Row, x: jax.Array) -> str:
+def _dims(row: Row, x: Array) -> str:
     if row.form != "broadcast":
         return row.dims
     return "".join(letter if n > 1 else "." for letter, n in zip(row.dims, x.shape, strict=True))

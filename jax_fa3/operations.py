@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 
 from jax_fa3 import ffi, xla
 from jax_fa3.float8 import rounding
-from jax_fa3.operands import ANY_SEQUENCE, Bundle, Operands, Outputs, Row
+from jax_fa3.operands import Bundle, Operands, Outputs, Row
 from jax_fa3.options import AttentionOptions, Route
 
 
@@ -126,8 +126,10 @@ def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -
 def _fold(size: int, batch: int, row: Row, x: jax.Array, is_mapped: bool) -> jax.Array:
     """[size, batch, ...] -> [size * batch, ...]; what broadcasts over the batch and has no gradient
     stays as it is."""
-    if row.dims[0] != ANY_SEQUENCE:
-        raise NotImplementedError(f"an array of dimensions {row.dims} cannot be mapped")
+    if row.axis("b") != 0:
+        if is_mapped:
+            raise NotImplementedError(f"an array of dimensions {row.dims} cannot be mapped")
+        return x
     own = x.shape[1 if is_mapped else 0]
     if not is_mapped:
         if own == 1 and row.form == "broadcast" and not row.differentiable:

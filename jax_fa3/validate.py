@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3.arguments import Arguments, is_array
-from jax_fa3.operands import ANY_SEQUENCE, DTYPES, Extents, Row
+from jax_fa3.operands import ANY_SEQUENCE, DTYPES, FLOAT8_INPUTS, Extents, Row
 from jax_fa3.options import (
     BLOCK,
     FLOAT8,
@@ -179,7 +179,7 @@ def check_sequence_parallel(arguments: Arguments) -> None:
     rows = arguments.Operands.rows()
     whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays())), None)
     if arguments.query.dtype.name == FLOAT8:
-        whole = f"{FLOAT8} inputs"
+        whole = FLOAT8_INPUTS
     if arguments.sequence_parallel != "auto" and whole:
         raise ValueError(
             f"sequence_parallel is {arguments.sequence_parallel!r}; expected 'auto' with {whole}, "

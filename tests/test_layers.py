@@ -18,7 +18,7 @@ SRC = ROOT / "src"
 PYTHON_LAYERS = [
     ["__init__"],
     ["context_parallel.public", "flax", "doctor"],
-    ["api", "float8.public", "support"],
+    ["api", "float8.public"],
     ["vjp"],
     ["sharding"],
     ["context_parallel"],

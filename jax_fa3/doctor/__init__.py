@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 
-from jax_fa3 import native, route
+from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments
-from jax_fa3.support import is_supported
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
@@ -90,12 +89,12 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
         for name, x in (("query", query), ("key", key), ("value", value))
     )
     given = [f"{name}={option}" for name, option in options.items() if option is not None]
-    reason = is_supported(query, key, value, **options)
+    arguments = Arguments(query, key, value, **options)
+    reason = api.reason_against(arguments)
     lines = [
         ", ".join([shapes, *given]),
         f"would run through XLA: {reason}" if reason else "would run on the Hopper kernels",
     ]
-    arguments = Arguments(query, key, value, **options)
     for direction, plan in route.plans(arguments, arguments.options()).items():
         named = ", ".join(f"{name}={x}" for name, x in plan.items() if name != "direction")
         lines.append(f"{direction} plan: {named}")

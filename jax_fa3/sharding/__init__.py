@@ -64,8 +64,8 @@ def quantized(operands: Operands, *, seed: int, prepare_value: bool) -> Operands
     rows = Operands.rows()
     value = "prepared_value" if prepare_value else "value"
     results = {name: rows[name].dims for name in ("query", "key", value, *rounding.DESCALES)}
-    whole = "a scale is for whole blocks"
-    return Operands(**_divided(options, local, results, whole, operands, heads_meet=False))
+    blocks = "scales for blocks of rows"
+    return Operands(**_divided(options, local, results, blocks, operands, heads_meet=False))
 
 
 def _over(sequence: Axes, options: AttentionOptions, operands: Operands) -> Operations:

@@ -26,7 +26,7 @@ class Operation:
     local: Callable[..., Results]
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    needs_whole: str | None  # why sequences cannot stay split, where they cannot
+    needs_whole: str | None  # what keeps sequences from staying split, if anything does
     heads_meet: bool = True  # query heads those of key and value; else each goes its own way
 
     @property

@@ -147,8 +147,8 @@ def _keeps_sequence_split(
             "the call stands in a jax.shard_map that leaves this axis automatic; make it manual "
             "there and use the functions of docs/context_parallel.md"
         )
-    else:
-        obstacle = operation.needs_whole
+    elif operation.needs_whole:
+        obstacle = f"the call has {operation.needs_whole}, which need whole sequences"
     if obstacle and wish != "auto":
         raise ValueError(f"{over}, and sequence_parallel is {wish!r}, but {obstacle}")
     return obstacle is None
