@@ -1,15 +1,21 @@
-"""The operations on one device: folding of mapped axes, and how often a plan is made."""
+"""The operations on one device: folding of mapped axes, what their rules hold, and how often a plan
+is made."""
 
+import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from jax_fa3 import dot_product_attention, native, operations, xla
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import AttentionOptions
+from jax_fa3.sharding import carry
 from test_lowering import custom_calls, lower
 
 OPTIONS = AttentionOptions(scale=0.25, window_right=0)
@@ -80,3 +86,72 @@ def test_a_gradient_in_float8_plans_each_kernel_once(monkeypatch):
 
     assert len(custom_calls(lower(jax.grad(loss, (0, 1, 2)), *x))) == 4
     assert sorted(plans) == ["backward_plan", "forward_float8_plan", "forward_plan"]
+
+
+def tracers_in(x, seen=None):
+    """The tracers that a function holds in its closure and bound arguments, and in what these hold."""
+    seen = set() if seen is None else seen
+    if id(x) in seen:
+        return []
+    seen.add(id(x))
+    if isinstance(x, jax.core.Tracer):
+        return [x]
+    if isinstance(x, functools.partial):
+        held = (x.func, x.args, x.keywords)
+    elif inspect.isfunction(x):
+        held = [cell.cell_contents for cell in x.__closure__ or ()]
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        held = [getattr(x, field.name) for field in dataclasses.fields(x)]
+    elif isinstance(x, (tuple, list)):
+        held = x
+    else:
+        held = x.values() if isinstance(x, dict) else ()
+    return [tracer for part in held for tracer in tracers_in(part, seen)]
+
+
+def test_tracers_are_found():
+    def holds(x):
+        return len(tracers_in(functools.partial(lambda y: x + y)))
+
+    assert jax.eval_shape(lambda x: jnp.zeros(holds(x)), 1.0).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(is_causal=True),
+        dict(forward_dtype="float8_e4m3fn"),
+        dict(forward_dtype="float8_e4m3fn", mask=True),
+        dict(implementation="xla", sequence_parallel="ring"),
+    ],
+    ids=str,
+)
+def test_rules_hold_no_tracers(monkeypatch, options):
+    """What JAX keeps to run again under another transformation has all arrays as arguments."""
+    wrapped = []
+
+    def checked(decorator):
+        def decorate(function, *rest, **more):
+            assert not tracers_in(function), function
+            wrapped.append(function)
+            return decorator(function, *rest, **more)
+
+        return decorate
+
+    for module in (operations, carry):
+        monkeypatch.setattr(module, "custom_vmap", checked(custom_vmap))
+    monkeypatch.setattr(carry, "custom_partitioning", checked(custom_partitioning))
+    monkeypatch.setattr(jax, "custom_jvp", checked(jax.custom_jvp))
+    query = jax.ShapeDtypeStruct((2, 16, 4, 64), "bfloat16")
+    lengths = jax.ShapeDtypeStruct((2,), "int32")
+    mask = jax.ShapeDtypeStruct((1, 1, 16, 16), "bool")
+
+    def loss(query, key, value, lengths, mask):
+        given = dict(options, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+        if "mask" in options:
+            given["mask"] = mask
+        return dot_product_attention(query, key, value, **given).astype(jnp.float32).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    jax.make_jaxpr(gradient)(query, query, query, lengths, mask)
+    assert wrapped
