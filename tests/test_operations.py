@@ -89,7 +89,7 @@ def test_a_gradient_in_float8_plans_each_kernel_once(monkeypatch):
 
 
 def tracers_in(x, seen=None):
-    """The tracers that a function holds in its closure and bound arguments, and in what these hold."""
+    """The tracers that a function holds in its closure and bound arguments, and in their parts."""
     seen = set() if seen is None else seen
     if id(x) in seen:
         return []
