@@ -238,14 +238,13 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     validate.check_call(arguments)
     options = arguments.options()
     options = dataclasses.replace(options, routes=route.decide(arguments, options))
-    operands = arguments.Operands(**arguments.arrays())
-    query, key, value = arguments.query, arguments.key, arguments.plain_value
+    query, arrays = arguments.query, dict(arguments.arrays)
     if query.dtype.name == FLOAT8:
-        scales = {name: getattr(operands, name) for name in rounding.DESCALES}
-        scales = {name: jnp.float32(1) if x is None else x for name, x in scales.items()}
-        operands = operands.replace(**rounding.spread(scales, query, key, value))
+        scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
+        arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])
-    return options, operands.replace(query=score.carry_sign(query, scale))
+    arrays["query"] = score.carry_sign(query, scale)
+    return options, arguments.Operands(**arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

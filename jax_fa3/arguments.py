@@ -8,6 +8,7 @@ it. From it come the two things that the layers below know: static options and a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -49,6 +50,7 @@ class Arguments:
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
     Operands: ClassVar[type[Operands]] = Operands
 
+    @functools.cached_property
     def arrays(self) -> dict[str, Any]:
         """The array arguments that are given, by their fields of Operands."""
         found = {}
@@ -63,15 +65,13 @@ class Arguments:
 
     def with_arrays(self) -> Arguments:
         """Whatever may stand for an array, such as a list, made one."""
-        names = {row.argument or name: row for name, row in self.Operands.rows().items()}
-        given = {
-            name: as_array(name, getattr(self, name))
-            for name, row in names.items()
-            if hasattr(self, name) and row.form != "scalar"
-        }
-        return dataclasses.replace(self, **given)
+        rows = self.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.form != "scalar"]
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
+        return dataclasses.replace(self, **made) if made else self
 
-    @property
+    @functools.cached_property
     def plain_value(self) -> Any:
         """`value`, or the type that it had before it was prepared."""
         if not self.value_is_prepared:
@@ -79,18 +79,13 @@ class Arguments:
         shape = (*self.key.shape[:-1], self.value.shape[-2])
         return jax.ShapeDtypeStruct(shape, self.value.dtype)
 
-    @property
+    @functools.cached_property
     def extents(self) -> Extents:
         return Extents.of(self.query, self.key, self.plain_value.shape[-1])
 
     def options(self) -> AttentionOptions:
         """The static choices of checked arguments; options of the same name are passed on."""
-        known = {field.name for field in dataclasses.fields(self.Options)}
-        passed = {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name in known
-        }
+        passed = {name: _plain(getattr(self, name)) for name in self._passed()}
         left, right = resolve_window(self.local_window_size, self.is_causal)
         offset = self.query_offset
         is_float8 = self.query.dtype.name == FLOAT8
@@ -106,20 +101,29 @@ class Arguments:
         )
         return self.Options(**passed | resolved)
 
+    @classmethod
+    @functools.cache
+    def _passed(cls) -> tuple[str, ...]:
+        """The names that arguments and options have in common."""
+        known = {field.name for field in dataclasses.fields(cls.Options)}
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name in known)
+
 
 def is_array(x: Any) -> bool:
     """Whether an argument that may be a Python number is an array."""
     return hasattr(x, "dtype") and not isinstance(x, np.integer)
 
 
-def as_array(name: str, x: Any) -> Any:
-    """`x` itself when it has a shape and a dtype, else as a JAX array; None stays None."""
-    if x is None or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")):
-        return x
+def as_array(name: str, x: Any) -> jax.Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def _is_typed(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype, or is not there at all."""
+    return x is None or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim"))
 
 
 def _plain(x: Any) -> Any:

@@ -92,7 +92,7 @@ def kernels_round(operands: Operands) -> bool:
 def _call_reason(arguments: Arguments) -> str | None:
     """What the call asks for that no kernel does."""
     rows = arguments.Operands.rows()
-    refusals = (rows[name].refusal for name in arguments.arrays())
+    refusals = (rows[name].refusal for name in arguments.arrays)
     refusal = next(filter(None, refusals), None)
     if refusal:
         return refusal

@@ -124,7 +124,7 @@ def check_float8(arguments: Arguments) -> None:
                 f"query has dtype {dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
             )
     rows = arguments.Operands.rows()
-    for name in arguments.arrays():
+    for name in arguments.arrays:
         if rows[name].form == "blocks" and dtype.name != FLOAT8:
             raise ValueError(
                 f"{name} is given and query has dtype {dtype}; expected {FLOAT8} "
@@ -135,7 +135,7 @@ def check_float8(arguments: Arguments) -> None:
 def check_arrays(arguments: Arguments) -> None:
     """Dtypes and shapes of all arrays but query, key and value, by their rows."""
     extents, is_batched = arguments.extents, arguments.query.ndim == 4
-    for field, x in arguments.arrays().items():
+    for field, x in arguments.arrays.items():
         row = arguments.Operands.rows()[field]
         name = row.argument or field
         if name in ("query", "key", "value", "prepared_value"):
@@ -177,7 +177,7 @@ def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
 def check_sequence_parallel(arguments: Arguments) -> None:
     """Only sequences that may be divided have a choice of how."""
     rows = arguments.Operands.rows()
-    whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays())), None)
+    whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays)), None)
     if arguments.query.dtype.name == FLOAT8:
         whole = FLOAT8_INPUTS
     if arguments.sequence_parallel != "auto" and whole:

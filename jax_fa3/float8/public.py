@@ -91,7 +91,7 @@ def quantize_qkv(
     validate.check_flag("prepare_value", prepare_value)
     validate.check_flag("return_saturated", return_saturated)
     how = _How(granularity, rotation_seed, bool(prepare_value))
-    quantized, saturated = _run(how, Operands(**arguments.arrays()))
+    quantized, saturated = _run(how, Operands(**arguments.arrays))
     fields = {name: x for name, x in quantized.present().items() if name != "prepared_value"}
     value = quantized.value if quantized.prepared_value is None else quantized.prepared_value
     results = QuantizedQKV(**fields | dict(value=value))
