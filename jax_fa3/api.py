@@ -128,9 +128,9 @@ def dot_product_attention(
       return_residual: also return the log-sum-exp of each row's scores.
       query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
         causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
-      deterministic: whether the gradients have equal bits each time; default: whether XLA_FLAGS
-        has --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward
-        pass always has.
+      deterministic: if True, gradients are bitwise reproducible; default: whether XLA_FLAGS has
+        --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward pass
+        always is.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
         picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
