@@ -65,9 +65,7 @@ class Arguments:
 
     def with_arrays(self) -> Arguments:
         """Whatever may stand for an array, such as a list, made one."""
-        rows = self.Operands.rows().items()
-        names = [row.argument or name for name, row in rows if row.form != "scalar"]
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
         return dataclasses.replace(self, **made) if made else self
 
@@ -100,6 +98,15 @@ class Arguments:
             out_dtype="bfloat16" if is_float8 else None,
         )
         return self.Options(**passed | resolved)
+
+    @classmethod
+    @functools.cache
+    def _array_names(cls) -> tuple[str, ...]:
+        """The names of arguments that are always arrays."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        rows = cls.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.form != "scalar"]
+        return tuple(name for name in names if name in known)
 
     @classmethod
     @functools.cache
