@@ -19,7 +19,7 @@
 
 #include <cstdint>
 
-#include "base/types.h"
+#include "call/types.h"
 
 namespace jax_fa3 {
 

@@ -1,12 +1,12 @@
 // The backward handler: decode, validate, plan, launch.
 #include <cuda_runtime_api.h>
 
-#include "backward/dispatch.h"
 #include "ffi/decode.h"
 #include "ffi/error.h"
 #include "ffi/handlers.h"
 #include "ffi/plan_cache.h"
 #include "ffi/validate.h"
+#include "kernels/backward/dispatch.h"
 
 namespace jax_fa3 {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "attention/prepared_value.h"
-#include "base/text.h"
+#include "call/text.h"
 #include "ffi/error.h"
 
 namespace jax_fa3 {

@@ -2,10 +2,10 @@
 // buffer must have the rank, element type and extents that follow from them.
 #pragma once
 
-#include "base/problem.h"
-#include "base/status.h"
+#include "call/problem.h"
+#include "call/status.h"
 #include "ffi/options.h"
-#include "quantize/quantize.h"
+#include "kernels/quantize/quantize.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {

@@ -6,7 +6,7 @@
 #include "ffi/handlers.h"
 #include "ffi/plan_cache.h"
 #include "ffi/validate.h"
-#include "forward/dispatch.h"
+#include "kernels/forward/dispatch.h"
 
 namespace jax_fa3 {
 namespace {

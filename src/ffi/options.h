@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "base/problem.h"
+#include "call/problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {

@@ -6,8 +6,8 @@
 #include <mutex>
 #include <tuple>
 
-#include "base/problem.h"
-#include "base/status.h"
+#include "call/problem.h"
+#include "call/status.h"
 
 namespace jax_fa3 {
 

@@ -1,5 +1,5 @@
 // The handler that rounds 16-bit arrays to e4m3: decode, validate, launch.
-#include "quantize/quantize.h"
+#include "kernels/quantize/quantize.h"
 
 #include <cuda_runtime_api.h>
 

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <initializer_list>
 
-#include "base/shape.h"
-#include "base/text.h"
+#include "call/shape.h"
+#include "call/text.h"
 
 namespace jax_fa3 {
 namespace {

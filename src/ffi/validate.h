@@ -2,10 +2,10 @@
 // same with better words; this holds for calls that come another way.
 #pragma once
 
-#include "base/problem.h"
-#include "base/status.h"
+#include "call/problem.h"
+#include "call/status.h"
 #include "ffi/device.h"
-#include "quantize/quantize.h"
+#include "kernels/quantize/quantize.h"
 
 namespace jax_fa3 {
 

@@ -1,11 +1,11 @@
 // Planning: which tile, in which order, how much workspace, and what is refused.
-#include "backward/plan.h"
+#include "kernels/backward/plan.h"
 
 #include <vector>
 
 #include "check.h"
-#include "forward/plan.h"
-#include "forward_float8/plan.h"
+#include "kernels/forward/plan.h"
+#include "kernels/forward_float8/plan.h"
 
 namespace jax_fa3 {
 namespace {
