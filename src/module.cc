@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/backward/dispatch.h"
-#include "kernels/forward/dispatch.h"
-#include "kernels/forward_float8/dispatch.h"
+#include "kernels/backward/family.h"
+#include "kernels/forward/family.h"
+#include "kernels/forward_float8/family.h"
 #if defined(JAX_FA3_CUDA)
-#include "ffi/handlers.h"
+#include "handlers.h"
 #endif
 
 namespace nb = nanobind;
@@ -21,14 +21,11 @@ namespace {
 constexpr bool kCudaEnabled = true;
 
 nb::dict registrations() {
-  const auto capsule = [](XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
-    return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
-  };
   nb::dict targets;
-  targets["jax_fa3_forward"] = capsule(jax_fa3_forward);
-  targets["jax_fa3_forward_float8"] = capsule(jax_fa3_forward_float8);
-  targets["jax_fa3_backward"] = capsule(jax_fa3_backward);
-  targets["jax_fa3_quantize"] = capsule(jax_fa3_quantize);
+#define JFA_REGISTER(name) \
+  targets[#name] = nb::capsule(reinterpret_cast<void*>(name), "xla._CUSTOM_CALL_TARGET");
+  JFA_CUSTOM_CALLS(JFA_REGISTER)
+#undef JFA_REGISTER
   return targets;
 }
 #else
@@ -37,40 +34,33 @@ constexpr bool kCudaEnabled = false;
 nb::dict registrations() { return nb::dict(); }
 #endif
 
-template <class Key>
-nb::dict key_dict(const char* direction, const char* dtype, const Key& key) {
+nb::dict to_dict(const Fields& fields) {
   nb::dict dict;
-  dict["direction"] = direction;
-  dict["dtype"] = dtype;
-  dict["head_dim"] = key.head_dim;
-  dict["head_dim_v"] = key.head_dim_v;
-  dict["block_m"] = key.block_m;
-  dict["block_n"] = key.block_n;
+  for (const auto& [name, value] : fields) {
+    std::visit([&](const auto& x) { dict[name] = x; }, value);
+  }
   return dict;
 }
 
-nb::dict to_dict(const ForwardKey& key) { return key_dict("forward", to_string(key.dtype), key); }
-
-nb::dict to_dict(const ForwardFloat8Key& key) {
-  nb::dict dict = key_dict("forward_float8", "e4m3", key);
-  dict["promote"] = key.promote;
-  return dict;
-}
-
-nb::dict to_dict(const BackwardKey& key) {
-  nb::dict dict = key_dict("backward", to_string(key.dtype), key);
-  dict["separate_dq"] = key.separate_dq;
-  return dict;
-}
-
-template <class... Keys>
-nb::list to_list(const std::vector<Keys>&... keys) {
+// The kernels of all families, by a list of each.
+template <class List>
+nb::list kernels(const List& keys_of) {
   nb::list list;
-  const auto append = [&](const auto& of_one_direction) {
-    for (const auto& key : of_one_direction) list.append(to_dict(key));
+  const auto append = [&](auto family) {
+    for (const auto& key : keys_of(family)) list.append(to_dict(family.describe(key)));
   };
-  (append(keys), ...);
+  append(Forward{});
+  append(ForwardFloat8{});
+  append(Backward{});
   return list;
+}
+
+nb::list compiled_kernels() {
+  return kernels([](auto family) { return KernelTable<decltype(family)>::compiled(); });
+}
+
+nb::list listed_kernels() {
+  return kernels([](auto family) { return KernelTable<decltype(family)>::listed(); });
 }
 
 DType parse_dtype(const std::string& name) {
@@ -80,18 +70,10 @@ DType parse_dtype(const std::string& name) {
   throw nb::value_error(("dtype must be 'bf16' or 'fp16', got '" + name + "'").c_str());
 }
 
-template <class Plan>
-const Plan& value_or_raise(const StatusOr<Plan>& plan) {
+template <class Family>
+nb::dict plan_dict(const StatusOr<typename Family::Plan>& plan) {
   if (!plan.ok()) throw nb::value_error(plan.status().message().c_str());
-  return plan.value();
-}
-
-void add_order(nb::dict& dict, const TileOrder& order) {
-  dict["num_m_blocks"] = order.num_m_blocks;
-  dict["heads_per_group"] = order.heads_per_group;
-  dict["longest_first"] = order.longest_first;
-  dict["num_tiles"] = order.num_tiles;
-  dict["grid"] = order.grid;
+  return to_dict(Family::describe(plan.value()));
 }
 
 nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
@@ -100,12 +82,8 @@ nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t
                       std::int32_t window_right, int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  const auto planned =
-      plan_forward(shape, {window_left, window_right, 0}, plannable_forward_kernels(), num_sms);
-  const ForwardPlan& plan = value_or_raise(planned);
-  nb::dict dict = to_dict(plan.key);
-  add_order(dict, plan);
-  return dict;
+  return plan_dict<Forward>(plan_forward(shape, {window_left, window_right, 0},
+                                         KernelTable<Forward>::plannable(), num_sms));
 }
 
 nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int64_t seqlen_k,
@@ -115,13 +93,9 @@ nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int
                              bool value_is_prepared, int num_sms) {
   const Shape shape{DType::kBF16, batch,        seqlen_q, seqlen_k,
                     num_heads_q,  num_heads_kv, head_dim, head_dim_v};
-  const auto planned = plan_forward_float8(shape, {window_left, window_right, 0}, value_is_prepared,
-                                           plannable_forward_float8_kernels(), num_sms);
-  const ForwardFloat8Plan& plan = value_or_raise(planned);
-  nb::dict dict = to_dict(plan.key);
-  add_order(dict, plan);
-  dict["workspace_bytes"] = plan.workspace_bytes;
-  return dict;
+  return plan_dict<ForwardFloat8>(
+      plan_forward_float8(shape, {window_left, window_right, 0}, value_is_prepared,
+                          KernelTable<ForwardFloat8>::plannable(), num_sms));
 }
 
 nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
@@ -130,19 +104,8 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
                        int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  const auto planned = plan_backward(shape, deterministic, plannable_backward_kernels(), num_sms);
-  const BackwardPlan& plan = value_or_raise(planned);
-  nb::dict dict = to_dict(plan.key);
-  dict["num_m_blocks"] = plan.num_m_blocks;
-  dict["num_n_blocks"] = plan.num_n_blocks;
-  dict["heads_per_group"] = plan.heads_per_group;
-  dict["num_tiles"] = plan.num_tiles;
-  dict["grid"] = plan.grid;
-  dict["dq_offset"] = plan.dq_offset;
-  dict["statistics_offset"] = plan.statistics_offset;
-  dict["tile_counters_offset"] = plan.tile_counters_offset;
-  dict["workspace_bytes"] = plan.workspace_bytes;
-  return dict;
+  return plan_dict<Backward>(
+      plan_backward(shape, deterministic, KernelTable<Backward>::plannable(), num_sms));
 }
 
 }  // namespace
@@ -153,20 +116,8 @@ NB_MODULE(_C, module) {
   module.attr("cuda_enabled") = kCudaEnabled;
   module.def("registrations", &registrations,
              "Handlers to register with XLA for the CUDA platform: target name to capsule.");
-  module.def(
-      "compiled_kernels",
-      [] {
-        return to_list(compiled_forward_kernels(), compiled_forward_float8_kernels(),
-                       compiled_backward_kernels());
-      },
-      "The kernels linked into this build.");
-  module.def(
-      "listed_kernels",
-      [] {
-        return to_list(listed_forward_kernels(), listed_forward_float8_kernels(),
-                       listed_backward_kernels());
-      },
-      "All kernels of the matrix, compiled or not.");
+  module.def("compiled_kernels", &compiled_kernels, "The kernels linked into this build.");
+  module.def("listed_kernels", &listed_kernels, "All kernels of the matrix, compiled or not.");
   module.def("forward_plan", &forward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "window_left"_a,
              "window_right"_a, "num_sms"_a,

@@ -71,20 +71,22 @@ struct ForwardFloat8Problem : ForwardProblem {
   std::int64_t query_descales = 1;       // of a head: 1, or one for each block of rows
   std::int64_t key_descales = 1;         // of a head: 1, or one for each block of keys
   bool value_is_prepared = false;        // then value is [b, h_kv, d_v, padded keys]
-  void* workspace = nullptr;             // ForwardFloat8Plan::workspace_bytes, 16-byte aligned
+  void* workspace = nullptr;             // ForwardFloat8Plan::workspace_bytes
+  std::int64_t workspace_bytes = 0;      // that it has
 };
 
 struct BackwardProblem : CallProblem {
   bool deterministic = false;
 
-  const void* out = nullptr;    // [b, s_q, h_q, d_v]
-  const float* lse = nullptr;   // [b, h_q, s_q]
-  const void* dout = nullptr;   // [b, s_q, h_q, d_v]
-  const float* dlse = nullptr;  // [b, h_q, s_q] or null
-  void* dquery = nullptr;       // [b, s_q, h_q, d]
-  void* dkey = nullptr;         // [b, s_k, h_kv, d]
-  void* dvalue = nullptr;       // [b, s_k, h_kv, d_v]
-  void* workspace = nullptr;    // BackwardPlan::workspace_bytes, 256-byte aligned
+  const void* out = nullptr;         // [b, s_q, h_q, d_v]
+  const float* lse = nullptr;        // [b, h_q, s_q]
+  const void* dout = nullptr;        // [b, s_q, h_q, d_v]
+  const float* dlse = nullptr;       // [b, h_q, s_q] or null
+  void* dquery = nullptr;            // [b, s_q, h_q, d]
+  void* dkey = nullptr;              // [b, s_k, h_kv, d]
+  void* dvalue = nullptr;            // [b, s_k, h_kv, d_v]
+  void* workspace = nullptr;         // BackwardPlan::workspace_bytes
+  std::int64_t workspace_bytes = 0;  // that it has
 };
 
 }  // namespace jax_fa3

@@ -124,8 +124,8 @@ void workspace_layout() {
     CHECK(plan.tile_counters_offset == plan.statistics_offset + aligned(rows * 16));
     CHECK(plan.workspace_bytes == plan.tile_counters_offset + 256);
     CHECK(plan.grid == 120);
-    CHECK(plan.dq_num_tiles == (deterministic ? 3 * 5 * 8 : 0));
-    CHECK(plan.dq_grid == plan.dq_num_tiles);
+    CHECK(plan.dquery.num_tiles == (deterministic ? 3 * 5 * 8 : 0));
+    CHECK(plan.dquery.grid == plan.dquery.num_tiles);
   }
 }
 

@@ -51,6 +51,7 @@ template <class Config>
 Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
   using T = BackwardTraits<Config>;
   const Shape& s = problem.shape;
+  if (s.batch == 0) return {};
   auto* const workspace = static_cast<unsigned char*>(problem.workspace);
 
   const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
