@@ -5,7 +5,6 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "device/mma.cuh"
-#include "device/tma.cuh"
 
 namespace jax_fa3 {
 
@@ -31,22 +30,6 @@ CUTE_DEVICE bool leads_warpgroup() { return threadIdx.x % kWarpgroupThreads == 0
 template <class Tile>
 CUTE_DEVICE void zero_rows_from(typename Tile::Element* tile, int first_row) {
   Tile::zero_rows_from(tile, first_row, warpgroup_thread(), kWarpgroupThreads);
-}
-
-// Sends a warpgroup's 64 rows of a tile, which its threads have written, to rows from `row` of one
-// head of an array of `num_rows`. On return its leader's store is under way.
-template <class Tile, class Sync>
-CUTE_DEVICE void send_rows(const CUtensorMap& map, const typename Tile::Element* tile,
-                           int warpgroup, const Sync& sync, int row, int num_rows, int head,
-                           int batch) {
-  cutlass::arch::fence_view_async_shared();
-  sync();
-  if (leads_warpgroup()) {
-    if (row < num_rows) {
-      store_tile<Tile>(map, tile, warpgroup * kWarpgroupRows, row, head, batch);
-    }
-    cute::tma_store_arrive();
-  }
 }
 
 }  // namespace jax_fa3

@@ -27,33 +27,51 @@ struct GradientSplitConsumer : TileConsumer<T> {
   RingCursor<T::kHandoverStages> handover{};
   RingCursor<1> output_cursor{};
 
-  // Each thread answers for what it has written and read.
-  CUTE_DEVICE float4* probabilities() const {
-    return shared.exchange.probabilities[handover.stage] + threadIdx.x % kWarpgroupThreads;
-  }
-  template <class Accumulator>
-  CUTE_DEVICE void give_probabilities(const Accumulator& tS) {
-    wait_empty(shared.handover_ring, handover);
-    CUTE_UNROLL
-    for (int i = 0; i < kThreadFloats; i += 4) {
-      probabilities()[i / 4 * kWarpgroupThreads] = {tS(i), tS(i + 1), tS(i + 2), tS(i + 3)};
+  CUTE_DEVICE void run() {
+    if (this->warpgroup == 0) {
+      run_for_dvalue();
+    } else {
+      run_for_dkey();
     }
-    shared.handover_ring.full[handover.stage].arrive();
-    handover.advance();
   }
-  template <class Accumulator>
-  CUTE_DEVICE void take_probabilities(Accumulator& tP) {
-    wait_full(shared.handover_ring, handover);
-    CUTE_UNROLL
-    for (int i = 0; i < kThreadFloats; i += 4) {
-      const float4 four = probabilities()[i / 4 * kWarpgroupThreads];
-      tP(i) = four.x;
-      tP(i + 1) = four.y;
-      tP(i + 2) = four.z;
-      tP(i + 3) = four.w;
+  // dV goes out through the first buffer of P^T, dK through the second.
+  CUTE_DEVICE void run_for_dvalue() {
+    while (this->next_tile()) {
+      auto tDV = make_accumulator<typename T::MmaDV, T::kHeadDimV>();
+      cute::clear(tDV);
+      this->sync_warpgroup();                         // dV has left
+      wait_empty(shared.output_ring, output_cursor);  // and dK
+      output_cursor.advance();
+      if (!queries.empty()) {
+        this->await_keys();
+        this->template clear_tail<typename T::KTile>(shared.key);
+        visit_for_dvalue(tDV);
+        this->release_keys();
+      }
+      auto last = handover;
+      for (int i = 0; i < T::kHandoverStages; ++i) {
+        wait_empty(shared.handover_ring, last);
+        last.advance();
+      }
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, 0);
+      this->end_tile();
     }
-    shared.handover_ring.empty[handover.stage].arrive();
-    handover.advance();
+  }
+  CUTE_DEVICE void run_for_dkey() {
+    while (this->next_tile()) {
+      auto tDK = make_accumulator<typename T::MmaDK, T::kHeadDim>();
+      cute::clear(tDK);
+      if (!queries.empty()) {
+        this->await_keys();
+        this->template clear_tail<typename T::VTile>(shared.value);
+        visit_for_dkey(tDK);
+        this->release_keys();
+      }
+      this->scale_dkey(tDK);
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, 0);
+      release(shared.output_ring, output_cursor);
+      this->end_tile();
+    }
   }
 
   // The visits are of tiles that some query sees.
@@ -131,51 +149,33 @@ struct GradientSplitConsumer : TileConsumer<T> {
     release(shared.query_ring, cursor.before());
   }
 
-  CUTE_DEVICE void run() {
-    if (this->warpgroup == 0) {
-      run_for_dvalue();
-    } else {
-      run_for_dkey();
-    }
+  // Each thread answers for what it has written and read.
+  CUTE_DEVICE float4* probabilities() const {
+    return shared.exchange.probabilities[handover.stage] + threadIdx.x % kWarpgroupThreads;
   }
-  // dV goes out through the first buffer of P^T, dK through the second.
-  CUTE_DEVICE void run_for_dvalue() {
-    while (this->next_tile()) {
-      auto tDV = make_accumulator<typename T::MmaDV, T::kHeadDimV>();
-      cute::clear(tDV);
-      this->sync_warpgroup();                         // dV has left
-      wait_empty(shared.output_ring, output_cursor);  // and dK
-      output_cursor.advance();
-      if (!queries.empty()) {
-        this->await_keys();
-        this->template clear_tail<typename T::KTile>(shared.key);
-        visit_for_dvalue(tDV);
-        this->release_keys();
-      }
-      auto last = handover;
-      for (int i = 0; i < T::kHandoverStages; ++i) {
-        wait_empty(shared.handover_ring, last);
-        last.advance();
-      }
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, 0);
-      this->end_tile();
+  template <class Accumulator>
+  CUTE_DEVICE void give_probabilities(const Accumulator& tS) {
+    wait_empty(shared.handover_ring, handover);
+    CUTE_UNROLL
+    for (int i = 0; i < kThreadFloats; i += 4) {
+      probabilities()[i / 4 * kWarpgroupThreads] = {tS(i), tS(i + 1), tS(i + 2), tS(i + 3)};
     }
+    shared.handover_ring.full[handover.stage].arrive();
+    handover.advance();
   }
-  CUTE_DEVICE void run_for_dkey() {
-    while (this->next_tile()) {
-      auto tDK = make_accumulator<typename T::MmaDK, T::kHeadDim>();
-      cute::clear(tDK);
-      if (!queries.empty()) {
-        this->await_keys();
-        this->template clear_tail<typename T::VTile>(shared.value);
-        visit_for_dkey(tDK);
-        this->release_keys();
-      }
-      this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, 0);
-      release(shared.output_ring, output_cursor);
-      this->end_tile();
+  template <class Accumulator>
+  CUTE_DEVICE void take_probabilities(Accumulator& tP) {
+    wait_full(shared.handover_ring, handover);
+    CUTE_UNROLL
+    for (int i = 0; i < kThreadFloats; i += 4) {
+      const float4 four = probabilities()[i / 4 * kWarpgroupThreads];
+      tP(i) = four.x;
+      tP(i + 1) = four.y;
+      tP(i + 2) = four.z;
+      tP(i + 3) = four.w;
     }
+    shared.handover_ring.empty[handover.stage].arrive();
+    handover.advance();
   }
 };
 

@@ -23,12 +23,29 @@ struct KeySplitConsumer : TileConsumer<T> {
   using typename Base::Element;
   using typename Base::NamedBarrier;
 
-  // One's dS for the other's dQ.
-  CUTE_DEVICE void give_scores() const {
-    NamedBarrier::arrive(T::kConsumerThreads, T::kScores + warpgroup);
-  }
-  CUTE_DEVICE void take_scores() const {
-    NamedBarrier::sync(T::kConsumerThreads, T::kScores + (1 - warpgroup));
+  // The CTA's work tiles, one after another.
+  CUTE_DEVICE void run() {
+    while (this->next_tile()) {
+      auto tDK = make_accumulator<typename T::MmaDK, T::kHeadDim>();
+      auto tDV = make_accumulator<typename T::MmaDV, T::kHeadDimV>();
+      cute::clear(tDK);
+      cute::clear(tDV);
+      if (!queries.empty()) {
+        this->await_keys();
+        this->template clear_tail<typename T::KTile>(shared.key);
+        this->template clear_tail<typename T::VTile>(shared.value);
+        QueryWalk walk = this->walk();
+        do {
+          step(tDK, tDV, walk);
+        } while (walk.next());
+        this->release_keys();
+      }
+      const int row = warpgroup * kWarpgroupRows;
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row);
+      this->scale_dkey(tDK);
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row);
+      this->end_tile();
+    }
   }
 
   // One step of the walk.
@@ -117,28 +134,12 @@ struct KeySplitConsumer : TileConsumer<T> {
     }
   }
 
-  CUTE_DEVICE void run() {
-    while (this->next_tile()) {
-      auto tDK = make_accumulator<typename T::MmaDK, T::kHeadDim>();
-      auto tDV = make_accumulator<typename T::MmaDV, T::kHeadDimV>();
-      cute::clear(tDK);
-      cute::clear(tDV);
-      if (!queries.empty()) {
-        this->await_keys();
-        this->template clear_tail<typename T::KTile>(shared.key);
-        this->template clear_tail<typename T::VTile>(shared.value);
-        QueryWalk walk = this->walk();
-        do {
-          step(tDK, tDV, walk);
-        } while (walk.next());
-        this->release_keys();
-      }
-      const int row = warpgroup * kWarpgroupRows;
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row);
-      this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row);
-      this->end_tile();
-    }
+  // One's dS for the other's dQ.
+  CUTE_DEVICE void give_scores() const {
+    NamedBarrier::arrive(T::kConsumerThreads, T::kScores + warpgroup);
+  }
+  CUTE_DEVICE void take_scores() const {
+    NamedBarrier::sync(T::kConsumerThreads, T::kScores + (1 - warpgroup));
   }
 };
 

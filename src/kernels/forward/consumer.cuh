@@ -192,15 +192,22 @@ struct ForwardConsumer {
   // before anyone writes the buffer again the previous store must have read it.
   template <class AccumulatorO>
   CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
+    const bool leader = leads_warpgroup();
     auto* const buffer = shared.output(query_cursor.stage);
     if constexpr (T::kOwnOutput) {
-      if (leads_warpgroup()) cute::tma_store_wait<0>();
+      if (leader) cute::tma_store_wait<0>();
       sync_warpgroup();
     }
     store_accumulator<typename T::OTile>(tO, buffer, warpgroup * kWarpgroupRows);
-    send_rows<typename T::OTile>(
-        p.out, buffer, warpgroup, [&] { sync_warpgroup(); }, row, p.seqlen_q, tile.head,
-        tile.batch);
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup();
+    if (leader) {
+      if (row < p.seqlen_q) {
+        store_tile<typename T::OTile>(p.out, buffer, warpgroup * kWarpgroupRows, row, tile.head,
+                                      tile.batch);
+      }
+      cute::tma_store_arrive();
+    }
   }
 
   // After O has been staged in the Q of the tile before: when the store has read it, that is free.
