@@ -1,9 +1,9 @@
-// The forward kernel without warp specialisation, for the ablation benchmark alone: every warpgroup
-// computes, one thread of them also loads, and after each key tile all of them meet, so that its
-// stage can be filled again.
+// The forward kernel without warp specialisation: every warpgroup computes, one thread of them also
+// loads, and after each key tile all of them meet, so that its stage can be filled again.
 #pragma once
 
-#include "kernels/forward/consumer.cuh"
+#include "benchmarks/ablation_kernels/consumer.cuh"
+#include "kernels/forward/kernel.cuh"
 
 namespace jax_fa3 {
 
@@ -93,7 +93,7 @@ struct UnspecialisedForward {
         auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
         issue_scores(tS);
         wait_mma<0>(tS);
-        if (keys.cuts(n)) mask_scores(tS, mask, row, n * T::kBlockN);
+        if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
         softmax.begin(tS, p.softmax_scale_log2);
         convert(tS, tP);
         __syncthreads();
@@ -107,7 +107,8 @@ struct UnspecialisedForward {
         issue_output();
         wait_mma<1>(tS);
         // A vote, because O is in flight: only a branch known to be uniform leaves it alone.
-        if (__any_sync(0xffffffff, keys.cuts(n))) mask_scores(tS, mask, row, n * T::kBlockN);
+        if (__any_sync(0xffffffff, keys.cuts(n)))
+          T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
         const bool rescale = softmax.update(tS, p.softmax_scale_log2);
         wait_mma<0>(tO);
         convert(tS, tP);
@@ -132,5 +133,21 @@ struct UnspecialisedForward {
     consumer.store_output(tO, tile, row);
   }
 };
+
+template <class T>
+__global__ void __launch_bounds__(T::kConsumers* kWarpgroupThreads, 1)
+    unspecialised_kernel(const __grid_constant__ ForwardParams p) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    prefetch_maps({&p.query, &p.key, &p.value, &p.out});
+    shared.query_ring[0].init(1);
+    shared.key_ring.init(1);
+    shared.value_ring.init(1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  UnspecialisedForward<T>{p, shared, cutlass::canonical_warp_group_idx()}.run();
+}
 
 }  // namespace jax_fa3
