@@ -1,7 +1,7 @@
 #include "ffi/decode.h"
 
 #include <algorithm>
-#include <vector>
+#include <string>
 
 #include "attention/prepared_value.h"
 #include "call/text.h"
@@ -45,8 +45,7 @@ std::int64_t num_blocks(std::int64_t rows) { return ceil_div<std::int64_t>(rows,
 
 Extents::Extents(const Types& types) : types_(types) { std::fill_n(extents_, 26, -1); }
 
-Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer,
-                     std::uintptr_t alignment) {
+Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer) {
   JFA_CHECK_OK(check_type(operand, buffer.element_type()));
   const std::string dims = operand.dims;
   const auto is_letter = [](char c) { return c >= 'a'; };
@@ -63,11 +62,7 @@ Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer,
   for (std::size_t i = 0; i < dims.size(); ++i) {
     if (is_letter(dims[i]) && expected[i] == -1) JFA_CHECK_OK(learn(operand, dims[i], got[i]));
   }
-
-  if (alignment == 0) alignment = alignment_of(operand.element);
-  if (reinterpret_cast<std::uintptr_t>(buffer.untyped_data()) % alignment == 0) return {};
-  return invalid_argument(concat(operand.name, " must be aligned to ", alignment,
-                                 " bytes, got address ", buffer.untyped_data()));
+  return {};
 }
 
 Status Extents::check_type(const Operand& operand, DataType got) {
@@ -137,6 +132,57 @@ Shape Extents::shape() const {
   shape.head_dim = (*this)['d'];
   shape.head_dim_v = (*this)['e'];
   return shape;
+}
+
+StatusOr<Buffers> buffers_of(const xla::ffi::RemainingArgs& args) {
+  Buffers buffers;
+  for (std::size_t i = 0; i < args.size(); ++i) {
+    const auto buffer = args.get<xla::ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return invalid_argument(concat("operand ", i, " must be a buffer"));
+    buffers.push_back(*buffer);
+  }
+  return buffers;
+}
+
+StatusOr<Buffers> buffers_of(const xla::ffi::RemainingRets& rets) {
+  Buffers buffers;
+  for (std::size_t i = 0; i < rets.size(); ++i) {
+    auto buffer = rets.get<xla::ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return invalid_argument(concat("result ", i, " must be a buffer"));
+    buffers.push_back(**buffer);
+  }
+  return buffers;
+}
+
+Status check_count(const std::vector<std::pair<Operand, bool>>& rows, std::size_t num_buffers,
+                   const char* side) {
+  std::size_t required = 0, announced = 0;
+  for (const auto& [operand, present] : rows) {
+    required += !operand.optional;
+    announced += operand.optional && present;
+  }
+  if (num_buffers < required) {
+    return invalid_argument(
+        concat("the call must have ", required, " ", side, " at least, got ", num_buffers));
+  }
+  const std::size_t got = num_buffers - required;
+  if (got == announced) return {};
+  // Of those announced the first that is missing has a name.
+  std::size_t seen = 0;
+  for (const auto& [operand, present] : rows) {
+    if (!operand.optional || !present || seen++ < got) continue;
+    return invalid_argument(
+        concat("options announce the operand ", operand.name, ", got ", got, " optional ", side));
+  }
+  return invalid_argument(
+      concat("options announce ", announced, " optional ", side, ", got ", got));
+}
+
+Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address) {
+  if (alignment == 0) alignment = alignment_of(operand.element);
+  if (reinterpret_cast<std::uintptr_t>(address) % alignment == 0) return {};
+  return invalid_argument(
+      concat(operand.name, " must be aligned to ", alignment, " bytes, got address ", address));
 }
 
 }  // namespace jax_fa3

@@ -1,12 +1,13 @@
 // From XLA's buffers to a Problem, by a family's table of arrays: extents are read off the first
-// arrays that have a dimension, and every other array must have the rank, element type, extents and
-// alignment that follow from them.
+// arrays that have a dimension, and every other array must have the rank, element type and extents
+// that follow from them.
 #pragma once
 
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "call/operands.h"
 #include "call/problem.h"
@@ -34,8 +35,10 @@ struct Array {
   bool present = true;
   std::uintptr_t alignment = 0;  // bytes; 0: what elements of this kind are read and written by
 };
+template <class Problem>
+using Arrays = std::vector<Array<Problem>>;
 
-// The names that a family's table is written in: array<&Problem::query>(operands::kQuery).
+// The words that a family's table is written in: array<&Problem::query>(operands::kQuery).
 template <class Problem_>
 struct ArrayTable {
   using Problem = Problem_;
@@ -48,6 +51,17 @@ struct ArrayTable {
   template <auto kMember>
   static Array<Problem> workspace(std::uintptr_t alignment) {
     return array<kMember>(operands::kWorkspace, true, alignment);
+  }
+
+  // The index arrays of any call of attention, behind its other operands.
+  template <class Options>
+  static Arrays<Problem> with_index(Arrays<Problem> arrays, const Options& options) {
+    using Index = IndexArrays;
+    arrays.push_back(
+        array<&Index::query_lengths>(operands::kQueryLengths, options.has_query_lengths));
+    arrays.push_back(array<&Index::key_lengths>(operands::kKeyLengths, options.has_key_lengths));
+    arrays.push_back(array<&Index::query_offset>(operands::kQueryOffset, options.has_query_offset));
+    return arrays;
   }
 
  private:
@@ -72,7 +86,7 @@ class Extents {
   explicit Extents(const Types& types);
 
   // Checks a buffer, and takes from it what is not known yet.
-  Status take(const Operand& operand, const xla::ffi::AnyBuffer& buffer, std::uintptr_t alignment);
+  Status take(const Operand& operand, const xla::ffi::AnyBuffer& buffer);
 
   std::int64_t operator[](char letter) const { return extents_[index(letter)]; }
 
@@ -89,87 +103,75 @@ class Extents {
   std::int64_t extents_[26];
 };
 
-namespace internal {
+// The buffers of one side of a call.
+using Buffers = std::vector<xla::ffi::AnyBuffer>;
+StatusOr<Buffers> buffers_of(const xla::ffi::RemainingArgs& args);
+StatusOr<Buffers> buffers_of(const xla::ffi::RemainingRets& rets);
 
-// The buffers of one side of a call, one after the other.
-template <class Buffers>
-class Reader {
- public:
-  Reader(const Buffers& buffers, const char* what) : buffers_(buffers), what_(what) {}
+// Whether there are as many buffers as rows that are present; `side` is "operands" or "results".
+Status check_count(const std::vector<std::pair<Operand, bool>>& rows, std::size_t num_buffers,
+                   const char* side);
 
-  template <class Problem>
-  Status read(const Array<Problem>& array, Extents& extents, Problem& problem) {
-    const Operand& operand = array.operand;
-    optional_before_ += operand.optional && array.present;
-    required_ += !operand.optional;
-    if (!array.present) return {};
-    if (next_ >= buffers_.size()) return missing(operand);
-    auto buffer = get(next_++);
-    if (!buffer.has_value()) return invalid_argument(std::string(operand.name) + " is no buffer");
-    JFA_CHECK_OK(extents.take(operand, *buffer, array.alignment));
+// One side of a call into the problem.
+template <class Problem>
+Status take_all(const Arrays<Problem>& arrays, const Buffers& buffers, const char* side,
+                Extents& extents, Problem& problem) {
+  std::vector<std::pair<Operand, bool>> rows;
+  for (const auto& array : arrays) rows.emplace_back(array.operand, array.present);
+  JFA_CHECK_OK(check_count(rows, buffers.size(), side));
+  auto buffer = buffers.begin();
+  for (const auto& array : arrays) {
+    if (!array.present) continue;
+    JFA_CHECK_OK(extents.take(array.operand, *buffer));
     array.store(problem, buffer->untyped_data());
-    return {};
+    ++buffer;
   }
-
-  Status finish() const {
-    if (next_ == buffers_.size()) return {};
-    return invalid_argument("options announce " + std::to_string(optional_before_) + " optional " +
-                            what_ + ", got " + std::to_string(buffers_.size() - required_));
-  }
-
- private:
-  std::optional<xla::ffi::AnyBuffer> get(std::size_t i) const {
-    if constexpr (std::is_same_v<Buffers, xla::ffi::RemainingArgs>) {
-      const auto buffer = buffers_.template get<xla::ffi::AnyBuffer>(i);
-      return buffer.has_value() ? std::optional(*buffer) : std::nullopt;
-    } else {
-      auto result = buffers_.template get<xla::ffi::AnyBuffer>(i);
-      return result.has_value() ? std::optional(**result) : std::nullopt;
-    }
-  }
-
-  Status missing(const Operand& operand) const {
-    const std::string got =
-        ", got " + std::to_string(buffers_.size() - required_) + " optional " + what_;
-    if (operand.optional) {
-      return invalid_argument(std::string("options announce the operand ") + operand.name + got);
-    }
-    return invalid_argument(std::string(operand.name) + " is missing among the " + what_ +
-                            ", got " + std::to_string(buffers_.size()));
-  }
-
-  const Buffers& buffers_;
-  const char* what_;
-  std::size_t next_ = 0, required_ = 0, optional_before_ = 0;
-};
-
-}  // namespace internal
+  return {};
+}
 
 // The Problem of a call of `Family`, whose table is
 //   check(attributes)                        what the attributes contradict by themselves
 //   types(attributes)
-//   operands(attributes), results(attributes)   in the order of the custom call
+//   operands(attributes)                     in the order of the custom call
+//   results(attributes)
 //   fill(attributes, extents, problem)       what is no address
 template <class Family>
 StatusOr<typename Family::Problem> decode(const xla::ffi::RemainingArgs& args,
                                           const xla::ffi::RemainingRets& rets,
                                           const typename Family::Attributes& attributes) {
   JFA_CHECK_OK(Family::check(attributes));
-  typename Family::Problem problem;
+  JFA_TRY(operands, buffers_of(args));
+  JFA_TRY(results, buffers_of(rets));
   Extents extents(Family::types(attributes));
-  internal::Reader operands(args, "operands");
-  for (const auto& array : Family::operands(attributes)) {
-    JFA_CHECK_OK(operands.read(array, extents, problem));
-  }
-  JFA_CHECK_OK(operands.finish());
-  internal::Reader results(rets, "results");
-  for (const auto& array : Family::results(attributes)) {
-    JFA_CHECK_OK(results.read(array, extents, problem));
-  }
-  JFA_CHECK_OK(results.finish());
+  typename Family::Problem problem;
+  JFA_CHECK_OK(take_all(Family::operands(attributes), operands, "operands", extents, problem));
+  JFA_CHECK_OK(take_all(Family::results(attributes), results, "results", extents, problem));
   problem.shape = extents.shape();
   Family::fill(attributes, extents, problem);
   return problem;
+}
+
+// What the kernels need of an array's address; `alignment` as in Array.
+Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address);
+
+template <class Problem>
+Status check_aligned(const Arrays<Problem>& arrays, const Buffers& buffers) {
+  auto buffer = buffers.begin();
+  for (const auto& array : arrays) {
+    if (!array.present) continue;
+    JFA_CHECK_OK(check_aligned(array.operand, array.alignment, (buffer++)->untyped_data()));
+  }
+  return {};
+}
+
+// Of a call that has been decoded.
+template <class Family>
+Status check_aligned(const xla::ffi::RemainingArgs& args, const xla::ffi::RemainingRets& rets,
+                     const typename Family::Attributes& attributes) {
+  JFA_TRY(operands, buffers_of(args));
+  JFA_TRY(results, buffers_of(rets));
+  JFA_CHECK_OK(check_aligned(Family::operands(attributes), operands));
+  return check_aligned(Family::results(attributes), results);
 }
 
 }  // namespace jax_fa3

@@ -1,5 +1,6 @@
 // The custom calls on the host, as far as decoding: tests/test_decoding.py registers them in place
-// of the kernels' handlers, of which they have bindings, tables and checks.
+// of the kernels' handlers, of which they have bindings, tables and checks. Only addresses are not
+// looked at: XLA aligns less on a CPU.
 #include "ffi/handler.h"
 #include "kernels/backward/call.h"
 #include "kernels/forward/call.h"

@@ -26,9 +26,9 @@ struct Buffer {
 };
 
 // A call's buffers, whose memory is never touched, as XLA hands them over.
-class Buffers {
+class Frame {
  public:
-  explicit Buffers(const std::vector<Buffer>& buffers) : given_(buffers) {
+  explicit Frame(const std::vector<Buffer>& buffers) : given_(buffers) {
     for (const Buffer& given : given_) {
       XLA_FFI_Buffer buffer{};
       buffer.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
@@ -76,7 +76,11 @@ StatusOr<typename Family::Problem> decoded(std::vector<Buffer> operands,
                                            const std::vector<Buffer>& results,
                                            const typename Family::Attributes& attributes) {
   operands.insert(operands.end(), optionals.begin(), optionals.end());
-  return decode<Family>(Buffers(operands).args(), Buffers(results).rets(), attributes);
+  Frame args(operands), rets(results);
+  const auto problem = decode<Family>(args.args(), rets.rets(), attributes);
+  if (!problem.ok()) return problem;
+  JFA_CHECK_OK(check_aligned<Family>(args.args(), rets.rets(), attributes));
+  return problem;
 }
 
 constexpr auto kF32 = ffi::DataType::F32;
@@ -197,7 +201,7 @@ void refuses_buffers() {
   CHECK_REFUSES(with([](Call& c) { c.workspace_address = 4112; }).backward().status(),
                 "workspace must be aligned to 256 bytes");
   CHECK_REFUSES(with([](Call& c) { c.has_lse = false; }).forward().status(),
-                "lse is missing among the results, got 1");
+                "the call must have 3 results at least, got 1");
 }
 
 void refuses_values() {

@@ -1,5 +1,5 @@
-// The butterflies of kernels/quantize/rotation.h, four lanes at a time as a kernel runs them, against
-// the matrix that docs/fp8.md defines.
+// The butterflies of kernels/quantize/rotation.h, four lanes at a time as a kernel runs them,
+// against the matrix that docs/fp8.md defines.
 #include "kernels/quantize/rotation.h"
 
 #include <cmath>

@@ -1,8 +1,6 @@
 // The custom call of the backward pass.
 #pragma once
 
-#include <array>
-
 #include "ffi/handler.h"
 #include "ffi/options.h"
 #include "ffi/plan_cache.h"
@@ -17,22 +15,21 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
   static Status check(const Attributes&) { return {}; }
   static Types types(const Attributes&) { return {}; }
 
-  static auto operands(const Attributes& a) {
-    return std::array{
-        array<&Problem::query>(operands::kQuery),
-        array<&Problem::key>(operands::kKey),
-        array<&Problem::value>(operands::kValue),
-        array<&Problem::out>(operands::kOut),
-        array<&Problem::lse>(operands::kLse),
-        array<&Problem::dout>(operands::kDOut),
-        array<&Problem::dlse>(operands::kDLse, a.options.has_dlse),
-        array<&IndexArrays::query_lengths>(operands::kQueryLengths, a.options.has_query_lengths),
-        array<&IndexArrays::key_lengths>(operands::kKeyLengths, a.options.has_key_lengths),
-        array<&IndexArrays::query_offset>(operands::kQueryOffset, a.options.has_query_offset),
-    };
+  static Arrays<Problem> operands(const Attributes& a) {
+    return with_index(
+        {
+            array<&Problem::query>(operands::kQuery),
+            array<&Problem::key>(operands::kKey),
+            array<&Problem::value>(operands::kValue),
+            array<&Problem::out>(operands::kOut),
+            array<&Problem::lse>(operands::kLse),
+            array<&Problem::dout>(operands::kDOut),
+            array<&Problem::dlse>(operands::kDLse, a.options.has_dlse),
+        },
+        a.options);
   }
-  static auto results(const Attributes&) {
-    return std::array{
+  static Arrays<Problem> results(const Attributes&) {
+    return {
         array<&Problem::dquery>(operands::kDQuery),
         array<&Problem::dkey>(operands::kDKey),
         array<&Problem::dvalue>(operands::kDValue),

@@ -1,7 +1,6 @@
 // The custom call of the forward pass.
 #pragma once
 
-#include <array>
 #include <cmath>
 
 #include "call/text.h"
@@ -19,18 +18,17 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   static Status check(const Attributes& a) { return check_forward(a.options); }
   static Types types(const Attributes&) { return {}; }
 
-  static auto operands(const Attributes& a) {
-    return std::array{
-        array<&Problem::query>(operands::kQuery),
-        array<&Problem::key>(operands::kKey),
-        array<&Problem::value>(operands::kValue),
-        array<&IndexArrays::query_lengths>(operands::kQueryLengths, a.options.has_query_lengths),
-        array<&IndexArrays::key_lengths>(operands::kKeyLengths, a.options.has_key_lengths),
-        array<&IndexArrays::query_offset>(operands::kQueryOffset, a.options.has_query_offset),
-    };
+  static Arrays<Problem> operands(const Attributes& a) {
+    return with_index(
+        {
+            array<&Problem::query>(operands::kQuery),
+            array<&Problem::key>(operands::kKey),
+            array<&Problem::value>(operands::kValue),
+        },
+        a.options);
   }
-  static auto results(const Attributes&) {
-    return std::array{
+  static Arrays<Problem> results(const Attributes&) {
+    return {
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
         array<&Problem::tile_counter>(operands::kTileCounter),

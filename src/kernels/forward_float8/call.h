@@ -1,8 +1,6 @@
 // The custom call of the forward pass on e4m3 arrays.
 #pragma once
 
-#include <array>
-
 #include "ffi/handler.h"
 #include "ffi/options.h"
 #include "ffi/plan_cache.h"
@@ -24,21 +22,21 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
     return {Types::DataType::F8E4M3FN, /*output=*/Types::kAny16Bit};
   }
 
-  static auto operands(const Attributes& a) {
-    return std::array{
-        array<&Problem::query>(operands::kQuery),
-        array<&Problem::key>(operands::kKey),
-        array<&Problem::value>(a.value_is_prepared ? operands::kPreparedValue : operands::kValue),
-        array<&Problem::query_descale>(operands::kQueryDescale),
-        array<&Problem::key_descale>(operands::kKeyDescale),
-        array<&Problem::value_descale>(operands::kValueDescale),
-        array<&IndexArrays::query_lengths>(operands::kQueryLengths, a.options.has_query_lengths),
-        array<&IndexArrays::key_lengths>(operands::kKeyLengths, a.options.has_key_lengths),
-        array<&IndexArrays::query_offset>(operands::kQueryOffset, a.options.has_query_offset),
-    };
+  static Arrays<Problem> operands(const Attributes& a) {
+    return with_index(
+        {
+            array<&Problem::query>(operands::kQuery),
+            array<&Problem::key>(operands::kKey),
+            array<&Problem::value>(a.value_is_prepared ? operands::kPreparedValue
+                                                       : operands::kValue),
+            array<&Problem::query_descale>(operands::kQueryDescale),
+            array<&Problem::key_descale>(operands::kKeyDescale),
+            array<&Problem::value_descale>(operands::kValueDescale),
+        },
+        a.options);
   }
-  static auto results(const Attributes&) {
-    return std::array{
+  static Arrays<Problem> results(const Attributes&) {
+    return {
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
         array<&Problem::tile_counter>(operands::kTileCounter),

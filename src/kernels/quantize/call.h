@@ -1,8 +1,6 @@
 // The custom call that rounds 16-bit arrays to e4m3.
 #pragma once
 
-#include <array>
-
 #include "ffi/handler.h"
 #include "kernels/quantize/quantize.h"
 
@@ -31,8 +29,8 @@ struct QuantizeCall : ArrayTable<QuantizeProblem> {
     return types;
   }
 
-  static auto operands(const Attributes& a) {
-    return std::array{
+  static Arrays<Problem> operands(const Attributes& a) {
+    return {
         array<&Problem::query>(operands::kQuery),
         array<&Problem::key>(operands::kKey),
         array<&Problem::value>(operands::kValue),
@@ -40,8 +38,8 @@ struct QuantizeCall : ArrayTable<QuantizeProblem> {
         array<&IndexArrays::key_lengths>(operands::kKeyLengths, a.has_key_lengths),
     };
   }
-  static auto results(const Attributes& a) {
-    return std::array{
+  static Arrays<Problem> results(const Attributes& a) {
+    return {
         array<&Problem::query_out>(operands::kQueryOut),
         array<&Problem::key_out>(operands::kKeyOut),
         array<&Problem::value_out>(a.prepare_value ? operands::kPreparedValueOut
