@@ -192,7 +192,7 @@ struct ForwardConsumer {
   // before anyone writes the buffer again the previous store must have read it.
   template <class AccumulatorO>
   CUTE_DEVICE void store_output(const AccumulatorO& tO, const WorkTile& tile, int row) {
-    const bool leader = leads_warpgroup();
+    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
     auto* const buffer = shared.output(query_cursor.stage);
     if constexpr (T::kOwnOutput) {
       if (leader) cute::tma_store_wait<0>();
