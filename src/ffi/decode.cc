@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "attention/prepared_value.h"
 #include "call/text.h"
@@ -30,6 +31,8 @@ std::uintptr_t alignment_of(Element element) {
 
 bool has_16_bits(DataType type) { return type == DataType::BF16 || type == DataType::F16; }
 
+constexpr bool is_letter(char c) { return c >= 'a'; }
+
 template <class Range>
 std::string extents_text(const Range& extents) {
   std::string text = "[";
@@ -47,20 +50,23 @@ Extents::Extents(const Types& types) : types_(types) { std::fill_n(extents_, 26,
 
 Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer) {
   JFA_CHECK_OK(check_type(operand, buffer.element_type()));
-  const std::string dims = operand.dims;
-  const auto is_letter = [](char c) { return c >= 'a'; };
   const auto got = buffer.dimensions();
-  std::vector<std::int64_t> expected;
-  for (const char c : dims) expected.push_back(is_letter(c) ? (*this)[c] : c - '0');
-  const bool same = got.size() == expected.size() &&
-                    std::equal(got.begin(), got.end(), expected.begin(),
-                               [](std::int64_t a, std::int64_t b) { return b == -1 || a == b; });
+  const auto expected = [&](std::size_t i) {
+    return is_letter(operand.dims[i]) ? (*this)[operand.dims[i]] : operand.dims[i] - '0';
+  };
+  const std::size_t rank = std::char_traits<char>::length(operand.dims);
+  bool same = got.size() == rank;
+  for (std::size_t i = 0; same && i < rank; ++i) {
+    same = expected(i) == -1 || expected(i) == got[i];
+  }
   if (!same) {
-    return invalid_argument(concat(operand.name, " must have shape ", extents_text(expected),
+    std::vector<std::int64_t> extents;
+    for (std::size_t i = 0; i < rank; ++i) extents.push_back(expected(i));
+    return invalid_argument(concat(operand.name, " must have shape ", extents_text(extents),
                                    ", got ", extents_text(got)));
   }
-  for (std::size_t i = 0; i < dims.size(); ++i) {
-    if (is_letter(dims[i]) && expected[i] == -1) JFA_CHECK_OK(learn(operand, dims[i], got[i]));
+  for (std::size_t i = 0; i < rank; ++i) {
+    if (expected(i) == -1) JFA_CHECK_OK(learn(operand, operand.dims[i], got[i]));
   }
   return {};
 }
@@ -134,48 +140,18 @@ Shape Extents::shape() const {
   return shape;
 }
 
-StatusOr<Buffers> buffers_of(const xla::ffi::RemainingArgs& args) {
-  Buffers buffers;
-  for (std::size_t i = 0; i < args.size(); ++i) {
-    const auto buffer = args.get<xla::ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return invalid_argument(concat("operand ", i, " must be a buffer"));
-    buffers.push_back(*buffer);
-  }
-  return buffers;
-}
-
-StatusOr<Buffers> buffers_of(const xla::ffi::RemainingRets& rets) {
-  Buffers buffers;
-  for (std::size_t i = 0; i < rets.size(); ++i) {
-    auto buffer = rets.get<xla::ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return invalid_argument(concat("result ", i, " must be a buffer"));
-    buffers.push_back(**buffer);
-  }
-  return buffers;
-}
-
-Status check_count(const std::vector<std::pair<Operand, bool>>& rows, std::size_t num_buffers,
-                   const char* side) {
-  std::size_t required = 0, announced = 0;
-  for (const auto& [operand, present] : rows) {
-    required += !operand.optional;
-    announced += operand.optional && present;
-  }
-  if (num_buffers < required) {
+Status wrong_count(const char* side, std::size_t got, std::size_t required, std::size_t announced,
+                   const Operand* first_missing) {
+  if (got < required) {
     return invalid_argument(
-        concat("the call must have ", required, " ", side, " at least, got ", num_buffers));
+        concat("the call must have ", required, " ", side, " at least, got ", got));
   }
-  const std::size_t got = num_buffers - required;
-  if (got == announced) return {};
-  // Of those announced the first that is missing has a name.
-  std::size_t seen = 0;
-  for (const auto& [operand, present] : rows) {
-    if (!operand.optional || !present || seen++ < got) continue;
-    return invalid_argument(
-        concat("options announce the operand ", operand.name, ", got ", got, " optional ", side));
+  const std::string optional = concat(", got ", got - required, " optional ", side);
+  if (first_missing != nullptr) {
+    return invalid_argument(concat("options announce the operand ", first_missing->name, optional));
   }
   return invalid_argument(
-      concat("options announce ", announced, " optional ", side, ", got ", got));
+      concat("options announce ", announced, " optional ", side, ", got ", got - required));
 }
 
 Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address) {

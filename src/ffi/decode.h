@@ -4,10 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <string>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "call/operands.h"
 #include "call/problem.h"
@@ -30,13 +30,28 @@ struct Types {
 // One array of a family's table: what it is, and where its address goes.
 template <class Problem>
 struct Array {
-  Operand operand;
+  const Operand* operand;
   void (*store)(Problem&, void* address);
-  bool present = true;
-  std::uintptr_t alignment = 0;  // bytes; 0: what elements of this kind are read and written by
+  bool present;
+  std::uintptr_t alignment;  // bytes; 0: what elements of this kind are read and written by
 };
+
+// A table, made anew at every call: without allocations.
 template <class Problem>
-using Arrays = std::vector<Array<Problem>>;
+class Arrays {
+ public:
+  Arrays(std::initializer_list<Array<Problem>> arrays) {
+    for (const auto& array : arrays) push_back(array);
+  }
+  void push_back(const Array<Problem>& array) { arrays_[size_++] = array; }
+  const Array<Problem>* begin() const { return arrays_; }
+  const Array<Problem>* end() const { return arrays_ + size_; }
+
+ private:
+  static constexpr std::size_t kCapacity = 24;
+  Array<Problem> arrays_[kCapacity];
+  std::size_t size_ = 0;
+};
 
 // The words that a family's table is written in: array<&Problem::query>(operands::kQuery).
 template <class Problem_>
@@ -46,7 +61,7 @@ struct ArrayTable {
   template <auto kMember>
   static Array<Problem> array(const Operand& operand, bool present = true,
                               std::uintptr_t alignment = 0) {
-    return {operand, &store<kMember>, present, alignment};
+    return {&operand, &store<kMember>, present, alignment};
   }
   template <auto kMember>
   static Array<Problem> workspace(std::uintptr_t alignment) {
@@ -103,28 +118,53 @@ class Extents {
   std::int64_t extents_[26];
 };
 
-// The buffers of one side of a call.
-using Buffers = std::vector<xla::ffi::AnyBuffer>;
-StatusOr<Buffers> buffers_of(const xla::ffi::RemainingArgs& args);
-StatusOr<Buffers> buffers_of(const xla::ffi::RemainingRets& rets);
+inline xla::ffi::AnyBuffer buffer_of(const xla::ffi::AnyBuffer& operand) { return operand; }
+inline xla::ffi::AnyBuffer buffer_of(xla::ffi::Result<xla::ffi::AnyBuffer>& result) {
+  return *result;
+}
 
-// Whether there are as many buffers as rows that are present; `side` is "operands" or "results".
-Status check_count(const std::vector<std::pair<Operand, bool>>& rows, std::size_t num_buffers,
-                   const char* side);
+// What the kernels need of an array's address; `alignment` as in Array.
+Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address);
+
+// Why a side of a call, "operands" or "results", has not the arrays that it should: of those that
+// `options` announce, the first that is missing has a name.
+Status wrong_count(const char* side, std::size_t got, std::size_t required, std::size_t announced,
+                   const Operand* first_missing);
+
+template <class Problem>
+Status check_count(const Arrays<Problem>& arrays, const char* side, std::size_t got) {
+  std::size_t required = 0, announced = 0, present = 0;
+  const Operand* first_missing = nullptr;
+  for (const auto& array : arrays) {
+    required += !array.operand->optional;
+    announced += array.operand->optional && array.present;
+    present += array.present;
+    if (array.present && present > got && first_missing == nullptr) first_missing = array.operand;
+  }
+  if (got == present) return {};
+  return wrong_count(side, got, required, announced, first_missing);
+}
+
+enum class Addresses { kChecked, kUnchecked };
 
 // One side of a call into the problem.
-template <class Problem>
+template <class Problem, class Buffers>
 Status take_all(const Arrays<Problem>& arrays, const Buffers& buffers, const char* side,
-                Extents& extents, Problem& problem) {
-  std::vector<std::pair<Operand, bool>> rows;
-  for (const auto& array : arrays) rows.emplace_back(array.operand, array.present);
-  JFA_CHECK_OK(check_count(rows, buffers.size(), side));
-  auto buffer = buffers.begin();
+                Addresses addresses, Extents& extents, Problem& problem) {
+  JFA_CHECK_OK(check_count(arrays, side, buffers.size()));
+  std::size_t next = 0;
   for (const auto& array : arrays) {
     if (!array.present) continue;
-    JFA_CHECK_OK(extents.take(array.operand, *buffer));
-    array.store(problem, buffer->untyped_data());
-    ++buffer;
+    auto got = buffers.template get<xla::ffi::AnyBuffer>(next++);
+    if (!got.has_value()) {
+      return invalid_argument(std::string(array.operand->name) + " must be a buffer");
+    }
+    const xla::ffi::AnyBuffer buffer = buffer_of(*got);
+    JFA_CHECK_OK(extents.take(*array.operand, buffer));
+    if (addresses == Addresses::kChecked) {
+      JFA_CHECK_OK(check_aligned(*array.operand, array.alignment, buffer.untyped_data()));
+    }
+    array.store(problem, buffer.untyped_data());
   }
   return {};
 }
@@ -138,40 +178,17 @@ Status take_all(const Arrays<Problem>& arrays, const Buffers& buffers, const cha
 template <class Family>
 StatusOr<typename Family::Problem> decode(const xla::ffi::RemainingArgs& args,
                                           const xla::ffi::RemainingRets& rets,
-                                          const typename Family::Attributes& attributes) {
+                                          const typename Family::Attributes& attributes,
+                                          Addresses addresses) {
   JFA_CHECK_OK(Family::check(attributes));
-  JFA_TRY(operands, buffers_of(args));
-  JFA_TRY(results, buffers_of(rets));
   Extents extents(Family::types(attributes));
   typename Family::Problem problem;
-  JFA_CHECK_OK(take_all(Family::operands(attributes), operands, "operands", extents, problem));
-  JFA_CHECK_OK(take_all(Family::results(attributes), results, "results", extents, problem));
+  JFA_CHECK_OK(
+      take_all(Family::operands(attributes), args, "operands", addresses, extents, problem));
+  JFA_CHECK_OK(take_all(Family::results(attributes), rets, "results", addresses, extents, problem));
   problem.shape = extents.shape();
   Family::fill(attributes, extents, problem);
   return problem;
-}
-
-// What the kernels need of an array's address; `alignment` as in Array.
-Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address);
-
-template <class Problem>
-Status check_aligned(const Arrays<Problem>& arrays, const Buffers& buffers) {
-  auto buffer = buffers.begin();
-  for (const auto& array : arrays) {
-    if (!array.present) continue;
-    JFA_CHECK_OK(check_aligned(array.operand, array.alignment, (buffer++)->untyped_data()));
-  }
-  return {};
-}
-
-// Of a call that has been decoded.
-template <class Family>
-Status check_aligned(const xla::ffi::RemainingArgs& args, const xla::ffi::RemainingRets& rets,
-                     const typename Family::Attributes& attributes) {
-  JFA_TRY(operands, buffers_of(args));
-  JFA_TRY(results, buffers_of(rets));
-  JFA_CHECK_OK(check_aligned(Family::operands(attributes), operands));
-  return check_aligned(Family::results(attributes), results);
 }
 
 }  // namespace jax_fa3

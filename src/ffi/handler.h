@@ -31,8 +31,7 @@ Status validate(const typename Call::Problem& problem, const Device& device) {
 template <class Call>
 Status run(CUstream_st* stream, const xla::ffi::RemainingArgs& args,
            const xla::ffi::RemainingRets& rets, const typename Call::Attributes& attributes) {
-  JFA_TRY(problem, decode<Call>(args, rets, attributes));
-  JFA_CHECK_OK(check_aligned<Call>(args, rets, attributes));
+  JFA_TRY(problem, decode<Call>(args, rets, attributes, Addresses::kChecked));
   JFA_TRY(device, current_device());
   JFA_CHECK_OK(validate<Call>(problem, device));
   JFA_TRY(num_sms, num_sms_to_fill(device, Call::sm_margin(attributes)));

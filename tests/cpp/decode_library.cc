@@ -17,7 +17,7 @@ constexpr Device kHopper{9, 0, 132};
 template <class Call>
 Status accept(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
               const typename Call::Attributes& attributes) {
-  JFA_TRY(problem, decode<Call>(args, rets, attributes));
+  JFA_TRY(problem, decode<Call>(args, rets, attributes, Addresses::kUnchecked));
   return validate<Call>(problem, kHopper);
 }
 

@@ -77,10 +77,7 @@ StatusOr<typename Family::Problem> decoded(std::vector<Buffer> operands,
                                            const typename Family::Attributes& attributes) {
   operands.insert(operands.end(), optionals.begin(), optionals.end());
   Frame args(operands), rets(results);
-  const auto problem = decode<Family>(args.args(), rets.rets(), attributes);
-  if (!problem.ok()) return problem;
-  JFA_CHECK_OK(check_aligned<Family>(args.args(), rets.rets(), attributes));
-  return problem;
+  return decode<Family>(args.args(), rets.rets(), attributes, Addresses::kChecked);
 }
 
 constexpr auto kF32 = ffi::DataType::F32;
