@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/base/types.h)
+UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/call/types.h)
 MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
 NUM_SMS = 132  # of an H100 or H200 SXM; what a plan supports does not depend on it
 

@@ -1,7 +1,7 @@
 """What Python sends is what C++ decodes: the custom calls run on a CPU, as far as decoding.
 
-The kernels' place is taken by tests/cpp/decode_library.cc, which accepts or refuses and computes
-nothing.
+The kernels' place is taken by tests/cpp/decode_library.cc, which has the handlers' own bindings and
+tables, accepts or refuses, and computes nothing.
 """
 
 import ctypes
@@ -18,9 +18,9 @@ from case import Case
 from float8 import FLOAT8, quantised
 from jax_fa3 import dot_product_attention, ffi, quantize_qkv, route
 from jax_fa3.operands import Operands
-from test_cpp import COMPILER, ROOT, ffi_headers
+from test_cpp import COMPILER, DECODING, ROOT, ffi_headers
 
-SOURCES = ("tests/cpp/decode_library.cc", "src/base/shape.cc", "src/ffi/decode.cc")
+SOURCES = ("tests/cpp/decode_library.cc", *DECODING)
 TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward", "jax_fa3_quantize")
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),

@@ -49,9 +49,32 @@ def test_dictionary_and_struct_have_the_same_names_order_and_widths(header):
     assert python == struct_fields(header, "Options")
 
 
-def test_decoder_lists_every_field(header):
-    decoded = re.findall(r"StructMember<\s*(?:std::)?(\w+)\s*>\(\"(\w+)\"\)", header)
-    assert [(name, kind) for kind, name in decoded] == struct_fields(header, "Options")
+def decoded_fields(text, name):
+    """[(name, type)] of what a struct's decoding from attributes lists."""
+    decoding = re.search(rf"STRUCT_ATTR_DECODING\(\s*jax_fa3::{name},(.*?)\);", text, re.DOTALL)
+    members = re.findall(
+        r"StructMember<\s*(?:\w+::)*(\w+)\s*>\(\"(\w+)\"\)", decoding.group(1)
+    )
+    return [(name, kind) for kind, name in members]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("ffi/options.h", "Options"),
+        ("ffi/options.h", "CallAttributes"),
+        ("kernels/forward_float8/call.h", "ForwardFloat8Attributes"),
+        ("kernels/quantize/call.h", "QuantizeAttributes"),
+    ],
+)
+def test_decoder_lists_every_field(path, name):
+    text = (SRC / path).read_text()
+    assert decoded_fields(text, name) == struct_fields(text, name)
+
+
+def test_a_struct_that_is_not_decoded_whole_is_found():
+    text = (SRC / "ffi/options.h").read_text().replace("bool deterministic;", "bool deterministc;")
+    assert decoded_fields(text, "Options") != struct_fields(text, "Options")
 
 
 def test_values_reach_the_dictionary():
@@ -80,6 +103,6 @@ def test_options_are_hashable_values():
     ("python", "cpp"), [("UNBOUNDED", "kUnbounded"), ("MAX_SEQLEN", "kMaxSeqlen")]
 )
 def test_limits_are_the_same_number(python, cpp):
-    text = (SRC / "base/types.h").read_text()
+    text = (SRC / "call/types.h").read_text()
     base, shift = re.search(rf"\b{cpp} = (\d+) << (\d+);", text).groups()
     assert getattr(options, python) == int(base) << int(shift)
