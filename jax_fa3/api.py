@@ -19,7 +19,7 @@ from jax_fa3 import route, score, validate
 from jax_fa3.arguments import Arguments
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs, in_row_dims
-from jax_fa3.options import FLOAT8, AttentionOptions, SequenceParallel
+from jax_fa3.options import AttentionOptions, SequenceParallel
 from jax_fa3.vjp import attend
 
 
@@ -237,9 +237,11 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
     options = arguments.options()
-    options = dataclasses.replace(options, routes=route.decide(arguments, options))
+    routes = route.decide(arguments, options)
+    if routes != options.routes:
+        options = dataclasses.replace(options, routes=routes)
     query, arrays = arguments.query, dict(arguments.arrays)
-    if query.dtype.name == FLOAT8:
+    if arguments.is_float8:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
         arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])

@@ -70,6 +70,15 @@ class Arguments:
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
+    def dtype(self) -> str:
+        """The name of query's dtype."""
+        return dtype_name(self.query)
+
+    @property
+    def is_float8(self) -> bool:
+        return self.dtype == FLOAT8
+
+    @functools.cached_property
     def plain_value(self) -> Any:
         """`value`, or the type that it had before it was prepared."""
         if not self.value_is_prepared:
@@ -86,7 +95,6 @@ class Arguments:
         passed = {name: _plain(getattr(self, name)) for name in self._passed()}
         left, right = resolve_window(self.local_window_size, self.is_causal)
         offset = self.query_offset
-        is_float8 = self.query.dtype.name == FLOAT8
         resolved = dict(
             scale=abs(score.resolve_scale(self.scale, self.query.shape[-1])) or 1.0,
             window_left=left,
@@ -95,7 +103,7 @@ class Arguments:
             deterministic=resolve_deterministic(self.deterministic),
             sm_margin=int(self.sm_margin),
             forward_dtype=None if self.forward_dtype is None else FLOAT8,
-            out_dtype="bfloat16" if is_float8 else None,
+            out_dtype="bfloat16" if self.is_float8 else None,
         )
         return self.Options(**passed | resolved)
 
@@ -116,6 +124,15 @@ class Arguments:
         return tuple(field.name for field in dataclasses.fields(cls) if field.name in known)
 
 
+def dtype_name(x: Any) -> str:
+    return _name_of(x.dtype)
+
+
+@functools.cache  # NumPy puts names together anew each time
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name
+
+
 def is_array(x: Any) -> bool:
     """Whether an argument that may be a Python number is an array."""
     return hasattr(x, "dtype") and not isinstance(x, np.integer)
@@ -130,7 +147,8 @@ def as_array(name: str, x: Any) -> jax.Array:
 
 def _is_typed(x: Any) -> bool:
     """Whether `x` has a shape and a dtype, or is not there at all."""
-    return x is None or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim"))
+    known = x is None or isinstance(x, (jax.Array, np.ndarray))
+    return known or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim"))
 
 
 def _plain(x: Any) -> Any:

@@ -56,7 +56,7 @@ class Row:
 
     def sizes(self, extents: Extents) -> tuple[int, ...]:
         """The array's shape in a call of these extents."""
-        return tuple(map(extents.by_letter().get, self.dims))
+        return tuple(map(extents.by_letter().__getitem__, self.dims))
 
     def axis(self, letters: str) -> int | None:
         """The first dimension that has one of these letters."""
@@ -92,9 +92,24 @@ class Extents(NamedTuple):
         seqlen_k, num_heads_kv = key.shape[-3:-1]
         return cls(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v)
 
+    @property
+    def are_static(self) -> bool:
+        """Whether all of them are numbers."""
+        return set(map(type, self)) == {int}
+
     def by_letter(self) -> dict[str, int]:
-        blocks = dict(m=num_blocks(self.seqlen_q), n=num_blocks(self.seqlen_k))
-        return dict(zip("bsthkde", self, strict=True)) | blocks | dict(p=padded_keys(self.seqlen_k))
+        return dict(
+            b=self.batch,
+            s=self.seqlen_q,
+            t=self.seqlen_k,
+            h=self.num_heads_q,
+            k=self.num_heads_kv,
+            d=self.head_dim,
+            e=self.head_dim_v,
+            m=num_blocks(self.seqlen_q),
+            n=num_blocks(self.seqlen_k),
+            p=padded_keys(self.seqlen_k),
+        )
 
 
 class Bundle:

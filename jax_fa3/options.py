@@ -11,8 +11,6 @@ import dataclasses
 import os
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/call/types.h)
 MAX_SEQLEN = 1 << 28  # tokens: lengths and offsets stay below it (kMaxSeqlen)
 NUM_SMS = 132  # of an H100 or H200 SXM; what a plan supports does not depend on it
@@ -88,7 +86,7 @@ def resolve_window(window: int | tuple[int, int] | None, is_causal: bool) -> tup
     """(left, right) in columns, inclusive, of a checked `local_window_size` and `is_causal`."""
     if window is None:
         window = UNBOUNDED
-    left, right = (window, window) if np.ndim(window) == 0 else window
+    left, right = window if isinstance(window, (tuple, list)) else (window, window)
     left, right = min(int(left), UNBOUNDED), min(int(right), UNBOUNDED)
     return left, min(right, 0) if is_causal else right
 
@@ -97,6 +95,11 @@ def resolve_deterministic(deterministic: bool | None) -> bool:
     """The caller's choice, or XLA's own determinism flags where there is none."""
     if deterministic is not None:
         return bool(deterministic)
-    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
-    on = {name + value for name in names for value in ("", "=true", "=True", "=1")}
-    return not on.isdisjoint(os.environ.get("XLA_FLAGS", "").split())
+    return not _DETERMINISTIC_FLAGS.isdisjoint(os.environ.get("XLA_FLAGS", "").split())
+
+
+_DETERMINISTIC_FLAGS = frozenset(
+    name + value
+    for name in ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    for value in ("", "=true", "=True", "=1")
+)

@@ -60,10 +60,12 @@ def decide(arguments: Arguments, options: AttentionOptions) -> Routes:
 def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
     """Of a checked call, whose arrays may be types."""
     call, float8 = _call_reason(arguments), None
-    if call is None and arguments.query.dtype.name != FLOAT8:
-        call = _refusal("forward", arguments, options) or _refusal("backward", arguments, options)
+    planned = _planned(arguments, options)
+    refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
+    if call is None and not arguments.is_float8:
+        call = refusal("forward") or refusal("backward")
     if _is_float8_forward(arguments, options):
-        float8 = _refusal("forward_float8", arguments, options)
+        float8 = refusal("forward_float8")
     return Reasons(call, float8, device_reason())
 
 
@@ -75,7 +77,7 @@ def plans(arguments: Arguments, options: AttentionOptions) -> dict[str, dict[str
         return {}
     forward = "forward_float8" if _is_float8_forward(arguments, options) else "forward"
     found = {"forward": native.plan(forward, *_planned(arguments, options))}
-    if arguments.query.dtype.name != FLOAT8:
+    if not arguments.is_float8:
         found["backward"] = native.plan("backward", *_planned(arguments, options))
     return found
 
@@ -84,9 +86,9 @@ def kernels_round(operands: Operands) -> bool:
     """Whether the kernels may round these 16-bit arrays to float8: where they run the forward pass
     of `forward_dtype`."""
     arguments = Arguments(operands.query, operands.key, operands.value, forward_dtype=FLOAT8)
-    if arguments.query.dtype.name not in KERNEL_DTYPES or (has_gpu() and device_reason()):
+    if arguments.dtype not in KERNEL_DTYPES or (has_gpu() and device_reason()):
         return False
-    return not _refusal("forward_float8", arguments, arguments.options())
+    return not _refusal("forward_float8", arguments, _planned(arguments, arguments.options()))
 
 
 def _call_reason(arguments: Arguments) -> str | None:
@@ -96,7 +98,7 @@ def _call_reason(arguments: Arguments) -> str | None:
     refusal = next(filter(None, refusals), None)
     if refusal:
         return refusal
-    dtype, scale = arguments.query.dtype.name, arguments.scale
+    dtype, scale = arguments.dtype, arguments.scale
     if dtype not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
@@ -105,22 +107,22 @@ def _call_reason(arguments: Arguments) -> str | None:
 
 
 def _is_float8_forward(arguments: Arguments, options: AttentionOptions) -> bool:
-    return arguments.query.dtype.name == FLOAT8 or options.forward_dtype is not None
+    return arguments.is_float8 or options.forward_dtype is not None
 
 
-def _refusal(target: Target, arguments: Arguments, options: AttentionOptions) -> str | None:
-    """Why this build has no kernel for the shapes of a legal call."""
-    if native.module() is not None and not all(isinstance(n, int) for n in arguments.extents):
+def _refusal(target: Target, arguments: Arguments, planned: tuple[Any, ...]) -> str | None:
+    """Why this build has no kernel for the shapes of a legal call; `planned` as _planned has it."""
+    if native.module() is not None and not arguments.extents.are_static:
         shape = tuple(arguments.query.shape)
         return f"the kernels need static shapes, not query of shape {shape}"
-    return native.refusal(target, *_planned(arguments, options))
+    return native.refusal(target, *planned)
 
 
 def _planned(arguments: Arguments, options: AttentionOptions) -> tuple[Any, ...]:
     """What native.plan takes after its target. Of 16-bit inputs the forward pass in float8 prepares
     value by itself."""
     prepared = bool(arguments.value_is_prepared) or options.forward_dtype is not None
-    return arguments.query.dtype.name, arguments.extents, options, prepared
+    return arguments.dtype, arguments.extents, options, prepared
 
 
 def device_reason() -> str | None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.arguments import Arguments, is_array
+from jax_fa3.arguments import Arguments, dtype_name, is_array
 from jax_fa3.operands import ANY_SEQUENCE, DTYPES, FLOAT8_INPUTS, Extents, Row
 from jax_fa3.options import (
     BLOCK,
@@ -61,23 +61,24 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
     for name, x in arrays.items():
         if x is None:
             raise TypeError(f"{name} is None; expected an array")
-        if x.ndim not in (3, 4):
+        shape, ndim = x.shape, x.ndim
+        if ndim not in (3, 4):
             raise ValueError(
-                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected "
+                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected "
                 "([batch,] seq, heads, head_dim)"
             )
         _check_dtype(name, x, dtypes)
-        if x.ndim != query.ndim:
+        if ndim != query.ndim:
             raise ValueError(
-                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
+                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
                 f"query, shape {_shape(query)}"
             )
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}; expected {query.dtype} like query")
-        if x.shape[-3] >= MAX_SEQLEN:
-            raise ValueError(f"{name} has seq = {x.shape[-3]}; expected less than {MAX_SEQLEN}")
+        if shape[-3] >= MAX_SEQLEN:
+            raise ValueError(f"{name} has seq = {shape[-3]}; expected less than {MAX_SEQLEN}")
         for axis, what in ((-2, "heads"), (-1, "head_dim")):
-            if x.shape[axis] == 0:
+            if shape[axis] == 0:
                 raise ValueError(f"{name} has {what} = 0, shape {_shape(x)}; expected at least 1")
     if query.ndim == 4:
         _check_equal("batch", -4, key=key, query=query)
@@ -95,7 +96,7 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
 def check_prepared(key: Any, value: Any) -> None:
     """A prepared value in float8, whose shape fits key's."""
     for name, x in (("key", key), ("value", value)):
-        if x is None or x.ndim not in (3, 4) or x.dtype.name != FLOAT8:
+        if x is None or x.ndim not in (3, 4) or dtype_name(x) != FLOAT8:
             got = "None" if x is None else f"{x.dtype} of shape {_shape(x)}"
             raise TypeError(
                 f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
@@ -111,7 +112,7 @@ def check_prepared(key: Any, value: Any) -> None:
 
 def check_float8(arguments: Arguments) -> None:
     """forward_dtype goes with 16-bit inputs, scales with float8 inputs."""
-    dtype, forward_dtype = arguments.query.dtype, arguments.forward_dtype
+    dtype, forward_dtype = arguments.dtype, arguments.forward_dtype
     if forward_dtype is not None:
         try:
             name = jnp.dtype(forward_dtype).name
@@ -119,13 +120,13 @@ def check_float8(arguments: Arguments) -> None:
             name = None
         if name != FLOAT8:
             raise ValueError(f"forward_dtype is {forward_dtype!r}; expected None or {FLOAT8!r}")
-        if dtype.name not in HALF_DTYPES:
+        if dtype not in HALF_DTYPES:
             raise TypeError(
                 f"query has dtype {dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
             )
     rows = arguments.Operands.rows()
     for name in arguments.arrays:
-        if rows[name].form == "blocks" and dtype.name != FLOAT8:
+        if rows[name].form == "blocks" and not arguments.is_float8:
             raise ValueError(
                 f"{name} is given and query has dtype {dtype}; expected {FLOAT8} "
                 "inputs with it (forward_dtype finds the scales of 16-bit inputs)"
@@ -144,9 +145,10 @@ def check_arrays(arguments: Arguments) -> None:
         if row.form == "broadcast":
             check_broadcast(name, x, row, extents)
             continue
-        shapes = tuple(map(str, dict.fromkeys(_shapes(row, extents, is_batched))))
-        if _shape(x) in shapes:
+        allowed = _shapes(row, extents, is_batched)
+        if tuple(x.shape) in allowed:
             continue
+        shapes = tuple(map(str, dict.fromkeys(allowed)))
         expected = _one_of(shapes) if row.form == "blocks" else shapes[0]
         expected += ", one per sequence" if row.dims == ANY_SEQUENCE else ""
         raise ValueError(f"{name} has shape {_shape(x)}; expected {expected}")
@@ -178,7 +180,7 @@ def check_sequence_parallel(arguments: Arguments) -> None:
     """Only sequences that may be divided have a choice of how."""
     rows = arguments.Operands.rows()
     whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays)), None)
-    if arguments.query.dtype.name == FLOAT8:
+    if arguments.is_float8:
         whole = FLOAT8_INPUTS
     if arguments.sequence_parallel != "auto" and whole:
         raise ValueError(
@@ -260,7 +262,7 @@ def _as_int(name: str, x: Any, expected: str) -> int:
 
 
 def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
-    if x.dtype.name not in dtypes:
+    if dtype_name(x) not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}; expected {_one_of(dtypes)}")
 
 

@@ -52,9 +52,7 @@ def test_dictionary_and_struct_have_the_same_names_order_and_widths(header):
 def decoded_fields(text, name):
     """[(name, type)] of what a struct's decoding from attributes lists."""
     decoding = re.search(rf"STRUCT_ATTR_DECODING\(\s*jax_fa3::{name},(.*?)\);", text, re.DOTALL)
-    members = re.findall(
-        r"StructMember<\s*(?:\w+::)*(\w+)\s*>\(\"(\w+)\"\)", decoding.group(1)
-    )
+    members = re.findall(r"StructMember<\s*(?:\w+::)*(\w+)\s*>\(\"(\w+)\"\)", decoding.group(1))
     return [(name, kind) for kind, name in members]
 
 
