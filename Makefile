@@ -24,7 +24,7 @@
 #   PYTHON      what the module is built for and run with; default: VENV's
 #   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
-#   WITHOUT     parts that the forward kernels leave out (src/forward/config.h); default: none
+#   WITHOUT     parts that the forward kernels leave out (benchmarks/ablation_kernels); default: none
 #   JOBS        parallel compile jobs
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -159,7 +159,7 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 
 # ---- style
 
-CPP_SOURCES = $(wildcard src/*/*.h src/*/*.cc src/*/*.cuh src/*/*.cu tests/cpp/*)
+CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

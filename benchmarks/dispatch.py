@@ -1,9 +1,11 @@
-"""Host cost of one jitted call that is far too small to keep the GPU busy.
+"""Host cost of one jitted call that is far too small to keep the GPU busy, and of tracing it.
 
     python -m benchmarks.dispatch [--rounds 9] [--dry-run]
 
 Batch 1, 128 tokens, one head of 64, bf16. "back to back" issues calls without waiting, "waiting"
 waits for each; both in microseconds a call, median over rounds in which the functions take turns.
+"trace" is the time to trace and lower the function for CUDA with nothing remembered, in
+milliseconds; it needs no GPU, and a dry run measures it alone.
 """
 
 import argparse
@@ -61,10 +63,32 @@ def waiting(run: Callable, args: list, count: int = 100) -> float:
     return statistics.median(times)
 
 
+def trace(function: Callable, shapes: list) -> float:
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return (time.perf_counter() - start) * 1e3
+
+
+def traces(rounds: int) -> dict[str, list[float]]:
+    """{name: [milliseconds]} of what can be lowered without a GPU, in turns."""
+    shapes = PROBLEM.shapes()[:3]
+    ours = {name: function for name, function in functions().items() if "cudnn" not in name}
+    found = {name: [] for name in ours}
+    for function in ours.values():
+        trace(function, shapes)  # imports and first uses
+    for _ in range(rounds):
+        for name, function in ours.items():
+            found[name].append(trace(function, shapes))
+    return found
+
+
 def measure(rounds: int) -> list[dict]:
+    traced = traces(rounds)  # first, because it forgets what is compiled
     args, rows, runs = PROBLEM.inputs()[:3], [], {}
     for name, function in functions().items():
         row = dict(name=name, error=None, **{clock: [] for clock in CLOCKS})
+        row["trace"] = traced.get(name, [])
         rows.append(row)
         try:
             run = jax.jit(function)
@@ -82,9 +106,10 @@ def measure(rounds: int) -> list[dict]:
 def render(data: dict) -> str:
     rows = []
     for row in data["records"]:
-        times = [f"{statistics.median(row[c]):.1f}" if row[c] else "-" for c in CLOCKS]
+        clocks = (*CLOCKS, "trace")
+        times = [f"{statistics.median(row[c]):.1f}" if row[c] else "-" for c in clocks]
         rows.append([row["name"], *times, row["error"] or ""])
-    header = ["call", *(f"{clock}, us" for clock in CLOCKS), ""]
+    header = ["call", *(f"{clock}, us" for clock in CLOCKS), "trace, ms", ""]
     facts = table(["", ""], data["environment"].items())
     return "\n".join([f"# Dispatch: {PROBLEM.label}\n", facts, table(header, rows)])
 
@@ -95,14 +120,11 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--dry-run", action="store_true", help="trace and lower only")
+    parser.add_argument("--dry-run", action="store_true", help="trace only")
     args = parser.parse_args()
     if args.dry_run:
-        for name, function in functions().items():
-            if "cudnn" not in name:
-                traced = jax.jit(function).trace(*PROBLEM.shapes()[:3])
-                traced.lower(lowering_platforms=("cuda",))
-                print(f"  {name}: lowered")
+        for name, times in traces(args.rounds).items():
+            print(f"  {name}: traced and lowered in {statistics.median(times):.2f} ms")
         return 0
     data = dict(environment=environment(), records=measure(args.rounds))
     save(data, args.output / "dispatch.json")

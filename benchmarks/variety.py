@@ -28,10 +28,10 @@ from benchmarks.implementations import Implementation, our_attention
 from benchmarks.problems import DTYPES
 from benchmarks.render import table
 from benchmarks.timing import Program, describe
-from jax_fa3.support import native
+from jax_fa3 import native
 
 MODES = ("forward", "backward")
-COMPILED_DIMS = sorted({kernel["head_dim"] for kernel in native().listed_kernels()})
+COMPILED_DIMS = sorted({kernel["head_dim"] for kernel in native.module().listed_kernels()})
 SUSTAINED_S = 2.0
 
 

@@ -1,11 +1,16 @@
 # The one list of kernels. Everything that names a kernel is generated from it: the translation
 # units, the dispatch tables and what the plans choose from.
 #
+# A family is a folder of src/kernels with a family.h. Its rows are its Config's arguments, each for
+# every dtype of the family, which comes first where there are several.
+#
 # Forward rows:  head_dim head_dim_v block_m block_n
-# Backward rows: the same, and whether dQ has a kernel of its own (backward/config.h)
+# Backward rows: the same, and whether dQ has a kernel of its own (kernels/backward/config.h)
 # Float8 rows:   head_dim head_dim_v block_m block_n
 # The planner weighs a head dim's rows against each other: forward by their makespan, backward the
 # first that is deterministic if need be.
+
+set(JAX_FA3_FAMILIES forward forward_float8 backward)
 
 set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128"

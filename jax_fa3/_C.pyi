@@ -1,4 +1,4 @@
-"""The native module: kernel plans, the list of kernels and the FFI handlers (src/ffi/module.cc)."""
+"""The native module: kernel plans, the list of kernels and the FFI handlers (src/module.cc)."""
 
 from typing import Any
 

@@ -1,12 +1,11 @@
 """FlashAttention-3 for JAX: attention on Hopper kernels, and the same meaning everywhere else."""
 
-from jax_fa3.api import dot_product_attention
-from jax_fa3.context.layout import zigzag_permute, zigzag_unpermute
-from jax_fa3.context_parallel import allgather_attention, ring_attention, ulysses_attention
+from jax_fa3.api import dot_product_attention, is_supported
+from jax_fa3.context_parallel.layout import zigzag_permute, zigzag_unpermute
+from jax_fa3.context_parallel.public import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
-from jax_fa3.quantize import QuantizedQKV
-from jax_fa3.support import is_supported
-from jax_fa3.to_float8 import quantize_qkv
+from jax_fa3.float8.public import quantize_qkv
+from jax_fa3.float8.rounding import QuantizedQKV
 
 __version__ = "0.1.0"
 

@@ -1,33 +1,25 @@
 """The public call: checks, static choices, and the layout users see.
 
-From here down everything is 4-D, the scale is positive, windows and offsets are numbers, and the
-choice between kernels and XLA is made.
+From here down everything is 4-D, the scale is positive, windows are numbers, and the choice between
+kernels and XLA is made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_fa3 import quantize, support, validate
-from jax_fa3.options import (
-    FLOAT8,
-    AttentionOptions,
-    Dense,
-    Descales,
-    Index,
-    Route,
-    SequenceParallel,
-    resolve_deterministic,
-    resolve_window,
-)
+from jax_fa3 import route, score, validate
+from jax_fa3.arguments import Arguments
+from jax_fa3.float8 import rounding
+from jax_fa3.operands import Operands, Outputs, in_row_dims
+from jax_fa3.options import AttentionOptions, SequenceParallel
 from jax_fa3.vjp import attend
 
 
@@ -136,9 +128,9 @@ def dot_product_attention(
       return_residual: also return the log-sum-exp of each row's scores.
       query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
         causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
-      deterministic: whether the gradients have equal bits each time; default: whether XLA_FLAGS
-        has --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward
-        pass always has.
+      deterministic: if True, gradients are bitwise reproducible; default: whether XLA_FLAGS has
+        --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward pass
+        always is.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
         picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
@@ -183,203 +175,96 @@ def dot_product_attention(
 
     Source: FlashAttention-3, arXiv:2407.08608.
     """
-    options, *operands = prepare(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        implementation=implementation,
-        return_residual=return_residual,
-        query_offset=query_offset,
-        deterministic=deterministic,
-        sequence_parallel=sequence_parallel,
-        sm_margin=sm_margin,
-        forward_dtype=forward_dtype,
-        query_descale=query_descale,
-        key_descale=key_descale,
-        value_descale=value_descale,
-        value_is_prepared=value_is_prepared,
-    )
-    results = _run(options, bool(return_residual), *operands)
-    return results if return_residual else results[0]
+    return attention(Arguments(**locals()))
 
 
-class Call(NamedTuple):
-    """A checked call: its static choices and its arrays, as the layers below take them."""
-
-    options: AttentionOptions
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    index: Index
-    dense: Dense
-    descales: Descales
-
-
-def prepare(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
+def is_supported(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
     *,
-    scale,
-    is_causal,
-    query_seq_lengths,
-    key_value_seq_lengths,
-    local_window_size,
-    implementation,
-    return_residual,
-    query_offset,
-    deterministic,
-    sequence_parallel="auto",
-    sm_margin=0,
-    forward_dtype=None,
-    query_descale=None,
-    key_descale=None,
-    value_descale=None,
-    value_is_prepared=False,
-) -> Call:
-    """Checks the arguments of `dot_product_attention` and makes the static choices."""
-    arrays = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask}
-    query, key, value, bias, mask = (validate.as_array(*item) for item in arrays.items())
-    query_lengths = validate.as_array("query_seq_lengths", query_seq_lengths)
-    key_lengths = validate.as_array("key_value_seq_lengths", key_value_seq_lengths)
-    descales = Descales(
-        validate.as_array("query_descale", query_descale),
-        validate.as_array("key_descale", key_descale),
-        validate.as_array("value_descale", value_descale),
-    )
-    validate.check_call(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        local_window_size=local_window_size,
-        implementation=implementation,
-        return_residual=return_residual,
-        query_offset=query_offset,
-        deterministic=deterministic,
-        sequence_parallel=sequence_parallel,
-        sm_margin=sm_margin,
-        forward_dtype=forward_dtype,
-        query_descale=descales.query,
-        key_descale=descales.key,
-        value_descale=descales.value,
-        value_is_prepared=value_is_prepared,
-    )
-    plain = validate.plain_value(key, value, value_is_prepared)
-    scale = float(np.float32(1 / math.sqrt(query.shape[-1]) if scale is None else scale))
-    window = resolve_window(local_window_size, is_causal)
-    deterministic = resolve_deterministic(deterministic)
-    has_offset_array = hasattr(query_offset, "dtype") and not isinstance(query_offset, np.integer)
-    options = AttentionOptions(
-        scale=abs(scale) or 1.0,
-        window_left=window[0],
-        window_right=window[1],
-        query_offset=0 if has_offset_array else int(query_offset or 0),
-        deterministic=deterministic,
-        has_query_lengths=query_lengths is not None,
-        has_key_lengths=key_lengths is not None,
-        has_query_offset=has_offset_array,
-        route=_route(
-            implementation,
-            query,
-            key,
-            plain,
-            bias,
-            mask,
-            scale,
-            window,
-            deterministic,
-            forward_dtype,
-            value_is_prepared,
-        ),
-        sequence_parallel=sequence_parallel,
-        sm_margin=int(sm_margin),
-        quantized_forward=forward_dtype is not None,
-        value_is_prepared=bool(value_is_prepared),
-    )
-    if query.dtype.name == FLOAT8:
-        ones = (jnp.float32(1) if x is None else x for x in descales)
-        descales = quantize.spread(query, key, plain, Descales(*ones))
-    if scale <= 0:  # the kernels' scale is positive: the sign, or zero, goes into the query
-        query = query * np.sign(scale).astype(query.dtype)
-    index = Index(query_lengths, key_lengths, query_offset if has_offset_array else None)
-    return Call(options, query, key, value, index, Dense(bias, mask), descales)
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+    query_offset: Any = None,
+    deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
+    forward_dtype: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
+    value_is_prepared: bool = False,
+) -> str | None:
+    """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
+    Args: those of `dot_product_attention`, each array also as a `jax.ShapeDtypeStruct`.
 
-def _route(
-    implementation,
-    query,
-    key,
-    value,
-    bias,
-    mask,
-    scale,
-    window,
-    deterministic,
-    forward_dtype,
-    value_is_prepared,
-) -> Route:
-    """Kernels or XLA. "auto" leaves the choice to the platform the program is lowered for."""
-    if implementation == "xla":
-        return "xla"
-    call_reason = support.call_reason(query, bias, mask, scale) or support.plan_reason(
-        query, key, value, window, deterministic
-    )
-    float8_reason = support.float8_reason(
-        query, key, value, window, forward_dtype, value_is_prepared
-    )
-    device_reason = support.device_reason()
-    reason = call_reason or float8_reason or device_reason
-    if reason is None:
-        return "auto" if implementation is None else "fa3"
-    if implementation == "fa3":
-        raise NotImplementedError(
-            f"implementation is 'fa3', which cannot run this call: {reason}. implementation=None "
-            "or 'xla' runs it through XLA."
-        )
-    support.log_fallback(reason)
-    # Where only float8 has no kernel, "auto" leaves the backward pass to the kernels.
-    return "xla" if call_reason or (device_reason and support.has_gpu()) else "auto"
+    Returns:
+      None when forward and backward of this call run on the kernels here, else the reason.
 
+    Raises:
+      ValueError, TypeError: as `dot_product_attention` does for the same arguments.
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(options, return_lse, *operands):
-    """attend() in the layout that users see, compiled once when called outside of jax.jit."""
-    return in_public_layout(functools.partial(attend, options, return_lse), *operands)
-
-
-def in_public_layout(
-    core: Callable[..., tuple[jax.Array, ...]],
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: Index,
-    dense: Dense,
-    descales: Descales,
-) -> tuple[jax.Array, ...]:
-    """core(query, key, value, index, dense, descales), (out,) or (out, lse), with or without a
-    batch dimension, index arrays of any rank, and an lse whose heads come last.
+    Example:
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 16, 128), "float32")
+      >>> jax_fa3.is_supported(x, x, x)
+      'the kernels take bfloat16 or float16, not float32'
     """
-    unbatched = query.ndim == 3
-    if unbatched:
-        query, key, value = query[None], key[None], value[None]
-    batch = query.shape[0]
-    index = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), index)
-    dense = jax.tree.map(lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape), dense)
-    out, *lse = core(query, key, value, index, dense, descales)
-    results = (out, *(jnp.moveaxis(x, 1, 2) for x in lse))
-    return tuple(x[0] for x in results) if unbatched else results
+    return reason_against(Arguments(**locals()))
+
+
+def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`dot_product_attention` of these arguments."""
+    options, operands = prepare(arguments)
+    return public_results(_run(options, operands), options)
+
+
+def reason_against(arguments: Arguments) -> str | None:
+    """`is_supported` of these arguments."""
+    validate.check_call(arguments)
+    return route.reasons_of(arguments, arguments.options()).first
+
+
+def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
+    """Checks the arguments and makes the static choices; the arrays are still the user's, but for
+    the scales, which have their rows' dimensions, and the sign of the scale, which query has."""
+    arguments = arguments.with_arrays()
+    validate.check_call(arguments)
+    options = arguments.options()
+    routes = route.decide(arguments, options)
+    if routes != options.routes:
+        options = dataclasses.replace(options, routes=routes)
+    query, arrays = arguments.query, dict(arguments.arrays)
+    if arguments.is_float8:
+        scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
+        arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
+    scale = score.resolve_scale(arguments.scale, query.shape[-1])
+    arrays["query"] = score.carry_sign(query, scale)
+    return options, arguments.Operands(**arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _run(options: AttentionOptions, operands: Operands) -> Outputs:
+    """attend() in the layout that users see, compiled once when called outside of jax.jit."""
+    return in_public_layout(functools.partial(attend, options), operands)
+
+
+def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) -> Outputs:
+    """core(operands), of operands whose shapes are the user's, with or without a batch dimension;
+    the LSE's heads come last."""
+    outputs = core(in_row_dims(operands))
+    if outputs.lse is not None:
+        outputs = outputs.replace(lse=jnp.moveaxis(outputs.lse, 1, 2))
+    return outputs if operands.query.ndim == 4 else jax.tree.map(lambda x: x[0], outputs)
+
+
+def public_results(
+    outputs: Outputs, options: AttentionOptions
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    return (outputs.out, outputs.lse) if options.return_residual else outputs.out

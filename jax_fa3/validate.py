@@ -2,7 +2,7 @@
 
 Each error names the argument, what was got and what was expected. TypeError: a wrong dtype, or
 an array where a Python value must stand. ValueError: shapes or values that do not fit. What is
-legal but has no kernel is support.py's matter.
+legal but has no kernel is route.py's matter.
 """
 
 from __future__ import annotations
@@ -15,89 +15,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa3.arguments import Arguments, dtype_name, is_array
+from jax_fa3.operands import ANY_SEQUENCE, DTYPES, FLOAT8_INPUTS, Extents, Row
 from jax_fa3.options import (
     BLOCK,
     FLOAT8,
     MAX_SEQLEN,
     NUM_SMS,
-    Descales,
-    Index,
     SequenceParallel,
-    num_blocks,
     padded_keys,
 )
 
-DTYPES = ("bfloat16", "float16", "float32")
 HALF_DTYPES = ("bfloat16", "float16")
 IMPLEMENTATIONS = (None, "fa3", "xla")
 SEQUENCE_PARALLEL = get_args(SequenceParallel)
+WORDS = {"b": "batch", "h": "heads", "s": "seqlen_q", "t": "seqlen_k"}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def check_call(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
-    *,
-    scale: Any = None,
-    is_causal: Any = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    local_window_size: Any = None,
-    implementation: Any = None,
-    return_residual: Any = False,
-    query_offset: Any = None,
-    deterministic: Any = None,
-    sequence_parallel: Any = "auto",
-    sm_margin: Any = 0,
-    forward_dtype: Any = None,
-    query_descale: Any = None,
-    key_descale: Any = None,
-    value_descale: Any = None,
-    value_is_prepared: Any = False,
-) -> None:
+def check_call(arguments: Arguments) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
-    check_flag("value_is_prepared", value_is_prepared)
-    if value_is_prepared:
-        check_prepared(key, value)
-        value = plain_value(key, value, value_is_prepared)
-    check_heads(query, key, value, (*DTYPES, FLOAT8))
-    check_float8(query, forward_dtype, Descales(query_descale, key_descale, value_descale))
-    check_descales(query, key, value, Descales(query_descale, key_descale, value_descale))
-    batch = query.shape[0] if query.ndim == 4 else 1
-    logits = (batch, query.shape[-2], query.shape[-3], key.shape[-3])
-    check_dense("bias", bias, logits, DTYPES)
-    check_dense("mask", mask, logits, ("bool",))
-    check_scale(scale)
-    check_flag("is_causal", is_causal)
-    check_flag("return_residual", return_residual)
-    if deterministic is not None:
-        check_flag("deterministic", deterministic)
-    check_lengths(query, Index(query_seq_lengths, key_value_seq_lengths))
-    check_offset(query_offset, batch)
-    check_window(local_window_size)
-    check_sm_margin(sm_margin)
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    check_choice("sequence_parallel", sequence_parallel, SEQUENCE_PARALLEL)
-    whole = "a bias or mask" if not (bias is None and mask is None) else None
-    whole = f"{FLOAT8} inputs" if query.dtype.name == FLOAT8 else whole
-    if sequence_parallel != "auto" and whole:
-        raise ValueError(
-            f"sequence_parallel is {sequence_parallel!r}; expected 'auto' with {whole}, "
-            "which need whole sequences"
-        )
-
-
-def as_array(name: str, x: Any) -> Any:
-    """`x` itself when it has a shape and a dtype, else as a JAX array; None stays None."""
-    if x is None or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")):
-        return x
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+    check_flag("value_is_prepared", arguments.value_is_prepared)
+    query, key = arguments.query, arguments.key
+    if arguments.value_is_prepared:
+        check_prepared(key, arguments.value)
+    check_heads(query, key, arguments.plain_value, (*DTYPES, FLOAT8))
+    check_float8(arguments)
+    check_arrays(arguments)
+    check_scale(arguments.scale)
+    check_flag("is_causal", arguments.is_causal)
+    check_flag("return_residual", arguments.return_residual)
+    if arguments.deterministic is not None:
+        check_flag("deterministic", arguments.deterministic)
+    check_offset(arguments.query_offset)
+    check_window(arguments.local_window_size)
+    check_sm_margin(arguments.sm_margin)
+    check_choice("implementation", arguments.implementation, IMPLEMENTATIONS)
+    check_choice("sequence_parallel", arguments.sequence_parallel, SEQUENCE_PARALLEL)
+    check_sequence_parallel(arguments)
 
 
 def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYPES) -> None:
@@ -106,23 +61,24 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
     for name, x in arrays.items():
         if x is None:
             raise TypeError(f"{name} is None; expected an array")
-        if x.ndim not in (3, 4):
+        shape, ndim = x.shape, x.ndim
+        if ndim not in (3, 4):
             raise ValueError(
-                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected "
+                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected "
                 "([batch,] seq, heads, head_dim)"
             )
         _check_dtype(name, x, dtypes)
-        if x.ndim != query.ndim:
+        if ndim != query.ndim:
             raise ValueError(
-                f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
+                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
                 f"query, shape {_shape(query)}"
             )
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}; expected {query.dtype} like query")
-        if x.shape[-3] >= MAX_SEQLEN:
-            raise ValueError(f"{name} has seq = {x.shape[-3]}; expected less than {MAX_SEQLEN}")
+        if shape[-3] >= MAX_SEQLEN:
+            raise ValueError(f"{name} has seq = {shape[-3]}; expected less than {MAX_SEQLEN}")
         for axis, what in ((-2, "heads"), (-1, "head_dim")):
-            if x.shape[axis] == 0:
+            if shape[axis] == 0:
                 raise ValueError(f"{name} has {what} = 0, shape {_shape(x)}; expected at least 1")
     if query.ndim == 4:
         _check_equal("batch", -4, key=key, query=query)
@@ -140,7 +96,7 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
 def check_prepared(key: Any, value: Any) -> None:
     """A prepared value in float8, whose shape fits key's."""
     for name, x in (("key", key), ("value", value)):
-        if x is None or x.ndim not in (3, 4) or x.dtype.name != FLOAT8:
+        if x is None or x.ndim not in (3, 4) or dtype_name(x) != FLOAT8:
             got = "None" if x is None else f"{x.dtype} of shape {_shape(x)}"
             raise TypeError(
                 f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
@@ -154,15 +110,9 @@ def check_prepared(key: Any, value: Any) -> None:
         )
 
 
-def plain_value(key: Any, value: Any, is_prepared: bool) -> Any:
-    """`value`, or the type that it had before it was prepared."""
-    if not is_prepared:
-        return value
-    return jax.ShapeDtypeStruct((*key.shape[:-1], value.shape[-2]), value.dtype)
-
-
-def check_float8(query: Any, forward_dtype: Any, descales: Descales) -> None:
+def check_float8(arguments: Arguments) -> None:
     """forward_dtype goes with 16-bit inputs, scales with float8 inputs."""
+    dtype, forward_dtype = arguments.dtype, arguments.forward_dtype
     if forward_dtype is not None:
         try:
             name = jnp.dtype(forward_dtype).name
@@ -170,43 +120,72 @@ def check_float8(query: Any, forward_dtype: Any, descales: Descales) -> None:
             name = None
         if name != FLOAT8:
             raise ValueError(f"forward_dtype is {forward_dtype!r}; expected None or {FLOAT8!r}")
-        if query.dtype.name not in HALF_DTYPES:
+        if dtype not in HALF_DTYPES:
             raise TypeError(
-                f"query has dtype {query.dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
+                f"query has dtype {dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
             )
-    for name, x in descales._asdict().items():
-        if x is not None and query.dtype.name != FLOAT8:
+    rows = arguments.Operands.rows()
+    for name in arguments.arrays:
+        if rows[name].form == "blocks" and not arguments.is_float8:
             raise ValueError(
-                f"{name}_descale is given and query has dtype {query.dtype}; expected {FLOAT8} "
+                f"{name} is given and query has dtype {dtype}; expected {FLOAT8} "
                 "inputs with it (forward_dtype finds the scales of 16-bit inputs)"
             )
 
 
-def check_descales(query: Any, key: Any, value: Any, descales: Descales) -> None:
-    """float32 scales: one, one for each (batch, head) or, of query and key, for each block."""
-    for (name, x), array in zip(descales._asdict().items(), (query, key, value), strict=True):
-        if x is None:
+def check_arrays(arguments: Arguments) -> None:
+    """Dtypes and shapes of all arrays but query, key and value, by their rows."""
+    extents, is_batched = arguments.extents, arguments.query.ndim == 4
+    for field, x in arguments.arrays.items():
+        row = arguments.Operands.rows()[field]
+        name = row.argument or field
+        if name in ("query", "key", "value", "prepared_value"):
             continue
-        _check_dtype(f"{name}_descale", x, ("float32",))
-        by_head = (*array.shape[:-3], array.shape[-2])
-        shapes = [(), by_head]
-        if name != "value":
-            shapes += [(*by_head, 1), (*by_head, num_blocks(array.shape[-3]))]
-        if tuple(x.shape) not in shapes:
-            expected = _one_of(tuple(map(str, dict.fromkeys(shapes))))
-            raise ValueError(f"{name}_descale has shape {_shape(x)}; expected {expected}")
+        _check_dtype(name, x, row.dtypes)
+        if row.form == "broadcast":
+            check_broadcast(name, x, row, extents)
+            continue
+        allowed = _shapes(row, extents, is_batched)
+        if tuple(x.shape) in allowed:
+            continue
+        shapes = tuple(map(str, dict.fromkeys(allowed)))
+        expected = _one_of(shapes) if row.form == "blocks" else shapes[0]
+        expected += ", one per sequence" if row.dims == ANY_SEQUENCE else ""
+        raise ValueError(f"{name} has shape {_shape(x)}; expected {expected}")
 
 
-def check_dense(name: str, x: Any, logits: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    """A bias or mask that broadcasts to `logits`, (batch, heads, seqlen_q, seqlen_k)."""
-    if x is None:
-        return
-    _check_dtype(name, x, dtypes)
-    extents = (1,) * (4 - x.ndim) + tuple(x.shape)
-    if x.ndim > 4 or any(n not in (1, full) for n, full in zip(extents, logits, strict=True)):
+def _shapes(row: Row, extents: Extents, is_batched: bool) -> list[tuple[int, ...]]:
+    """The shapes that a public argument may have."""
+    sizes = row.sizes(extents)
+    if row.form == "blocks":
+        by_head = sizes[:2] if is_batched else sizes[1:2]
+        blocks = [(*by_head, 1), (*by_head, *sizes[2:])] if len(sizes) > 2 else []
+        return [(), by_head, *blocks]
+    without_batch = [] if is_batched else [sizes[1:]]
+    return [sizes, *without_batch, *[()] * (row.form == "scalar")]
+
+
+def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
+    """An array of which any dimension may have extent 1, and leading ones may be missing."""
+    full = row.sizes(extents)
+    sizes = (1,) * (len(full) - x.ndim) + tuple(x.shape)
+    if x.ndim > len(full) or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
+        words = ", ".join(WORDS[letter] for letter in row.dims)
         raise ValueError(
-            f"{name} has shape {_shape(x)}; expected one that broadcasts to {logits}, "
-            "(batch, heads, seqlen_q, seqlen_k)"
+            f"{name} has shape {_shape(x)}; expected one that broadcasts to {full}, ({words})"
+        )
+
+
+def check_sequence_parallel(arguments: Arguments) -> None:
+    """Only sequences that may be divided have a choice of how."""
+    rows = arguments.Operands.rows()
+    whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays)), None)
+    if arguments.is_float8:
+        whole = FLOAT8_INPUTS
+    if arguments.sequence_parallel != "auto" and whole:
+        raise ValueError(
+            f"sequence_parallel is {arguments.sequence_parallel!r}; expected 'auto' with {whole}, "
+            "which need whole sequences"
         )
 
 
@@ -244,26 +223,9 @@ def check_seed(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {x}; expected at least 0 and less than 2**32")
 
 
-def check_lengths(query: Any, index: Index) -> None:
-    """int32 [batch] lengths; of inputs without a batch dimension also scalars."""
-    batch, unbatched = (1, True) if query.ndim == 3 else (query.shape[0], False)
-    check_index("query_seq_lengths", index.query_lengths, batch, scalar=unbatched)
-    check_index("key_value_seq_lengths", index.key_lengths, batch, scalar=unbatched)
-
-
-def check_index(name: str, x: Any, batch: int, *, scalar: bool) -> None:
-    """int32 [batch], or a scalar where `scalar` allows it."""
-    if x is None:
-        return
-    _check_dtype(name, x, ("int32",))
-    if tuple(x.shape) != (batch,) and not (scalar and x.ndim == 0):
-        raise ValueError(f"{name} has shape {_shape(x)}; expected ({batch},), one per sequence")
-
-
-def check_offset(x: Any, batch: int) -> None:
-    """A Python int, or an int32 array of shape () or [batch]."""
-    if x is None or hasattr(x, "dtype") and not isinstance(x, np.integer):
-        check_index("query_offset", x, batch, scalar=True)
+def check_offset(x: Any) -> None:
+    """A Python int, where it is not an array."""
+    if x is None or is_array(x):
         return
     offset = _as_int("query_offset", x, "an int or an int32 array")
     if not -MAX_SEQLEN < offset < MAX_SEQLEN:
@@ -300,7 +262,7 @@ def _as_int(name: str, x: Any, expected: str) -> int:
 
 
 def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
-    if x.dtype.name not in dtypes:
+    if dtype_name(x) not in dtypes:
         raise TypeError(f"{name} has dtype {x.dtype}; expected {_one_of(dtypes)}")
 
 

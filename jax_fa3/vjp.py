@@ -1,7 +1,7 @@
 """Attention with its gradient: one custom_vjp, whatever runs underneath.
 
-Residuals are query, key, value, out and lse. `out` and `lse` carry the checkpoint name "context",
-so that a remat policy which saves that name keeps the forward kernel out of the backward pass.
+Residuals are the operands, out and lse. `out` and `lse` carry the checkpoint name "context", so
+that a remat policy which saves that name keeps the forward kernel out of the backward pass.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fa3 import calls, sharding
-from jax_fa3.calls import Operations
-from jax_fa3.context.layout import vary_together
-from jax_fa3.options import AttentionOptions, Dense, Descales, Index
+from jax_fa3 import sharding
+from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.operands import Operands, Outputs
+from jax_fa3.operations import Operations, undifferentiable
+from jax_fa3.options import AttentionOptions
 
 CHECKPOINT_NAME = "context"
 NO_FLOAT8_GRADIENT = (
@@ -24,60 +24,38 @@ NO_FLOAT8_GRADIENT = (
 
 
 def attend(
-    options: AttentionOptions,
-    return_lse: bool,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: Index,
-    dense: Dense,
-    descales: Descales,
-    operations: Operations = sharding,
-) -> tuple[jax.Array, ...]:
-    """(out,) or (out, lse): out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch,
-    num_heads_q, seqlen_q] float32. Only with `return_lse` does the backward pass take dlse.
-    `operations` are those of sharding.py, or others for operands that are divided otherwise.
+    options: AttentionOptions, operands: Operands, operations: Operations = sharding
+) -> Outputs:
+    """The outputs of a call; an LSE, and a cotangent of it, only with `return_residual`.
 
-    float8 arrays have `descales`, an output in bfloat16, no gradient, and go through sharding.py.
+    `operations` are those of sharding, or others for operands that are divided otherwise.
     """
     # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
-    operands = vary_together((query, key, value, index, dense, descales))
-    if descales.query is not None:
-        return _float8_attention(options, return_lse, *operands)
-    return _attention(operations, options, return_lse, *operands[:-1])
+    operands = vary_together(operands)
+    if operands.is_float8:
+        forward = functools.partial(operations.forward, options)
+        outputs = undifferentiable(forward, NO_FLOAT8_GRADIENT)(operands)
+        return _asked_for(options, outputs)
+    return _attention(operations, options, operands)
 
 
-def _float8_attention(options, return_lse, query, key, value, index, dense, descales):
-    def forward(*operands):
-        return sharding.forward_float8(options, *operands, jnp.dtype(jnp.bfloat16))
-
-    forward = calls.undifferentiable(forward, NO_FLOAT8_GRADIENT)
-    out, lse = forward(query, key, value, descales, index, dense)
-    return (out, lse) if return_lse else (out,)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(operations, options, operands):
+    return _asked_for(options, operations.forward(options, operands))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(operations, options, return_lse, query, key, value, index, dense):
-    out, lse = operations.forward(options, query, key, value, index, dense)
-    return (out, lse) if return_lse else (out,)
+def _forward(operations, options, operands):
+    outputs = operations.forward(options, operands)
+    outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
+    return _asked_for(options, outputs), (operands, outputs)
 
 
-def _forward(operations, options, return_lse, query, key, value, index, dense):
-    out, lse = (
-        checkpoint_name(x, CHECKPOINT_NAME)
-        for x in operations.forward(options, query, key, value, index, dense)
-    )
-    residuals = (query, key, value, out, lse, index, dense)
-    return ((out, lse) if return_lse else (out,)), residuals
+def _backward(operations, options, residuals, cotangents):
+    return (operations.backward(options, *residuals, cotangents),)
 
 
-def _backward(operations, options, return_lse, residuals, cotangents):
-    query, key, value, out, lse, index, dense = residuals
-    dout, dlse = cotangents if return_lse else (*cotangents, None)
-    dquery, dkey, dvalue, dbias = operations.backward(
-        options, query, key, value, out, lse, dout, dlse, index, dense
-    )
-    return dquery, dkey, dvalue, None, Dense(bias=dbias)
+def _asked_for(options: AttentionOptions, outputs: Outputs) -> Outputs:
+    return outputs if options.return_residual else outputs.replace(lse=None)
 
 
 _attention.defvjp(_forward, _backward)

@@ -12,7 +12,6 @@ g, k] in float32, so that heads are never repeated in memory.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -20,16 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa3 import quantize
-from jax_fa3.options import (
-    FLOAT8,
-    MAX_SEQLEN,
-    UNBOUNDED,
-    AttentionOptions,
-    Dense,
-    Descales,
-    Index,
-)
+from jax_fa3 import mask, score
+from jax_fa3.float8 import rounding
+from jax_fa3.operands import Operands, Outputs
+from jax_fa3.options import FLOAT8, AttentionOptions
 
 SCORES_PER_BLOCK = 1 << 25  # float32 scores held at a time, as far as MIN_BLOCK allows
 MIN_BLOCK = 128  # key rows
@@ -37,24 +30,9 @@ MAX_BLOCK = 1024
 PROBS_SCALE = 2.0**8  # of probabilities in float8: at most 256, where float8 ends at 448
 
 
-def forward(
-    options: AttentionOptions,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: Index,
-    dense: Dense,
-    descales: Descales | None = None,
-    dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """out [batch, seqlen_q, num_heads_q, head_dim_v] and lse [batch, num_heads_q, seqlen_q].
-
-    float8 arrays have `descales` and an output of `dtype`, others one of query's.
-    """
-    if descales is None:
-        problem = _Problem(options, query, key, value, index, dense)
-    else:
-        problem = _Float8Problem(options, query, key, value, index, dense, descales)
+def forward(options: AttentionOptions, operands: Operands) -> Outputs:
+    problem = (_Float8Problem if operands.is_float8 else _Problem)(options, operands)
+    query, head_dim_v = operands.query, operands.extents.head_dim_v
     rows = problem.rows()
 
     def step(carry, start):
@@ -71,7 +49,7 @@ def forward(
 
     b, q, h, g, _ = rows.shape
     stats = _full(query, (b, h, q, g), -jnp.inf)
-    sums = _full(query, (*stats.shape, problem.value.shape[-1]), 0)
+    sums = _full(query, (*stats.shape, head_dim_v + problem.more_columns), 0)
     init = (stats, _full(query, stats.shape, 0), sums)
     (row_max, row_sum, acc), _ = lax.scan(step, init, problem.starts())
 
@@ -80,72 +58,69 @@ def forward(
     out = problem.normalize(acc, row_sum)
     out = jnp.moveaxis(out, 1, 2).reshape(*query.shape[:-1], out.shape[-1])
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
-    return out.astype(dtype or query.dtype), jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
+    out = out.astype(options.out_dtype or query.dtype)
+    return Outputs(out, jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q))
 
 
 def backward(
-    options: AttentionOptions,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    out: jax.Array,
-    lse: jax.Array,
-    dout: jax.Array,
-    dlse: jax.Array | None,
-    index: Index,
-    dense: Dense,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value and, where there is one, of the bias."""
-    problem = _Problem(options, query, key, value, index, dense)
+    options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
+) -> Operands:
+    problem = _Problem(options, operands)
+    query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    dout, dlse = cotangents.out, cotangents.lse
     rows = problem.rows()
     b, q, h, g, _ = rows.shape
     dout = problem.query_heads(problem.zero_past_length(dout))
-    products = dout.astype(jnp.float32) * problem.query_heads(out).astype(jnp.float32)
+    products = dout.astype(jnp.float32) * problem.query_heads(outputs.out).astype(jnp.float32)
     delta = jnp.moveaxis(products.sum(-1), 1, 2)
     if dlse is not None:
         dlse = problem.zero_past_length(jnp.moveaxis(dlse, 1, 2))  # [b, q, h * g]
         delta -= jnp.moveaxis(dlse.reshape(b, q, h, g), 1, 2)
-    lse = _finite_or_zero(jnp.moveaxis(lse.reshape(b, h, g, q), 2, 3))
+    lse = _finite_or_zero(jnp.moveaxis(outputs.lse.reshape(b, h, g, q), 2, 3))
 
     def step(dquery, start):
         block = problem.block(start)
         probs = jnp.exp(problem.scores(rows, block) - lse[..., None])
-        dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.value)
+        dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = probs * (dprobs - delta[..., None])
         dscores = dlogits.astype(query.dtype)
-        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.key)
+        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
         dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
-        dbias = None if dense.bias is None else _sum_to_bias(dlogits, dense.bias.shape)
+        dbias = None if bias is None else _sum_to_bias(dlogits, bias.shape)
         return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
 
     init = _full(query, (b, h, q, g, query.shape[-1]), 0)
     dquery, (dkey, dvalue, dbias) = lax.scan(step, init, problem.starts())
     dquery = jnp.moveaxis(options.scale * dquery, 1, 2).reshape(query.shape).astype(query.dtype)
     dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
-    if dense.bias is not None:
-        one_column = dense.bias.shape[-1] == 1
-        dbias = dbias.sum(0) if one_column else problem.join_blocks(dbias, 3)
-        dbias = dbias.astype(dense.bias.dtype)
-    return dquery, dkey, dvalue, dbias
+    if bias is not None:
+        dbias = dbias.sum(0) if bias.shape[-1] == 1 else problem.join_blocks(dbias, 3)
+        dbias = dbias.astype(bias.dtype)
+    return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias)
 
 
 class _Block(NamedTuple):
     start: jax.Array  # index of its first key
-    key: jax.Array  # [b, k, h, d], zero past the sequence's length
-    value: jax.Array  # [b, k, h, e], likewise
+    operands: Operands  # with the block's keys; key and value are zero past the sequence's length
 
 
 class _Problem:
     """One call's arrays, cut into key blocks; the last block is filled up with zero rows."""
 
-    def __init__(self, options, query, key, value, index: Index, dense: Dense):
-        self.options, self.query, self.index = options, query, index
-        self.seqlen_q, self.seqlen_k = query.shape[1], key.shape[1]
-        self.num_heads_kv = key.shape[2]
-        self.num_blocks, self.block_size = _cut(query, self.seqlen_k)
-        self.key, self.value = self.fill(key, 1), self.fill(value, 1)
-        self.dense = Dense(*(None if x is None else self.fill(x, 3) for x in dense))
+    more_columns = 0  # of the sums, beyond those of value
+
+    def __init__(self, options: AttentionOptions, operands: Operands):
+        self.options = options
+        self.seqlen_q, self.seqlen_k = operands.query.shape[1], operands.key.shape[1]
+        self.num_heads_kv = operands.key.shape[2]
+        self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
+        self.operands = operands.map(self.filled)
+
+    def filled(self, row, x):
+        """`x` with whole blocks along the keys, if it has any."""
+        axis = row.axis("t")
+        return x if axis is None else self.fill(x, axis)
 
     def fill(self, x, axis):
         """`x` with whole blocks along the key axis `axis`; a broadcast axis stays as it is."""
@@ -169,75 +144,67 @@ class _Problem:
         return x.reshape(*x.shape[:2], self.num_heads_kv, group, *x.shape[3:])
 
     def rows(self):
-        return self.query_heads(self.zero_past_length(self.query))
+        return self.query_heads(self.zero_past_length(self.operands.query))
 
     def zero_past_length(self, x):
         """x [b, q, ...] with zeros past the query length: whatever stands there reaches nothing."""
-        if self.index.query_lengths is None:
+        lengths = self.operands.query_lengths
+        if lengths is None:
             return x
-        inside = jnp.arange(self.seqlen_q) < self.index.query_lengths[:, None]
+        inside = jnp.arange(self.seqlen_q) < lengths[:, None]
         return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def block(self, start) -> _Block:
-        key, value = (
-            lax.dynamic_slice_in_dim(x, start, self.block_size, 1) for x in (self.key, self.value)
-        )
-        if self.index.key_lengths is not None:
-            inside = start + jnp.arange(self.block_size) < self.index.key_lengths[:, None]
-            key, value = (jnp.where(inside[..., None, None], x, 0) for x in (key, value))
-        return _Block(start, key, value)
+        def of_block(row, x):
+            axis = row.axis("t")
+            if axis is None or (row.form == "broadcast" and x.shape[axis] == 1):
+                return x
+            return lax.dynamic_slice_in_dim(x, start, self.block_size, axis)
 
-    def products(self, rows, block: _Block):
-        """scale * query @ key^T."""
-        return self.options.scale * _dot("bqhgd,bkhd->bhqgk", rows, block.key)
+        operands = self.operands.map(of_block)
+        if operands.key_lengths is None:
+            return _Block(start, operands)
+        inside = start + jnp.arange(self.block_size) < operands.key_lengths[:, None]
+        key, value = (
+            jnp.where(inside[..., None, None], x, 0) for x in (operands.key, operands.value)
+        )
+        return _Block(start, operands.replace(key=key, value=value))
+
+    def scales(self, start):
+        """What products of rows and a block's keys are to be multiplied by."""
+        return (self.options.scale,)
 
     def weigh(self, probs, block: _Block):
         """probs @ value, [b, h, q, g, e]."""
-        return _dot("bhqgk,bkhe->bhqge", probs.astype(self.value.dtype), block.value)
+        value = block.operands.value
+        return _dot("bhqgk,bkhe->bhqge", probs.astype(value.dtype), value)
 
     def normalize(self, acc, row_sum):
         """The output of the sums of weighed values, [b, h, q, g, e]."""
         return acc / row_sum[..., None]
 
     def scores(self, rows, block: _Block):
-        """Scaled, biased scores of all rows against one block; -inf where a row sees no key."""
-        scores = self.products(rows, block)
-        if self.dense.bias is not None:
-            scores += self.dense_block(self.dense.bias, block.start).astype(jnp.float32)
-        visible = self.visible(block.start)
-        if self.dense.mask is not None:
-            mask = self.dense_block(self.dense.mask, block.start)
-            visible = mask if visible is None else visible & mask
+        """Scores of all rows against one block; -inf where a row sees no key."""
+        products = _dot("bqhgd,bkhd->bhqgk", rows, block.operands.key)
+        bias = self.by_group(block.operands.bias)
+        scores = score.scores(products, self.scales(block.start), bias)
+        visible = self.by_group(self.visible(block))
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
-    def visible(self, start):
-        """[b | 1, 1, q, 1, k] by lengths, window and offset; None when every row sees every key."""
-        options, index = self.options, self.index
-        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[None, :, None]
-        column = start + jnp.arange(self.block_size, dtype=jnp.int32)[None, None, :]
-        position = row + options.query_offset
-        if index.query_offset is not None:
-            offset = jnp.clip(index.query_offset, -MAX_SEQLEN, MAX_SEQLEN)
-            position = row + offset[:, None, None]
-        terms = []
-        if self.num_blocks * self.block_size != self.seqlen_k:
-            terms.append(column < self.seqlen_k)
-        if index.key_lengths is not None:
-            terms.append(column < index.key_lengths[:, None, None])
-        if index.query_lengths is not None:
-            terms.append(row < index.query_lengths[:, None, None])
-        if options.window_left < UNBOUNDED:
-            terms.append(column >= position - options.window_left)
-        if options.window_right < UNBOUNDED:
-            terms.append(column <= position + options.window_right)
-        if not terms:
-            return None
-        return functools.reduce(jnp.logical_and, terms)[:, None, :, None, :]
+    def visible(self, block: _Block):
+        """[b | 1, h * g | 1, q | 1, k | 1]; None where every row sees every key."""
+        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[:, None]
+        column = block.start + jnp.arange(self.block_size, dtype=jnp.int32)
+        visible = mask.visible(self.options, block.operands, row, column)
+        if self.num_blocks * self.block_size == self.seqlen_k:
+            return visible
+        inside = (column < self.seqlen_k).reshape(1, 1, 1, -1)
+        return inside if visible is None else visible & inside
 
-    def dense_block(self, x, start):
-        """The block's columns of a bias or mask, as [b | 1, h | 1, q | 1, g | 1, k | 1]."""
-        if x.shape[3] > 1:
-            x = lax.dynamic_slice_in_dim(x, start, self.block_size, 3)
+    def by_group(self, x):
+        """[b | 1, h * g | 1, q | 1, k | 1] -> [b | 1, h | 1, q | 1, g | 1, k | 1]."""
+        if x is None:
+            return None
         b, heads, q, k = x.shape
         h = self.num_heads_kv if heads > 1 else 1
         return jnp.moveaxis(x.reshape(b, h, heads // h, q, k), 2, 3)
@@ -247,35 +214,43 @@ class _Float8Problem(_Problem):
     """A forward problem in float8: products of float8 numbers, summed in float32, times scales.
 
     float8 goes into products as bfloat16, which holds it exactly and which any platform has.
-    Probabilities, at most 1, use the upper half of float8's range. Value has one more column, of
-    ones: that of the output is the sum of the probabilities as they were rounded.
+    Probabilities, at most 1, use the upper half of float8's range. They weigh one more column, of
+    ones: its sum is that of the probabilities as they were rounded.
     """
 
-    def __init__(self, options, query, key, value, index: Index, dense: Dense, descales: Descales):
-        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
-        super().__init__(options, query, key, value, index, dense)
-        by_row = self.query_heads(quantize.by_row(descales.query, self.seqlen_q))  # [b, q, h, g]
-        self.query_scale = options.scale * jnp.moveaxis(by_row, 1, 2)[..., None]
-        by_column = self.fill(quantize.by_row(descales.key, self.seqlen_k), 1)  # [b, k | 1, h]
-        self.key_scale = jnp.moveaxis(by_column, 1, 2)[:, :, None, None]
-        self.value_scale = descales.value[:, :, None, None, None]
+    more_columns = 1
+
+    def __init__(self, options: AttentionOptions, operands: Operands):
+        if operands.prepared_value is not None:
+            value = rounding.restore_value(operands.prepared_value, operands.key.shape[1])
+            operands = operands.replace(value=value, prepared_value=None)
+        super().__init__(options, operands)
+        by_row = rounding.by_row(operands.query_descale, self.seqlen_q)
+        by_row = jnp.moveaxis(self.query_heads(by_row), 1, 2)  # [b, h, q, g]
+        self.query_scale = options.scale * by_row[..., None]
+        by_column = self.fill(rounding.by_row(operands.key_descale, self.seqlen_k), 1)
+        self.key_scale = jnp.moveaxis(by_column, 1, 2)[:, :, None, None]  # [b, h, 1, 1, k | 1]
+        self.value_scale = operands.value_descale[:, :, None, None, None]
 
     def rows(self):
         return super().rows().astype(jnp.bfloat16)
 
     def block(self, start) -> _Block:
-        start, key, value = super().block(start)
-        return _Block(start, key.astype(jnp.bfloat16), value.astype(jnp.bfloat16))
+        start, operands = super().block(start)
+        key, value = (x.astype(jnp.bfloat16) for x in (operands.key, operands.value))
+        return _Block(start, operands.replace(key=key, value=value))
 
-    def products(self, rows, block: _Block):
+    def scales(self, start):
         key_scale = self.key_scale
         if key_scale.shape[-1] > 1:
-            key_scale = lax.dynamic_slice_in_dim(key_scale, block.start, self.block_size, -1)
-        return _dot("bqhgd,bkhd->bhqgk", rows, block.key) * self.query_scale * key_scale
+            key_scale = lax.dynamic_slice_in_dim(key_scale, start, self.block_size, -1)
+        return self.query_scale, key_scale
 
     def weigh(self, probs, block: _Block):
         probs = (probs * PROBS_SCALE).astype(FLOAT8).astype(jnp.bfloat16)
-        return _dot("bhqgk,bkhe->bhqge", probs, block.value)
+        value = block.operands.value
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
+        return _dot("bhqgk,bkhe->bhqge", probs, value)
 
     def normalize(self, acc, row_sum):
         divisor = acc[..., -1:]

@@ -12,7 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_fa3
-from jax_fa3 import context
+from jax_fa3 import context_parallel
+from jax_fa3.context_parallel import layout
+from jax_fa3.operands import Operands
 from jax_fa3.options import AttentionOptions
 from meshes import PART, STRATEGIES, compiled_for, mesh_of
 from test_lowering import custom_calls, lower
@@ -175,13 +177,13 @@ def test_zigzag_orders(axis):
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_mirrored_rows_come_back(size):
     """mirror and unmirror are inverse; mirrored rows are the chunks that chunk_table names."""
-    axis_table = context.layout.chunk_table("mirrored", size)
+    axis_table = layout.chunk_table("mirrored", size)
 
     def there(x):
-        return context.layout.Axis.bound("seq").mirror(x, 1)
+        return layout.Axis.bound("seq").mirror(x, 1)
 
     def back(x):
-        return context.layout.Axis.bound("seq").unmirror(x, 1)
+        return layout.Axis.bound("seq").unmirror(x, 1)
 
     x = jnp.arange(2 * size)[None]
     mirrored = shard_mapped(there, size)(x)
@@ -204,4 +206,4 @@ def test_mirrored_rows_come_back(size):
 def test_choice(heads, kv_heads, rows, options, expected):
     query, key = (jax.ShapeDtypeStruct((1, rows, h, 128), "bfloat16") for h in (heads, kv_heads))
     options = AttentionOptions(scale=1.0, **options)
-    assert context.choose(options, query, key, key, 8) == expected
+    assert context_parallel.choose(options, Operands(query, key, key), 8) == expected

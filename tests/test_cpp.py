@@ -11,23 +11,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
 PLANS = [
-    "src/base/shape.cc",
-    "src/forward/schedule.cc",
-    "src/forward/plan.cc",
-    "src/forward_float8/plan.cc",
-    "src/backward/plan.cc",
+    "src/call/shape.cc",
+    "src/kernels/forward/schedule.cc",
+    "src/kernels/forward/plan.cc",
+    "src/kernels/forward_float8/plan.cc",
+    "src/kernels/backward/plan.cc",
+]
+DECODING = [
+    "src/call/shape.cc",
+    "src/kernels/quantize/quantize.cc",
+    "src/ffi/decode.cc",
+    "src/ffi/validate.cc",
 ]
 SOURCES = {
     "plan": PLANS,
     "mask": [],
     "prepared_value": [],
     "rotation": [],
-    "decode": [
-        "src/base/shape.cc",
-        "src/quantize/quantize.cc",
-        "src/ffi/decode.cc",
-        "src/ffi/validate.cc",
-    ],
+    "decode": DECODING,
 }
 
 

@@ -1,7 +1,7 @@
 """What Python sends is what C++ decodes: the custom calls run on a CPU, as far as decoding.
 
-The kernels' place is taken by tests/cpp/decode_library.cc, which accepts or refuses and computes
-nothing.
+The kernels' place is taken by tests/cpp/decode_library.cc, which has the handlers' own bindings and
+tables, accepts or refuses, and computes nothing.
 """
 
 import ctypes
@@ -16,12 +16,11 @@ import pytest
 
 from case import Case
 from float8 import FLOAT8, quantised
-from jax_fa3 import dot_product_attention, quantize_qkv, support
-from jax_fa3.calls import quantize_kernel
-from jax_fa3.options import Index
-from test_cpp import COMPILER, ROOT, ffi_headers
+from jax_fa3 import dot_product_attention, ffi, quantize_qkv, route
+from jax_fa3.operands import Operands
+from test_cpp import COMPILER, DECODING, ROOT, ffi_headers
 
-SOURCES = ("tests/cpp/decode_library.cc", "src/base/shape.cc", "src/ffi/decode.cc")
+SOURCES = ("tests/cpp/decode_library.cc", *DECODING)
 TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward", "jax_fa3_quantize")
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
@@ -47,7 +46,7 @@ def handlers(tmp_path_factory):
 @pytest.fixture
 def attend(handlers, monkeypatch):
     """The public call, on "kernels" here."""
-    monkeypatch.setattr(support, "device_reason", lambda: None)
+    monkeypatch.setattr(route, "device_reason", lambda: None)
     return functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
 
 
@@ -80,16 +79,16 @@ def test_float8_inputs(attend, case, granularity, prepare):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("how", ({}, dict(prepare_value=True, seed=2**32 - 1), dict(back=True)))
 def test_rounding(handlers, case, how):
-    names = ("query_seq_lengths", "key_value_seq_lengths")
-    index = Index(*(case.index_arrays.get(name) for name in names))
-    call = jax.jit(functools.partial(quantize_kernel, **how))
-    jax.block_until_ready(call(*case.inputs()[:3], index))
+    names = dict(query_lengths="query_seq_lengths", key_lengths="key_value_seq_lengths")
+    lengths = {field: case.index_arrays.get(name) for field, name in names.items()}
+    call = jax.jit(functools.partial(ffi.quantize, **how))
+    jax.block_until_ready(call(Operands(*case.inputs()[:3], **lengths)))
 
 
 def test_a_refusal_arrives(attend, monkeypatch):
     """That what decodes is what was sent: of other scales the call fails."""
     x = quantised(CASES[0])
-    monkeypatch.setattr("jax_fa3.validate.check_descales", lambda *_: None)
+    monkeypatch.setattr("jax_fa3.validate.check_arrays", lambda *_: None)
     with pytest.raises(Exception, match="query_descale must have 1 or 2 scales of a head"):
         x = x._replace(query_descale=np.ones((2, 4, 3), np.float32))
         jax.block_until_ready(attend(**x._asdict()))

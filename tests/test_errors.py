@@ -284,7 +284,7 @@ def test_unknown_keyword_is_refused():
 
 def test_fallback_is_logged_once_with_the_reason(caplog):
     call = GOOD | {"bias": np.zeros((2, 4, 16, 24), "float32")}
-    jax_fa3.support.log_fallback.cache_clear()
+    jax_fa3.route.log_fallback.cache_clear()
     for _ in range(3):
         dot_product_attention(**call)
     messages = [record.getMessage() for record in caplog.records if record.name == "jax_fa3"]

@@ -13,37 +13,52 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jax_fa3"
 SRC = ROOT / "src"
 
-# Each line may import from the lines below it.
+# Each line may import from the lines below it. Of a package that is named as a whole, modules may
+# import each other; others stand here one by one.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["context_parallel", "flax", "doctor"],
-    ["api", "to_float8"],
+    ["context_parallel.public", "flax", "doctor"],
+    ["api", "float8.public"],
     ["vjp"],
     ["sharding"],
-    ["context"],
-    ["calls"],
-    ["support", "xla", "reference"],
-    ["quantize"],
-    ["validate"],
+    ["context_parallel"],
+    ["operations"],
+    ["ffi", "xla", "reference"],
+    ["float8.rounding"],
+    ["mask", "route", "validate"],
+    ["arguments", "native"],
+    ["operands", "score"],
     ["options"],
-    ["_C"],
+    ["_C", "float8"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
 
+# Each folder may include from those of a lower rank. A file that stands beside folders has a rank
+# of its own: src/*.h and src/*.cc are above all of them, src/kernels/*.h below the families.
 CPP_RANK = {
-    "ffi": 5,
-    "forward_float8": 4,
-    "forward": 3,
-    "quantize": 3,
-    "backward": 3,
+    "": 7,
+    "kernels/forward_float8": 6,
+    "kernels/backward": 6,
+    "kernels/forward": 5,
+    "kernels/backward_dq": 5,
+    "kernels/quantize": 5,
+    "kernels": 4,
+    "ffi": 3,
     "attention": 2,
     "device": 1,
-    "base": 0,
+    "call": 0,
 }
 
 
+def place_of(name):
+    """The layer's name for a dotted one in jax_fa3: as much of it as PYTHON_LAYERS has."""
+    found = [n for n in PYTHON_RANK if name == n or name.startswith(n + ".")]
+    return max(found, key=len, default=name)
+
+
 def module_of(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return place_of(".".join(parts).removesuffix(".__init__"))
 
 
 def python_files():
@@ -67,9 +82,10 @@ def imported_modules(text):
 
 
 def our_imports(text):
-    """Modules of jax_fa3 that a text imports, each by its first name."""
-    parts = [name.split(".") for name in imported_modules(text)]
-    return {p[1] if len(p) > 1 else "__init__" for p in parts if p[0] == "jax_fa3"}
+    """The places of what a text imports of jax_fa3."""
+    names = [name.removeprefix("jax_fa3.") for name in imported_modules(text)]
+    ours = [name for name, full in zip(names, imported_modules(text), strict=True) if name != full]
+    return {place_of(name) for name in ours}
 
 
 def attributes(text):
@@ -88,17 +104,27 @@ def includes(text):
     return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', text, re.MULTILINE)
 
 
+def folder_of(name):
+    return name.rpartition("/")[0]
+
+
 def upward_includes(folder, names):
     """Includes of our own folders that do not point down or stay in their folder."""
-    folders = [(name, name.split("/")[0]) for name in names if name.split("/")[0] in CPP_RANK]
+    folders = [(name, folder_of(name)) for name in names if (SRC / name).is_file()]
     return [
         name for name, other in folders if other != folder and CPP_RANK[other] >= CPP_RANK[folder]
     ]
 
 
+def knows_xla(path):
+    """Of a kernel family call.h and handler.cc do, and no other file."""
+    folder = folder_of(str(path.relative_to(SRC)))
+    return folder in {"", "ffi"} or path.name in {"call.h", "handler.cc"}
+
+
 def test_every_module_has_a_layer():
     assert {module_of(path) for path in python_files()} <= set(PYTHON_RANK)
-    assert {path.name for path in SRC.iterdir() if path.is_dir()} == set(CPP_RANK)
+    assert {folder_of(str(path.relative_to(SRC))) for path in cpp_files()} == set(CPP_RANK)
 
 
 @pytest.mark.parametrize("path", python_files(), ids=module_of)
@@ -108,14 +134,14 @@ def test_python_imports_point_down(path):
 
 @pytest.mark.parametrize("path", python_files(), ids=module_of)
 def test_python_uses_what_is_its_own(path):
-    """Only public JAX; jax.ffi in calls, partitioning in sharding, the native module in support."""
+    """Only public JAX; jax.ffi in ffi, partitioning in sharding, the native module in native."""
     text, module = path.read_text(), module_of(path)
     used = attributes(text) | set(imported_modules(text))
     assert not [name for name in used if name.startswith(("jax._src", "jaxlib"))]
     for owner, words in {
-        "calls": (r"jax\.ffi\b",),
+        "ffi": (r"jax\.ffi\b",),
         "sharding": (r"custom_partitioning", r"\bshard_map\b", r"PartitionSpec"),
-        "support": (r"jax_fa3\._C\b",),
+        "native": (r"jax_fa3\._C\b",),
     }.items():
         if module != owner:
             assert not [name for name in used for word in words if re.search(word, name)], owner
@@ -123,12 +149,13 @@ def test_python_uses_what_is_its_own(path):
 
 @pytest.mark.parametrize("path", cpp_files(), ids=lambda path: str(path.relative_to(SRC)))
 def test_cpp_includes_point_down(path):
-    folder = path.relative_to(SRC).parts[0]
+    folder = folder_of(str(path.relative_to(SRC)))
     names = includes(path.read_text())
     assert not upward_includes(folder, names)
-    if folder != "ffi":
-        assert not [n for n in names if n.startswith(("xla/", "nanobind/", "Python.h"))]
-    if folder == "base":
+    if not knows_xla(path):
+        known = {"ffi/", "xla/", "nanobind/", "Python.h"}
+        assert not [n for n in names if n.startswith(tuple(known)) or n.endswith("/call.h")]
+    if folder == "call":
         assert not [n for n in names if n.startswith(("cute/", "cutlass/", "cuda"))]
 
 
@@ -149,12 +176,19 @@ def test_device_layer_does_not_know_attention(path):
 
 def test_the_rules_themselves():
     """An upward edge is found."""
-    assert upward("calls", our_imports("from jax_fa3.api import x"), PYTHON_RANK) == ["api"]
-    assert upward("calls", our_imports("from jax_fa3 import sharding"), PYTHON_RANK) == ["sharding"]
+    assert upward("ffi", our_imports("from jax_fa3.api import x"), PYTHON_RANK) == ["api"]
+    assert upward("ffi", our_imports("from jax_fa3 import sharding"), PYTHON_RANK) == ["sharding"]
+    ring = our_imports("from jax_fa3.context_parallel.ring import forward")
+    assert upward("operations", ring, PYTHON_RANK) == ["context_parallel"]
+    public = our_imports("from jax_fa3.context_parallel.public import ring_attention")
+    assert upward("context_parallel", public, PYTHON_RANK) == ["context_parallel.public"]
     assert not upward("api", our_imports("from jax_fa3 import vjp, options"), PYTHON_RANK)
-    assert upward_includes("forward", includes('#include "backward/plan.h"')) == ["backward/plan.h"]
+    other = "kernels/backward/plan.h"
+    assert upward_includes("kernels/forward", includes(f'#include "{other}"')) == [other]
+    assert upward_includes("kernels", includes(f'#include "{other}"')) == [other]
+    assert not upward_includes("kernels/backward", includes(f'#include "{other}"'))
     assert upward_includes("device", includes('#include "attention/mask.h"')) == [
         "attention/mask.h"
     ]
-    assert not upward_includes("ffi", includes('#include "forward/plan.h"\n#include <string>'))
+    assert not upward_includes("", includes('#include "kernels/forward/plan.h"\n#include <string>'))
     assert "jax.ffi.ffi_call" in attributes("jax.ffi.ffi_call(1)")

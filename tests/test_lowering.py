@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jax_fa3
 from cases import HEAD_DIMS
 from float8 import FLOAT8
-from jax_fa3 import dot_product_attention, support
+from jax_fa3 import dot_product_attention, native
 from meshes import mesh_of
 
 DEFAULTS = {
@@ -101,7 +101,7 @@ def test_backward_is_one_custom_call_and_nothing_else():
 def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
-        plan = support.native().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic, 132)
+        plan = native.module().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic, 132)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,

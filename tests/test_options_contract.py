@@ -1,4 +1,5 @@
-"""AttentionOptions and its C++ mirror are one list: names, order and widths, read from the text."""
+"""The kernels' options and their C++ mirror are one list: names, order and widths, read from the
+text."""
 
 import dataclasses
 import re
@@ -7,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_fa3 import options
+from jax_fa3 import ffi, options
+from jax_fa3.operands import Operands
 
 SRC = Path(__file__).parents[1] / "src"
 NOT_FOR_KERNELS = {  # Python's own choice
-    "route",
+    "routes",
     "sequence_parallel",
-    "quantized_forward",
-    "value_is_prepared",  # an attribute of its own, of the call in float8
+    "forward_dtype",
+    "out_dtype",
+    "return_residual",
 }
-NOT_STATIC = {"has_dlse"}  # decided per direction, by to_ffi's argument
+# Which arrays there are: the operands say, and in the backward pass the cotangents.
+NOT_STATIC = {"has_query_lengths", "has_key_lengths", "has_query_offset", "has_dlse"}
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
-ATTRIBUTES = options.AttentionOptions(scale=0.5).to_ffi()
+ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5), Operands())
 
 
 def struct_fields(text, name):
@@ -45,9 +49,30 @@ def test_dictionary_and_struct_have_the_same_names_order_and_widths(header):
     assert python == struct_fields(header, "Options")
 
 
-def test_decoder_lists_every_field(header):
-    decoded = re.findall(r"StructMember<\s*(?:std::)?(\w+)\s*>\(\"(\w+)\"\)", header)
-    assert [(name, kind) for kind, name in decoded] == struct_fields(header, "Options")
+def decoded_fields(text, name):
+    """[(name, type)] of what a struct's decoding from attributes lists."""
+    decoding = re.search(rf"STRUCT_ATTR_DECODING\(\s*jax_fa3::{name},(.*?)\);", text, re.DOTALL)
+    members = re.findall(r"StructMember<\s*(?:\w+::)*(\w+)\s*>\(\"(\w+)\"\)", decoding.group(1))
+    return [(name, kind) for kind, name in members]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("ffi/options.h", "Options"),
+        ("ffi/options.h", "CallAttributes"),
+        ("kernels/forward_float8/call.h", "ForwardFloat8Attributes"),
+        ("kernels/quantize/call.h", "QuantizeAttributes"),
+    ],
+)
+def test_decoder_lists_every_field(path, name):
+    text = (SRC / path).read_text()
+    assert decoded_fields(text, name) == struct_fields(text, name)
+
+
+def test_a_struct_that_is_not_decoded_whole_is_found():
+    text = (SRC / "ffi/options.h").read_text().replace("bool deterministic;", "bool deterministc;")
+    assert decoded_fields(text, "Options") != struct_fields(text, "Options")
 
 
 def test_values_reach_the_dictionary():
@@ -59,12 +84,12 @@ def test_values_reach_the_dictionary():
         deterministic=True,
         rescale_threshold=0.0,
         sm_margin=8,
-        has_query_lengths=True,
-        has_key_lengths=True,
-        has_query_offset=True,
     )
-    attributes = options.AttentionOptions(**fields).to_ffi(has_dlse=True)
-    assert attributes == fields | {"has_dlse": True}
+    present = dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), np.zeros(1, np.int32))
+    attributes = ffi.attributes(
+        options.AttentionOptions(**fields), Operands(**present), has_dlse=True
+    )
+    assert attributes == fields | dict.fromkeys(NOT_STATIC, True)
 
 
 def test_options_are_hashable_values():
@@ -76,6 +101,6 @@ def test_options_are_hashable_values():
     ("python", "cpp"), [("UNBOUNDED", "kUnbounded"), ("MAX_SEQLEN", "kMaxSeqlen")]
 )
 def test_limits_are_the_same_number(python, cpp):
-    text = (SRC / "base/types.h").read_text()
+    text = (SRC / "call/types.h").read_text()
     base, shift = re.search(rf"\b{cpp} = (\d+) << (\d+);", text).groups()
     assert getattr(options, python) == int(base) << int(shift)

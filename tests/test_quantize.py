@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from collectives import collectives
 from float8 import FLOAT8, by_row, operands, wide
 from jax_fa3 import dot_product_attention, quantize_qkv
+from jax_fa3.float8.rounding import prepare_value
 from jax_fa3.options import BLOCK
-from jax_fa3.quantize import prepare_value
 from meshes import both_kinds, mesh_of, place
 from transforms import assert_near
 

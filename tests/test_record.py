@@ -29,7 +29,7 @@ def suite(record, request):
 def tree(tmp_path):
     """A small source tree, without a record."""
     for name in (
-        "src/forward/kernel.cuh",
+        "src/kernels/forward/kernel.cuh",
         "src/ffi/options.h",
         "cmake/kernels.cmake",
         "CMakeLists.txt",
@@ -53,7 +53,13 @@ def test_a_fitting_record_has_no_problems(record, suite, tree):
 
 
 @pytest.mark.parametrize(
-    "name", ["src/forward/kernel.cuh", "src/ffi/options.h", "cmake/kernels.cmake", "CMakeLists.txt"]
+    "name",
+    [
+        "src/kernels/forward/kernel.cuh",
+        "src/ffi/options.h",
+        "cmake/kernels.cmake",
+        "CMakeLists.txt",
+    ],
 )
 def test_a_changed_source_is_a_problem(record, suite, tree, name):
     write(record, suite, tree)

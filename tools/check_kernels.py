@@ -112,7 +112,7 @@ def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel
     read_sass(kernels, log_path.with_suffix(""))
     problems = [f"{unit}: {match.group(0).strip()}" for match in BAD_WARNING.finditer(log)]
     mains = [kernel for kernel in kernels.values() if kernel.is_main]
-    listed = (build / "generated" / f"{unit}.cu").read_text().count("template Status launch_")
+    listed = (build / "generated" / f"{unit}.cu").read_text().count("template Status ")
     launched = sum("dquery" not in kernel.mangled for kernel in mains)  # which brings its own
     if launched != listed:
         problems.append(f"{unit}: {launched} main kernels compiled, {listed} listed")

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jax_fa3 import support, validate
-from jax_fa3.options import FLOAT8, resolve_deterministic, resolve_window
+from jax_fa3 import api, native, route
+from jax_fa3.arguments import Arguments
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
@@ -58,24 +58,24 @@ def _gpus() -> list[str]:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         lines += [f"{line} (nvidia-smi)" for line in answer.stdout.splitlines()]
     lines.append(f"JAX's default backend is {jax.default_backend()!r}")
-    reason = support.device_reason()
+    reason = route.device_reason()
     lines.append(f"no kernel can run: {reason}" if reason else "the kernels can run here")
     return lines
 
 
 def _kernels() -> list[str]:
-    native = support.native()
-    if native is None:
+    module = native.module()
+    if module is None:
         return ["the extension module jax_fa3._C is missing"]
-    compiled = native.compiled_kernels()
+    compiled = module.compiled_kernels()
     if not compiled:
-        listed = len(native.listed_kernels())
+        listed = len(module.listed_kernels())
         return [f"none compiled of {listed} (built with JAX_FA3_CUDA=OFF); calls run through XLA"]
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
         tiles[kernel["direction"], kernel["dtype"], kernel["head_dim"]][tile] = None
-    rows = [f"{len(compiled)} compiled of {len(native.listed_kernels())}; tiles queries x keys:"]
+    rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [
         f"{direction:<14} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
         for (direction, dtype, head_dim), names in tiles.items()
@@ -89,32 +89,13 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
         for name, x in (("query", query), ("key", key), ("value", value))
     )
     given = [f"{name}={option}" for name, option in options.items() if option is not None]
-    reason = support.is_supported(query, key, value, **options)
+    arguments = Arguments(query, key, value, **options)
+    reason = api.reason_against(arguments)
     lines = [
         ", ".join([shapes, *given]),
         f"would run through XLA: {reason}" if reason else "would run on the Hopper kernels",
     ]
-    for direction, plan in _plans(query, key, value, options).items():
+    for direction, plan in route.plans(arguments, arguments.options()).items():
         named = ", ".join(f"{name}={x}" for name, x in plan.items() if name != "direction")
         lines.append(f"{direction} plan: {named}")
     return lines
-
-
-def _plans(query, key, value, options) -> dict[str, dict[str, Any]]:
-    """What a call would run on the kernels, pass by pass; nothing where they do not take it."""
-    forward_dtype = options.get("forward_dtype")
-    window = resolve_window(options.get("local_window_size"), options.get("is_causal", False))
-    deterministic = resolve_deterministic(options.get("deterministic"))
-    is_prepared = options.get("value_is_prepared", False)
-    value = validate.plain_value(key, value, is_prepared)
-    if (
-        support.call_reason(query, options.get("bias"), options.get("mask"), options.get("scale"))
-        or support.plan_reason(query, key, value, window, deterministic)
-        or support.float8_reason(query, key, value, window, forward_dtype, is_prepared)
-    ):
-        return {}
-    forward = support.forward_plan(query, key, value, window, forward_dtype, is_prepared)
-    plans = {"forward": forward}
-    if query.dtype.name != FLOAT8:
-        plans["backward"] = support.backward_plan(query, key, value, deterministic)
-    return plans

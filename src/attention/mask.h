@@ -5,7 +5,7 @@
 // Pure arithmetic for host and device; only mask.cuh knows registers.
 #pragma once
 
-#include "base/problem.h"
+#include "call/problem.h"
 
 namespace jax_fa3 {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/prepared_value.h"
-#include "base/problem.h"
+#include "call/problem.h"
 
 namespace jax_fa3 {
 

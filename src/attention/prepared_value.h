@@ -12,14 +12,14 @@
 // WGMMA (m64nNk32) it has to hold contraction positions 4c .. 4c + 3. With V's keys in this order
 // the four scores, rounded and packed, are the operand: P needs no exchange between threads. A sum
 // over keys does not depend on their order. tests/cpp/prepared_value_test.cc proves it from the
-// PTX ISA's fragment layouts, forward_float8/traits.cuh asserts it from CuTe's.
+// PTX ISA's fragment layouts, kernels/forward_float8/traits.cuh asserts it from CuTe's.
 //
 // Keys past the end may hold anything: the kernel clears them in shared memory.
 #pragma once
 
 #include <cstdint>
 
-#include "base/types.h"
+#include "call/types.h"
 
 namespace jax_fa3 {
 

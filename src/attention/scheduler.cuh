@@ -13,7 +13,7 @@
 #include <cutlass/cutlass.h>
 
 #include "attention/mask.h"
-#include "base/types.h"
+#include "call/types.h"
 #include "device/mma.cuh"
 #include "device/pipeline.cuh"
 #include "device/reduce.cuh"

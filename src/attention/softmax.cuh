@@ -1,70 +1,15 @@
-// Masking and online softmax on a warpgroup's accumulator of S = Q K^T (Algorithm 2 of
-// arXiv:2407.08608), with the conditional rescale: O, l and P refer to a reference maximum that
-// follows the true one only when it has grown by more than `threshold`.
+// Online softmax on a warpgroup's accumulator of S = Q K^T (Algorithm 2 of arXiv:2407.08608), with
+// the conditional rescale: O, l and P refer to a reference maximum that follows the true one only
+// when it has grown by more than `threshold`.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 
-#include "attention/mask.h"
+#include "attention/score.cuh"
 #include "device/mma.cuh"
 
 namespace jax_fa3 {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-CUTE_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The first row and the first column of this thread's accumulator within its 64-row tile.
-CUTE_DEVICE int thread_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
-CUTE_DEVICE int thread_col() { return threadIdx.x % 4 * 2; }
-
-// Sets to -inf what lies outside [low[r], high[r]], columns counted from the tile's first one.
-template <class Accumulator>
-CUTE_DEVICE void mask_columns(Accumulator& tS, const int (&low)[2], const int (&high)[2]) {
-  int thread_low[2], thread_high[2];
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    thread_low[r] = low[r] - thread_col();
-    thread_high[r] = high[r] - thread_col();
-  }
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(tS); ++i) {
-    const int r = accumulator_row(i), col = accumulator_col(i);
-    if (col < thread_low[r] || col > thread_high[r]) tS(i) = -INFINITY;
-  }
-}
-
-// Masks a tile of S: rows are queries from `row0`, columns are keys from `key0`.
-template <class Accumulator>
-CUTE_DEVICE void mask_scores(Accumulator& tS, const Mask& mask, int row0, int key0) {
-  int low[2], high[2];
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const int row = row0 + thread_row() + 8 * r;
-    low[r] = row + mask.first - key0;
-    high[r] = min(row + mask.last, mask.key_length - 1) - key0;
-  }
-  mask_columns(tS, low, high);
-}
-
-// Masks a tile of S^T: rows are keys from `key0`, columns are queries from `row0`.
-template <class Accumulator>
-CUTE_DEVICE void mask_scores_transposed(Accumulator& tSt, const Mask& mask, int row0, int key0) {
-  int low[2], high[2];
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const int key = key0 + thread_row() + 8 * r;
-    low[r] = key < mask.key_length ? key - mask.last - row0 : kUnbounded;
-    high[r] = key - mask.first - row0;
-  }
-  mask_columns(tSt, low, high);
-}
 
 // P = exp2(S * scale_log2 - reference), row by row. The reference, in log2 units, is the largest
 // scaled logit less kShift when it moves, and it moves when a logit has grown `threshold` beyond:
@@ -167,9 +112,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // O /= l, of finished row sums; 0 where a row is empty.
+  // The same, and O /= l; 0 where a row is empty.
   template <class Accumulator>
-  CUTE_DEVICE void normalize(Accumulator& tO, const bool (&empty)[2]) const {
+  CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float (&lse)[2]) {
+    bool empty[2];
+    finish(exists, lse, empty);
     const float inverse[2] = {1.f / row_sum[0], 1.f / row_sum[1]};
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tO); ++i) {

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "base/status.h"
+#include "call/status.h"
 
 namespace jax_fa3 {
 

@@ -21,6 +21,10 @@ constexpr int kWarpgroupRows = 64;
 CUTE_HOST_DEVICE constexpr int accumulator_row(int i) { return (i >> 1) & 1; }
 CUTE_HOST_DEVICE constexpr int accumulator_col(int i) { return (i >> 2) * 8 + (i & 1); }
 
+// The first row and the first column of this thread's accumulator.
+CUTE_DEVICE int thread_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+CUTE_DEVICE int thread_col() { return threadIdx.x % 4 * 2; }
+
 using cute::GMMA::Major;
 
 // The length of one instruction's contraction: 32 bytes.

@@ -14,7 +14,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "base/types.h"
+#include "call/types.h"
 
 namespace jax_fa3 {
 

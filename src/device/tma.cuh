@@ -8,8 +8,8 @@
 #include <cutlass/cuda_host_adapter.hpp>
 #include <initializer_list>
 
-#include "base/problem.h"
-#include "base/status.h"
+#include "call/problem.h"
+#include "call/status.h"
 #include "device/tile.cuh"
 
 namespace jax_fa3 {

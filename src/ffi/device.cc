@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "base/text.h"
+#include "call/text.h"
 
 namespace jax_fa3 {
 namespace {

@@ -1,7 +1,7 @@
 // What plans and checks need to know of a GPU.
 #pragma once
 
-#include "base/status.h"
+#include "call/status.h"
 
 namespace jax_fa3 {
 

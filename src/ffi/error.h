@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "base/status.h"
+#include "call/status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {

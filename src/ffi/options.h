@@ -1,11 +1,12 @@
 // Every static choice of a call, decoded from the dictionary attribute "options". The fields mirror
-// AttentionOptions.to_ffi in jax_fa3/options.py one to one; XLA refuses a missing or extra field
-// and a wrong width, validate.cc a wrong value.
+// one to one what `attributes` in jax_fa3/ffi.py gives; XLA refuses a missing or extra field and a
+// wrong width, validate.cc a wrong value.
 #pragma once
 
 #include <cstdint>
 
-#include "base/problem.h"
+#include "call/problem.h"
+#include "call/status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {
@@ -24,17 +25,20 @@ struct Options {
   bool has_dlse;  // backward only
 };
 
-// Those of a call that only rounds, each an attribute of its own.
-struct QuantizeOptions {
-  std::uint32_t seed;  // of the rotation
-  bool back;           // to the arrays' own dtype and basis again
-  bool prepare_value;
-  bool has_query_lengths;
-  bool has_key_lengths;
+// The attributes of a call in 16 bits.
+struct CallAttributes {
+  Options options;
 };
 
-inline MaskOptions mask_of(const Options& options) {
-  return {options.window_left, options.window_right, options.query_offset};
+inline Status check_forward(const Options& options) {
+  if (!options.has_dlse) return {};
+  return invalid_argument("has_dlse must be false in the forward pass");
+}
+
+// What a call's options say of its problem.
+inline void fill_call(const Options& options, CallProblem& problem) {
+  problem.mask = {options.window_left, options.window_right, options.query_offset};
+  problem.softmax_scale = options.scale;
 }
 
 }  // namespace jax_fa3
@@ -50,3 +54,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<f
                                       xla::ffi::StructMember<bool>("has_key_lengths"),
                                       xla::ffi::StructMember<bool>("has_query_offset"),
                                       xla::ffi::StructMember<bool>("has_dlse"));
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::CallAttributes,
+                                      xla::ffi::StructMember<jax_fa3::Options>("options"));

@@ -6,27 +6,36 @@
 #include <mutex>
 #include <tuple>
 
-#include "base/problem.h"
-#include "base/status.h"
+#include "call/problem.h"
+#include "call/status.h"
 
 namespace jax_fa3 {
 
-template <class Plan>
+// Parts of a key, as tuples that have an order.
+inline auto key_part(const Shape& s) {
+  return std::tuple(s.dtype, s.batch, s.seqlen_q, s.seqlen_k, s.num_heads_q, s.num_heads_kv,
+                    s.head_dim, s.head_dim_v);
+}
+inline auto key_part(const MaskOptions& mask) {
+  return std::tuple(mask.window_left, mask.window_right, mask.query_offset);
+}
+inline auto key_part(int number) { return std::tuple(number); }
+inline auto key_part(bool choice) { return std::tuple(choice); }
+
+// Plans by what they depend on.
+template <class Plan, class... Inputs>
 class PlanCache {
  public:
-  // The plan of (shape, mask, variant), made by make() the first time. `variant` is what else the
-  // plan depends on.
+  // The plan of the inputs, made by make(inputs...) the first time.
   template <class Make>
-  StatusOr<Plan> get(const Shape& shape, const MaskOptions& mask, int variant, const Make& make) {
-    const Key key{shape.dtype,       shape.batch,        shape.seqlen_q,    shape.seqlen_k,
-                  shape.num_heads_q, shape.num_heads_kv, shape.head_dim,    shape.head_dim_v,
-                  mask.window_left,  mask.window_right,  mask.query_offset, variant};
+  StatusOr<Plan> get(const Make& make, const Inputs&... inputs) {
+    const Key key = std::tuple_cat(key_part(inputs)...);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = plans_.find(key);
       if (found != plans_.end()) return found->second;
     }
-    const StatusOr<Plan> plan = make();
+    const StatusOr<Plan> plan = make(inputs...);
     if (!plan.ok()) return plan;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (plans_.size() >= kCapacity) plans_.clear();
@@ -35,9 +44,7 @@ class PlanCache {
   }
 
  private:
-  using Key =
-      std::tuple<DType, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                 std::int64_t, std::int64_t, std::int32_t, std::int32_t, std::int32_t, int>;
+  using Key = decltype(std::tuple_cat(key_part(std::declval<const Inputs&>())...));
   static constexpr std::size_t kCapacity = 4096;
 
   std::mutex mutex_;

@@ -5,7 +5,11 @@
 #include <vector>
 
 #include "check.h"
-#include "ffi/validate.h"
+#include "ffi/handler.h"
+#include "kernels/backward/call.h"
+#include "kernels/forward/call.h"
+#include "kernels/forward_float8/call.h"
+#include "kernels/quantize/call.h"
 
 namespace jax_fa3 {
 namespace {
@@ -15,46 +19,69 @@ using Dims = std::vector<std::int64_t>;
 
 constexpr Device kHopper{9, 0, 132};
 
-// Buffers whose memory is never touched, at made-up, aligned addresses.
-class Buffers {
+struct Buffer {
+  ffi::DataType dtype;
+  Dims dims;
+  std::uintptr_t address = 0;  // 0: some address, aligned
+};
+
+// A call's buffers, whose memory is never touched, as XLA hands them over.
+class Frame {
  public:
-  ffi::AnyBuffer make(ffi::DataType dtype, Dims dims, std::uintptr_t address = 0) {
-    dims_.push_back(std::move(dims));
-    XLA_FFI_Buffer buffer{};
-    buffer.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
-    buffer.dtype = static_cast<XLA_FFI_DataType>(dtype);
-    buffer.rank = static_cast<std::int64_t>(dims_.back().size());
-    buffer.dims = dims_.back().data();
-    next_address_ += 1024;
-    buffer.data = reinterpret_cast<void*>(address ? address : next_address_);
-    buffers_.push_back(buffer);
-    return ffi::AnyBuffer(&buffers_.back());
+  explicit Frame(const std::vector<Buffer>& buffers) : given_(buffers) {
+    for (const Buffer& given : given_) {
+      XLA_FFI_Buffer buffer{};
+      buffer.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+      buffer.dtype = static_cast<XLA_FFI_DataType>(given.dtype);
+      buffer.rank = static_cast<std::int64_t>(given.dims.size());
+      buffer.dims = const_cast<std::int64_t*>(given.dims.data());
+      next_address_ += 1024;
+      buffer.data = reinterpret_cast<void*>(given.address ? given.address : next_address_);
+      buffers_.push_back(buffer);
+      pointers_.push_back(&buffers_.back());
+    }
+    arg_types_.assign(pointers_.size(), XLA_FFI_ArgType_BUFFER);
+    ret_types_.assign(pointers_.size(), XLA_FFI_RetType_BUFFER);
   }
 
-  // Appends an optional operand.
-  void add_optional(ffi::DataType dtype, Dims dims) {
-    make(dtype, std::move(dims));
-    types_.push_back(XLA_FFI_ArgType_BUFFER);
-    pointers_.push_back(&buffers_.back());
-  }
-
-  ffi::RemainingArgs optionals() {
-    args_ = {};
+  ffi::RemainingArgs args() {
     args_.struct_size = XLA_FFI_Args_STRUCT_SIZE;
     args_.size = static_cast<std::int64_t>(pointers_.size());
-    args_.types = types_.data();
+    args_.types = arg_types_.data();
     args_.args = pointers_.data();
     return ffi::RemainingArgs(&args_, 0);
   }
+  ffi::RemainingRets rets() {
+    rets_.struct_size = XLA_FFI_Rets_STRUCT_SIZE;
+    rets_.size = static_cast<std::int64_t>(pointers_.size());
+    rets_.types = ret_types_.data();
+    rets_.rets = pointers_.data();
+    return ffi::RemainingRets(&rets_, 0);
+  }
 
  private:
+  const std::vector<Buffer> given_;
   std::uintptr_t next_address_ = 1 << 20;
-  std::deque<Dims> dims_;
   std::deque<XLA_FFI_Buffer> buffers_;
-  std::vector<XLA_FFI_ArgType> types_;
   std::vector<void*> pointers_;
+  std::vector<XLA_FFI_ArgType> arg_types_;
+  std::vector<XLA_FFI_RetType> ret_types_;
   XLA_FFI_Args args_{};
+  XLA_FFI_Rets rets_{};
 };
+
+template <class Family>
+StatusOr<typename Family::Problem> decoded(std::vector<Buffer> operands,
+                                           const std::vector<Buffer>& optionals,
+                                           const std::vector<Buffer>& results,
+                                           const typename Family::Attributes& attributes) {
+  operands.insert(operands.end(), optionals.begin(), optionals.end());
+  Frame args(operands), rets(results);
+  return decode<Family>(args.args(), rets.rets(), attributes, Addresses::kChecked);
+}
+
+constexpr auto kF32 = ffi::DataType::F32;
+constexpr auto kS32 = ffi::DataType::S32;
 
 struct Call {
   ffi::DataType dtype = ffi::DataType::BF16;
@@ -64,29 +91,33 @@ struct Call {
   Dims out{2, 100, 6, 64};
   Dims lse{2, 6, 100};
   Dims counter{1};
-  ffi::DataType lse_dtype = ffi::DataType::F32;
-  std::vector<std::pair<ffi::DataType, Dims>> optionals;
+  ffi::DataType lse_dtype = kF32;
+  std::vector<Buffer> optionals;
   Options options{0.125f, kUnbounded, 0, 0, 8.f, 0, false, false, false, false, false};
   std::uintptr_t query_address = 0;
+  std::uintptr_t workspace_address = 0;
+  bool has_lse = true;
 
   StatusOr<ForwardProblem> forward() const {
-    Buffers b;
-    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
-    return decode_forward({b.make(dtype, query, query_address), b.make(dtype, key),
-                           b.make(dtype, value), b.optionals(), b.make(dtype, out),
-                           b.make(lse_dtype, lse), b.make(ffi::DataType::S32, counter)},
-                          options);
+    std::vector<Buffer> results{{dtype, out}, {lse_dtype, lse}, {kS32, counter}};
+    if (!has_lse) results.resize(1);
+    return decoded<ForwardCall>({{dtype, query, query_address}, {dtype, key}, {dtype, value}},
+                                optionals, results, {options});
   }
 
   StatusOr<BackwardProblem> backward() const {
-    Buffers b;
-    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
-    return decode_backward(
-        {b.make(dtype, query, query_address), b.make(dtype, key), b.make(dtype, value),
-         b.make(dtype, out), b.make(lse_dtype, lse), b.make(dtype, out), b.optionals(),
-         b.make(dtype, query), b.make(dtype, key), b.make(dtype, value),
-         b.make(ffi::DataType::U8, {4096})},
-        options);
+    return decoded<BackwardCall>({{dtype, query, query_address},
+                                  {dtype, key},
+                                  {dtype, value},
+                                  {dtype, out},
+                                  {lse_dtype, lse},
+                                  {dtype, out}},
+                                 optionals,
+                                 {{dtype, query},
+                                  {dtype, key},
+                                  {dtype, value},
+                                  {ffi::DataType::U8, {4096}, workspace_address}},
+                                 {options});
   }
 };
 
@@ -94,7 +125,7 @@ void decodes() {
   Call call;
   call.dtype = ffi::DataType::F16;
   call.options.has_query_lengths = call.options.has_query_offset = true;
-  call.optionals = {{ffi::DataType::S32, {2}}, {ffi::DataType::S32, {2}}};
+  call.optionals = {{kS32, {2}}, {kS32, {2}}};
   const auto forward = call.forward();
   CHECK_DETAIL(forward.ok(), forward.status().message());
   const ForwardProblem& problem = forward.value();
@@ -104,15 +135,15 @@ void decodes() {
   CHECK(problem.shape.head_dim == 64 && problem.shape.head_dim_v == 64);
   CHECK(problem.index.query_lengths && !problem.index.key_lengths && problem.index.query_offset);
   CHECK(problem.mask.window_left == kUnbounded && problem.mask.window_right == 0);
-  CHECK(validate(problem, kHopper).ok());
+  CHECK(validate<ForwardCall>(problem, kHopper).ok());
 
   call.options.has_dlse = call.options.deterministic = true;
-  call.optionals.insert(call.optionals.begin(), {ffi::DataType::F32, {2, 6, 100}});
+  call.optionals.insert(call.optionals.begin(), {kF32, {2, 6, 100}});
   const auto backward = call.backward();
   CHECK_DETAIL(backward.ok(), backward.status().message());
   CHECK(backward.value().dlse && backward.value().index.query_lengths);
   CHECK(backward.value().deterministic);
-  CHECK(validate(backward.value(), kHopper).ok());
+  CHECK(validate<BackwardCall>(backward.value(), kHopper).ok());
 }
 
 template <class Change>
@@ -144,7 +175,7 @@ void refuses_buffers() {
   refuses(with([](Call& c) { c.options.has_key_lengths = true; }),
           "options announce the operand key_value_seq_lengths");
   refuses(with([](Call& c) {
-            c.optionals = {{ffi::DataType::S32, {2}}};
+            c.optionals = {{kS32, {2}}};
           }),
           "options announce 0 optional operands, got 1");
   refuses(with([](Call& c) {
@@ -154,34 +185,43 @@ void refuses_buffers() {
           "key_value_seq_lengths must be S32, got S64");
   refuses(with([](Call& c) {
             c.options.has_query_offset = true;
-            c.optionals = {{ffi::DataType::S32, {3}}};
+            c.optionals = {{kS32, {3}}};
           }),
           "query_offset must have shape [2], got [3]");
   CHECK_REFUSES(with([](Call& c) { c.options.has_dlse = true; }).forward().status(), "has_dlse");
+  refuses(with([](Call& c) { c.query_address = 4104; }), "query must be aligned to 16 bytes");
+  refuses(with([](Call& c) {
+            c.options.has_query_lengths = true;
+            c.optionals = {{kS32, {2}, 4098}};
+          }),
+          "query_seq_lengths must be aligned to 4 bytes");
+  CHECK_REFUSES(with([](Call& c) { c.workspace_address = 4112; }).backward().status(),
+                "workspace must be aligned to 256 bytes");
+  CHECK_REFUSES(with([](Call& c) { c.has_lse = false; }).forward().status(),
+                "the call must have 3 results at least, got 1");
 }
 
 void refuses_values() {
   const auto refuses = [](const Call& call, const char* part, Device device = kHopper) {
-    CHECK_REFUSES(validate(call.forward().value(), device), part);
-    CHECK_REFUSES(validate(call.backward().value(), device), part);
+    CHECK_REFUSES(validate<ForwardCall>(call.forward().value(), device), part);
+    CHECK_REFUSES(validate<BackwardCall>(call.backward().value(), device), part);
   };
   refuses(Call(), "compute capability 9.0 (H100, H200), got 8.6", {8, 6, 80});
   refuses(Call(), "got 10.0", {10, 0, 148});
   refuses(with([](Call& c) { c.options.scale = 0; }), "scale must be positive and finite, got 0");
   refuses(with([](Call& c) { c.options.window_left = -3; }), "window_left");
-  refuses(with([](Call& c) { c.query_address = 4104; }), "query must be aligned to 16 bytes");
   refuses(with([](Call& c) { c.key[2] = c.value[2] = 4; }),
           "num_heads_q must be a multiple of num_heads_kv, got 6 and 4");
   refuses(with([](Call& c) { c.query[3] = c.key[3] = c.value[3] = c.out[3] = 36; }),
           "head_dim must be a multiple of 8");
   const Call negative = with([](Call& c) { c.options.rescale_threshold = -1; });
-  CHECK_REFUSES(validate(negative.forward().value(), kHopper), "rescale_threshold");
+  CHECK_REFUSES(validate<ForwardCall>(negative.forward().value(), kHopper), "rescale_threshold");
   CHECK(num_sms_to_fill(kHopper, 0).value() == 132);
   CHECK(num_sms_to_fill(kHopper, 20).value() == 112);
   CHECK(num_sms_to_fill(kHopper, 200).value() == 1);
   CHECK_REFUSES(num_sms_to_fill(kHopper, -1).status(), "sm_margin must be non-negative, got -1");
-  CHECK_REFUSES(validate_workspace(4097, 4096), "workspace must have 4097 bytes, got 4096");
-  CHECK(validate_workspace(4096, 4096).ok());
+  CHECK_REFUSES(check_workspace(4097, 4096), "workspace must have 4097 bytes, got 4096");
+  CHECK(check_workspace(4096, 4096).ok());
 }
 
 struct Float8Call {
@@ -196,26 +236,29 @@ struct Float8Call {
   Dims out{2, 300, 6, 48};
   bool value_is_prepared = false;
   std::uintptr_t workspace_address = 0;
-  std::vector<std::pair<ffi::DataType, Dims>> optionals;
+  std::vector<Buffer> optionals;
   Options options = Call().options;
 
   StatusOr<ForwardFloat8Problem> decode() const {
-    constexpr auto kF32 = ffi::DataType::F32;
-    Buffers b;
-    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
-    return decode_forward_float8(
-        {b.make(dtype, query), b.make(dtype, key), b.make(dtype, value),
-         b.make(kF32, query_descale), b.make(kF32, key_descale), b.make(kF32, value_descale),
-         b.optionals(), b.make(out_dtype, out), b.make(kF32, {2, 6, 300}),
-         b.make(ffi::DataType::S32, {1}), b.make(ffi::DataType::U8, {4096}, workspace_address)},
-        options, value_is_prepared);
+    return decoded<ForwardFloat8Call>({{dtype, query},
+                                       {dtype, key},
+                                       {dtype, value},
+                                       {kF32, query_descale},
+                                       {kF32, key_descale},
+                                       {kF32, value_descale}},
+                                      optionals,
+                                      {{out_dtype, out},
+                                       {kF32, {2, 6, 300}},
+                                       {kS32, {1}},
+                                       {ffi::DataType::U8, {4096}, workspace_address}},
+                                      {options, value_is_prepared});
   }
 };
 
 void decodes_float8() {
   Float8Call call;
   call.options.has_key_lengths = true;
-  call.optionals = {{ffi::DataType::S32, {2}}};
+  call.optionals = {{kS32, {2}}};
   const auto plain = call.decode();
   CHECK_DETAIL(plain.ok(), plain.status().message());
   const ForwardFloat8Problem& problem = plain.value();
@@ -227,8 +270,8 @@ void decodes_float8() {
   CHECK(problem.query_descale && problem.key_descale && problem.value_descale);
   CHECK(problem.index.key_lengths && !problem.index.query_lengths);
   CHECK(!problem.value_is_prepared && problem.workspace);
-  CHECK(validate(problem, kHopper).ok());
-  CHECK_REFUSES(validate(problem, {10, 0, 148}), "got 10.0");
+  CHECK(validate<ForwardFloat8Call>(problem, kHopper).ok());
+  CHECK_REFUSES(validate<ForwardFloat8Call>(problem, {10, 0, 148}), "got 10.0");
 
   call.value_is_prepared = true;
   call.value = {2, 3, 48, 256};
@@ -259,10 +302,10 @@ void refuses_float8() {
   refuses([](C& c) { c.options.has_key_lengths = true; }, "key_value_seq_lengths");
   Float8Call call;
   call.workspace_address = 4104;
-  CHECK_REFUSES(validate(call.decode().value(), kHopper), "workspace must be aligned to 16 bytes");
+  CHECK_REFUSES(call.decode().status(), "workspace must be aligned to 16 bytes");
 }
 
-struct QuantizeCall {
+struct Rounding {
   ffi::DataType dtype = ffi::DataType::BF16;
   ffi::DataType out_dtype = ffi::DataType::F8E4M3FN;
   Dims query{2, 300, 6, 64};
@@ -271,33 +314,33 @@ struct QuantizeCall {
   Dims value_out{2, 3, 48, 256};
   Dims key_descale{2, 3, 2};
   std::uintptr_t value_address = 0;
-  std::vector<std::pair<ffi::DataType, Dims>> optionals;
-  QuantizeOptions options{5, false, true, false, false};
+  std::vector<Buffer> optionals;
+  QuantizeAttributes options{5, false, true, false, false};
 
   StatusOr<QuantizeProblem> decode() const {
-    constexpr auto kF32 = ffi::DataType::F32;
-    Buffers b;
-    for (const auto& [type, dims] : optionals) b.add_optional(type, dims);
-    return decode_quantize(
-        {b.make(dtype, query), b.make(dtype, key), b.make(dtype, value, value_address),
-         b.optionals(), b.make(out_dtype, query), b.make(out_dtype, key),
-         b.make(out_dtype, value_out), b.make(kF32, {2, 6, 3}), b.make(kF32, key_descale),
-         b.make(kF32, {2, 3})},
-        options);
+    return decoded<QuantizeCall>({{dtype, query}, {dtype, key}, {dtype, value, value_address}},
+                                 optionals,
+                                 {{out_dtype, query},
+                                  {out_dtype, key},
+                                  {out_dtype, value_out},
+                                  {kF32, {2, 6, 3}},
+                                  {kF32, key_descale},
+                                  {kF32, {2, 3}}},
+                                 options);
   }
 };
 
 void decodes_quantize() {
-  QuantizeCall call;
+  Rounding call;
   call.options.has_key_lengths = true;
-  call.optionals = {{ffi::DataType::S32, {2}}};
+  call.optionals = {{kS32, {2}}};
   const auto there = call.decode();
   CHECK_DETAIL(there.ok(), there.status().message());
   CHECK(there.value().shape.seqlen_q == 300 && there.value().shape.head_dim_v == 48);
   CHECK(there.value().seed == 5 && !there.value().back && there.value().prepare_value);
   CHECK(there.value().index.key_lengths && !there.value().index.query_lengths);
-  CHECK(validate(there.value(), kHopper).ok() && check_quantize(there.value().shape).ok());
-  CHECK_REFUSES(validate(there.value(), {10, 0, 148}), "got 10.0");
+  CHECK(validate<QuantizeCall>(there.value(), kHopper).ok());
+  CHECK_REFUSES(validate<QuantizeCall>(there.value(), {10, 0, 148}), "got 10.0");
 
   call.options.prepare_value = false;
   call.value_out = call.value;
@@ -310,11 +353,11 @@ void decodes_quantize() {
 
 void refuses_quantize() {
   const auto refuses = [](const auto& change, const char* part) {
-    QuantizeCall call;
+    Rounding call;
     change(call);
     CHECK_REFUSES(call.decode().status(), part);
   };
-  using C = QuantizeCall;
+  using C = Rounding;
   refuses([](C& c) { c.dtype = ffi::DataType::F32; }, "query must be BF16 or F16, got F32");
   refuses([](C& c) { c.out_dtype = c.dtype; }, "query_out must be F8E4M3FN, got BF16");
   refuses([](C& c) { c.options.back = true; }, "prepare_value must be false with back");
@@ -324,17 +367,13 @@ void refuses_quantize() {
   refuses([](C& c) { c.options.prepare_value = false; }, "value_out must have shape [2, 200, 3,");
   refuses([](C& c) { c.key_descale = {2, 3, 1}; }, "key_descale must have shape [2, 3, 2]");
   refuses([](C& c) { c.options.has_query_lengths = true; }, "query_seq_lengths");
-  refuses(
-      [](C& c) {
-        c.optionals = {{ffi::DataType::S32, {2}}};
-      },
-      "options announce 0 optional operands, got 1");
-  QuantizeCall call;
+  refuses([](C& c) { c.optionals = {{kS32, {2}}}; }, "options announce 0 optional operands, got 1");
+  Rounding call;
   call.value_address = 4104;
-  CHECK_REFUSES(validate(call.decode().value(), kHopper), "value must be aligned to 16 bytes");
+  CHECK_REFUSES(call.decode().status(), "value must be aligned to 16 bytes");
 
   const auto refuses_shape = [](const auto& change, const char* part) {
-    Shape shape = QuantizeCall().decode().value().shape;
+    Shape shape = Rounding().decode().value().shape;
     change(shape);
     CHECK_REFUSES(check_quantize(shape), part);
   };

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "base/text.h"
+#include "call/text.h"
 #include "check.h"
 
 namespace jax_fa3 {

@@ -1,11 +1,11 @@
 // Planning: which tile, in which order, how much workspace, and what is refused.
-#include "backward/plan.h"
+#include "kernels/backward/plan.h"
 
 #include <vector>
 
 #include "check.h"
-#include "forward/plan.h"
-#include "forward_float8/plan.h"
+#include "kernels/forward/plan.h"
+#include "kernels/forward_float8/plan.h"
 
 namespace jax_fa3 {
 namespace {
@@ -124,8 +124,8 @@ void workspace_layout() {
     CHECK(plan.tile_counters_offset == plan.statistics_offset + aligned(rows * 16));
     CHECK(plan.workspace_bytes == plan.tile_counters_offset + 256);
     CHECK(plan.grid == 120);
-    CHECK(plan.dq_num_tiles == (deterministic ? 3 * 5 * 8 : 0));
-    CHECK(plan.dq_grid == plan.dq_num_tiles);
+    CHECK(plan.dquery.num_tiles == (deterministic ? 3 * 5 * 8 : 0));
+    CHECK(plan.dquery.grid == plan.dquery.num_tiles);
   }
 }
 

@@ -8,7 +8,7 @@
 #include <array>
 #include <vector>
 
-#include "base/text.h"
+#include "call/text.h"
 #include "check.h"
 
 namespace jax_fa3 {

@@ -1,10 +1,10 @@
-// The butterflies of quantize/rotation.h, four lanes at a time as a kernel runs them, against the
-// matrix that docs/fp8.md defines.
-#include "quantize/rotation.h"
+// The butterflies of kernels/quantize/rotation.h, four lanes at a time as a kernel runs them,
+// against the matrix that docs/fp8.md defines.
+#include "kernels/quantize/rotation.h"
 
 #include <cmath>
 
-#include "base/text.h"
+#include "call/text.h"
 #include "check.h"
 
 namespace jax_fa3 {

@@ -24,9 +24,9 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def hopper():
     """Ends the session where the kernels cannot run: never a skip."""
-    from jax_fa3 import support
+    from jax_fa3 import route
 
-    reason = support.device_reason()
+    reason = route.device_reason()
     if reason:
         pytest.exit(f"JAX_FA3_REQUIRE_GPU is set, but {reason}", returncode=1)
 

@@ -25,9 +25,8 @@ import jax
 import contract
 from cases import Case
 from float8 import check_on_tensor_cores, make
-from jax_fa3 import dot_product_attention
-from jax_fa3.calls import quantize_kernel
-from jax_fa3.options import Index
+from jax_fa3 import dot_product_attention, ffi
+from jax_fa3.operands import Operands
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
 CASES = [
@@ -71,10 +70,10 @@ def main():
         print(case.name, flush=True)
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in ROUNDED:
-        names = ("query_seq_lengths", "key_value_seq_lengths")
-        index = Index(*(case.index_arrays.get(name) for name in names))
+        names = dict(query_lengths="query_seq_lengths", key_lengths="key_value_seq_lengths")
+        lengths = {field: case.index_arrays.get(name) for field, name in names.items()}
         for how in ({}, dict(prepare_value=True), dict(back=True)):
-            jax.block_until_ready(quantize_kernel(*case.inputs()[:3], index, **how))
+            jax.block_until_ready(ffi.quantize(Operands(*case.inputs()[:3], **lengths), **how))
         print("rounding", case.name, flush=True)
     for case in FLOAT8:
         x = make(case)

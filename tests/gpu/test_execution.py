@@ -14,7 +14,8 @@ import tolerance
 import transforms
 from cases import Case
 from jax_fa3 import dot_product_attention
-from jax_fa3.options import AttentionOptions, Dense, Descales, Index
+from jax_fa3.operands import Operands
+from jax_fa3.options import AttentionOptions, Routes
 from jax_fa3.vjp import attend
 
 CASE = Case(batch=2, seqlen_q=300, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=64, causal=True)
@@ -128,11 +129,13 @@ def test_exact_rescaling(head_dim, slope):
     exact, same = case.reference(inputs), case.reference(inputs, case.dtype)
     for threshold in (0.0, 8.0):
         options = AttentionOptions(
-            scale=case.softmax_scale, rescale_threshold=threshold, route="fa3"
+            scale=case.softmax_scale,
+            rescale_threshold=threshold,
+            routes=Routes("fa3", "fa3"),
+            return_residual=True,
         )
-        out, lse = jax.jit(functools.partial(attend, options, True))(
-            query, key, value, Index(), Dense(), Descales()
-        )
+        outputs = jax.jit(functools.partial(attend, options))(Operands(query, key, value))
+        out, lse = outputs.out, outputs.lse
         tolerance.check(f"out, threshold {threshold}", out, exact.out, same.out)
         tolerance.check(f"lse, threshold {threshold}", jnp.swapaxes(lse, 1, 2), exact.lse, same.lse)
 

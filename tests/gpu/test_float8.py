@@ -14,10 +14,10 @@ from kernels import FEATURES, HEAD_DIM_PAIRS, HEADS, KERNELS, SHAPES, resolve
 
 from cases import Case
 from float8 import FLOAT8, NAN, check_on_tensor_cores, make, wide
-from jax_fa3 import dot_product_attention, quantize_qkv
-from jax_fa3.calls import quantize_kernel
-from jax_fa3.options import BLOCK, Index, num_blocks, padded_keys
-from jax_fa3.quantize import prepare_value, quantize, rounded
+from jax_fa3 import dot_product_attention, ffi, quantize_qkv
+from jax_fa3.float8.rounding import prepare_value, quantize, rounded
+from jax_fa3.operands import Operands
+from jax_fa3.options import BLOCK, num_blocks, padded_keys
 from transforms import assert_near
 
 
@@ -249,16 +249,23 @@ def rounding_case(head_dim, dtype):
     )
 
 
+def arrays_of(function, operands):
+    return tuple(jax.jit(function)(operands).present().values())
+
+
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
 def test_rounding(head_dim, dtype):
     """As XLA has it, but for sums in another order: an ulp of a scale, few elements by a step."""
     case = rounding_case(head_dim, dtype)
     arrays = [jnp.asarray(x) for x in case.inputs()[:3]]
-    index = Index(*(jnp.asarray(n, jnp.int32) for n in (case.query_lengths, case.key_lengths)))
-    want = jax.jit(lambda *x: quantize(*x)[0])(*arrays, index)
+    lengths = (jnp.asarray(n, jnp.int32) for n in (case.query_lengths, case.key_lengths))
+    operands = Operands(
+        *arrays, **dict(zip(("query_lengths", "key_lengths"), lengths, strict=True))
+    )
+    want = arrays_of(lambda x: quantize(x)[0], operands)
     got, prepared, back = (
-        jax.jit(functools.partial(quantize_kernel, **how))(*arrays, index)
+        arrays_of(functools.partial(ffi.quantize, **how), operands)
         for how in ({}, dict(prepare_value=True), dict(back=True))
     )
     for g, w in zip(got[3:], want[3:], strict=True):
@@ -266,7 +273,7 @@ def test_rounding(head_dim, dtype):
     same = (*got[:2], prepare_value(got[2]), *got[3:])
     for g, w in zip(prepared, same, strict=True):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
-    of_xla = (*want[:3], *jax.jit(rounded)(*arrays, index))
+    of_xla = (*want[:3], *arrays_of(rounded, operands))
     for g, w in zip((*got[:3], *back), of_xla, strict=True):
         is_float8 = w.dtype.itemsize == 1
         g, w = wide(g), wide(w)
@@ -289,11 +296,12 @@ def test_quantize_qkv(prepare):
     )
     how = dict(prepare_value=prepare)
     got, saturated = quantize_qkv(*arrays, rotation_seed=5, **how, **lengths, return_saturated=True)
-    index = Index(*lengths.values())
-    want = jax.jit(functools.partial(quantize_kernel, seed=5, **how))(*arrays, index)
+    operands = dict(zip(("query_lengths", "key_lengths"), lengths.values(), strict=True))
+    operands = Operands(*arrays, **operands)
+    want = arrays_of(functools.partial(ffi.quantize, seed=5, **how), operands)
     for g, w in zip(got, want, strict=True):
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
-    of_xla = jax.jit(lambda *x: quantize(*x, seed=5))(*arrays, index)[1]
+    of_xla = jax.jit(lambda x: quantize(x, seed=5)[1])(operands)
     assert [int(n) for n in (*saturated, *of_xla)] == [0] * 6
     head = quantize_qkv(*arrays, granularity="head", **lengths)
     assert head.query_descale.shape == (3, 4, 1)

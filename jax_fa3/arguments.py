@@ -1,0 +1,156 @@
+"""The arguments of the public call as one record.
+
+The names stand here once. Whatever takes a call (its checks, the choice of a route, the doctor,
+attention over a divided sequence) takes the record; tests compare the typed public signatures with
+it. From it come the two things that the layers below know: static options and arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa3 import score
+from jax_fa3.operands import Extents, Operands
+from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arguments:
+    """Those of `jax_fa3.dot_product_attention`, as they were given."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any = None
+    mask: Any = None
+    scale: Any = None
+    is_causal: Any = False
+    query_seq_lengths: Any = None
+    key_value_seq_lengths: Any = None
+    local_window_size: Any = None
+    implementation: Any = None
+    return_residual: Any = False
+    query_offset: Any = None
+    deterministic: Any = None
+    sequence_parallel: Any = "auto"
+    sm_margin: Any = 0
+    forward_dtype: Any = None
+    query_descale: Any = None
+    key_descale: Any = None
+    value_descale: Any = None
+    value_is_prepared: Any = False
+
+    # What the record becomes.
+    Options: ClassVar[type[AttentionOptions]] = AttentionOptions
+    Operands: ClassVar[type[Operands]] = Operands
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The array arguments that are given, by their fields of Operands."""
+        found = {}
+        for name, row in self.Operands.rows().items():
+            x = getattr(self, row.argument or name, None)
+            is_number = row.form == "scalar" and not is_array(x)
+            if x is not None and not is_number:
+                found[name] = x
+        if self.value_is_prepared:
+            found["prepared_value"] = found.pop("value")
+        return found
+
+    def with_arrays(self) -> Arguments:
+        """Whatever may stand for an array, such as a list, made one."""
+        given = {name: getattr(self, name) for name in self._array_names()}
+        made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
+        return dataclasses.replace(self, **made) if made else self
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """The name of query's dtype."""
+        return dtype_name(self.query)
+
+    @property
+    def is_float8(self) -> bool:
+        return self.dtype == FLOAT8
+
+    @functools.cached_property
+    def plain_value(self) -> Any:
+        """`value`, or the type that it had before it was prepared."""
+        if not self.value_is_prepared:
+            return self.value
+        shape = (*self.key.shape[:-1], self.value.shape[-2])
+        return jax.ShapeDtypeStruct(shape, self.value.dtype)
+
+    @functools.cached_property
+    def extents(self) -> Extents:
+        return Extents.of(self.query, self.key, self.plain_value.shape[-1])
+
+    def options(self) -> AttentionOptions:
+        """The static choices of checked arguments; options of the same name are passed on."""
+        passed = {name: _plain(getattr(self, name)) for name in self._passed()}
+        left, right = resolve_window(self.local_window_size, self.is_causal)
+        offset = self.query_offset
+        resolved = dict(
+            scale=abs(score.resolve_scale(self.scale, self.query.shape[-1])) or 1.0,
+            window_left=left,
+            window_right=right,
+            query_offset=0 if offset is None or is_array(offset) else int(offset),
+            deterministic=resolve_deterministic(self.deterministic),
+            sm_margin=int(self.sm_margin),
+            forward_dtype=None if self.forward_dtype is None else FLOAT8,
+            out_dtype="bfloat16" if self.is_float8 else None,
+        )
+        return self.Options(**passed | resolved)
+
+    @classmethod
+    @functools.cache
+    def _array_names(cls) -> tuple[str, ...]:
+        """The names of arguments that are always arrays."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        rows = cls.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.form != "scalar"]
+        return tuple(name for name in names if name in known)
+
+    @classmethod
+    @functools.cache
+    def _passed(cls) -> tuple[str, ...]:
+        """The names that arguments and options have in common."""
+        known = {field.name for field in dataclasses.fields(cls.Options)}
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name in known)
+
+
+def dtype_name(x: Any) -> str:
+    return _name_of(x.dtype)
+
+
+@functools.cache  # NumPy puts names together anew each time
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+def is_array(x: Any) -> bool:
+    """Whether an argument that may be a Python number is an array."""
+    return hasattr(x, "dtype") and not isinstance(x, np.integer)
+
+
+def as_array(name: str, x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def _is_typed(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype, or is not there at all."""
+    known = x is None or isinstance(x, (jax.Array, np.ndarray))
+    return known or (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim"))
+
+
+def _plain(x: Any) -> Any:
+    """A NumPy number or bool as Python's, so that equal options are equal and hash alike."""
+    return x.item() if isinstance(x, np.generic) else x

@@ -1,0 +1,97 @@
+"""Attention over a sequence that is divided over a mesh axis: operations.py's two operations.
+
+Every function here runs once on each device of the axis, with the axis name bound (inside
+jax.shard_map, or where a partitioned operation is lowered), on 4-D local arrays of equal shape on
+all devices. Options and positions (lengths, offsets) speak of the whole sequence. Pieces of the
+work are calls of `local`, which is operations.py, or what partitions these further.
+
+Three strategies, each a forward and a backward function:
+
+    allgather   every device gathers all keys and values, and attends with its own queries
+    ring        keys and values travel from device to device, one part at a time
+    ulysses     sequence parts are exchanged for heads, and each device attends to whole sequences
+
+What becomes of an array follows from its row: arrays of query rows stay with the queries, arrays of
+key rows go where keys go, positions are counted anew for each piece. What has no such rule raises.
+
+A layout says which rows a device holds: "contiguous" (device r the r-th part) or "zigzag" (of 2N
+chunks the r-th and the r-th from the end, so that causal work is equal; see layout.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from jax import lax
+
+from jax_fa3 import mask, operations
+from jax_fa3.context_parallel import allgather, ring, ulysses
+from jax_fa3.context_parallel.layout import Axis, Layout, Part
+from jax_fa3.operands import Operands, Outputs
+from jax_fa3.operations import Operations
+from jax_fa3.options import AttentionOptions
+
+Strategy = Literal["allgather", "ring", "ulysses"]
+
+GATHER_LIMIT = 4 << 30  # bytes of gathered keys and values: 1M tokens, 8 heads of 128, in bf16
+
+_STRATEGIES = {"allgather": allgather, "ring": ring, "ulysses": ulysses}
+
+
+class Divided(NamedTuple):
+    """The two operations where the sequence is divided over a mesh axis, or several."""
+
+    strategy: Strategy
+    axis_name: str | tuple[str, ...]
+    layout: Layout = "contiguous"
+    local: Operations = operations
+
+    def forward(self, options: AttentionOptions, operands: Operands) -> Outputs:
+        _check(operands)
+        return _STRATEGIES[self.strategy].forward(self._part(), options, operands)
+
+    def backward(
+        self,
+        options: AttentionOptions,
+        operands: Operands,
+        outputs: Outputs,
+        cotangents: Outputs,
+    ) -> Operands:
+        _check(operands)
+        # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
+        key, value = lax.optimization_barrier((operands.key, operands.value))
+        operands = operands.replace(key=key, value=value)
+        strategy = _STRATEGIES[self.strategy]
+        return strategy.backward(self._part(), options, operands, outputs, cotangents)
+
+    def _part(self) -> Part:
+        return Part(self.local, Axis.bound(self.axis_name), self.layout)
+
+
+def choose(options: AttentionOptions, operands: Operands, axis_size: int) -> Strategy:
+    """The strategy for these local arrays, or their types, over `axis_size` devices.
+
+    A ring moves as many bytes as gathering does, but next to its kernels, and it holds one part of
+    the keys at a time; it merges a partial result at each step. Prefer it where a window skips most
+    steps, where the gathered keys are as many as all queries (without groups of query heads), and
+    where they take too much memory. Otherwise gather: two calls at full size, with the sums of a
+    single device. Ulysses depends on the number of heads and moves queries and outputs too; it is
+    never picked.
+    """
+    n = operands.extents
+    row_bytes = n.num_heads_kv * (n.head_dim + n.head_dim_v) * operands.key.dtype.itemsize
+    gathered = n.batch * n.seqlen_k * axis_size * row_bytes
+    few_steps = mask.reach(options) <= (axis_size // 2 - 1) * n.seqlen_k
+    if few_steps or n.num_heads_q == n.num_heads_kv or gathered > GATHER_LIMIT:
+        return "ring"
+    return "allgather"
+
+
+def _check(operands: Operands) -> None:
+    """Raises for an array that no strategy would carry."""
+    for name in operands.present():
+        row = operands.rows()[name]
+        if row.needs_whole:
+            raise ValueError(f"{name} is given; expected whole sequences with {row.needs_whole}")
+        if row.differentiable and name not in ("query", "key", "value"):
+            raise NotImplementedError(f"{name} has no gradient where sequences are divided")

@@ -1,0 +1,252 @@
+"""Attention of some of the rows a device holds against some of the keys: the pieces that a strategy
+is made of, and their sums.
+
+A Piece is one call of an operation on one device. Its mask is the global one moved to where
+its rows and keys stand, as tight as it can be told when the program is traced: no mask where every
+device sees all of it, a static offset where all devices agree, an offset in an array otherwise;
+and no piece at all where no device sees any of it. The kernels skip what a mask leaves out.
+
+A partial result is rounded to the input dtype by the kernel; sums of partial results are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_fa3 import mask
+from jax_fa3.context_parallel.layout import Axis, Order, Packed, Part, vary_together
+from jax_fa3.operands import Bundle, Counts, Operands, Outputs, Row
+from jax_fa3.options import AttentionOptions
+
+# Partial results that are kept before they are summed. Summing each one as it comes reads and
+# writes a float32 sum every time; keeping all of them takes the memory of the whole sequence.
+KEPT = 5
+
+
+class Chunks(NamedTuple):
+    """A device's rows of one kind: equal chunks, and where they stand in the sequence."""
+
+    starts: np.ndarray  # [chunk, device]: position of each chunk's first row
+    rows: int  # of one chunk
+
+    @classmethod
+    def of(cls, table: np.ndarray, seqlen: int) -> Chunks:
+        """Chunks that hold `seqlen` rows together, with the global numbers in `table`."""
+        rows = seqlen // len(table)
+        return cls(table * rows, rows)
+
+    def held_by(self, distance: int) -> Chunks:
+        """The chunks of the device `distance` before each one, around the ring."""
+        return self._replace(starts=np.roll(self.starts, distance, axis=1))
+
+
+class Piece(NamedTuple):
+    """One call: local chunks of queries and of keys, in the order they are given, and its mask."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    options: AttentionOptions
+    recount: Callable[[Counts, jax.Array], jax.Array]  # positions in the sequence to the piece's
+    given: dict[str, jax.Array | None]  # int32 [] each, in place of the call's arrays
+
+
+def piece(
+    work: Piecewise,
+    options: AttentionOptions,
+    keys: Chunks,
+    i: int,
+    j: int,
+    *,
+    always: bool = False,
+) -> Piece | None:
+    """Query chunk i against key chunk j; None where no device sees anything, unless `always`."""
+    axis, given = work.axis, {}
+    first = dict(queries=work.queries.starts[i], keys=keys.starts[j])
+    first["diagonal"] = first["keys"] - first["queries"]
+    if work.operands.query_offset is None:
+        offsets = options.query_offset - first["diagonal"]
+        seen = mask.seen(options, offsets, work.queries.rows, keys.rows)
+        if not (always or seen.some.any()):
+            return None
+        if seen.all.all():
+            options = mask.without_window(options)
+        elif (offsets == offsets[0]).all():
+            options = dataclasses.replace(options, query_offset=int(offsets[0]))
+        else:
+            options = dataclasses.replace(options, query_offset=0)
+            given["query_offset"] = axis.pick(offsets)
+
+    def recount(counts, x):
+        return mask.recounted(counts, x, axis.pick(first[counts]))
+
+    return Piece((i,), (j,), options, recount, given)
+
+
+def all_pieces(
+    work: Piecewise, options: AttentionOptions, keys: Chunks, *, own: bool
+) -> list[Piece]:
+    """All rows against all keys where there is no window; else every chunk of queries against every
+    chunk of keys that some device's rows see.
+
+    With `own` each chunk has a piece, needed or not: one that sees nothing gives the zeros that
+    belong there.
+    """
+    queries = work.queries
+    if not mask.has_window(options):
+        chunks = (tuple(range(len(x.starts))) for x in (queries, keys))
+        options = mask.without_window(options)
+        return [Piece(*chunks, options, held(work.axis, queries, keys), dict(query_offset=None))]
+    pairs = [(i, j) for i in range(len(queries.starts)) for j in range(len(keys.starts))]
+    found = (
+        piece(work, options, keys, i, j, always=own and i % len(keys.starts) == j) for i, j in pairs
+    )
+    return [x for x in found if x is not None]
+
+
+def held(axis: Axis, queries: Chunks, keys: Chunks) -> Callable[[Counts, jax.Array], jax.Array]:
+    """Positions in the sequence to numbers of the rows before them that a device holds, since its
+    chunks stand in the order of the sequence."""
+
+    def recount(counts, x):
+        chunks = dict(queries=queries, keys=keys)[counts]
+        parts = (mask.recounted(counts, x, axis.pick(start)) for start in chunks.starts)
+        return sum(jnp.clip(part, 0, chunks.rows) for part in parts)
+
+    return recount
+
+
+def keys_of(operands: Operands) -> dict[str, jax.Array]:
+    """The arrays that are divided with the key rows."""
+    rows = operands.rows()
+    return {name: x for name, x in operands.present().items() if rows[name].splits == "keys"}
+
+
+class Piecewise:
+    """A device's share of the work in the order it is done in; runs pieces of it."""
+
+    def __init__(
+        self,
+        part: Part,
+        order: Order,
+        queries: Chunks,
+        keys: Chunks,
+        operands: Operands,
+        *rest: Outputs,
+    ):
+        self.local, self.axis, self.order = part.local, part.axis, order
+        self.queries, self.keys = queries, keys
+        self.operands, *self.rest = self._reordered(operands, *rest)
+
+    def _reordered(self, *bundles: Bundle) -> tuple[Bundle, ...]:
+        """The bundles with the query rows that this device works on in place of its own."""
+        if self.order != "mirrored":
+            return bundles
+        rows = [
+            bundle.only([n for n, row in bundle.rows().items() if row.splits == "queries"])
+            for bundle in bundles
+        ]
+        mirrored = Packed.of(*rows).along(self.axis.mirror).unpacked()
+        pairs = zip(bundles, mirrored, strict=True)
+        return tuple(bundle.replace(**rows.present()) for bundle, rows in pairs)
+
+    def restore(self, x: jax.Array, dim: int) -> jax.Array:
+        """A result for the rows worked on to that for this device's, along dimension `dim`."""
+        return self.axis.unmirror(x, dim) if self.order == "mirrored" else x
+
+    def forward(self, piece: Piece, here: dict[str, jax.Array]) -> Iterable:
+        """(out, lse) for each of the piece's query chunks; `here` has the arrays of key rows."""
+        outputs = self.local.forward(piece.options, self._operands(piece, here))
+        count = len(piece.queries)
+        return zip(jnp.split(outputs.out, count, 1), jnp.split(outputs.lse, count, 2), strict=True)
+
+    def backward(self, piece: Piece, here: dict[str, jax.Array]) -> tuple[Iterable, Iterable]:
+        """dquery for each of the piece's query chunks, (dkey, dvalue) for each key chunk."""
+        take = functools.partial(self._take, piece)
+        rest = (x.map(take) for x in self.rest)
+        gradients = self.local.backward(piece.options, self._operands(piece, here), *rest)
+        count = len(piece.keys)
+        dkeys = (jnp.split(x, count, 1) for x in (gradients.key, gradients.value))
+        return jnp.split(gradients.query, len(piece.queries), 1), zip(*dkeys, strict=True)
+
+    def outputs_of(self, partials: Partials) -> Outputs:
+        """The merged out and lse of this device's rows."""
+        outs, lses = zip(*partials.results(), strict=True)
+        out = jnp.concatenate(outs, 1).astype(self.operands.query.dtype)
+        return Outputs(self.restore(out, -3), self.restore(jnp.concatenate(lses, 2), -1))
+
+    def dquery_of(self, partials: Partials) -> jax.Array:
+        """The summed gradient of this device's query."""
+        dquery = jnp.concatenate(partials.results(), 1).astype(self.operands.query.dtype)
+        return self.restore(dquery, -3)
+
+    def _operands(self, piece: Piece, here: dict[str, jax.Array]) -> Operands:
+        """The arrays of a piece: of its rows and keys, positions counted from where these start."""
+        given = {
+            name: None if x is None else jnp.broadcast_to(x, self.operands.query.shape[:1])
+            for name, x in piece.given.items()
+        }
+
+        def of_piece(row, x):
+            x = self._take(piece, row, x)
+            return piece.recount(row.counts, x) if row.counts else x
+
+        operands = self.operands.replace(**here | dict.fromkeys(given))
+        return vary_together(operands.map(of_piece).replace(**given))
+
+    def _take(self, piece: Piece, row: Row, x: jax.Array) -> jax.Array:
+        """The rows of a piece, one chunk after the other."""
+        if row.splits is None:
+            return x
+        chosen, chunks = {
+            "queries": (piece.queries, self.queries),
+            "keys": (piece.keys, self.keys),
+        }[row.splits]
+        if chosen == tuple(range(len(chunks.starts))):
+            return x
+        axis = row.axis("st")
+        parts = jnp.split(x, len(chunks.starts), axis)
+        return jnp.concatenate([parts[i] for i in chosen], axis)
+
+
+class Partials:
+    """Partial results of each chunk, combined in float32 when there are KEPT of them."""
+
+    def __init__(self, chunks: Chunks, combine: Callable[[list], Any]):
+        self.parts: list[list] = [[] for _ in chunks.starts]
+        self.combine = combine
+
+    def add(self, chunks: tuple[int, ...], results: Iterable) -> None:
+        for chunk, result in zip(chunks, results, strict=True):
+            if len(self.parts[chunk]) == KEPT:
+                # Without the barrier XLA fuses all of a chunk's sums into one after the last piece.
+                self.parts[chunk] = [lax.optimization_barrier(self.combine(self.parts[chunk]))]
+            self.parts[chunk].append(result)
+
+    def results(self) -> list:
+        """The combined result of each chunk; None for a chunk without partial results."""
+        return [self.combine(parts) if parts else None for parts in self.parts]
+
+
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of disjoint sets of keys to that of their union; out in float32."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    lse = jax.nn.logsumexp(jnp.stack(lses), axis=0)
+    origin = jnp.where(lse == -jnp.inf, 0, lse)
+    weights = (jnp.exp(x - origin).swapaxes(1, 2)[..., None] for x in lses)
+    return functools.reduce(operator.add, map(operator.mul, weights, outs)), lse
+
+
+def total(parts: list) -> Any:
+    """The float32 sum of equal trees of arrays."""
+    return jax.tree.map(lambda *x: sum(y.astype(jnp.float32) for y in x), *parts)

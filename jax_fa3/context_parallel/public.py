@@ -1,0 +1,227 @@
+"""Attention over a divided sequence, for use inside jax.shard_map: the public functions.
+
+Each is `dot_product_attention` of the whole sequence, given and returning each device's part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_fa3 import api, sharding
+from jax_fa3.arguments import Arguments
+from jax_fa3.context_parallel import Divided, Strategy
+from jax_fa3.context_parallel.layout import Layout, vary_together
+from jax_fa3.options import FLOAT8, MAX_SEQLEN
+from jax_fa3.vjp import attend
+
+LAYOUTS = ("contiguous", "zigzag")
+
+
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    layout: Layout = "contiguous",
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+) -> Any:
+    """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
+
+    Letters: N devices of the axis; B batch, T query rows, S key rows, H head_dim, all of one
+    device, so that the whole sequences have N * T and N * S rows. Devices hold equal parts.
+
+    Args:
+      query: (B, T, heads, H) or (T, heads, H); bfloat16, float16 or float32.
+      key: (B, S, kv_heads, H) or (S, kv_heads, H), of query's dtype; kv_heads divides heads.
+      value: like key; its last dimension may differ from H and is then the output's.
+      axis_name: the mesh axis, or axes, over which the sequence is divided; manual here, as it is
+        inside `jax.shard_map`.
+      layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
+        PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
+        (`zigzag_permute`), T and S even.
+      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
+        travel, and each device brings what it has to float8.
+      query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
+        every device. Rows from there on are padding.
+      query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
+
+    Returns:
+      out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual (out, lse),
+      lse float32 (B, T, heads) or (T, heads). Gradients flow through both; those of key and value
+      are sums over all devices, made in float32.
+
+    Raises:
+      ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
+        layout "zigzag" with an odd number of rows.
+      TypeError, NotImplementedError: as in `dot_product_attention`.
+
+    Numerics:
+      Partial results are rounded to the input dtype by the kernels and merged in float32: the error
+      stays within twice that of plain attention in the same dtype.
+
+    Communication:
+      Forward, N - 1 permutes of K and V together; backward, those and N - 1 of dK and dV in
+      float32. Where a window hides a device's keys from all rows, its step is left out. Causal
+      attention over contiguous parts trades halves of queries, keys and values between devices
+      first, and halves of the results last, so that all devices have equal work; with an odd number
+      of rows a device, it goes without, and takes up to twice as long.
+
+    Example:
+      >>> mesh = jax.make_mesh((8,), ("seq",))
+      >>> attend = functools.partial(jax_fa3.ring_attention, axis_name="seq", is_causal=True)
+      >>> spec = jax.P(None, "seq")
+      >>> out = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec))(q, k, v)
+
+    Source: Ring Attention, arXiv:2310.01889; causal balance by pairs of chunks, arXiv:2411.01783.
+    """
+    return _attend("ring", **locals())
+
+
+def allgather_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    layout: Layout = "contiguous",
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+) -> Any:
+    """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
+
+    Args, Returns, Raises: those of `ring_attention`.
+
+    Numerics:
+      The forward pass is that of a single device, row by row. Each device's share of the gradients
+      of key and value is rounded to the input dtype; they are added in float32.
+
+    Communication:
+      Forward, one all-gather each of K and V; backward, those and one reduce-scatter each of dK and
+      dV in float32. Causal attention over contiguous parts trades halves of queries and of results,
+      as in `ring_attention`.
+
+    Source: Llama 3, arXiv:2407.21783, section 3.3.2.
+    """
+    return _attend("allgather", **locals())
+
+
+def ulysses_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    layout: Layout = "contiguous",
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+) -> Any:
+    """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
+
+    Args, Returns: those of `ring_attention`.
+
+    Raises:
+      ValueError: also where the N devices do not divide query's heads. Key/value heads may be
+        fewer than devices, or not a multiple of them: those needed twice are sent twice.
+
+    Numerics:
+      Those of a single device, but for shared key/value heads, whose gradients are rounded to the
+      input dtype once on each device that has them and then summed in float32.
+
+    Communication:
+      Forward, one all-to-all each of Q, K, V, out and lse; backward, of Q, K, V, out, lse, dout and
+      the three gradients.
+
+    Source: DeepSpeed Ulysses, arXiv:2309.14509.
+    """
+    return _attend("ulysses", **locals())
+
+
+def _attend(strategy, axis_name, layout, **arguments):
+    return attention(Arguments(**arguments), strategy, axis_name, layout)
+
+
+def attention(
+    arguments: Arguments,
+    strategy: Strategy,
+    axis_name: str | tuple[str, ...],
+    layout: Layout = "contiguous",
+) -> Any:
+    """The attention of these arguments by one of the strategies."""
+    size = _axis_size(f"{strategy}_attention", axis_name)
+    options, operands = api.prepare(arguments)
+    _check_layout(layout, size, query=operands.query, key=operands.key)
+    # A device's part of the work goes through sharding, which divides batch and heads where their
+    # axes are automatic here.
+    divided = Divided(strategy, axis_name, layout, sharding)
+
+    def core(operands):
+        # The rank makes the operands vary over the axis even where a caller has copies of them.
+        query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
+        return attend(options, operands.replace(query=query), divided)
+
+    return api.public_results(api.in_public_layout(core, operands), options)
+
+
+def _axis_size(function, axis_name) -> int:
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name is {axis_name!r}; expected a mesh axis that is manual here: call "
+            f"{function} inside jax.shard_map over it"
+        ) from error
+
+
+def _check_layout(layout, size, **arrays) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    for name, x in arrays.items():
+        if x.dtype.name == FLOAT8:
+            raise TypeError(
+                f"{name} has dtype {FLOAT8}; expected bfloat16, float16 or float32 (forward_dtype "
+                "brings 16-bit inputs to float8)"
+            )
+        seqlen = x.shape[-3]
+        if layout == "zigzag" and seqlen % 2:
+            raise ValueError(
+                f"{name} has seq = {seqlen} on each device; expected an even number for layout "
+                "'zigzag'"
+            )
+        if seqlen * size >= MAX_SEQLEN:
+            raise ValueError(
+                f"{name} has seq = {seqlen} on each of {size} devices; expected less than "
+                f"{MAX_SEQLEN} in all"
+            )

@@ -1,0 +1,123 @@
+"""The custom calls: targets, operands, results and attributes, as src/ffi binds them.
+
+The only file that touches jax.ffi. A call's operands are the arrays that the kernels take, in the
+order of their rows; the backward call has outputs and cotangents after query, key and value. Of
+what may be absent, attributes say whether it is there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa3 import native
+from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
+from jax_fa3.operands import Operands, Outputs
+from jax_fa3.options import FLOAT8, AttentionOptions, num_blocks, padded_keys
+
+FORWARD = "jax_fa3_forward"
+FORWARD_FLOAT8 = "jax_fa3_forward_float8"
+BACKWARD = "jax_fa3_backward"
+QUANTIZE = "jax_fa3_quantize"
+
+WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
+
+for _name, _capsule in native.registrations().items():
+    jax.ffi.register_ffi_target(_name, _capsule, platform="CUDA")
+
+
+def forward(options: AttentionOptions, operands: Operands) -> Outputs:
+    query, n = operands.query, operands.extents
+    results = [
+        _result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
+        _result(query, (n.batch, n.num_heads_q, n.seqlen_q), jnp.float32),
+        _result(query, (1,), jnp.int32),  # the tile counter
+    ]
+    target, more = FORWARD, {}
+    if operands.is_float8:
+        more = dict(value_is_prepared=operands.prepared_value is not None)
+        plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
+        results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
+        target = FORWARD_FLOAT8
+    call = jax.ffi.ffi_call(target, results)
+    return Outputs(*call(*_taken(operands), options=attributes(options, operands), **more)[:2])
+
+
+def backward(
+    options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
+) -> Operands:
+    query, differentiable = operands.query, operands.differentiable().present()
+    plan = native.plan("backward", query.dtype.name, operands.extents, options)
+    results = [_result(query, x.shape, x.dtype) for x in differentiable.values()]
+    results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
+    arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
+    call = jax.ffi.ffi_call(BACKWARD, results)
+    *gradients, _ = call(
+        *_taken(arrays),
+        *outputs.present().values(),
+        *cotangents.present().values(),
+        *_taken(others),
+        options=attributes(options, operands, has_dlse=cotangents.lse is not None),
+    )
+    return type(operands)(**dict(zip(differentiable, gradients, strict=True)))
+
+
+def quantize(
+    operands: Operands, *, seed: int = SEED, prepare_value: bool = False, back: bool = False
+) -> Operands:
+    """What float8.rounding.quantize gives; with `back`, what its `rounded` gives."""
+    query, n = operands.query, operands.extents
+    value_shape = operands.value.shape
+    if prepare_value:
+        value_shape = (n.batch, n.num_heads_kv, n.head_dim_v, padded_keys(n.seqlen_k))
+    dtype = query.dtype if back else FLOAT8
+    results = dict(
+        query=_result(query, query.shape, dtype),
+        key=_result(query, operands.key.shape, dtype),
+        value=_result(query, value_shape, dtype),
+        query_descale=_result(query, (n.batch, n.num_heads_q, num_blocks(n.seqlen_q)), jnp.float32),
+        key_descale=_result(query, (n.batch, n.num_heads_kv, num_blocks(n.seqlen_k)), jnp.float32),
+        value_descale=_result(query, (n.batch, n.num_heads_kv), jnp.float32),
+    )
+    got = jax.ffi.ffi_call(QUANTIZE, tuple(results.values()))(
+        *operands.only(TAKEN).present().values(),
+        seed=np.uint32(seed),
+        back=back,
+        prepare_value=prepare_value,
+        has_query_lengths=operands.query_lengths is not None,
+        has_key_lengths=operands.key_lengths is not None,
+    )
+    got = dict(zip(results, got, strict=True))
+    if back:
+        return Operands(**{name: got[name] for name in ARRAYS})
+    if prepare_value:
+        got["prepared_value"] = got.pop("value")
+    return Operands(**got)
+
+
+def attributes(
+    options: AttentionOptions, operands: Operands, *, has_dlse: bool = False
+) -> dict[str, object]:
+    """The dictionary attribute of forward and backward calls, in the exact widths C++ decodes."""
+    values = {name: getattr(options, name) for name in options.of_kernels()}
+    flags = {name: getattr(operands, name) for name, row in operands.rows().items() if row.flag}
+    return (
+        {name: WIDTHS[type(x)](x) for name, x in values.items()}
+        | {f"has_{name}": x is not None for name, x in flags.items()}
+        | dict(has_dlse=has_dlse)
+    )
+
+
+def _taken(operands: Operands) -> list[jax.Array]:
+    """The arrays that kernels take, in the order of their rows."""
+    rows = operands.rows()
+    return [x for name, x in operands.present().items() if not rows[name].refusal]
+
+
+def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:
+    """A result's type, by default of `like`'s dtype, varying over the same manual mesh axes."""
+    like = jax.typeof(like)
+    sharding = like.sharding.update(spec=(None,) * len(shape))
+    dtype = like.dtype if dtype is None else jnp.dtype(dtype)
+    return like.update(shape=shape, dtype=dtype, sharding=sharding)

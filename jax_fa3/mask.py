@@ -1,0 +1,108 @@
+"""Which keys a row sees: everything that gives the mask of a call its meaning.
+
+A row sees a key that is inside the window around the row's own position, where both are inside of
+their sequences' lengths and a dense mask is True. The rows and keys that one device works
+with may be parts of a sequence: then windows and positions are moved to where the part stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fa3.operands import Counts, Operands
+from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions
+
+
+def visible(
+    options: AttentionOptions, operands: Operands, row: jax.Array, column: jax.Array
+) -> jax.Array | None:
+    """[b | 1, h | 1, q | 1, k | 1]; None where every row sees every key.
+
+    row: int32 [q, 1], the numbers of all query rows; column: int32 [k], those of some keys, to
+    which the operands' arrays of keys belong.
+    """
+    position = row + options.query_offset
+    if operands.query_offset is not None:
+        position = row + _by_sequence(_legal_offset(operands.query_offset))
+    terms = []
+    if operands.key_lengths is not None:
+        terms.append(column < _by_sequence(operands.key_lengths))
+    if operands.query_lengths is not None:
+        terms.append(row < _by_sequence(operands.query_lengths))
+    if options.window_left < UNBOUNDED:
+        terms.append(column >= position - options.window_left)
+    if options.window_right < UNBOUNDED:
+        terms.append(column <= position + options.window_right)
+    if operands.mask is not None:
+        terms.append(operands.mask)
+    if not terms:
+        return None
+    found = functools.reduce(jnp.logical_and, terms)
+    return found.reshape((1,) * (4 - found.ndim) + found.shape)
+
+
+def _by_sequence(x: jax.Array) -> jax.Array:
+    """[b] -> [b, 1, 1, 1]."""
+    return x[:, None, None, None]
+
+
+def has_window(options: AttentionOptions) -> bool:
+    """Whether it matters where a row stands among the keys."""
+    return min(options.window) < UNBOUNDED
+
+
+def is_triangular(options: AttentionOptions) -> bool:
+    """Whether rows see all keys up to one near their own position, so that later rows see more."""
+    return options.window_left == UNBOUNDED > options.window_right
+
+
+def is_causal_alone(options: AttentionOptions, operands: Operands) -> bool:
+    """Whether rows see the keys up to their own position, and nothing else but the keys' lengths
+    has a say. An array that is not named here may have one."""
+    known = {"query", "key", "value", "key_lengths"}
+    return (
+        options.window_left == UNBOUNDED
+        and options.window_right == options.query_offset == 0
+        and operands.present().keys() <= known
+    )
+
+
+def reach(options: AttentionOptions) -> int:
+    """How many keys more than its own position a row's window covers."""
+    return options.window_left + options.window_right
+
+
+def without_window(options: AttentionOptions) -> AttentionOptions:
+    return dataclasses.replace(
+        options, window_left=UNBOUNDED, window_right=UNBOUNDED, query_offset=0
+    )
+
+
+class Seen(NamedTuple):
+    """What the window lets rows see of some keys; an entry for each device."""
+
+    some: np.ndarray  # some row sees some key
+    all: np.ndarray  # every row sees every key
+
+
+def seen(options: AttentionOptions, offsets: np.ndarray, num_rows: int, num_keys: int) -> Seen:
+    """Of keys from whose first the first row stands `offsets` to the right."""
+    left, right = options.window
+    # Columns that the last row is right of the first key, and the first row of the last key.
+    most, least = offsets + num_rows - 1, offsets - (num_keys - 1)
+    return Seen((most + right >= 0) & (least <= left), (most <= left) & (least + right >= 0))
+
+
+def recounted(counts: Counts, x: jax.Array, start: jax.Array) -> jax.Array:
+    """Positions or distances, counted from `start` instead of 0; negative before it."""
+    return (_legal_offset(x) if counts == "diagonal" else jnp.maximum(x, 0)) - start
+
+
+def _legal_offset(offset: jax.Array) -> jax.Array:
+    return jnp.clip(offset, -MAX_SEQLEN, MAX_SEQLEN)

@@ -1,0 +1,69 @@
+"""The native module `_C`, imported here and nowhere else, so that the package also works where it
+is missing: its FFI handlers, its list of kernels and its plans.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any, Literal
+
+from jax_fa3.operands import Extents
+from jax_fa3.options import NUM_SMS, AttentionOptions
+
+try:
+    from jax_fa3 import _C
+
+    IMPORT_ERROR = None
+except ImportError as error:
+    _C = None
+    IMPORT_ERROR = str(error)
+
+KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+
+Target = Literal["forward", "forward_float8", "backward"]
+
+
+def module() -> ModuleType | None:
+    """The extension module, or None where it cannot be imported."""
+    return _C
+
+
+def registrations() -> dict[str, Any]:
+    """FFI target name -> handler capsule; empty without kernels."""
+    return {} if _C is None else _C.registrations()
+
+
+def plan(
+    target: Target,
+    dtype: str,
+    extents: Extents,
+    options: AttentionOptions,
+    value_is_prepared: bool = False,
+) -> dict[str, Any]:
+    """The kernel that runs a call, its tiles and grid, and "workspace_bytes" if it needs any.
+
+    `dtype` is query's name. Raises ValueError with the reason if there is none.
+    """
+    if target == "forward_float8":
+        return _remembered(target, *extents, *options.window, value_is_prepared, NUM_SMS)
+    name = KERNEL_DTYPES[dtype]
+    if target == "forward":
+        return _remembered(target, name, *extents, *options.window, NUM_SMS)
+    return _remembered(target, name, *extents, options.deterministic, NUM_SMS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(target: Target, *call: Any) -> dict[str, Any]:
+    return getattr(_C, f"{target}_plan")(*call)
+
+
+def refusal(*call: Any) -> str | None:
+    """Why there is no plan for a call, given as to `plan`."""
+    if _C is None:
+        return f"the extension module jax_fa3._C cannot be imported ({IMPORT_ERROR})"
+    try:
+        plan(*call)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,169 @@
+"""The two attention operations on one device's arrays: custom calls on CUDA, XLA code elsewhere.
+
+From outside in: custom_vmap (a mapped axis is folded into the batch, which the kernels loop over
+anyway), platform_dependent (decided when the program is lowered), and then ffi.py or xla.py, which
+have the same two operations. A forward pass in float8 of 16-bit arrays rounds them first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from jax_fa3 import ffi, xla
+from jax_fa3.float8 import rounding
+from jax_fa3.operands import Bundle, Operands, Outputs, Row
+from jax_fa3.options import AttentionOptions, Route
+
+
+class Operations(Protocol):
+    """Whatever has the two operations: ffi.py, xla.py, this module, and what divides them among
+    devices. Hashable.
+
+    forward     out [batch, seqlen_q, num_heads_q, head_dim_v] of options.out_dtype, and lse [batch,
+                num_heads_q, seqlen_q] float32
+    backward    the gradients of the operands that have one; the cotangent of lse may be absent
+    """
+
+    forward: Callable[[AttentionOptions, Operands], Outputs]
+    backward: Callable[[AttentionOptions, Operands, Outputs, Outputs], Operands]
+
+
+def forward(options: AttentionOptions, operands: Operands) -> Outputs:
+    if options.forward_dtype is not None:
+        return first_order_only(functools.partial(_rounding_forward, options))(operands)
+    kernel, portable = (functools.partial(x.forward, options) for x in (ffi, xla))
+    return _run(options.routes.forward, kernel, portable, operands)
+
+
+def backward(
+    options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
+) -> Operands:
+    """With a forward pass in float8, gradients at the arrays as it rounded them: only those give
+    the weights whose rows add up to 1 with its lse, and whose output is `out`.
+    """
+    if options.forward_dtype is not None:
+        taken = operands.only(rounding.TAKEN)
+        back = functools.partial(ffi.quantize, back=True)
+        rounded = _run(options.routes.forward, back, rounding.rounded, taken)
+        operands = operands.replace(**rounded.present())
+    kernel, portable = (functools.partial(x.backward, options) for x in (ffi, xla))
+    return _run(options.routes.backward, kernel, portable, operands, outputs, cotangents)
+
+
+def quantized(
+    options: AttentionOptions, operands: Operands, *, seed: int, prepare_value: bool
+) -> Operands:
+    """float8 arrays with measured scales by blocks."""
+
+    def portable(operands):
+        quantized, _ = rounding.quantize(operands, seed=seed)
+        return rounding.prepared(quantized) if prepare_value else quantized
+
+    kernel = functools.partial(ffi.quantize, seed=seed, prepare_value=prepare_value)
+    return _run(options.routes.forward, kernel, portable, operands.only(rounding.TAKEN))
+
+
+def _rounding_forward(options: AttentionOptions, operands: Operands) -> Outputs:
+    """`forward` of 16-bit arrays by way of float8; the scales are those of the arrays at hand."""
+    options = dataclasses.replace(options, out_dtype=operands.query.dtype.name)
+
+    def kernel(operands):
+        return ffi.forward(options, _with(operands, ffi.quantize(operands, prepare_value=True)))
+
+    def portable(operands):
+        quantized, _ = rounding.quantize(operands)
+        return xla.forward(options, _with(operands, rounding.settled(quantized)))
+
+    return _run(options.routes.forward, kernel, portable, operands)
+
+
+def _with(operands: Operands, quantized: Operands) -> Operands:
+    """The operands with the float8 arrays and scales in place of their 16-bit arrays."""
+    replaced = dict.fromkeys(rounding.GIVEN) | quantized.present()
+    return operands.replace(**replaced)
+
+
+def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -> Bundle:
+    """`kernel` on CUDA and `portable` elsewhere, with a rule for mapped axes; or `portable` alone.
+
+    Problems without scores are left to XLA's constants.
+    """
+    n = bundles[0].extents
+    if route == "xla" or 0 in (n.batch, n.seqlen_q, n.seqlen_k):
+        return portable(*bundles)
+    kernel = first_order_only(kernel)
+
+    @custom_vmap
+    def operation(*bundles):
+        if route == "fa3":
+            return kernel(*bundles)
+        return lax.platform_dependent(*bundles, cuda=kernel, default=portable)
+
+    @operation.def_vmap
+    def fold_into_batch(size, mapped, *bundles):
+        batch = bundles[0].query.shape[1 if mapped[0].query else 0]
+        fold = functools.partial(_fold, size, batch)
+        results = operation(*(x.map(fold, of_x) for x, of_x in zip(bundles, mapped, strict=True)))
+        own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
+        unfolded = {
+            name: _unfold(size, batch, own.present().get(name, batch), x)
+            for name, x in results.present().items()
+        }
+        results = type(results)(**unfolded)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return operation(*bundles)
+
+
+def _fold(size: int, batch: int, row: Row, x: jax.Array, is_mapped: bool) -> jax.Array:
+    """[size, batch, ...] -> [size * batch, ...]; what broadcasts over the batch and has no gradient
+    stays as it is."""
+    if row.axis("b") != 0:
+        if is_mapped:
+            raise NotImplementedError(f"an array of dimensions {row.dims} cannot be mapped")
+        return x
+    own = x.shape[1 if is_mapped else 0]
+    if not is_mapped:
+        if own == 1 and row.form == "broadcast" and not row.differentiable:
+            return x
+        x = jnp.broadcast_to(x[None], (size, *x.shape))
+    if own != batch:
+        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+    return x.reshape(size * batch, *x.shape[2:])
+
+
+def _unfold(size: int, batch: int, own: int, x: jax.Array) -> jax.Array:
+    """[size * batch, ...] -> [size, own, ...], where a gradient's array may broadcast over the
+    batch."""
+    x = x.reshape(size, batch, *x.shape[1:])
+    return x if own == batch else x.sum(1, keepdims=True)
+
+
+FIRST_ORDER_ONLY = (
+    "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
+    "implementation='xla' and no forward_dtype for derivatives of the gradient"
+)
+
+
+def first_order_only(operation: Callable) -> Callable:
+    """`operation` with an error of our own where it is differentiated beyond its gradient."""
+    return undifferentiable(operation, FIRST_ORDER_ONLY)
+
+
+def undifferentiable(operation: Callable, reason: str) -> Callable:
+    """`operation`, which raises `reason` where JAX would differentiate it."""
+    operation = jax.custom_jvp(operation)
+
+    @operation.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(f"dot_product_attention: {reason}")
+
+    return operation

@@ -1,0 +1,152 @@
+"""What runs each direction of a call, the kernels or XLA, decided once; and if XLA, why.
+
+Three questions, asked in this order: does the call want something no kernel does (bias, float32),
+does this build have a kernel for its shapes, and is there a Hopper GPU. A reason is one sentence a
+user can act on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_fa3 import native
+from jax_fa3.arguments import Arguments
+from jax_fa3.native import KERNEL_DTYPES, Target
+from jax_fa3.operands import Operands
+from jax_fa3.options import FLOAT8, AttentionOptions, Routes
+
+logger = logging.getLogger("jax_fa3")
+
+MIN_SCALE = 2.0**-100  # the backward pass divides by it
+COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
+
+
+class Reasons(NamedTuple):
+    """Why the kernels do not run a call, one reason for each thing in the way."""
+
+    call: str | None  # no kernel of either direction
+    float8: str | None  # no kernel of the forward pass in float8
+    device: str | None  # nothing to run a kernel on
+
+    @property
+    def first(self) -> str | None:
+        return self.call or self.float8 or self.device
+
+
+def decide(arguments: Arguments, options: AttentionOptions) -> Routes:
+    """The routes of a checked call. "auto" leaves the choice to the platform that the program is
+    lowered for. Raises, or logs, with the reason, where the kernels do not run the call.
+    """
+    if arguments.implementation == "xla":
+        return Routes("xla", "xla")
+    reasons = reasons_of(arguments, options)
+    if reasons.first is None:
+        return Routes() if arguments.implementation is None else Routes("fa3", "fa3")
+    if arguments.implementation == "fa3":
+        raise NotImplementedError(
+            f"implementation is 'fa3', which cannot run this call: {reasons.first}. "
+            "implementation=None or 'xla' runs it through XLA."
+        )
+    log_fallback(reasons.first)
+    if reasons.call or (reasons.device and has_gpu()):
+        return Routes("xla", "xla")
+    return Routes("xla" if reasons.float8 else "auto", "auto")
+
+
+def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
+    """Of a checked call, whose arrays may be types."""
+    call, float8 = _call_reason(arguments), None
+    planned = _planned(arguments, options)
+    refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
+    if call is None and not arguments.is_float8:
+        call = refusal("forward") or refusal("backward")
+    if _is_float8_forward(arguments, options):
+        float8 = refusal("forward_float8")
+    return Reasons(call, float8, device_reason())
+
+
+def plans(arguments: Arguments, options: AttentionOptions) -> dict[str, dict[str, Any]]:
+    """What a call would run on the kernels, direction by direction; nothing where they do not take
+    it."""
+    reasons = reasons_of(arguments, options)
+    if reasons.call or reasons.float8:
+        return {}
+    forward = "forward_float8" if _is_float8_forward(arguments, options) else "forward"
+    found = {"forward": native.plan(forward, *_planned(arguments, options))}
+    if not arguments.is_float8:
+        found["backward"] = native.plan("backward", *_planned(arguments, options))
+    return found
+
+
+def kernels_round(operands: Operands) -> bool:
+    """Whether the kernels may round these 16-bit arrays to float8: where they run the forward pass
+    of `forward_dtype`."""
+    arguments = Arguments(operands.query, operands.key, operands.value, forward_dtype=FLOAT8)
+    if arguments.dtype not in KERNEL_DTYPES or (has_gpu() and device_reason()):
+        return False
+    return not _refusal("forward_float8", arguments, _planned(arguments, arguments.options()))
+
+
+def _call_reason(arguments: Arguments) -> str | None:
+    """What the call asks for that no kernel does."""
+    rows = arguments.Operands.rows()
+    refusals = (rows[name].refusal for name in arguments.arrays)
+    refusal = next(filter(None, refusals), None)
+    if refusal:
+        return refusal
+    dtype, scale = arguments.dtype, arguments.scale
+    if dtype not in (*KERNEL_DTYPES, FLOAT8):
+        return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
+    if scale is not None and 0 < abs(scale) < MIN_SCALE:
+        return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
+    return None
+
+
+def _is_float8_forward(arguments: Arguments, options: AttentionOptions) -> bool:
+    return arguments.is_float8 or options.forward_dtype is not None
+
+
+def _refusal(target: Target, arguments: Arguments, planned: tuple[Any, ...]) -> str | None:
+    """Why this build has no kernel for the shapes of a legal call; `planned` as _planned has it."""
+    if native.module() is not None and not arguments.extents.are_static:
+        shape = tuple(arguments.query.shape)
+        return f"the kernels need static shapes, not query of shape {shape}"
+    return native.refusal(target, *planned)
+
+
+def _planned(arguments: Arguments, options: AttentionOptions) -> tuple[Any, ...]:
+    """What native.plan takes after its target. Of 16-bit inputs the forward pass in float8 prepares
+    value by itself."""
+    prepared = bool(arguments.value_is_prepared) or options.forward_dtype is not None
+    return arguments.dtype, arguments.extents, options, prepared
+
+
+def device_reason() -> str | None:
+    """Why the kernels cannot run on the devices of the default backend."""
+    if not has_gpu():
+        return f"there is no NVIDIA GPU: the default backend is {jax.default_backend()!r}"
+    for device in jax.local_devices():
+        capability = getattr(device, "compute_capability", None)
+        if capability != COMPUTE_CAPABILITY:
+            return (
+                f"the kernels need compute capability {COMPUTE_CAPABILITY} (H100, H200), and "
+                f"{device.device_kind} has {capability}"
+            )
+    if native.module() is not None and not native.module().cuda_enabled:
+        return "jax_fa3 was built without CUDA kernels (JAX_FA3_CUDA=OFF)"
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether the default backend is a GPU's."""
+    return jax.default_backend() == "gpu"
+
+
+@functools.lru_cache(maxsize=256)
+def log_fallback(reason: str) -> None:
+    """Says, once for each reason, that a call runs through XLA and why."""
+    logger.warning("dot_product_attention runs its XLA implementation: %s", reason)

@@ -1,0 +1,54 @@
+"""One operation to be divided over a mesh, with the dimensions of its operands and results."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+from collections.abc import Callable, Sequence
+
+import jax
+
+from jax_fa3.options import AttentionOptions
+
+Results = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A forward or backward operation, with the dimensions of its operands and results.
+
+    local(sequence, *operands) is what one device does; `sequence` has the bound mesh axes over
+    which query and key rows are split, none where it has all of them.
+    """
+
+    options: AttentionOptions
+    local: Callable[..., Results]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    needs_whole: str | None  # what keeps sequences from staying split, if anything does
+    heads_meet: bool = True  # query heads those of key and value; else each goes its own way
+
+    @property
+    def is_plain_xla(self) -> bool:
+        """Whether it is ordinary code to XLA, in both directions."""
+        return set(self.options.routes) == {"xla"}
+
+    def mapped(self) -> Operation:
+        """The operation with one more leading axis."""
+        letter = string.ascii_uppercase[len(self.operands[0]) - len("bshd")]
+
+        def local(sequence, *operands):
+            return jax.vmap(functools.partial(self.local, sequence))(*operands)
+
+        return dataclasses.replace(
+            self,
+            local=local,
+            operands=tuple(letter + dims for dims in self.operands),
+            results=tuple(letter + dims for dims in self.results),
+        )
+
+    def extents(self, operands: Sequence[jax.Array]) -> dict[str, int]:
+        """The extent of each dimension."""
+        pairs = zip(self.operands, operands, strict=True)
+        return {letter: n for dims, x in pairs for letter, n in zip(dims, x.shape, strict=True)}

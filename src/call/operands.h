@@ -1,0 +1,60 @@
+// Every array of a call, one row each: its public name, dimensions, element type, and whether a
+// call may be without it. jax_fa3/operands.py has the same rows for what a user passes and gets
+// (tests/test_options_contract.py compares them); buffers are decoded by them (ffi/decode.h).
+//
+// Dimensions are letters:
+//   b  batch            h  query heads          d  head_dim             m  blocks of query rows
+//   s  query rows       k  key/value heads      e  head_dim of value    n  blocks of key rows
+//   t  key rows         p  keys of a prepared value, whole blocks       w  bytes of a workspace
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's.
+#pragma once
+
+namespace jax_fa3 {
+
+enum class Element {
+  kInput,   // that of query
+  kOutput,  // that of out
+  kFloat32,
+  kInt32,
+  kByte,
+};
+
+struct Operand {
+  const char* name;
+  const char* dims;
+  Element element;
+  bool optional = false;
+};
+
+namespace operands {
+
+constexpr Operand kQuery{"query", "bshd", Element::kInput};
+constexpr Operand kKey{"key", "btkd", Element::kInput};
+constexpr Operand kValue{"value", "btke", Element::kInput};
+constexpr Operand kPreparedValue{"prepared_value", "bkep", Element::kInput};
+constexpr Operand kQueryDescale{"query_descale", "bhm", Element::kFloat32};
+constexpr Operand kKeyDescale{"key_descale", "bkn", Element::kFloat32};
+constexpr Operand kValueDescale{"value_descale", "bk", Element::kFloat32};
+constexpr Operand kQueryLengths{"query_seq_lengths", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kKeyLengths{"key_value_seq_lengths", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kQueryOffset{"query_offset", "b", Element::kInt32, /*optional=*/true};
+
+constexpr Operand kOut{"out", "bshe", Element::kOutput};
+constexpr Operand kLse{"lse", "bhs", Element::kFloat32};
+constexpr Operand kDOut{"dout", "bshe", Element::kOutput};
+constexpr Operand kDLse{"dlse", "bhs", Element::kFloat32, /*optional=*/true};
+
+constexpr Operand kDQuery{"dquery", "bshd", Element::kInput};
+constexpr Operand kDKey{"dkey", "btkd", Element::kInput};
+constexpr Operand kDValue{"dvalue", "btke", Element::kInput};
+
+constexpr Operand kQueryOut{"query_out", "bshd", Element::kOutput};
+constexpr Operand kKeyOut{"key_out", "btkd", Element::kOutput};
+constexpr Operand kValueOut{"value_out", "btke", Element::kOutput};
+constexpr Operand kPreparedValueOut{"value_out", "bkep", Element::kOutput};
+
+constexpr Operand kTileCounter{"tile_counter", "1", Element::kInt32};
+constexpr Operand kWorkspace{"workspace", "w", Element::kByte};
+
+}  // namespace operands
+}  // namespace jax_fa3

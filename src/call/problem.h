@@ -1,0 +1,92 @@
+// One attention call, as the kernels see it: extents, options and device pointers.
+//
+// Arrays are dense and row-major, (batch, seq, heads, head_dim); the strides follow from the
+// extents and are not stored. Lengths are in tokens, windows in columns, both sides inclusive.
+#pragma once
+
+#include <cstdint>
+
+#include "call/types.h"
+
+namespace jax_fa3 {
+
+// What is known before any buffer exists; enough to plan.
+struct Shape {
+  DType dtype = DType::kBF16;
+  std::int64_t batch = 0;
+  std::int64_t seqlen_q = 0;
+  std::int64_t seqlen_k = 0;
+  std::int64_t num_heads_q = 0;
+  std::int64_t num_heads_kv = 0;
+  std::int64_t head_dim = 0;    // of query and key
+  std::int64_t head_dim_v = 0;  // of value and output
+};
+
+// Row i of the queries sees key j when i < query_length, j < key_length and
+// i + offset - window_left <= j <= i + offset + window_right. A side of kUnbounded is off.
+struct MaskOptions {
+  std::int32_t window_left = kUnbounded;
+  std::int32_t window_right = kUnbounded;
+  std::int32_t query_offset = 0;  // used when the offset array is absent
+};
+
+// Per-sequence values in device memory; a null pointer means absent. Values outside
+// [0, seqlen] (lengths) or +/- kMaxSeqlen (offsets) are clamped by the kernels.
+struct IndexArrays {
+  const std::int32_t* query_lengths = nullptr;  // [b]
+  const std::int32_t* key_lengths = nullptr;    // [b]
+  const std::int32_t* query_offset = nullptr;   // [b]
+};
+
+// What a call of either direction has.
+struct CallProblem {
+  Shape shape;
+  MaskOptions mask;
+  IndexArrays index;
+  float softmax_scale = 1.f;  // > 0
+
+  const void* query = nullptr;  // [b, s_q, h_q, d]
+  const void* key = nullptr;    // [b, s_k, h_kv, d]
+  const void* value = nullptr;  // [b, s_k, h_kv, d_v]
+};
+
+struct ForwardProblem : CallProblem {
+  // Log2 units a row maximum may grow before O is rescaled; 0: exact.
+  float rescale_threshold = 8.f;
+
+  void* out = nullptr;   // [b, s_q, h_q, d_v]
+  float* lse = nullptr;  // [b, h_q, s_q], natural log, -inf for a row that sees no key
+  std::int32_t* tile_counter = nullptr;  // [1], workspace
+};
+
+// Rows or keys that share a scale, where there is more than one to a head.
+constexpr int kDescaleBlock = 128;
+
+// The forward pass of e4m3 arrays; shape.dtype is the output's. The logits are
+// softmax_scale * query_descale * key_descale * (query . key).
+struct ForwardFloat8Problem : ForwardProblem {
+  const float* query_descale = nullptr;  // [b, h_q, query_descales]
+  const float* key_descale = nullptr;    // [b, h_kv, key_descales]
+  const float* value_descale = nullptr;  // [b, h_kv]
+  std::int64_t query_descales = 1;       // of a head: 1, or one for each block of rows
+  std::int64_t key_descales = 1;         // of a head: 1, or one for each block of keys
+  bool value_is_prepared = false;        // then value is [b, h_kv, d_v, padded keys]
+  void* workspace = nullptr;             // ForwardFloat8Plan::workspace_bytes
+  std::int64_t workspace_bytes = 0;      // that it has
+};
+
+struct BackwardProblem : CallProblem {
+  bool deterministic = false;
+
+  const void* out = nullptr;         // [b, s_q, h_q, d_v]
+  const float* lse = nullptr;        // [b, h_q, s_q]
+  const void* dout = nullptr;        // [b, s_q, h_q, d_v]
+  const float* dlse = nullptr;       // [b, h_q, s_q] or null
+  void* dquery = nullptr;            // [b, s_q, h_q, d]
+  void* dkey = nullptr;              // [b, s_k, h_kv, d]
+  void* dvalue = nullptr;            // [b, s_k, h_kv, d_v]
+  void* workspace = nullptr;         // BackwardPlan::workspace_bytes
+  std::int64_t workspace_bytes = 0;  // that it has
+};
+
+}  // namespace jax_fa3

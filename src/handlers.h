@@ -1,0 +1,19 @@
+// The XLA handlers that module.cc hands to Python, one for each custom call.
+#pragma once
+
+#define JFA_CUSTOM_CALLS(X) \
+  X(jax_fa3_forward)        \
+  X(jax_fa3_forward_float8) \
+  X(jax_fa3_backward)       \
+  X(jax_fa3_quantize)
+
+extern "C" {
+
+struct XLA_FFI_Error;
+struct XLA_FFI_CallFrame;
+
+#define JFA_DECLARE(name) XLA_FFI_Error* name(XLA_FFI_CallFrame* call_frame);
+JFA_CUSTOM_CALLS(JFA_DECLARE)
+#undef JFA_DECLARE
+
+}  // extern "C"

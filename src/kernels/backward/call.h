@@ -1,0 +1,64 @@
+// The custom call of the backward pass.
+#pragma once
+
+#include "ffi/handler.h"
+#include "ffi/options.h"
+#include "ffi/plan_cache.h"
+#include "kernels/backward/family.h"
+
+namespace jax_fa3 {
+
+struct BackwardCall : ArrayTable<BackwardProblem> {
+  static constexpr const char* kTarget = "jax_fa3_backward";
+  using Attributes = CallAttributes;
+
+  static Status check(const Attributes&) { return {}; }
+  static Types types(const Attributes&) { return {}; }
+
+  static Arrays<Problem> operands(const Attributes& a) {
+    return with_index(
+        {
+            array<&Problem::query>(operands::kQuery),
+            array<&Problem::key>(operands::kKey),
+            array<&Problem::value>(operands::kValue),
+            array<&Problem::out>(operands::kOut),
+            array<&Problem::lse>(operands::kLse),
+            array<&Problem::dout>(operands::kDOut),
+            array<&Problem::dlse>(operands::kDLse, a.options.has_dlse),
+        },
+        a.options);
+  }
+  static Arrays<Problem> results(const Attributes&) {
+    return {
+        array<&Problem::dquery>(operands::kDQuery),
+        array<&Problem::dkey>(operands::kDKey),
+        array<&Problem::dvalue>(operands::kDValue),
+        workspace<&Problem::workspace>(kWorkspaceAlignment),
+    };
+  }
+  static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
+    fill_call(a.options, problem);
+    problem.deterministic = a.options.deterministic;
+    problem.workspace_bytes = extents['w'];
+  }
+
+  static Status validate(const Problem& problem) { return check_call(problem); }
+
+  static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
+  static StatusOr<BackwardPlan> plan(const Problem& problem, int num_sms) {
+    static PlanCache<BackwardPlan, Shape, bool, int> cache;
+    const auto make = [](const Shape& shape, bool deterministic, int num_sms) {
+      return plan_backward(shape, deterministic, KernelTable<Backward>::compiled(), num_sms);
+    };
+    return cache.get(make, problem.shape, problem.deterministic, num_sms);
+  }
+  static Status launch(const BackwardPlan& plan, const Problem& problem, CUstream_st* stream) {
+    JFA_CHECK_OK(check_workspace(plan.workspace_bytes, problem.workspace_bytes));
+    return KernelTable<Backward>::launch(plan, problem, stream);
+  }
+
+ private:
+  static constexpr std::uintptr_t kWorkspaceAlignment = 256;  // bytes, of each of its parts
+};
+
+}  // namespace jax_fa3

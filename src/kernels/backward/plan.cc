@@ -1,0 +1,108 @@
+// Chooses the kernel and lays out the workspace.
+#include "kernels/backward/plan.h"
+
+#include <algorithm>
+
+#include "call/shape.h"
+#include "call/text.h"
+
+namespace jax_fa3 {
+namespace {
+
+constexpr std::int64_t kRoundsOfGroup = 2;
+constexpr std::int64_t kPartAlignment = 256;   // bytes
+constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
+
+// Parts of the workspace one after the other, each aligned.
+class Workspace {
+ public:
+  // Reserves a part and writes its offset.
+  Status reserve(const char* what, std::initializer_list<std::int64_t> extents,
+                 std::int64_t element_bytes, std::int64_t* offset) {
+    *offset = bytes_;
+    const auto elements = checked_product(what, extents);
+    if (!elements.ok()) return elements.status();
+    std::int64_t part = 0;
+    if (__builtin_mul_overflow(elements.value(), element_bytes, &part) ||
+        __builtin_add_overflow(part, kPartAlignment - 1, &part) ||
+        __builtin_add_overflow(bytes_, part / kPartAlignment * kPartAlignment, &bytes_)) {
+      return invalid_argument(concat(what, " exceeds 64-bit arithmetic"));
+    }
+    return {};
+  }
+
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::int64_t bytes_ = 0;
+};
+
+// (batch, kv head) pairs in a group: as many as have two tiles for each CTA. The second tile of a
+// CTA then belongs to the second half of a head's, and QueryWalk keeps the CTAs together.
+std::int32_t choose_heads_per_group(std::int64_t heads, std::int64_t num_n_blocks, int num_sms) {
+  heads = std::max<std::int64_t>(heads, 1);
+  const std::int64_t wanted =
+      std::max<std::int64_t>(kRoundsOfGroup * num_sms / std::max<std::int64_t>(num_n_blocks, 1), 1);
+  // Groups of equal size, as far as possible.
+  return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
+}
+
+}  // namespace
+
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
+                                     const std::vector<BackwardKey>& available, int num_sms) {
+  JFA_CHECK_OK(check_shape(shape));
+  if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
+  const auto keys = fitting_kernels(shape, available, [&](const BackwardKey& key) {
+    return key.dtype == shape.dtype && (key.separate_dq || !deterministic);
+  });
+  if (keys.empty()) {
+    return unimplemented(
+        no_kernel_message("backward", shape, compiled_head_dims(shape, available)));
+  }
+  const BackwardKey& key = keys.front();
+  BackwardPlan plan;
+  plan.key = key;
+  plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key.block_m);
+  plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
+  const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
+  if (!num_tiles.ok()) return num_tiles.status();
+  plan.num_tiles = num_tiles.value();
+  plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
+  plan.heads_per_group =
+      choose_heads_per_group(shape.batch * shape.num_heads_kv, plan.num_n_blocks, num_sms);
+
+  const auto dq_tiles = count_tiles(
+      shape.batch, shape.num_heads_q,
+      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim)));
+  if (!dq_tiles.ok()) return dq_tiles.status();
+  plan.dquery.num_tiles = key.separate_dq ? dq_tiles.value() : 0;
+  plan.dquery.grid =
+      static_cast<std::int32_t>(std::min<std::int64_t>(plan.dquery.num_tiles, num_sms));
+  plan.dquery.heads_per_group = query_heads_per_group(shape);
+
+  const std::int64_t heads = shape.num_heads_q;
+  const std::int64_t m_blocks = plan.num_m_blocks;
+  Workspace workspace;
+  JFA_CHECK_OK(workspace.reserve(
+      "dQ workspace",
+      {shape.batch, heads, key.separate_dq ? 0 : m_blocks, key.block_m, key.head_dim},
+      sizeof(float), &plan.dq_offset));
+  JFA_CHECK_OK(workspace.reserve("row statistics", {shape.batch, heads, m_blocks, key.block_m},
+                                 kStatisticsBytes, &plan.statistics_offset));
+  JFA_CHECK_OK(
+      workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
+std::string to_string(const BackwardPlan& plan) {
+  return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
+                plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
+                plan.key.separate_dq ? " separate dQ" : "", " m_blocks=", plan.num_m_blocks,
+                " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
+                " tiles=", plan.num_tiles, " grid=", plan.grid,
+                " workspace=", plan.workspace_bytes);
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,38 @@
+// From a problem's extents to everything the launches of the backward pass need. Pure host code:
+// no CUDA call, tested without a GPU.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "call/problem.h"
+#include "call/status.h"
+#include "kernels/backward/config.h"
+#include "kernels/backward_dq/plan.h"
+
+namespace jax_fa3 {
+
+struct BackwardPlan {
+  BackwardKey key;
+  std::int32_t num_m_blocks;     // steps along the queries of one (batch, head)
+  std::int32_t num_n_blocks;     // work tiles along the keys of one (batch, kv head)
+  std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
+  std::int64_t num_tiles;        // work tiles in all
+  std::int32_t grid;             // persistent CTAs
+
+  DQueryPlan dquery;  // of the separate dQ kernel; no tiles if fused
+
+  // The workspace, in bytes from its start, each part 256-byte aligned.
+  std::int64_t dq_offset;             // fp32 dQ in the order of fragments; empty if separate
+  std::int64_t statistics_offset;     // RowStatistics [b, h_q, num_m_blocks * block_m]
+  std::int64_t tile_counters_offset;  // int32 [2], of the main and the dQ kernel
+  std::int64_t workspace_bytes;
+};
+
+// `available` is the list of kernels to choose from (KernelTable has the compiled ones).
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
+                                     const std::vector<BackwardKey>& available, int num_sms);
+
+std::string to_string(const BackwardPlan& plan);
+
+}  // namespace jax_fa3

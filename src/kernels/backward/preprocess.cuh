@@ -1,0 +1,84 @@
+// Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
+// both padded to whole blocks; the workspace of a fused dQ and the tile counters zeroed.
+// Memory-bound.
+#pragma once
+
+#include "attention/mask.h"
+#include "kernels/backward/traits.cuh"
+
+namespace jax_fa3 {
+
+struct PreprocessParams : CommonParams {
+  const void* out;            // [b, s_q, h_q, d_v]
+  const void* dout;           // [b, s_q, h_q, d_v]
+  const float* lse;           // [b, h_q, s_q]
+  const float* dlse;          // [b, h_q, s_q] or null
+  RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
+  int* tile_counters;         // [2]
+  int num_m_blocks;
+  int head_dim_v;
+};
+
+constexpr int kPreprocessThreads = 256;
+
+// One CTA per block of queries of one (batch, head); kLanes threads share a row.
+template <class Config>
+__global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const PreprocessParams p) {
+  using T = BackwardTraits<Config>;
+  using Element = typename T::Element;
+  constexpr int kVector = 16 / sizeof(Element);
+  constexpr int kLanes = T::kHeadDimV <= 64 ? 8 : T::kHeadDimV <= 128 ? 16 : 32;
+  constexpr int kRowsAtOnce = kPreprocessThreads / kLanes;
+
+  const std::int64_t block = blockIdx.x;
+  const int m_block = block % p.num_m_blocks;
+  const std::int64_t batch_head = block / p.num_m_blocks;
+  const int head = batch_head % p.num_heads;
+  const std::int64_t batch = batch_head / p.num_heads;
+  const Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
+
+  if constexpr (T::kFusedDQ) {
+    auto* const dquery = reinterpret_cast<float4*>(p.dquery + block * T::kBlockFloatsDQ);
+    for (int i = threadIdx.x; i < T::kBlockFloatsDQ / 4; i += kPreprocessThreads) {
+      dquery[i] = float4{0.f, 0.f, 0.f, 0.f};
+    }
+  }
+  if (block == 0 && threadIdx.x < 2) p.tile_counters[threadIdx.x] = 0;
+
+  const int lane = threadIdx.x % kLanes;
+  CUTE_UNROLL
+  for (int first = 0; first < T::kBlockM; first += kRowsAtOnce) {
+    const int local_row = first + threadIdx.x / kLanes;
+    const int row = m_block * T::kBlockM + local_row;
+    const bool exists = row < mask.query_length;
+    float sum = 0.f;
+    if (exists && lane * kVector < p.head_dim_v) {
+      const std::int64_t at =
+          ((batch * p.seqlen_q + row) * p.num_heads + head) * p.head_dim_v + lane * kVector;
+      const uint4 out_bits =
+          *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.out) + at);
+      const uint4 dout_bits =
+          *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.dout) + at);
+      const auto* out = reinterpret_cast<const Element*>(&out_bits);
+      const auto* dout = reinterpret_cast<const Element*>(&dout_bits);
+      CUTE_UNROLL
+      for (int i = 0; i < kVector; ++i) sum = fmaf(float(out[i]), float(dout[i]), sum);
+    }
+    CUTE_UNROLL
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, step);
+    }
+    if (lane == 0) {
+      const std::int64_t statistic = batch_head * p.seqlen_q + row;
+      const float lse = exists ? p.lse[statistic] : -INFINITY;
+      const bool empty = lse == -INFINITY;
+      const float dlse = p.dlse != nullptr && !empty ? p.dlse[statistic] : 0.f;
+      const std::int64_t at = block * T::kBlockM + local_row;
+      p.statistics[at] = empty ? RowStatistics::make(RowStatistics::kNoGradient, 0.f)
+                               : RowStatistics::make(-lse / p.softmax_scale, dlse - sum);
+    }
+  }
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,63 @@
+// The two threads of the backward kernel that load, each as far ahead as its rings allow: a tile's
+// first loads are under way while the tile before it is stored. They have few registers, and the
+// walk of the queries must not spill: behind the additions of dQ even a word from local memory
+// takes long.
+#pragma once
+
+#include "kernels/backward/traits.cuh"
+
+namespace jax_fa3 {
+
+// Walks the CTA's work tiles and keeps the rings of Q and dO filled for every query block of every
+// query head of a group.
+template <class T>
+CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& shared) {
+  constexpr int kStatisticsBytes = T::kBlockM * sizeof(RowStatistics);
+  typename T::Works::Cursor works_cursor;
+  typename T::Cursor cursor;
+
+  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+    if (!load.range.empty()) {
+      const int batch = load.tile.batch;
+      QueryWalk walk(p, load.tile, load.range);
+      do {
+        const int head = walk.batch_head - batch * p.num_heads;
+        const int row = walk.m * T::kBlockM;
+        auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
+        load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
+                                     row, head, batch);
+        load_bytes(p.statistics + p.query_block(walk.batch_head, walk.m) * T::kBlockM, query_full,
+                   shared.statistics[cursor.stage], kStatisticsBytes);
+        auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
+        load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage], row,
+                                      head, batch);
+        cursor.advance();
+      } while (walk.next());
+    }
+    shared.demand.full[0].arrive();
+  }
+}
+
+// Takes the work tiles and loads their K and V. Tiles are few and long, and a number taken at the
+// start of the tile before would be as good as dealt out: the next one is taken when all of the
+// tile's queries have been loaded.
+template <class T>
+CUTE_DEVICE void schedule(const BackwardParams& p, typename T::SharedStorage& shared) {
+  RingCursor<1> key_value_cursor, demand_cursor;
+  shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const TileRange& queries) {
+    if (!queries.empty()) {
+      auto& full =
+          acquire(shared.key_value_ring, key_value_cursor, T::KTile::kBytes + T::VTile::kBytes);
+      const int row = tile.block * T::kBlockN;
+      load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, row, tile.head,
+                                   tile.batch);
+      load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, row, tile.head,
+                                   tile.batch);
+      key_value_cursor.advance();
+    }
+    wait_full(shared.demand, demand_cursor);
+    demand_cursor.advance();
+  });
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,119 @@
+// What the consumer warpgroups of the main kernel have in common, whatever they make of a step:
+// their way from work tile to work tile, and that of dK and dV to global memory.
+#pragma once
+
+#include "kernels/backward/traits.cuh"
+
+namespace jax_fa3 {
+
+template <class T>
+struct TileConsumer {
+  using Element = typename T::Element;
+  using NamedBarrier = cutlass::arch::NamedBarrier;
+
+  const BackwardParams& p;
+  typename T::SharedStorage& shared;
+  const int warpgroup;  // 0 or 1
+
+  typename T::Works::Cursor works_cursor{};
+  RingCursor<1> key_value_cursor{};
+  typename T::Cursor cursor{};
+
+  TileRange queries;  // that see the tile at hand
+
+  CUTE_DEVICE void sync_warpgroup() const {
+    NamedBarrier::sync(kWarpgroupThreads, T::kWarpgroup + warpgroup);
+  }
+
+  // False: there are no more tiles.
+  CUTE_DEVICE bool next_tile() {
+    wait_full(shared.works.ring, works_cursor);
+    queries = shared.works.range(works_cursor, 0);
+    return !work().none();
+  }
+  // The tile at hand. It stays in shared memory: the steps' registers are scarce.
+  CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
+  CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
+  // On return K and V have arrived. Not called where no query sees the tile.
+  CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
+  // This warpgroup's GEMMs that read them are done.
+  CUTE_DEVICE void release_keys() {
+    release(shared.key_value_ring, key_value_cursor);
+    key_value_cursor.advance();
+  }
+  // Behind a barrier of the warpgroup: by then every warp has read the tile.
+  CUTE_DEVICE void end_tile() {
+    release(shared.works.ring, works_cursor);
+    works_cursor.advance();
+  }
+
+  // Rows past a sequence's length may hold anything, NaN included, and a probability of zero does
+  // not stop NaN: they are cleared before a GEMM reads them, by every warpgroup for itself. Where
+  // both read them, both write the same zeros.
+  template <class Tile>
+  CUTE_DEVICE void clear_tail(Element* keys) const {
+    const auto& [tile, mask] = work();
+    const int valid = max(mask.key_length - tile.block * T::kBlockN, 0);
+    if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
+    zero_rows_from<Tile>(keys, valid);
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup();
+  }
+  CUTE_DEVICE void clear_query_tail(int m) const {
+    const Mask& mask = work().mask;
+    const int valid = mask.query_length - m * T::kBlockM;
+    if (mask.query_length == p.seqlen_q || valid >= T::kBlockM) return;
+    wait_full(shared.dout_ring, cursor);
+    zero_rows_from<typename T::QTile>(shared.query[cursor.stage], valid);
+    zero_rows_from<typename T::DOTile>(shared.dout[cursor.stage], valid);
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup();
+  }
+
+  // Issues C = left right^T - the queries' statistic: S^T or dP^T of 64 keys against the stage's
+  // queries.
+  template <class Left, class Right, class Accumulator>
+  CUTE_DEVICE void issue_scores(const Left& left, const Right& right, Statistic statistic,
+                                Accumulator& tC) const {
+    typename T::MmaS mma;
+    typename T::Statistics::Mma mma_statistic;
+    issue_mma(mma, operand_a(mma, left), operand_b(mma, right), mma_statistic,
+              operand_a(mma_statistic, shared.constants[int(statistic)].tensor()),
+              operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])), tC);
+  }
+
+  // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
+  // as many at a time as Tile has. On return the warpgroup's leader knows that its buffer has been
+  // read.
+  template <class Tile, int kCols, class Accumulator>
+  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map, int row) const {
+    Element* const buffer = shared.exchange.output[warpgroup];
+    const WorkTile& tile = work().tile;
+    const int first_row = tile.block * T::kBlockN + row;
+    CUTE_UNROLL
+    for (int col = 0; col < kCols; col += Tile::kCols) {
+      constexpr int kThreadsPerRow = kWarpgroupThreads / kWarpgroupRows;
+      const auto tPiece =
+          cute::make_tensor(tC.data() + col / kThreadsPerRow,
+                            cute::make_layout(cute::Int<Tile::kCols / kThreadsPerRow>{}));
+      sync_warpgroup();
+      store_accumulator<Tile>(tPiece, buffer, 0);
+      cutlass::arch::fence_view_async_shared();
+      sync_warpgroup();
+      if (leads_warpgroup()) {
+        if (first_row < p.seqlen_k) {
+          store_tile<Tile>(map, buffer, 0, first_row, tile.head, tile.batch, col);
+        }
+        cute::tma_store_arrive();
+        cute::tma_store_wait<0>();
+      }
+    }
+  }
+  template <class AccumulatorDK>
+  CUTE_DEVICE void scale_dkey(AccumulatorDK& tDK) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tDK); ++i) tDK(i) = finite_or_nan(tDK(i)) * p.softmax_scale;
+  }
+};
+
+}  // namespace jax_fa3

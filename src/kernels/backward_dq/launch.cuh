@@ -1,0 +1,42 @@
+// Plan and problem become tensor maps, kernel parameters and one launch.
+#pragma once
+
+#include "device/launch.cuh"
+#include "kernels/backward_dq/kernel.cuh"
+#include "kernels/maps.cuh"
+
+namespace jax_fa3 {
+
+// `counter` is 0 when the kernel starts; `statistics` has `statistics_rows` rows for each head.
+template <class Config>
+Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
+                     const RowStatistics* statistics, int statistics_rows, int* counter,
+                     cudaStream_t stream) {
+  using T = DQueryTraits<Config>;
+  const Shape& s = problem.shape;
+  const CallMaps maps{s, problem.workspace};
+  DQueryParams p;
+  JFA_CHECK_OK(
+      maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim, kWarpgroupRows));
+  JFA_CHECK_OK(
+      maps.of_queries<typename T::DOTile>(&p.dout, problem.dout, s.head_dim_v, kWarpgroupRows));
+  JFA_CHECK_OK(maps.of_keys<typename T::KTile>(&p.key, problem.key, s.head_dim));
+  JFA_CHECK_OK(maps.of_keys<typename T::VTile>(&p.value, problem.value, s.head_dim_v));
+  JFA_CHECK_OK(
+      maps.of_queries<typename T::QTile>(&p.dquery, problem.dquery, s.head_dim, kWarpgroupRows));
+  static_cast<CommonParams&>(p) = common_params(problem);
+  const bool causal = problem.mask.window_right < kUnbounded;
+  p.scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
+                              p.num_heads,
+                              static_cast<int>(s.batch * s.num_heads_q),
+                              causal ? plan.heads_per_group : 1,
+                              static_cast<int>(plan.num_tiles),
+                              /*last_block_first=*/causal,
+                              counter};
+  p.statistics_rows = statistics_rows;
+  p.statistics = statistics;
+  return launch_kernel("dquery_kernel", dquery_kernel<Config>, dim3(plan.grid), T::kThreads,
+                       sizeof(typename T::SharedStorage), stream, p);
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,18 @@
+// What the launch of the separate dQ kernel needs beside the backward kernel's Config.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_fa3 {
+
+// Query rows of a work tile, 64 for each consumer warpgroup: three of them where their accumulators
+// fit the registers.
+constexpr int dquery_block_m(int head_dim) { return head_dim <= 96 ? 192 : 128; }
+
+struct DQueryPlan {
+  std::int32_t heads_per_group;  // (batch, query head) pairs whose K and V are in use at once
+  std::int64_t num_tiles;
+  std::int32_t grid;
+};
+
+}  // namespace jax_fa3

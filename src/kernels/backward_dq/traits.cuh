@@ -1,0 +1,82 @@
+// Everything that the dQ kernel makes of a backward Config: tiles, MMAs, shared memory, thread
+// roles.
+#pragma once
+
+#include "attention/kv.cuh"
+#include "attention/mask.cuh"
+#include "attention/row_statistics.cuh"
+#include "attention/scheduler.cuh"
+#include "attention/score.cuh"
+#include "device/mma.cuh"
+#include "device/pipeline.cuh"
+#include "device/warpgroup.cuh"
+#include "kernels/backward_dq/plan.h"
+#include "kernels/params.h"
+
+namespace jax_fa3 {
+
+// What the kernel is launched with. Tensor maps travel by value.
+struct DQueryMaps {
+  CUtensorMap query;   // boxes of 64 rows
+  CUtensorMap dout;    // boxes of 64 rows
+  CUtensorMap key;     // boxes of kBlockN rows
+  CUtensorMap value;   // boxes of kBlockN rows
+  CUtensorMap dquery;  // boxes of 64 rows
+};
+struct DQueryParams : DQueryMaps, CommonParams {
+  TileScheduler scheduler;          // blocks of queries, query heads
+  int statistics_rows;              // of a head: seqlen_q, padded
+  const RowStatistics* statistics;  // [b, h_q, statistics_rows]
+};
+
+template <class Config>
+struct DQueryTraits {
+  using Element = ElementOf<Config::kDType>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kHeadDimV = Config::kHeadDimV;
+  static constexpr int kBlockM = dquery_block_m(kHeadDim);
+  static constexpr int kConsumers = kBlockM / kWarpgroupRows;
+  // As many keys as registers hold of S and dP beside dQ and the dS before.
+  static constexpr int kBlockN = kConsumers == 2 && kHeadDim <= 128 ? 96 : 64;
+
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr Registers kRegisters = registers_of(kConsumers, kHeadDim > 192);
+
+  using QTile = SmemTile<Element, kBlockM, kHeadDim>;
+  using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
+  using KTile = SmemTile<Element, kBlockN, kHeadDim>;
+  using VTile = SmemTile<Element, kBlockN, kHeadDimV>;
+
+  // S = Q K^T, dP = dO V^T, dQ += dS K with dS from registers.
+  using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
+  using MmaDQ = MmaRS<Element, kHeadDim, Major::MN>;
+
+  using Source = Contiguous<KTile, VTile>;
+  using Score = Plain;
+  using Masking = Window;
+  static_assert(Score::kIsLinear, "dS is made of P and dP alone");
+
+  // V is used early in a step and K to its end: K has a stage more where there is no room for two
+  // of both.
+  static constexpr int kFreeBytes = 226 * 1024 - QTile::kBytes - DOTile::kBytes;
+  static constexpr int kPairs = kFreeBytes / (KTile::kBytes + VTile::kBytes);
+  static constexpr int kValueStages = kPairs < 4 ? kPairs : 4;
+  static constexpr int kKeyStages = kValueStages == 1 ? 2 : kValueStages;
+  static_assert(kKeyStages * KTile::kBytes + kValueStages * VTile::kBytes <= kFreeBytes);
+
+  using Works = WorkQueue<1 + kConsumers>;
+
+  struct SharedStorage {
+    alignas(1024) Element query[QTile::kElements];  // in the end dQ
+    alignas(1024) Element dout[DOTile::kElements];
+    alignas(1024) Element key[kKeyStages][KTile::kElements];
+    alignas(1024) Element value[kValueStages][VTile::kElements];
+    Works works;
+    RingBarriers<1> query_ring[kConsumers];  // Q and dO, each its own 64 rows
+    RingBarriers<kKeyStages> key_ring;
+    RingBarriers<kValueStages> value_ring;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+}  // namespace jax_fa3

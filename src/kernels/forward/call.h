@@ -1,0 +1,62 @@
+// The custom call of the forward pass.
+#pragma once
+
+#include <cmath>
+
+#include "call/text.h"
+#include "ffi/handler.h"
+#include "ffi/options.h"
+#include "ffi/plan_cache.h"
+#include "kernels/forward/family.h"
+
+namespace jax_fa3 {
+
+struct ForwardCall : ArrayTable<ForwardProblem> {
+  static constexpr const char* kTarget = "jax_fa3_forward";
+  using Attributes = CallAttributes;
+
+  static Status check(const Attributes& a) { return check_forward(a.options); }
+  static Types types(const Attributes&) { return {}; }
+
+  static Arrays<Problem> operands(const Attributes& a) {
+    return with_index(
+        {
+            array<&Problem::query>(operands::kQuery),
+            array<&Problem::key>(operands::kKey),
+            array<&Problem::value>(operands::kValue),
+        },
+        a.options);
+  }
+  static Arrays<Problem> results(const Attributes&) {
+    return {
+        array<&Problem::out>(operands::kOut),
+        array<&Problem::lse>(operands::kLse),
+        array<&Problem::tile_counter>(operands::kTileCounter),
+    };
+  }
+  static void fill(const Attributes& a, const Extents&, Problem& problem) {
+    fill_call(a.options, problem);
+    problem.rescale_threshold = a.options.rescale_threshold;
+  }
+
+  static Status validate(const Problem& problem) {
+    JFA_CHECK_OK(check_call(problem));
+    if (problem.rescale_threshold >= 0 && std::isfinite(problem.rescale_threshold)) return {};
+    return invalid_argument(concat("rescale_threshold must be non-negative and finite, got ",
+                                   problem.rescale_threshold));
+  }
+
+  static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
+  static StatusOr<ForwardPlan> plan(const Problem& problem, int num_sms) {
+    static PlanCache<ForwardPlan, Shape, MaskOptions, int> cache;
+    const auto make = [](const Shape& shape, const MaskOptions& mask, int num_sms) {
+      return plan_forward(shape, mask, KernelTable<Forward>::compiled(), num_sms);
+    };
+    return cache.get(make, problem.shape, problem.mask, num_sms);
+  }
+  static Status launch(const ForwardPlan& plan, const Problem& problem, CUstream_st* stream) {
+    return KernelTable<Forward>::launch(plan, problem, stream);
+  }
+};
+
+}  // namespace jax_fa3

@@ -1,0 +1,3 @@
+#include "kernels/forward/call.h"
+
+JFA_HANDLER(jax_fa3_forward, jax_fa3::ForwardCall);

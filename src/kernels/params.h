@@ -1,0 +1,34 @@
+// What every attention kernel is launched with, beside its tensor maps and what is its own.
+#pragma once
+
+#include "attention/score.h"
+#include "call/problem.h"
+
+namespace jax_fa3 {
+
+// A kernel's parameters begin with their tensor maps, of which the kernel computes addresses; these
+// come next.
+struct CommonParams {
+  MaskOptions mask;
+  IndexArrays index;
+  int seqlen_q;
+  int seqlen_k;
+  int num_heads;  // of query
+  int heads_per_kv_head;
+  float softmax_scale;
+  float softmax_scale_log2;
+};
+
+inline CommonParams common_params(const CallProblem& problem) {
+  const Shape& s = problem.shape;
+  return {problem.mask,
+          problem.index,
+          static_cast<int>(s.seqlen_q),
+          static_cast<int>(s.seqlen_k),
+          static_cast<int>(s.num_heads_q),
+          static_cast<int>(s.num_heads_q / s.num_heads_kv),
+          problem.softmax_scale,
+          problem.softmax_scale * kLog2e};
+}
+
+}  // namespace jax_fa3

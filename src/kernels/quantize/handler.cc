@@ -1,0 +1,3 @@
+#include "kernels/quantize/call.h"
+
+JFA_HANDLER(jax_fa3_quantize, jax_fa3::QuantizeCall);

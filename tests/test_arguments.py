@@ -1,0 +1,64 @@
+"""The record of the public arguments, and the signatures and tables that must agree with it."""
+
+import dataclasses
+import inspect
+import typing
+
+import pytest
+
+import jax_fa3
+from jax_fa3.arguments import Arguments
+from jax_fa3.operands import Operands, Outputs
+from jax_fa3.options import AttentionOptions
+
+RECORD = {field.name: field.default for field in dataclasses.fields(Arguments)}
+NOT_ASKED = {"implementation"}  # of is_supported
+OF_WHOLE_SEQUENCES = {
+    "bias",
+    "mask",
+    "sequence_parallel",
+    "query_descale",
+    "key_descale",
+    "value_descale",
+    "value_is_prepared",
+}
+
+
+def defaults(function):
+    """{name: default} of a signature's parameters, in order."""
+    return {
+        name: dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def test_dot_product_attention_has_the_records_arguments():
+    assert list(defaults(jax_fa3.dot_product_attention).items()) == list(RECORD.items())
+
+
+def test_overloads_have_the_records_arguments():
+    for overload in typing.get_overloads(jax_fa3.dot_product_attention):
+        assert list(defaults(overload)) == list(RECORD)
+
+
+def test_is_supported_has_the_records_arguments():
+    want = {name: default for name, default in RECORD.items() if name not in NOT_ASKED}
+    assert list(defaults(jax_fa3.is_supported).items()) == list(want.items())
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "ulysses"])
+def test_divided_attention_has_the_records_arguments(strategy):
+    got = defaults(getattr(jax_fa3, f"{strategy}_attention"))
+    assert got.pop("axis_name") is dataclasses.MISSING and got.pop("layout") == "contiguous"
+    want = {name: default for name, default in RECORD.items() if name not in OF_WHOLE_SEQUENCES}
+    assert list(got.items()) == list(want.items())
+
+
+def test_rows_name_arguments():
+    """Every argument that is an array has a row, and every row has an argument."""
+    rows = Operands.rows()
+    named = {row.argument or name for name, row in rows.items()} - {"prepared_value"}
+    assert named <= RECORD.keys()
+    assert Outputs.rows().keys().isdisjoint(rows)
+    options = {field.name for field in dataclasses.fields(AttentionOptions)}
+    assert options & named == {"query_offset"}  # a number for all, or an array

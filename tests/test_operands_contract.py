@@ -1,0 +1,45 @@
+"""The rows of a call's arrays are one table in both languages, read from the C++ text."""
+
+import re
+from pathlib import Path
+
+from jax_fa3 import operands
+
+SRC = Path(__file__).parents[1] / "src"
+
+
+def operand_rows(text):
+    """name: (dimensions, element, optional) of the rows in call/operands.h."""
+    row = (
+        r'constexpr Operand k\w+\{"(\w+)", "([a-z0-9]+)", '
+        r"Element::k(\w+)(, /\*optional=\*/true)?\};"
+    )
+    rows = [(name, (dims, kind, bool(may))) for name, dims, kind, may in re.findall(row, text)]
+    assert len(rows) == text.count("constexpr Operand k")
+    return rows
+
+
+def test_every_array_is_one_row():
+    """One kind of element and one form for a name; a prepared value has other dimensions."""
+    rows = operand_rows((SRC / "call/operands.h").read_text())
+    assert len(set(rows)) == len(rows)
+    twice = {name for name, _ in rows if [n for n, _ in rows].count(name) > 1}
+    assert twice == {"value_out"}
+    letters = set("".join(dims for _, (dims, *_) in rows))
+    assert letters <= set("bsthkdemnpw1")
+
+
+def test_python_and_cpp_have_the_same_rows():
+    """What a user passes and gets, by its public name."""
+    cpp = dict(operand_rows((SRC / "call/operands.h").read_text()))
+    elements = {("float32",): "Float32", ("int32",): "Int32"}
+    compared = 0
+    for bundle in (operands.Operands, operands.Outputs):
+        for field, row in bundle.rows().items():
+            if row.refusal is not None:  # no kernel takes it
+                continue
+            name = row.argument or field
+            default = "Output" if bundle is operands.Outputs else "Input"
+            assert cpp[name] == (row.dims, elements.get(row.dtypes, default), row.flag), name
+            compared += 1
+    assert compared >= 12
