@@ -115,3 +115,36 @@ def check_on_tensor_cores(case, got, x):
     arrays = zip(x[:3], (*x[3:5], x.value_descale[..., None]), strict=True)
     wide_arrays = [np.nan_to_num(wide(a)) * by_row(scale, a.shape[1]) for a, scale in arrays]
     check(case, got, wide_arrays, products="tensor cores")
+
+
+def check_values_with_a_mean(case, attend):
+    """Weights that add up to 1, and sums that lose nothing: `attend` gives out and lse of a
+    QuantizedQKV, made from the case's query and key and from values that do not cancel."""
+    query, key, noise = case.inputs()[:3]
+    position = np.arange(case.seqlen_k)[:, None, None]
+    half = case.seqlen_k // 2
+    values = {
+        "ones": 1,
+        "the first half": position < half,
+        "the last half": position >= half,
+        "every second": position % 2 == 0,
+        "noise around 1": 1 + noise.astype(np.float32),
+    }
+    for name, value in values.items():
+        value = np.broadcast_to(np.float32(value), noise.shape).astype(noise.dtype)
+        x = quantize_qkv(query, key, value)
+        out, lse = map(wide, attend(x))
+        query8, key8, value8 = (np.swapaxes(a, 1, 2) for a in dequantised(x))
+        key8, value8 = (np.repeat(a, case.heads_q // case.heads_kv, 1) for a in (key8, value8))
+        scores = case.softmax_scale * (query8 @ np.swapaxes(key8, 2, 3))
+        scores = np.where(case.sees[:, None], scores, -np.inf)
+        row_max = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - row_max)
+        row_sum = weights.sum(-1, keepdims=True)
+        exact = np.swapaxes((weights / row_sum) @ value8, 1, 2)
+        if name == "ones":
+            assert np.abs(out - 1).max() <= 0.004, f"{name}: {np.abs(out - 1).max():.2e}"
+        error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
+        assert error <= 0.006, f"{name}: {error:.2e}"
+        exact_lse = np.swapaxes((row_max + np.log(row_sum))[..., 0], 1, 2)
+        np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=1e-3)

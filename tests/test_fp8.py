@@ -1,5 +1,6 @@
 """The forward pass in float8: what is rounded, what is not, and that it goes everywhere."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,16 @@ from jax.sharding import PartitionSpec as P
 import jax_fa3
 from cases import Case
 from collectives import collectives
-from float8 import FLOAT8, by_row, check, dequantised, operands, quantised, wide
+from float8 import (
+    FLOAT8,
+    by_row,
+    check,
+    check_values_with_a_mean,
+    dequantised,
+    operands,
+    quantised,
+    wide,
+)
 from jax_fa3 import dot_product_attention, quantize_qkv
 from meshes import KINDS, STRATEGIES, both_kinds, compiled_for, mesh_of, place, run
 from transforms import assert_near
@@ -56,6 +66,14 @@ def test_sixteen_bit_inputs(case):
     out, lse = attend(case, *case.inputs()[:3], forward_dtype=FLOAT8)
     assert (out.dtype, lse.dtype) == (case.dtype, jnp.float32)
     check(case, (out, lse), dequantised(quantised(case)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_with_a_mean(head_dim, causal):
+    case = Case(batch=1, seqlen_q=60, seqlen_k=2100, heads_q=2, heads_kv=1, head_dim=head_dim)
+    case = dataclasses.replace(case, causal=causal, offset=2040)
+    check_values_with_a_mean(case, lambda x: attend(case, **x._asdict()))
 
 
 def test_mask_and_bias():

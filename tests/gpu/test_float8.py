@@ -13,7 +13,14 @@ import pytest
 from kernels import FEATURES, HEAD_DIM_PAIRS, HEADS, KERNELS, SHAPES, resolve
 
 from cases import Case
-from float8 import FLOAT8, NAN, check_on_tensor_cores, make, wide
+from float8 import (
+    FLOAT8,
+    NAN,
+    check_on_tensor_cores,
+    check_values_with_a_mean,
+    make,
+    wide,
+)
 from jax_fa3 import dot_product_attention, ffi, quantize_qkv
 from jax_fa3.float8.rounding import prepare_value, quantize, rounded
 from jax_fa3.operands import Operands
@@ -140,6 +147,45 @@ def test_many_keys(head_dim):
         offset=19_700,
     )
     x = make(case)
+    check_on_tensor_cores(case, run(case, x), x)
+
+
+@pytest.mark.parametrize("keys", (1000, 4096, 30_000))
+@pytest.mark.parametrize("head_dims", (*HEAD_DIM_PAIRS, (80, 48)), ids=str)
+def test_values_with_a_mean(head_dims, keys):
+    """The tensor cores' sums are short enough, and weights add up to 1, at every head dim."""
+    case = Case(
+        batch=1,
+        seqlen_q=150,
+        seqlen_k=keys,
+        heads_q=2,
+        heads_kv=1,
+        head_dim=head_dims[0],
+        head_dim_v=head_dims[1],
+        causal=keys == 4096,
+        offset=keys - 150 if keys == 4096 else 0,
+    )
+    check_values_with_a_mean(case, lambda x: run(case, x))
+
+
+def test_causal_values_of_one():
+    """Rows of few keys, too."""
+    case = Case(batch=1, seqlen_q=700, seqlen_k=700, heads_q=2, heads_kv=2, causal=True)
+    check_values_with_a_mean(case, lambda x: run(case, x))
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("last", (0, 9), ids=("falling", "rising"))
+def test_weights_that_outgrow_float32(head_dim, last):
+    """Logits that grow by 2^120 and more from one key tile to the next, all of them exact."""
+    case = Case(batch=1, seqlen_q=200, seqlen_k=1000, heads_q=2, heads_kv=1, head_dim=head_dim)
+    x = make(case)
+    tile = np.abs(np.arange(case.seqlen_k) // 100 - last)  # grows from right to left, or falls
+    for array, column in ((x.query, 64), (x.key, 24 * tile[None, :, None])):
+        array.view(np.uint8)[:] = 0
+        array[..., 0] = column
+    for descale in (x.query_descale, x.key_descale):
+        descale[:] = 1
     check_on_tensor_cores(case, run(case, x), x)
 
 
