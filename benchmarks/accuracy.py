@@ -14,7 +14,9 @@ rotation of query and key ("Hadamard"), and with both: "jax_fa3" is `forward_dty
 are float16's at a float8 output.
 
 A second table has the error of the output against the length of the sequence, for which some query
-rows stand: each row meets all keys. --quick is for a CPU: short sequences and two heads.
+rows stand: each row meets all keys. A third has float8's, by head dim, for values with a mean and
+without, N(0, 1) queries and keys, against float64 on the same rounded inputs. --quick is for a CPU:
+short sequences and two heads.
 """
 
 import argparse
@@ -37,6 +39,14 @@ from benchmarks.timing import describe
 ARRAYS = ("out", "dquery", "dkey", "dvalue")
 SEQLENS, QUICK_SEQLENS = (1024, 4096, 16384, 65536, 131072), (512, 2048, 8192)
 ROWS, ROW_HEADS = 512, 2  # query rows that stand for a sequence
+MEAN_HEAD_DIMS = (64, 96, 128, 192, 256)
+MEAN_VALUES = {  # of N(0, 1) numbers and their keys' positions, from 0 to 1
+    "N(0, 1)": lambda noise, at: noise,
+    "N(1, 1)": lambda noise, at: 1 + noise,
+    "1": lambda noise, at: np.ones_like(noise),
+    "1 in the first half": lambda noise, at: (at < 0.5) + 0 * noise,
+    "1 at every second key": lambda noise, at: (np.arange(len(at)) % 2 == 0)[:, None] + 0 * noise,
+}
 
 
 def draw(queries: int, keys: int, heads: int, head_dim: int, seed: int = 0) -> list[np.ndarray]:
@@ -193,6 +203,56 @@ def measure_lengths(seqlens: tuple[int, ...], head_dim: int) -> list[dict]:
     return records
 
 
+def dequantized(x, descale) -> np.ndarray:
+    """Of one head, [rows, head_dim], in float64."""
+    rows = np.repeat(np.asarray(descale, np.float64).ravel(), 128)[: x.shape[1], None]
+    scale = rows if np.size(descale) > 1 else np.asarray(descale, np.float64).item()
+    return np.asarray(x[0, :, 0], np.float64) * scale
+
+
+def measure_means(seqlens: tuple[int, ...]) -> list[dict]:
+    """Relative error of float8's output and largest error of its LSE, for ROWS query rows."""
+    records = []
+    attend = jax.jit(partial(our_attention(), return_residual=True))
+    for head_dim in MEAN_HEAD_DIMS:
+        for seqlen in seqlens:
+            rng = np.random.default_rng(head_dim + seqlen)
+            query, key, noise = (rng.standard_normal((n, head_dim)) for n in (ROWS, seqlen, seqlen))
+            at = np.arange(seqlen)[:, None] / seqlen
+            for name, values in MEAN_VALUES.items():
+                arrays = (x[None, :, None] for x in (query, key, values(noise, at)))
+                x = jax_fa3.quantize_qkv(*(jnp.asarray(a, jnp.bfloat16) for a in arrays))
+                out, lse = (np.asarray(a, np.float64)[0, :, 0] for a in attend(**x._asdict()))
+                query8, key8 = dequantized(x[0], x[3]), dequantized(x[1], x[4])
+                scores = head_dim**-0.5 * (query8 @ key8.T)
+                top = scores.max(-1, keepdims=True)
+                weights = np.exp(scores - top)
+                total = weights.sum(-1, keepdims=True)
+                want = weights / total @ dequantized(x[2], x[5])
+                records.append(
+                    dict(
+                        head_dim=head_dim,
+                        seqlen=seqlen,
+                        values=name,
+                        error=float(np.linalg.norm(out - want) / np.linalg.norm(want)),
+                        largest=float(np.abs(out - want).max()),
+                        lse=float(np.abs(lse - (top + np.log(total))[:, 0]).max()),
+                    )
+                )
+    return records
+
+
+def mean_table(records: list[dict]) -> str:
+    rows = {(x["head_dim"], x["seqlen"]): [str(x["head_dim"]), str(x["seqlen"])] for x in records}
+    for x in records:
+        error = x["largest"] if x["values"] == "1" else x["error"]
+        rows[x["head_dim"], x["seqlen"]].append(f"{error:.1e}")
+    for x in records:
+        if x["values"] == "N(0, 1)":
+            rows[x["head_dim"], x["seqlen"]].append(f"{x['lse']:.1e}")
+    return table(["head_dim", "keys", *MEAN_VALUES, "LSE, largest"], rows.values())
+
+
 def error_table(records: list[dict]) -> str:
     """Errors, and how many times the output's is smaller than that of standard attention."""
     standards = {x["dtype"]: x.get("out") for x in records if x["implementation"] == "standard"}
@@ -228,6 +288,10 @@ def render(data: dict) -> str:
             f"## RMSE of the output against the length: {ROWS} query rows, {ROW_HEADS} heads of "
             f"{data['head_dim']}\n",
             length_table(lengths),
+            f"## Float8 by head dim and values: relative error of the output ({ROWS} query rows, "
+            "queries and keys N(0, 1), float64 on the same rounded inputs), for values of 1 the "
+            "largest error\n",
+            mean_table(data["means"]),
             *sorted(notes),
         ]
     )
@@ -294,6 +358,7 @@ def main() -> int:
         **sizes,
         records=measure(**sizes),
         lengths=measure_lengths(QUICK_SEQLENS if args.quick else SEQLENS, args.head_dim),
+        means=measure_means(QUICK_SEQLENS if args.quick else SEQLENS),
     )
     save(data, args.output / "accuracy.json")
     report = render(data)
