@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # A reduction in a custom_partitioning rule counts the padding of shards of unequal size.
 #
-# Versions: jax and jaxlib 0.10.2 (Shardy), ml_dtypes 0.6.0, numpy 2.4.6; four simulated CPU devices.
-# Expected: with_sharding_constraint may lay 6 rows over 4 devices. A custom_partitioning function that
-#   gets them is told so, is refused (shard_map refuses) or gets the rows whole, and sum(exp(x)) is the
-#   same as without devices.
-# Seen: the rule is offered the sharding as it stands, with the global shape (6,), and its function is
-#   traced for shards of 2. Shards are padded to 8 rows in total, so a psum of local sums of exp(0)
-#   gives 8 instead of 6, without a warning; 5 rows give 8 as well. XLA masks the padding in reductions
-#   of its own: the same sum in plain jax.numpy, with the same constraint, is right. The padding is not
-#   zero either: operations before the call are applied to it. Elementwise functions stay right, which
-#   hides the problem. A rule has to compare shape and mesh itself and ask for a replicated operand.
+# Versions: jax and jaxlib 0.10.2 (Shardy), ml_dtypes 0.6.0, numpy 2.4.6; four simulated CPU
+#   devices.
+# Expected: with_sharding_constraint may lay 6 rows over 4 devices. A custom_partitioning function
+#   that gets them is told so, is refused (shard_map refuses) or gets the rows whole, and
+#   sum(exp(x)) is the same as without devices.
+# Seen: the rule is offered the sharding as it stands, with the global shape (6,), and its function
+#   is traced for shards of 2. Shards are padded to 8 rows in total, so a psum of local sums of
+#   exp(0) gives 8 instead of 6, without a warning; 5 rows give 8 as well. XLA masks the padding in
+#   reductions of its own: the same sum in plain jax.numpy, with the same constraint, is right. The
+#   padding is not zero either: operations before the call are applied to it. Elementwise functions
+#   stay right, which hides the problem. A rule has to compare shape and mesh itself and ask for a
+#   replicated operand.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -68,7 +70,7 @@ for count, result in ((8, 8), (6, 8), (5, 8)):
     traced.clear()
     got = float(run(exp_sum, jnp.zeros(count)))
     plain = float(run(lambda x: jnp.exp(x).sum(), jnp.zeros(count)))
-    print(f"{count} rows: rule offered {offered}, traced for {traced}: sum {got}, jax.numpy {plain}")
+    print(f"{count} rows: offered {offered}, traced for {traced}: sum {got}, jax.numpy {plain}")
     assert offered[0] == ((count,), PartitionSpec("i")) and traced[-1] == (2,)
     assert got == result and plain == count
 

@@ -2,16 +2,16 @@
 # The gradient of block-scaled quantization is NaN as soon as its scale passes through e8m0fnu.
 #
 # Versions: jax and jaxlib 0.10.2, ml_dtypes 0.6.0, numpy 2.4.6; CPU.
-# Expected: the largest magnitude of a block, converted to e8m0fnu, is its scale: a power of two. Scaling
-#   down and up again has the gradient 1, because the cotangents of the two uses of the scale cancel,
-#   as they do without the conversion.
-# Seen: the cotangent of an e8m0fnu value is e8m0fnu, a dtype with neither sign nor zero; 0 and negative
-#   numbers become NaN in it. So the gradient is NaN, while the forward pass is exact: in eager mode at
-#   every element; under jit at the largest of each block only, because XLA turns the product of the
-#   cotangent and the mask of the maximum into a select. stop_gradient on the scale repairs it, and so
-#   does ceil, which cuts the path before a cotangent gets there: whether a recipe fails depends on who
-#   rounds to the power of two. The missing zero has two values elsewhere: jnp.zeros and jnp.pad give
-#   NaN, np.zeros gives 2**-127, from bytes of zero.
+# Expected: the largest magnitude of a block, converted to e8m0fnu, is its scale: a power of two.
+#   Scaling down and up again has the gradient 1, because the cotangents of the two uses of the
+#   scale cancel, as they do without the conversion.
+# Seen: the cotangent of an e8m0fnu value is e8m0fnu, a dtype with neither sign nor zero; 0 and
+#   negative numbers become NaN in it. So the gradient is NaN, while the forward pass is exact: in
+#   eager mode at every element; under jit at the largest of each block only, because XLA turns the
+#   product of the cotangent and the mask of the maximum into a select. stop_gradient on the scale
+#   repairs it, and so does ceil, which cuts the path before a cotangent gets there: whether a
+#   recipe fails depends on who rounds to the power of two. The missing zero has two values
+#   elsewhere: jnp.zeros and jnp.pad give NaN, np.zeros gives 2**-127, from bytes of zero.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

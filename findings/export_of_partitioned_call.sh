@@ -2,15 +2,16 @@
 # jax.export refuses a program with custom_partitioning over several devices for host callbacks that
 # it does not have.
 #
-# Versions: jax and jaxlib 0.10.2 (Shardy), ml_dtypes 0.6.0, numpy 2.4.6; four simulated CPU devices.
-# Expected: the call is exported, or it is refused by its name, as jax.export refuses any custom call
-#   without a guarantee of compatibility, and DisabledSafetyCheck.custom_call lets it through.
-# Seen: "serialization of host_callbacks is not yet implemented", from jax.export.export itself, before
-#   anything is serialized. No callback is in the program: what counts as one is the partition rule,
-#   which the lowering keeps alive in the same list. Disabling the check of the custom call does not
-#   help. The same function exports for one device, where the call is inlined and leaves no trace, and
-#   from inside a shard_map over the same four devices. So a program tested on one device stops being
-#   exportable on a mesh.
+# Versions: jax and jaxlib 0.10.2 (Shardy), ml_dtypes 0.6.0, numpy 2.4.6; four simulated CPU
+#   devices.
+# Expected: the call is exported, or it is refused by its name, as jax.export refuses any custom
+#   call without a guarantee of compatibility, and DisabledSafetyCheck.custom_call lets it through.
+# Seen: "serialization of host_callbacks is not yet implemented", from jax.export.export itself,
+#   before anything is serialized. No callback is in the program: what counts as one is the
+#   partition rule, which the lowering keeps alive in the same list. Disabling the check of the
+#   custom call does not help. The same function exports for one device, where the call is inlined
+#   and leaves no trace, and from inside a shard_map over the same four devices. So a program tested
+#   on one device stops being exportable on a mesh.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

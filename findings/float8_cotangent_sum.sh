@@ -4,12 +4,13 @@
 # Versions: jax and jaxlib 0.10.2, ml_dtypes 0.6.0, numpy 2.4.6; CPU.
 # Expected: loss = sum over n uses of float32(float8(w)); its gradient in w is n. The loss itself is
 #   computed in float32 and w is float32, so nothing seems to be added in float8.
-# Seen: the cotangent of a float8 value is float8, and the cotangents of its uses are added in float8.
-#   In e4m3fn 16 + 1 is a tie between 16 and 18 and goes to 16: the gradient stops at 16 for 64 uses
-#   and for 1000, without NaN. Python loop and lax.scan, eager and jit do the same. In e5m2 it stops
-#   at 8. Uses through one broadcast stop elsewhere: there XLA keeps several partial sums in float8, so
-#   the value depends on its reduction and not only on the program. Converting back to float32 once,
-#   before the uses, gives 64; then the one conversion of the sum gives NaN from 465 on.
+# Seen: the cotangent of a float8 value is float8, and the cotangents of its uses are added in
+#   float8. In e4m3fn 16 + 1 is a tie between 16 and 18 and goes to 16: the gradient stops at 16 for
+#   64 uses and for 1000, without NaN. Python loop and lax.scan, eager and jit do the same. In e5m2
+#   it stops at 8. Uses through one broadcast stop elsewhere: there XLA keeps several partial sums
+#   in float8, so the value depends on its reduction and not only on the program. Converting back to
+#   float32 once, before the uses, gives 64; then the one conversion of the sum gives NaN from 465
+#   on.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -46,7 +47,8 @@ def converted_once(w, n, dtype):
 def gradient(function, n, dtype):
     derivative = jax.grad(lambda w: function(w, n, dtype))
     eager, jitted = float(derivative(1.0)), float(jax.jit(derivative)(1.0))
-    print(f"{jnp.dtype(dtype).name:14} {function.__name__:15} {n:5} uses: {eager} eager, {jitted} jit")
+    name = f"{jnp.dtype(dtype).name:14} {function.__name__:15}"
+    print(f"{name} {n:5} uses: {eager} eager, {jitted} jit")
     assert eager == jitted or (math.isnan(eager) and math.isnan(jitted)), "eager and jit differ"
     return eager
 

@@ -3,14 +3,14 @@
 # no infinities.
 #
 # Versions: jax and jaxlib 0.10.2, ml_dtypes 0.6.0, numpy 2.4.6; CPU.
-# Expected: the neutral element of a maximum is the lowest number of the dtype, so the maximum of
-#   1, 2, 4 is 4 in each dtype, and a softmax of finite numbers is finite.
+# Expected: the neutral element of a maximum is the lowest number of the dtype, so the maximum of 1,
+#   2, 4 is 4 in each dtype, and a softmax of finite numbers is finite.
 # Seen: softmax, log_softmax, segment_max and segment_min start from -inf (+inf). A conversion of an
 #   infinity to e4m3fn or to a "fnuz" dtype gives NaN, and a maximum with NaN is NaN. jnp.max,
 #   lax.cummax and logsumexp of the same arrays are right, so a model fails in one function and not
-#   in its twin. e8m0fnu, the dtype of block scales, fails in jnp.max too: it has no zero and no sign,
-#   and its maximum starts from a value that it cannot hold. e5m2, e4m3 (IEEE) and e3m4 have infinities
-#   and are right; so is e2m1fn, which has neither and saturates.
+#   in its twin. e8m0fnu, the dtype of block scales, fails in jnp.max too: it has no zero and no
+#   sign, and its maximum starts from a value that it cannot hold. e5m2, e4m3 (IEEE) and e3m4 have
+#   infinities and are right; so is e2m1fn, which has neither and saturates.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,12 +2,12 @@
 # custom_vjp(..., optimize_remat=True) hides the names of its residuals from checkpoint policies.
 #
 # Versions: jax and jaxlib 0.10.2, ml_dtypes 0.6.0, numpy 2.4.6; CPU.
-# Expected: optimize_remat drops a forward rule whose residuals are not used; it does not change which
-#   values a policy such as save_only_these_names can save.
-# Seen: without it, the value named in the forward rule is saved and the costly function (here: sine)
-#   runs once in a step. With it, the same policy saves only the argument of the checkpointed function,
-#   and the function runs twice, without a warning. A name around the call does not bring the count
-#   back, because the forward rule runs again for its residuals.
+# Expected: optimize_remat drops a forward rule whose residuals are not used; it does not change
+#   which values a policy such as save_only_these_names can save.
+# Seen: without it, the value named in the forward rule is saved and the costly function (here:
+#   sine) runs once in a step. With it, the same policy saves only the argument of the checkpointed
+#   function, and the function runs twice, without a warning. A name around the call does not bring
+#   the count back, because the forward rule runs again for its residuals.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# ptxas -Werror accepts a kernel whose WGMMA pipeline it has serialized, and a debug build serializes
-# every one, for a reason that is not so.
+# ptxas -Werror accepts a kernel whose WGMMA pipeline it has serialized, and a debug build
+# serializes every one, for a reason that is not so.
 #
 # Version: ptxas 13.0.88 (nvidia-cuda-nvcc), sm_90a; compiles only. 13.5.37 does the same.
-# Expected: "Potential Performance Loss: wgmma.mma_async instructions are serialized" is a warning. It
-#   fails a build with -Werror, and it names the cause.
-# Seen: the message is printed without -v, but as "info": -Werror exits with 0 and writes the cubin. A
-#   real warning does become an error. So only the text of the log tells a build that lost its
-#   asynchronous tensor cores. The kernel is correct, silent at -O1 and above, and serialized at -O0:
-#   C7511 blames "insufficient register resources" for one accumulator of 4 registers, with no limit
-#   set and 32 of 255 registers in use.
+# Expected: "Potential Performance Loss: wgmma.mma_async instructions are serialized" is a warning.
+#   It fails a build with -Werror, and it names the cause.
+# Seen: the message is printed without -v, but as "info": -Werror exits with 0 and writes the cubin.
+#   A real warning does become an error. So only the text of the log tells a build that lost its
+#   asynchronous tensor cores. The kernel is correct, silent at -O1 and above, and serialized at
+#   -O0: C7511 blames "insufficient register resources" for one accumulator of 4 registers, with no
+#   limit set and 32 of 255 registers in use.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -62,7 +62,7 @@ echo "== -O0 -Werror"
 grep -q "^ptxas info .*(C7511).*serialized due to insufficient register resources" slow.log
 if grep -qE "^ptxas (warning|error)" slow.log; then exit 1; fi
 [ -s slow.cubin ]
-used=$("$ptxas" -arch=sm_90a -v -O0 kernel.ptx -o slow.cubin 2>&1 | grep -oE "Used [0-9]+ registers")
+used=$("$ptxas" -arch=sm_90a -v -O0 kernel.ptx -o v.cubin 2>&1 | grep -oE "Used [0-9]+ registers")
 echo "$used"
 [ "$(echo "$used" | grep -oE "[0-9]+")" -lt 40 ]
 

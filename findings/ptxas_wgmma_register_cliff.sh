@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# One register fewer than a WGMMA loop needs makes ptxas spill a whole accumulator and serialize, and
-# the need is 26 registers above what the WGMMA operands occupy.
+# One register fewer than a WGMMA loop needs makes ptxas spill a whole accumulator and serialize,
+# and the need is 26 registers above what the WGMMA operands occupy.
 #
 # Version: ptxas 13.0.88 (nvidia-cuda-nvcc), sm_90a; compiles only. 13.5.37 gives the same numbers.
-# Expected: a kernel whose live values fit under .maxnreg does not spill; below that point, spills grow
-#   a register at a time, as they do in code without WGMMA.
-# Seen: a kernel with one m64nNk16 accumulator and nothing else needs N/2 + 26 registers, for each N;
-#   with one fewer, ptxas gives up (C7602). An attention-like loop (scores S in 64 registers, weights P
-#   as a register operand in 32, output O in 64) needs exactly 64 + 64 + 26 = 154 if P is made and used
-#   in one iteration, since P takes the place of S. At 153 it does not spill one register but stores
-#   512 bytes, and C7512 serializes the pipeline. If P crosses the back edge, so that the next scores
-#   run beside P V, it needs exactly 64 + 64 + 32 + 26 = 186; at 185 it spills and is serialized.
-#   Code without WGMMA that keeps the same 128 floats alive fits with more than ten registers fewer.
+# Expected: a kernel whose live values fit under .maxnreg does not spill; below that point, spills
+#   grow a register at a time, as they do in code without WGMMA.
+# Seen: a kernel with one m64nNk16 accumulator and nothing else needs N/2 + 26 registers, for each
+#   N; with one fewer, ptxas gives up (C7602). An attention-like loop (scores S in 64 registers,
+#   weights P as a register operand in 32, output O in 64) needs exactly 64 + 64 + 26 = 154 if P is
+#   made and used in one iteration, since P takes the place of S. At 153 it does not spill one
+#   register but stores 512 bytes, and C7512 serializes the pipeline. If P crosses the back edge, so
+#   that the next scores run beside P V, it needs exactly 64 + 64 + 32 + 26 = 186; at 185 it spills
+#   and is serialized. Code without WGMMA that keeps the same 128 floats alive fits with more than
+#   ten registers fewer.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

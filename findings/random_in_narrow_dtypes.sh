@@ -7,11 +7,11 @@
 #   jax.random.normal(key, shape).astype(dtype).
 # Seen: the uniform variate below it has only the mantissa bits of the dtype, 2**mantissa values. So
 #   normal has 8 distinct values in e4m3fn and 128 in bfloat16 (float32 rounded to bfloat16: nearly
-#   three thousand), no bfloat16 sample is beyond 2.9, and the mean is below zero: -0.14 in e4m3fn and
-#   -0.011 in bfloat16, five standard errors of 200000 samples.
-#   truncated_normal in e4m3fn is NaN everywhere, although [-2, 2] fits. categorical takes its Gumbel
-#   noise in the dtype of the logits: of 64 equal e4m3fn logits the first index gets an eighth of all
-#   draws, eight times its share, because equal maxima go to the lower index.
+#   three thousand), no bfloat16 sample is beyond 2.9, and the mean is below zero: -0.14 in e4m3fn
+#   and -0.011 in bfloat16, five standard errors of 200000 samples. truncated_normal in e4m3fn is
+#   NaN everywhere, although [-2, 2] fits. categorical takes its Gumbel noise in the dtype of the
+#   logits: of 64 equal e4m3fn logits the first index gets an eighth of all draws, eight times its
+#   share, because equal maxima go to the lower index.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
