@@ -198,7 +198,8 @@ def _fold_lengths(x: ArrayLike | None) -> jax.Array | None:
 
 def _lengths(mask: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """int32 [batch]: the number of keys up to the last that any row of a folded mask sees."""
-    ends = jnp.where(mask.any((1, 2)), jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32), 0)
+    count = jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32)[None]
+    ends = jnp.where(mask.any((1, 2)), count, 0)
     return jnp.broadcast_to(ends.max(1, initial=0), (math.prod(batch),))
 
 
