@@ -178,7 +178,11 @@ VALUES = [
     (dict(query_offset="1"), TypeError, ["query_offset", "'1'", "int"]),
     (dict(query_offset=1 << 40), ValueError, ["query_offset", str(1 << 40)]),
     (dict(query_offset=-(1 << 31)), ValueError, ["query_offset", str(-(1 << 31))]),
-    (dict(implementation="cudnn"), ValueError, ["implementation", "'cudnn'", "fa3", "xla"]),
+    (
+        dict(implementation="cudnn"),
+        ValueError,
+        ["implementation", "'cudnn'", "fa3", "None takes", "jax.nn"],
+    ),
     (dict(implementation="FA3"), ValueError, ["implementation", "'FA3'", "fa3", "xla"]),
     (dict(implementation=3), ValueError, ["implementation", "3", "fa3", "xla"]),
     (dict(implementation=["xla"]), ValueError, ["implementation", "xla"]),
