@@ -77,6 +77,33 @@ def dot_product_attention(
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
 def dot_product_attention(
     query,
     key,
@@ -120,6 +147,7 @@ def dot_product_attention(
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       is_causal: row i sees keys j <= i + query_offset (top-left aligned, whatever T and S).
       query_seq_lengths: int32 (B,); rows from there on are padding. 3-D inputs: (1,) or ().
+        These, the next and query_offset may be int64 where all values fit int32.
       key_value_seq_lengths: int32 (B,); keys from there on are padding. 3-D inputs: (1,) or ().
       local_window_size: (left, right), or one int for both: row i sees keys j with
         i + query_offset - left <= j <= i + query_offset + right, both ends included.
@@ -222,11 +250,12 @@ def is_supported(
 def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`dot_product_attention` of these arguments."""
     options, operands = prepare(arguments)
-    return public_results(_run(options, operands), options)
+    return public_results(fa3_attention(options, operands), options)
 
 
 def reason_against(arguments: Arguments) -> str | None:
     """`is_supported` of these arguments."""
+    arguments = arguments.with_arrays()
     validate.check_call(arguments)
     return route.reasons_of(arguments, arguments.options()).first
 
@@ -250,9 +279,11 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(options: AttentionOptions, operands: Operands) -> Outputs:
-    """attend() in the layout that users see, compiled once when called outside of jax.jit."""
-    return in_public_layout(functools.partial(attend, options), operands)
+def fa3_attention(options: AttentionOptions, operands: Operands) -> Outputs:
+    """attend() in the layout that users see, compiled once when called outside of jax.jit. Programs
+    and profiles show its name."""
+    with jax.named_scope("fa3_attention"):  # of jit's own name nothing stays where it is inlined
+        return in_public_layout(functools.partial(attend, options), operands)
 
 
 def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) -> Outputs:

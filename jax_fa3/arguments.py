@@ -67,6 +67,8 @@ class Arguments:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
+        counts = {name: made.get(name, getattr(self, name)) for name in self._count_names()}
+        made |= {name: as_int32(name, x) for name, x in counts.items() if _is_int64(x)}
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
@@ -118,6 +120,15 @@ class Arguments:
 
     @classmethod
     @functools.cache
+    def _count_names(cls) -> tuple[str, ...]:
+        """The names of arguments whose arrays count rows."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        rows = cls.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.counts]
+        return tuple(name for name in names if name in known)
+
+    @classmethod
+    @functools.cache
     def _passed(cls) -> tuple[str, ...]:
         """The names that arguments and options have in common."""
         known = {field.name for field in dataclasses.fields(cls.Options)}
@@ -138,11 +149,35 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "dtype") and not isinstance(x, np.integer)
 
 
-def as_array(name: str, x: Any) -> jax.Array:
+def as_array(name: str, x: Any) -> jax.Array | np.ndarray:
     try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+        # NumPy keeps the integers of a list whole, which JAX would cut to 32 bits or refuse.
+        return np.asarray(x, np.int64) if _is_ints(x) else jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def as_int32(name: str, x: Any) -> Any:
+    """Of an int64 array, such as NumPy makes of Python integers; the values of a traced one are not
+    known here, and it is cast."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=x.sharding)
+    limits = np.iinfo(np.int32)
+    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+        values = np.asarray(x)
+        wrong = values[(values < limits.min) | (values > limits.max)]
+        if wrong.size:
+            raise ValueError(f"{name} has a value {wrong[0]}; expected values that fit int32")
+    return x.astype(jnp.int32)
+
+
+def _is_int64(x: Any) -> bool:
+    return is_array(x) and x.dtype == np.int64
+
+
+def _is_ints(x: Any) -> bool:
+    """Whether `x` is a list or tuple of Python integers."""
+    return isinstance(x, (list, tuple)) and bool(x) and all(type(n) is int for n in x)
 
 
 def _is_typed(x: Any) -> bool:

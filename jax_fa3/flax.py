@@ -10,6 +10,7 @@ arrays. Flax itself is not imported.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -95,17 +96,51 @@ def make_attention_fn(
             "key_value_seq_lengths is given and padding_mask is True; expected one of them, since "
             "padding_mask takes the lengths from the mask"
         )
-    options = dict(
+    window = local_window_size
+    return _AttentionFn(
+        padding_mask=padding_mask,
         scale=scale,
-        local_window_size=local_window_size,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=tuple(window) if isinstance(window, list) else window,
         implementation=implementation,
+        query_offset=query_offset,
         deterministic=deterministic,
         sm_margin=sm_margin,
         forward_dtype=forward_dtype,
     )
-    always_causal = is_causal
 
-    def attention_fn(
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _AttentionFn:
+    """What `make_attention_fn` gives. Equal options make equal functions, so that jax.jit knows a
+    model again that holds one."""
+
+    padding_mask: bool
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["fa3", "xla"] | None
+    query_offset: ArrayLike | None
+    deterministic: bool | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _AttentionFn) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        """The options, in a form that can be compared."""
+        return tuple(_comparable(getattr(self, x.name)) for x in dataclasses.fields(self))
+
+    def __call__(
+        self,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -141,28 +176,42 @@ def make_attention_fn(
         batch, seqlen_q, seqlen_k = query.shape[:-3], query.shape[-3], key.shape[-3]
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         bias, mask = _fold_dense("bias", bias, batch), _fold_dense("mask", mask, batch)
-        key_lengths = _fold_lengths(key_value_seq_lengths)
-        offset = query_offset if np.ndim(query_offset) == 0 else jnp.reshape(query_offset, -1)
+        key_lengths = _fold_lengths(self.key_value_seq_lengths)
+        offset = self.query_offset
+        offset = offset if np.ndim(offset) == 0 else _fold_lengths(offset)
         if mask is not None:
             mask = mask.astype(bool)
             if seqlen_q == 1 < seqlen_k and offset is None:
                 offset = _lengths(mask, batch) - 1
-            if padding_mask:
+            if self.padding_mask:
                 _check_padding_mask(mask, seqlen_k)
                 key_lengths, mask = _lengths(mask, batch), None
         out = dot_product_attention(
             *(_fold(x.astype(dtype)) for x in (query, key, value)),
             bias,
             mask,
-            is_causal=always_causal or is_causal,
-            query_seq_lengths=_fold_lengths(query_seq_lengths),
+            is_causal=self.is_causal or is_causal,
+            query_seq_lengths=_fold_lengths(self.query_seq_lengths),
             key_value_seq_lengths=key_lengths,
             query_offset=offset,
-            **options,
+            scale=self.scale,
+            local_window_size=self.local_window_size,
+            implementation=self.implementation,
+            deterministic=self.deterministic,
+            sm_margin=self.sm_margin,
+            forward_dtype=self.forward_dtype,
         )
         return out.reshape(*batch, *out.shape[1:])
 
-    return attention_fn
+
+def _comparable(x: Any) -> Any:
+    """An option that may be an array; traced arrays are equal where they are the same."""
+    if isinstance(x, jax.core.Tracer):
+        return id(x)
+    if isinstance(x, (jax.Array, np.ndarray, list)):
+        x = np.asarray(x)
+        return x.shape, x.dtype.name, x.tobytes()
+    return x
 
 
 attention_fn = make_attention_fn()
@@ -191,14 +240,17 @@ def _fold_dense(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.A
     return _fold(jnp.broadcast_to(x.reshape(full), batch + full[-3:]))
 
 
-def _fold_lengths(x: ArrayLike | None) -> jax.Array | None:
+def _fold_lengths(x: ArrayLike | None) -> jax.Array | np.ndarray | None:
     """(batch...) with all batch dimensions in one."""
-    return None if x is None else jnp.reshape(x, -1)
+    if x is None or isinstance(x, jax.Array):
+        return None if x is None else x.reshape(-1)
+    return np.reshape(x, -1)  # whose int64 JAX would cut to 32 bits without a word
 
 
 def _lengths(mask: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """int32 [batch]: the number of keys up to the last that any row of a folded mask sees."""
-    ends = jnp.where(mask.any((1, 2)), jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32), 0)
+    count = jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32)[None]
+    ends = jnp.where(mask.any((1, 2)), count, 0)
     return jnp.broadcast_to(ends.max(1, initial=0), (math.prod(batch),))
 
 

@@ -24,9 +24,10 @@ def visible(
 ) -> jax.Array | None:
     """[b | 1, h | 1, q | 1, k | 1]; None where every row sees every key.
 
-    row: int32 [q, 1], the numbers of all query rows; column: int32 [k], those of some keys, to
+    row: int32 [q], the numbers of all query rows; column: int32 [k], those of some keys, to
     which the operands' arrays of keys belong.
     """
+    row, column = row[None, None, :, None], column[None, None, None, :]
     position = row + options.query_offset
     if operands.query_offset is not None:
         position = row + _by_sequence(_legal_offset(operands.query_offset))
@@ -43,13 +44,17 @@ def visible(
         terms.append(operands.mask)
     if not terms:
         return None
-    found = functools.reduce(jnp.logical_and, terms)
-    return found.reshape((1,) * (4 - found.ndim) + found.shape)
+    return functools.reduce(jnp.logical_and, terms)
 
 
 def _by_sequence(x: jax.Array) -> jax.Array:
     """[b] -> [b, 1, 1, 1]."""
     return x[:, None, None, None]
+
+
+def inside(lengths: jax.Array, count: int, start: jax.Array | int = 0) -> jax.Array:
+    """bool [b, count]: whether the rows from `start` on stand before their sequence's end."""
+    return start + jnp.arange(count, dtype=jnp.int32)[None] < lengths[:, None]
 
 
 def has_window(options: AttentionOptions) -> bool:

@@ -5,11 +5,42 @@ is missing: its FFI handlers, its list of kernels and its plans.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from jax_fa3.operands import Extents
 from jax_fa3.options import NUM_SMS, AttentionOptions
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def _why_missing(error: ImportError) -> str:
+    """Why `_C` cannot be imported. Where no such file is, Python's own words are of circular
+    imports."""
+    if any(FOLDER.glob("_C*.so")):
+        return f"the extension module jax_fa3._C cannot be imported ({error})"
+    reason = f"there is no extension module _C in {FOLDER}"
+    if not (FOLDER.parent / "CMakeLists.txt").exists():
+        return f"{reason}; install jax_fa3 again for this Python"
+    if _is_installed_elsewhere():
+        return (
+            f"{reason}, a source folder, which hides the installed jax_fa3; start Python in "
+            "another folder, or run `make inplace` here"
+        )
+    return f"{reason}, a source folder; run `make inplace` or `pip install .` there"
+
+
+def _is_installed_elsewhere() -> bool:
+    """Whether a copy of the package is installed, other than this one."""
+    try:
+        files = importlib.metadata.distribution("jax_fa3").files or ()
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    folders = {Path(str(x.locate())).resolve().parent for x in files if x.match("jax_fa3/_C.*")}
+    return bool(folders - {FOLDER})
+
 
 try:
     from jax_fa3 import _C
@@ -17,7 +48,7 @@ try:
     IMPORT_ERROR = None
 except ImportError as error:
     _C = None
-    IMPORT_ERROR = str(error)
+    IMPORT_ERROR = _why_missing(error)
 
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -61,7 +92,7 @@ def _remembered(target: Target, *call: Any) -> dict[str, Any]:
 def refusal(*call: Any) -> str | None:
     """Why there is no plan for a call, given as to `plan`."""
     if _C is None:
-        return f"the extension module jax_fa3._C cannot be imported ({IMPORT_ERROR})"
+        return IMPORT_ERROR
     try:
         plan(*call)
     except ValueError as error:

@@ -8,6 +8,7 @@ user can act on.
 from __future__ import annotations
 
 import functools
+import glob
 import logging
 from typing import Any, NamedTuple
 
@@ -128,7 +129,13 @@ def _planned(arguments: Arguments, options: AttentionOptions) -> tuple[Any, ...]
 def device_reason() -> str | None:
     """Why the kernels cannot run on the devices of the default backend."""
     if not has_gpu():
-        return f"there is no NVIDIA GPU: the default backend is {jax.default_backend()!r}"
+        backend = f"the default backend is {jax.default_backend()!r}"
+        if not glob.glob("/dev/nvidia[0-9]*"):
+            return f"there is no NVIDIA GPU: {backend}"
+        return (
+            f"JAX does not use this machine's NVIDIA GPU: {backend}; install jax[cuda13], and "
+            "leave JAX_PLATFORMS unset"
+        )
     for device in jax.local_devices():
         capability = getattr(device, "compute_capability", None)
         if capability != COMPUTE_CAPABILITY:

@@ -50,7 +50,7 @@ def check_call(arguments: Arguments) -> None:
     check_offset(arguments.query_offset)
     check_window(arguments.local_window_size)
     check_sm_margin(arguments.sm_margin)
-    check_choice("implementation", arguments.implementation, IMPLEMENTATIONS)
+    check_implementation(arguments.implementation)
     check_choice("sequence_parallel", arguments.sequence_parallel, SEQUENCE_PARALLEL)
     check_sequence_parallel(arguments)
 
@@ -215,6 +215,17 @@ def check_choice(name: str, x: Any, choices: tuple[str | None, ...]) -> None:
     """One of `choices`."""
     if not (x is None or isinstance(x, str)) or x not in choices:
         raise ValueError(f"{name} is {_describe(x)}; expected one of {choices}")
+
+
+def check_implementation(x: Any) -> None:
+    """One of IMPLEMENTATIONS; "cudnn" is jax.nn's word."""
+    if isinstance(x, str) and x == "cudnn":
+        raise ValueError(
+            f"implementation is 'cudnn'; expected one of {IMPLEMENTATIONS}: None takes the kernels "
+            "where they apply, 'fa3' requires them, and cuDNN's own attention is "
+            "jax.nn.dot_product_attention"
+        )
+    check_choice("implementation", x, IMPLEMENTATIONS)
 
 
 def check_seed(name: str, x: Any) -> None:

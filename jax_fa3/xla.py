@@ -151,7 +151,7 @@ class _Problem:
         lengths = self.operands.query_lengths
         if lengths is None:
             return x
-        inside = jnp.arange(self.seqlen_q) < lengths[:, None]
+        inside = mask.inside(lengths, self.seqlen_q)
         return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def block(self, start) -> _Block:
@@ -164,7 +164,7 @@ class _Problem:
         operands = self.operands.map(of_block)
         if operands.key_lengths is None:
             return _Block(start, operands)
-        inside = start + jnp.arange(self.block_size) < operands.key_lengths[:, None]
+        inside = mask.inside(operands.key_lengths, self.block_size, start)
         key, value = (
             jnp.where(inside[..., None, None], x, 0) for x in (operands.key, operands.value)
         )
@@ -193,7 +193,7 @@ class _Problem:
 
     def visible(self, block: _Block):
         """[b | 1, h * g | 1, q | 1, k | 1]; None where every row sees every key."""
-        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)[:, None]
+        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)
         column = block.start + jnp.arange(self.block_size, dtype=jnp.int32)
         visible = mask.visible(self.options, block.operands, row, column)
         if self.num_blocks * self.block_size == self.seqlen_k:

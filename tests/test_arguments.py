@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import typing
 
+import jax
 import pytest
 
 import jax_fa3
@@ -62,3 +63,16 @@ def test_rows_name_arguments():
     assert Outputs.rows().keys().isdisjoint(rows)
     options = {field.name for field in dataclasses.fields(AttentionOptions)}
     assert options & named == {"query_offset"}  # a number for all, or an array
+
+
+def test_a_flag_that_is_not_known_to_the_type_checker_has_an_overload():
+    overloads = typing.get_overloads(jax_fa3.dot_product_attention)
+    flags = [inspect.signature(x).parameters["return_residual"].annotation for x in overloads]
+    assert flags == ["Literal[False]", "Literal[True]", "bool"]
+
+
+def test_programs_name_attention():
+    x = jax.ShapeDtypeStruct((1, 8, 1, 8), "float32")
+    assert "fa3_attention" in jax.jit(jax_fa3.dot_product_attention).lower(x, x, x).as_text(
+        debug_info=True
+    )

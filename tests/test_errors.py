@@ -100,9 +100,19 @@ DTYPES = [
     (dict(mask=np.zeros((2, 4, 16, 24), "float32")), TypeError, ["mask", "float32", "bool"]),
     (dict(mask=np.zeros((2, 4, 16, 24), "int8")), TypeError, ["mask", "int8", "bool"]),
     (
-        dict(query_seq_lengths=lengths(1, 2, dtype="int64")),
-        TypeError,
-        ["query_seq_lengths", "int64", "int32"],
+        dict(query_seq_lengths=lengths(1, 1 << 31, dtype="int64")),
+        ValueError,
+        ["query_seq_lengths", str(1 << 31), "int32"],
+    ),
+    (
+        dict(key_value_seq_lengths=[1, 1 << 40]),
+        ValueError,
+        ["key_value_seq_lengths", str(1 << 40), "int32"],
+    ),
+    (
+        dict(query_offset=lengths(0, -(1 << 40), dtype="int64")),
+        ValueError,
+        ["query_offset", str(-(1 << 40)), "int32"],
     ),
     (
         dict(query_seq_lengths=lengths(1, 2, dtype="uint32")),
@@ -168,7 +178,11 @@ VALUES = [
     (dict(query_offset="1"), TypeError, ["query_offset", "'1'", "int"]),
     (dict(query_offset=1 << 40), ValueError, ["query_offset", str(1 << 40)]),
     (dict(query_offset=-(1 << 31)), ValueError, ["query_offset", str(-(1 << 31))]),
-    (dict(implementation="cudnn"), ValueError, ["implementation", "'cudnn'", "fa3", "xla"]),
+    (
+        dict(implementation="cudnn"),
+        ValueError,
+        ["implementation", "'cudnn'", "fa3", "None takes", "jax.nn"],
+    ),
     (dict(implementation="FA3"), ValueError, ["implementation", "'FA3'", "fa3", "xla"]),
     (dict(implementation=3), ValueError, ["implementation", "3", "fa3", "xla"]),
     (dict(implementation=["xla"]), ValueError, ["implementation", "xla"]),

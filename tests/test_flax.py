@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -384,3 +385,34 @@ def test_forward_dtype():
     got = make_attention_fn(forward_dtype="float8_e4m3fn", is_causal=True)(*x)
     want = jax_fa3.dot_product_attention(*x, forward_dtype="float8_e4m3fn", is_causal=True)
     np.testing.assert_array_equal(got, want)
+
+
+OPTIONS = [
+    {},
+    dict(padding_mask=True),
+    dict(is_causal=True, local_window_size=[8, 0], forward_dtype="float8_e4m3fn"),
+    dict(key_value_seq_lengths=np.array([3, 4], "int32"), query_offset=jnp.array([1, 2])),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_function_is_a_value(options):
+    one, two = (make_attention_fn(**options) for _ in range(2))
+    assert one == two and hash(one) == hash(two)
+    copy = pickle.loads(pickle.dumps(one))
+    assert copy == one and hash(copy) == hash(one)
+    assert one != make_attention_fn(**options | dict(scale=2.0))
+
+
+def test_equal_functions_share_a_compilation():
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(attention, x):
+        traced.append(attention)
+        return attention(x, x, x)
+
+    x = jnp.ones((1, 4, 2, 8))
+    for _ in range(2):
+        call(make_attention_fn(is_causal=True), x)
+    assert len(traced) == 1

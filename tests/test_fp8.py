@@ -370,7 +370,7 @@ WRONG_FLOAT8 = [
     ),
     (dict(value_is_prepared=2), TypeError, ["value_is_prepared", "2"]),
     (dict(sequence_parallel="ring"), ValueError, ["sequence_parallel", "ring", FLOAT8]),
-    (dict(implementation="fa3"), NotImplementedError, ["fa3", "no NVIDIA GPU"]),
+    (dict(implementation="fa3"), NotImplementedError, ["fa3", "NVIDIA GPU"]),
 ]
 
 

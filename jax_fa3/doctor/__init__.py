@@ -66,7 +66,7 @@ def _gpus() -> list[str]:
 def _kernels() -> list[str]:
     module = native.module()
     if module is None:
-        return ["the extension module jax_fa3._C is missing"]
+        return [native.IMPORT_ERROR]
     compiled = module.compiled_kernels()
     if not compiled:
         listed = len(module.listed_kernels())

@@ -26,9 +26,21 @@ def main() -> None:
     parser.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"))
     parser.add_argument("--deterministic", action="store_true", default=None)
     args = parser.parse_args()
+    try:
+        _run(args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.seqlen is None:
         doctor()
         return
+
+    for name in ("batch", "seqlen", "seqlen_k", "heads", "kv_heads", "head_dim"):
+        n = getattr(args, name)
+        if n is not None and n < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {n}; expected at least 0")
 
     def shape(seqlen: int, heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
@@ -36,7 +48,7 @@ def main() -> None:
         )
 
     seqlen_k = args.seqlen if args.seqlen_k is None else args.seqlen_k
-    key = shape(seqlen_k, args.kv_heads or args.heads)
+    key = shape(seqlen_k, args.heads if args.kv_heads is None else args.kv_heads)
     doctor(
         shape(args.seqlen, args.heads),
         key,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_fa3 import mask
 from jax_fa3.operands import Operands
 from jax_fa3.options import BLOCK, FLOAT8, num_blocks, padded_keys
 
@@ -164,8 +165,7 @@ def _quantize(x, lengths, granularity, seed, descale):
 def _rotated(x, lengths, seed):
     """x in float32 with zeros for padding, rotated if there is a seed."""
     if lengths is not None:
-        inside = jnp.arange(x.shape[1]) < lengths[:, None]
-        x = jnp.where(inside[..., None, None], x, 0)
+        x = jnp.where(mask.inside(lengths, x.shape[1])[..., None, None], x, 0)
     return x.astype(jnp.float32) if seed is None else _rotate(x, seed)
 
 
