@@ -6,16 +6,22 @@ from jax_fa3.context_parallel.public import allgather_attention, ring_attention,
 from jax_fa3.doctor import doctor
 from jax_fa3.float8.public import quantize_qkv
 from jax_fa3.float8.rounding import QuantizedQKV
+from jax_fa3.varlen import flash_attention_varlen
+from jax_fa3.visibility.public import make_visibility
+from jax_fa3.visibility.table import Visibility
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
     "QuantizedQKV",
+    "Visibility",
     "allgather_attention",
     "doctor",
     "dot_product_attention",
+    "flash_attention_varlen",
     "is_supported",
+    "make_visibility",
     "quantize_qkv",
     "ring_attention",
     "ulysses_attention",

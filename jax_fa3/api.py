@@ -20,6 +20,8 @@ from jax_fa3.arguments import Arguments
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs, in_row_dims
 from jax_fa3.options import AttentionOptions, SequenceParallel
+from jax_fa3.visibility import checks, public
+from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
 
@@ -47,6 +49,12 @@ def dot_product_attention(
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
     value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> jax.Array: ...
 
 
@@ -74,6 +82,12 @@ def dot_product_attention(
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
     value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -101,6 +115,12 @@ def dot_product_attention(
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
     value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -127,6 +147,12 @@ def dot_product_attention(
     key_descale=None,
     value_descale=None,
     value_is_prepared=False,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    kv_start=None,
+    kv_end=None,
+    attention_chunk=None,
+    visibility=None,
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -174,6 +200,16 @@ def dot_product_attention(
       value_descale: likewise, () or (B, K).
       value_is_prepared: value is as `quantize_qkv(..., prepare_value=True)` has it, which spares
         the kernels a pass over it.
+      query_segment_ids: int32 (B, T), the number of each row's document, which sees itself only;
+        3-D inputs: (T,). 0 is padding, which sees nothing and is seen by nobody. Each document is
+        one run of rows; numbers are in any order. docs/packed.md says which form to take.
+      key_value_segment_ids: int32 (B, S), those of keys, by default query_segment_ids. With it
+        numbers do not fall in either, and zeros stand before and behind them only.
+      kv_start, kv_end: int32 (B, T), (B, N, T) or (B, K, T): row i sees keys j with kv_start[i] <=
+        j < kv_end[i]; either may be missing. 3-D inputs: without B.
+      attention_chunk: an int c: row i sees the keys of the chunk of c keys that has its position,
+        i + query_offset.
+      visibility: what `make_visibility` made of such arguments, once for all calls, in their place.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype, bfloat16 for float8; with return_residual
@@ -192,7 +228,9 @@ def dot_product_attention(
       the input dtype before they multiply value (in float8 as 64 to 256 times themselves).
       Gradients of shared key/value heads are summed in float32. Whatever padding holds, NaN
       included, reaches no result. A NaN in a used query row stays in that row; one in a used key
-      or value stays in its batch and head.
+      or value stays in its batch and head. With segment ids padding is what stands behind the last
+      row and key of all documents. Ids that are no runs give NaN in their batch entry, where they
+      are not known until run time.
 
     Example:
       >>> q = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64), jnp.bfloat16)
@@ -228,6 +266,12 @@ def is_supported(
     key_descale: Any = None,
     value_descale: Any = None,
     value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -257,6 +301,7 @@ def reason_against(arguments: Arguments) -> str | None:
     """`is_supported` of these arguments."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
+    checks.check_call(arguments)
     return route.reasons_of(arguments, arguments.options()).first
 
 
@@ -265,6 +310,7 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     the scales, which have their rows' dimensions, and the sign of the scale, which query has."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
+    checks.check_call(arguments)
     options = arguments.options()
     routes = route.decide(arguments, options)
     if routes != options.routes:
@@ -273,6 +319,8 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     if arguments.is_float8:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
         arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
+    if "visibility" in arrays:
+        arrays["visibility"] = public.of_call(arguments)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])
     arrays["query"] = score.carry_sign(query, scale)
     return options, arguments.Operands(**arrays)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import score
-from jax_fa3.operands import Extents, Operands
+from jax_fa3.operands import Extents, Operands, Sources
 from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
 
 
@@ -45,6 +45,12 @@ class Arguments:
     key_descale: Any = None
     value_descale: Any = None
     value_is_prepared: Any = False
+    query_segment_ids: Any = None
+    key_value_segment_ids: Any = None
+    kv_start: Any = None
+    kv_end: Any = None
+    attention_chunk: Any = None
+    visibility: Any = None
 
     # What the record becomes.
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
@@ -52,10 +58,14 @@ class Arguments:
 
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
-        """The array arguments that are given, by their fields of Operands."""
+        """The array arguments that are given, by their fields of Operands; of a table of visibility
+        the type of one, since it is yet to be made or brought to the call's heads."""
         found = {}
         for name, row in self.Operands.rows().items():
-            x = getattr(self, row.argument or name, None)
+            if name == "visibility":
+                x = self._type_of_visibility()
+            else:
+                x = getattr(self, row.argument or name, None)
             is_number = row.form == "scalar" and not is_array(x)
             if x is not None and not is_number:
                 found[name] = x
@@ -63,12 +73,35 @@ class Arguments:
             found["prepared_value"] = found.pop("value")
         return found
 
+    @functools.cached_property
+    def sources(self) -> dict[str, Any]:
+        """The arrays of which a table of visibility is to be made, by their names; none where the
+        call has no such table or was given one."""
+        known = {field.name for field in dataclasses.fields(self)}
+        found = {name: getattr(self, name) for name in Sources.rows() if name in known}
+        offset = found.pop("query_offset")
+        found = {name: x for name, x in found.items() if x is not None}
+        if self.attention_chunk is not None and is_array(offset):
+            found["query_offset"] = offset
+        return found
+
+    @property
+    def makes_visibility(self) -> bool:
+        """Whether a table of visibility is to be made for the call."""
+        return bool(self.sources) or self.attention_chunk is not None
+
+    def _type_of_visibility(self) -> jax.ShapeDtypeStruct | None:
+        if not self.makes_visibility and self.visibility is None:
+            return None
+        words = self.extents.by_letter()["v"]
+        return jax.ShapeDtypeStruct((1, 1, words), jnp.int32)
+
     def with_arrays(self) -> Arguments:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
         counts = {name: made.get(name, getattr(self, name)) for name in self._count_names()}
-        made |= {name: as_int32(name, x) for name, x in counts.items() if _is_int64(x)}
+        made |= {name: as_int32(name, x) for name, x in counts.items() if is_int64(x)}
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
@@ -116,15 +149,18 @@ class Arguments:
         known = {field.name for field in dataclasses.fields(cls)}
         rows = cls.Operands.rows().items()
         names = [row.argument or name for name, row in rows if row.form != "scalar"]
+        names = [name for name in names if name != "visibility"]
+        names += [name for name in Sources.rows() if name != "query_offset"]
         return tuple(name for name in names if name in known)
 
     @classmethod
     @functools.cache
     def _count_names(cls) -> tuple[str, ...]:
-        """The names of arguments whose arrays count rows."""
+        """The names of arguments whose arrays count rows, or documents."""
         known = {field.name for field in dataclasses.fields(cls)}
         rows = cls.Operands.rows().items()
         names = [row.argument or name for name, row in rows if row.counts]
+        names += [name for name in Sources.rows() if name not in names]
         return tuple(name for name in names if name in known)
 
     @classmethod
@@ -163,15 +199,23 @@ def as_int32(name: str, x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=x.sharding)
     limits = np.iinfo(np.int32)
-    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
-        values = np.asarray(x)
+    values = values_of(x)
+    if values is not None:
         wrong = values[(values < limits.min) | (values > limits.max)]
         if wrong.size:
             raise ValueError(f"{name} has a value {wrong[0]}; expected values that fit int32")
     return x.astype(jnp.int32)
 
 
-def _is_int64(x: Any) -> bool:
+def values_of(x: Any) -> np.ndarray | None:
+    """The values of an array, where they are known here."""
+    is_type = isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct))
+    if is_type or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def is_int64(x: Any) -> bool:
     return is_array(x) and x.dtype == np.int64
 
 

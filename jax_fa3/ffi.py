@@ -7,19 +7,23 @@ what may be absent, attributes say whether it is there.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
-from jax_fa3.operands import Operands, Outputs
-from jax_fa3.options import FLOAT8, AttentionOptions, num_blocks, padded_keys
+from jax_fa3.operands import Operands, Outputs, Sources
+from jax_fa3.options import FLOAT8, AttentionOptions, VisibilityOptions, num_blocks, padded_keys
+from jax_fa3.visibility.layout import Layout
 
 FORWARD = "jax_fa3_forward"
 FORWARD_FLOAT8 = "jax_fa3_forward_float8"
 BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
+VISIBILITY = "jax_fa3_visibility"
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 
@@ -94,6 +98,25 @@ def quantize(
     if prepare_value:
         got["prepared_value"] = got.pop("value")
     return Operands(**got)
+
+
+def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
+    """What visibility.table.make gives."""
+    words = Layout.of(options.seqlen_q, options.seqlen_k).words
+    arrays = sources.present()
+    like = next(iter(arrays.values()))
+    result = _result(like, (*sources.batch_and_heads, words), jnp.int32)
+    choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
+    flags = dict(
+        has_query_segment_ids=sources.query_segment_ids is not None,
+        has_key_value_segment_ids=sources.key_value_segment_ids is not None,
+        has_kv_start=sources.kv_start is not None,
+        has_kv_end=sources.kv_end is not None,
+        has_cu_seqlens=sources.cu_seqlens_q is not None,
+        has_query_offset=sources.query_offset is not None,
+    )
+    table = jax.ffi.ffi_call(VISIBILITY, result)(*arrays.values(), **choices, **flags)
+    return Operands(visibility=table)
 
 
 def attributes(

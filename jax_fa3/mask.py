@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_fa3.operands import Counts, Operands
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions
+from jax_fa3.visibility.table import Plane
 
 
 def visible(
@@ -40,6 +41,9 @@ def visible(
         terms.append(column >= position - options.window_left)
     if options.window_right < UNBOUNDED:
         terms.append(column <= position + options.window_right)
+    if operands.visibility is not None:
+        begin, end = Plane(operands.visibility).rows(row.shape[2])
+        terms += [column >= begin[..., None], column < end[..., None]]
     if operands.mask is not None:
         terms.append(operands.mask)
     if not terms:
@@ -50,6 +54,33 @@ def visible(
 def _by_sequence(x: jax.Array) -> jax.Array:
     """[b] -> [b, 1, 1, 1]."""
     return x[:, None, None, None]
+
+
+def within_sight(operands: Operands) -> Operands:
+    """The operands with lengths that end at the last row that sees a key, and at the last key that
+    a row sees, as far as the table of visibility tells."""
+    if operands.visibility is None:
+        return operands
+    batch, plane = operands.query.shape[0], Plane(operands.visibility)
+
+    def ending(lengths, ends):
+        ends = jnp.broadcast_to(ends.max(1), (batch,))
+        return ends if lengths is None else jnp.minimum(lengths, ends)
+
+    return operands.replace(
+        query_lengths=ending(operands.query_lengths, plane.rows_end),
+        key_lengths=ending(operands.key_lengths, plane.keys_end),
+    )
+
+
+def is_illegal(operands: Operands, seqlen_q: int) -> jax.Array | None:
+    """bool [b, h | 1, q]: rows whose segment ids break their rule; None where none can."""
+    if operands.visibility is None:
+        return None
+    is_illegal = ~Plane(operands.visibility).is_valid[..., None]
+    if operands.query_lengths is None:
+        return jnp.broadcast_to(is_illegal, (*is_illegal.shape[:2], seqlen_q))
+    return is_illegal & inside(operands.query_lengths, seqlen_q)[:, None]
 
 
 def inside(lengths: jax.Array, count: int, start: jax.Array | int = 0) -> jax.Array:

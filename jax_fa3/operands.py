@@ -6,7 +6,8 @@ splits, and what becomes of it where a sequence is divided.
 
 Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
 d head_dim, e head_dim of value, m and n the blocks of query and key rows that share a scale, p the
-keys of a prepared value. A dot is a dimension of extent 1 that broadcasts.
+keys of a prepared value, v the words of a table of visibility, c the ends of documents. A dot is a
+dimension of extent 1 that broadcasts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_fa3.options import FLOAT8, num_blocks, padded_keys
+from jax_fa3.visibility.layout import Layout
 
 DTYPES = ("bfloat16", "float16", "float32")
 FLOAT8_INPUTS = f"{FLOAT8} inputs"
@@ -109,6 +111,7 @@ class Extents(NamedTuple):
             m=num_blocks(self.seqlen_q),
             n=num_blocks(self.seqlen_k),
             p=padded_keys(self.seqlen_k),
+            v=Layout.of(self.seqlen_q, self.seqlen_k).words,
         )
 
 
@@ -172,6 +175,13 @@ class Operands(Bundle):
         "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
     )
     query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
+    visibility: Array | None = row(
+        "bhv",
+        "int32",
+        form="broadcast",
+        flag=True,
+        needs_whole="segment ids or key intervals",
+    )
     bias: Array | None = row(
         "bhst",
         *DTYPES,
@@ -215,6 +225,27 @@ class Outputs(Bundle):
 
     out: Array | None = row("bshe", *DTYPES)
     lse: Array | None = row("bhs", "float32")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sources(Bundle):
+    """The arrays of which a table of visibility is made; `cu_seqlens` come together."""
+
+    query_segment_ids: Array | None = row("bs", "int32")
+    key_value_segment_ids: Array | None = row("bt", "int32")
+    kv_start: Array | None = row("bhs", "int32")
+    kv_end: Array | None = row("bhs", "int32")
+    cu_seqlens_q: Array | None = row("bc", "int32")
+    cu_seqlens_k: Array | None = row("bc", "int32")
+    query_offset: Array | None = row("b", "int32")
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        """Those of the table; of arrays with their rows' dimensions."""
+        arrays = list(self.present().values())
+        heads = (x.shape[1] for x in arrays if x.ndim == len("bhs"))
+        return arrays[0].shape[0], next(heads, 1)
 
 
 def in_row_dims(operands: Operands) -> Operands:

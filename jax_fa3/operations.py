@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jax_fa3 import ffi, xla
+from jax_fa3 import ffi, mask, xla
 from jax_fa3.float8 import rounding
-from jax_fa3.operands import Bundle, Operands, Outputs, Row
-from jax_fa3.options import AttentionOptions, Route
+from jax_fa3.operands import Bundle, Operands, Outputs, Row, Sources
+from jax_fa3.options import AttentionOptions, Route, VisibilityOptions
+from jax_fa3.visibility import table
 
 
 class Operations(Protocol):
@@ -50,7 +51,7 @@ def backward(
     the weights whose rows add up to 1 with its lse, and whose output is `out`.
     """
     if options.forward_dtype is not None:
-        taken = operands.only(rounding.TAKEN)
+        taken = mask.within_sight(operands).only(rounding.TAKEN)
         back = functools.partial(ffi.quantize, back=True)
         rounded = _run(options.routes.forward, back, rounding.rounded, taken)
         operands = operands.replace(**rounded.present())
@@ -71,15 +72,23 @@ def quantized(
     return _run(options.routes.forward, kernel, portable, operands.only(rounding.TAKEN))
 
 
+def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> Operands:
+    """A table of visibility."""
+    kernel, portable = (functools.partial(x, options) for x in (ffi.visibility, table.make))
+    has_pairs = options.seqlen_q and options.seqlen_k
+    return _run(route if has_pairs else "xla", kernel, portable, sources)
+
+
 def _rounding_forward(options: AttentionOptions, operands: Operands) -> Outputs:
     """`forward` of 16-bit arrays by way of float8; the scales are those of the arrays at hand."""
     options = dataclasses.replace(options, out_dtype=operands.query.dtype.name)
 
     def kernel(operands):
-        return ffi.forward(options, _with(operands, ffi.quantize(operands, prepare_value=True)))
+        quantized = ffi.quantize(mask.within_sight(operands), prepare_value=True)
+        return ffi.forward(options, _with(operands, quantized))
 
     def portable(operands):
-        quantized, _ = rounding.quantize(operands)
+        quantized, _ = rounding.quantize(mask.within_sight(operands))
         return xla.forward(options, _with(operands, rounding.settled(quantized)))
 
     return _run(options.routes.forward, kernel, portable, operands)
@@ -94,10 +103,9 @@ def _with(operands: Operands, quantized: Operands) -> Operands:
 def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -> Bundle:
     """`kernel` on CUDA and `portable` elsewhere, with a rule for mapped axes; or `portable` alone.
 
-    Problems without scores are left to XLA's constants.
+    Problems without scores, some of whose arrays are empty, are left to XLA's constants.
     """
-    n = bundles[0].extents
-    if route == "xla" or 0 in (n.batch, n.seqlen_q, n.seqlen_k):
+    if route == "xla" or any(0 in x.shape for x in jax.tree.leaves(bundles)):
         return portable(*bundles)
     kernel = first_order_only(kernel)
 
@@ -109,7 +117,8 @@ def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -
 
     @operation.def_vmap
     def fold_into_batch(size, mapped, *bundles):
-        batch = bundles[0].query.shape[1 if mapped[0].query else 0]
+        name, first = next(iter(bundles[0].present().items()))
+        batch = first.shape[1 if getattr(mapped[0], name) else 0]
         fold = functools.partial(_fold, size, batch)
         results = operation(*(x.map(fold, of_x) for x, of_x in zip(bundles, mapped, strict=True)))
         own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])

@@ -72,6 +72,22 @@ class AttentionOptions:
         return self.window_left, self.window_right
 
 
+@dataclasses.dataclass(frozen=True)
+class VisibilityOptions:
+    """The static choices of one table of visibility, in the order of their attributes."""
+
+    seqlen_q: int
+    seqlen_k: int
+    query_offset: int = 0  # for chunks, where there is no array of offsets
+    attention_chunk: int = 0  # keys of a chunk; 0 is off
+    window_left: int = UNBOUNDED  # columns, inclusive, of each document of cu_seqlens
+    window_right: int = UNBOUNDED
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.window_left, self.window_right
+
+
 def num_blocks(seqlen: int) -> int:
     """Blocks of rows with a scale of their own; a sequence without rows has one too."""
     return max(-(-seqlen // BLOCK), 1)

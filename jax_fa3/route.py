@@ -18,7 +18,7 @@ from jax_fa3 import native
 from jax_fa3.arguments import Arguments
 from jax_fa3.native import KERNEL_DTYPES, Target
 from jax_fa3.operands import Operands
-from jax_fa3.options import FLOAT8, AttentionOptions, Routes
+from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes
 
 logger = logging.getLogger("jax_fa3")
 
@@ -90,6 +90,12 @@ def kernels_round(operands: Operands) -> bool:
     if arguments.dtype not in KERNEL_DTYPES or (has_gpu() and device_reason()):
         return False
     return not _refusal("forward_float8", arguments, _planned(arguments, arguments.options()))
+
+
+def of_visibility(implementation: str | None = None) -> Route:
+    """What makes a table of visibility."""
+    has_kernel = native.module() is not None and not (has_gpu() and device_reason())
+    return "auto" if has_kernel and implementation != "xla" else "xla"
 
 
 def _call_reason(arguments: Arguments) -> str | None:

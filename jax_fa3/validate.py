@@ -64,14 +64,14 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
         shape, ndim = x.shape, x.ndim
         if ndim not in (3, 4):
             raise ValueError(
-                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected "
+                f"{name} has {ndim} dimensions, shape {shape_of(x)}; expected "
                 "([batch,] seq, heads, head_dim)"
             )
-        _check_dtype(name, x, dtypes)
+        check_dtype(name, x, dtypes)
         if ndim != query.ndim:
             raise ValueError(
-                f"{name} has {ndim} dimensions, shape {_shape(x)}; expected {query.ndim} like "
-                f"query, shape {_shape(query)}"
+                f"{name} has {ndim} dimensions, shape {shape_of(x)}; expected {query.ndim} like "
+                f"query, shape {shape_of(query)}"
             )
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}; expected {query.dtype} like query")
@@ -79,7 +79,7 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
             raise ValueError(f"{name} has seq = {shape[-3]}; expected less than {MAX_SEQLEN}")
         for axis, what in ((-2, "heads"), (-1, "head_dim")):
             if shape[axis] == 0:
-                raise ValueError(f"{name} has {what} = 0, shape {_shape(x)}; expected at least 1")
+                raise ValueError(f"{name} has {what} = 0, shape {shape_of(x)}; expected at least 1")
     if query.ndim == 4:
         _check_equal("batch", -4, key=key, query=query)
         _check_equal("batch", -4, value=value, query=query)
@@ -97,7 +97,7 @@ def check_prepared(key: Any, value: Any) -> None:
     """A prepared value in float8, whose shape fits key's."""
     for name, x in (("key", key), ("value", value)):
         if x is None or x.ndim not in (3, 4) or dtype_name(x) != FLOAT8:
-            got = "None" if x is None else f"{x.dtype} of shape {_shape(x)}"
+            got = "None" if x is None else f"{x.dtype} of shape {shape_of(x)}"
             raise TypeError(
                 f"{name} is {got}; expected {FLOAT8} of 3 or 4 dimensions with value_is_prepared"
             )
@@ -105,8 +105,8 @@ def check_prepared(key: Any, value: Any) -> None:
     want = (*batch, heads, value.shape[-2], padded_keys(seqlen))
     if tuple(value.shape) != want:
         raise ValueError(
-            f"value has shape {_shape(value)}; expected {want} with value_is_prepared and key of "
-            f"shape {_shape(key)}: ([batch,] heads, head_dim, seq up to a multiple of {BLOCK})"
+            f"value has shape {shape_of(value)}; expected {want} with value_is_prepared and key of "
+            f"shape {shape_of(key)}: ([batch,] heads, head_dim, seq up to a multiple of {BLOCK})"
         )
 
 
@@ -122,7 +122,7 @@ def check_float8(arguments: Arguments) -> None:
             raise ValueError(f"forward_dtype is {forward_dtype!r}; expected None or {FLOAT8!r}")
         if dtype not in HALF_DTYPES:
             raise TypeError(
-                f"query has dtype {dtype}; expected {_one_of(HALF_DTYPES)} with forward_dtype"
+                f"query has dtype {dtype}; expected {one_of(HALF_DTYPES)} with forward_dtype"
             )
     rows = arguments.Operands.rows()
     for name in arguments.arrays:
@@ -141,7 +141,7 @@ def check_arrays(arguments: Arguments) -> None:
         name = row.argument or field
         if name in ("query", "key", "value", "prepared_value"):
             continue
-        _check_dtype(name, x, row.dtypes)
+        check_dtype(name, x, row.dtypes)
         if row.form == "broadcast":
             check_broadcast(name, x, row, extents)
             continue
@@ -149,9 +149,9 @@ def check_arrays(arguments: Arguments) -> None:
         if tuple(x.shape) in allowed:
             continue
         shapes = tuple(map(str, dict.fromkeys(allowed)))
-        expected = _one_of(shapes) if row.form == "blocks" else shapes[0]
+        expected = one_of(shapes) if row.form == "blocks" else shapes[0]
         expected += ", one per sequence" if row.dims == ANY_SEQUENCE else ""
-        raise ValueError(f"{name} has shape {_shape(x)}; expected {expected}")
+        raise ValueError(f"{name} has shape {shape_of(x)}; expected {expected}")
 
 
 def _shapes(row: Row, extents: Extents, is_batched: bool) -> list[tuple[int, ...]]:
@@ -172,7 +172,7 @@ def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
     if x.ndim > len(full) or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
         words = ", ".join(WORDS[letter] for letter in row.dims)
         raise ValueError(
-            f"{name} has shape {_shape(x)}; expected one that broadcasts to {full}, ({words})"
+            f"{name} has shape {shape_of(x)}; expected one that broadcasts to {full}, ({words})"
         )
 
 
@@ -208,13 +208,13 @@ def check_scale(scale: Any) -> None:
 def check_flag(name: str, x: Any) -> None:
     """A Python bool."""
     if not isinstance(x, (bool, np.bool_)):
-        raise TypeError(f"{name} is {_describe(x)}; expected a Python bool")
+        raise TypeError(f"{name} is {describe(x)}; expected a Python bool")
 
 
 def check_choice(name: str, x: Any, choices: tuple[str | None, ...]) -> None:
     """One of `choices`."""
     if not (x is None or isinstance(x, str)) or x not in choices:
-        raise ValueError(f"{name} is {_describe(x)}; expected one of {choices}")
+        raise ValueError(f"{name} is {describe(x)}; expected one of {choices}")
 
 
 def check_implementation(x: Any) -> None:
@@ -230,7 +230,7 @@ def check_implementation(x: Any) -> None:
 
 def check_seed(name: str, x: Any) -> None:
     """None, or an int that numpy takes for a seed."""
-    if x is not None and not 0 <= _as_int(name, x, "an int or None") < 1 << 32:
+    if x is not None and not 0 <= as_int(name, x, "an int or None") < 1 << 32:
         raise ValueError(f"{name} is {x}; expected at least 0 and less than 2**32")
 
 
@@ -238,7 +238,7 @@ def check_offset(x: Any) -> None:
     """A Python int, where it is not an array."""
     if x is None or is_array(x):
         return
-    offset = _as_int("query_offset", x, "an int or an int32 array")
+    offset = as_int("query_offset", x, "an int or an int32 array")
     if not -MAX_SEQLEN < offset < MAX_SEQLEN:
         raise ValueError(f"query_offset is {offset}; expected less than {MAX_SEQLEN} in magnitude")
 
@@ -252,37 +252,37 @@ def check_window(window: Any) -> None:
     if len(sides) != 2:
         raise ValueError(f"local_window_size is {window!r}; expected {expected}")
     for side in sides:
-        if _as_int("local_window_size", side, expected) < 0:
+        if as_int("local_window_size", side, expected) < 0:
             raise ValueError(f"local_window_size is {window!r}; expected {expected}")
 
 
 def check_sm_margin(sm_margin: Any) -> None:
     """An int that leaves the kernels a multiprocessor."""
     expected = f"an int from 0 to {NUM_SMS - 1}"
-    if not 0 <= _as_int("sm_margin", sm_margin, expected) < NUM_SMS:
+    if not 0 <= as_int("sm_margin", sm_margin, expected) < NUM_SMS:
         raise ValueError(f"sm_margin is {sm_margin!r}; expected {expected}")
 
 
-def _as_int(name: str, x: Any, expected: str) -> int:
+def as_int(name: str, x: Any, expected: str) -> int:
     if not isinstance(x, (bool, np.bool_, jax.Array)):
         try:
             return operator.index(x)
         except TypeError:
             pass
-    raise TypeError(f"{name} is {_describe(x)}; expected {expected}")
+    raise TypeError(f"{name} is {describe(x)}; expected {expected}")
 
 
-def _check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
+def check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
     if dtype_name(x) not in dtypes:
-        raise TypeError(f"{name} has dtype {x.dtype}; expected {_one_of(dtypes)}")
+        raise TypeError(f"{name} has dtype {x.dtype}; expected {one_of(dtypes)}")
 
 
 def _check_equal(what: str, axis: int, **pair: Any) -> None:
     (name, x), (other, y) = pair.items()
     if x.shape[axis] != y.shape[axis]:
         raise ValueError(
-            f"{name} has {what} = {x.shape[axis]}, shape {_shape(x)}; expected {y.shape[axis]} "
-            f"like {other}, shape {_shape(y)}"
+            f"{name} has {what} = {x.shape[axis]}, shape {shape_of(x)}; expected {y.shape[axis]} "
+            f"like {other}, shape {shape_of(y)}"
         )
 
 
@@ -300,13 +300,13 @@ def _manual_axes_hint() -> str:
     )
 
 
-def _one_of(names: tuple[str, ...]) -> str:
+def one_of(names: tuple[str, ...]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _shape(x: Any) -> str:
+def shape_of(x: Any) -> str:
     return str(tuple(x.shape))
 
 
-def _describe(x: Any) -> str:
+def describe(x: Any) -> str:
     return "an array" if isinstance(x, jax.Array) else repr(x)

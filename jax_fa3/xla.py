@@ -58,8 +58,12 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     out = problem.normalize(acc, row_sum)
     out = jnp.moveaxis(out, 1, 2).reshape(*query.shape[:-1], out.shape[-1])
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
-    out = out.astype(options.out_dtype or query.dtype)
-    return Outputs(out, jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q))
+    lse = jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
+    is_illegal = mask.is_illegal(operands, q)
+    if is_illegal is not None:  # the gradients become NaN by the LSE
+        lse = jnp.where(is_illegal, jnp.nan, lse)
+        out = jnp.where(jnp.moveaxis(is_illegal, 1, 2)[..., None], jnp.nan, out)
+    return Outputs(out.astype(options.out_dtype or query.dtype), lse)
 
 
 def backward(
@@ -115,7 +119,7 @@ class _Problem:
         self.seqlen_q, self.seqlen_k = operands.query.shape[1], operands.key.shape[1]
         self.num_heads_kv = operands.key.shape[2]
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
-        self.operands = operands.map(self.filled)
+        self.operands = mask.within_sight(operands).map(self.filled)
 
     def filled(self, row, x):
         """`x` with whole blocks along the keys, if it has any."""

@@ -17,19 +17,22 @@ SRC = ROOT / "src"
 # import each other; others stand here one by one.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["context_parallel.public", "flax", "doctor"],
+    ["context_parallel.public", "flax", "doctor", "varlen"],
     ["api", "float8.public"],
+    ["visibility.public"],
     ["vjp"],
     ["sharding"],
     ["context_parallel"],
     ["operations"],
     ["ffi", "xla", "reference"],
-    ["float8.rounding"],
+    ["float8.rounding", "visibility.checks"],
     ["mask", "route", "validate"],
     ["arguments", "native"],
+    ["visibility.table"],
     ["operands", "score"],
+    ["visibility.layout"],
     ["options"],
-    ["_C", "float8"],
+    ["_C", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
 

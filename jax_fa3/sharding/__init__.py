@@ -22,9 +22,9 @@ from jax import lax
 
 from jax_fa3 import context_parallel, operations
 from jax_fa3.float8 import rounding
-from jax_fa3.operands import Bundle, Operands, Outputs, dims
+from jax_fa3.operands import Bundle, Operands, Outputs, Sources, dims
 from jax_fa3.operations import Operations
-from jax_fa3.options import FLOAT8, AttentionOptions
+from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes, VisibilityOptions
 from jax_fa3.sharding.carry import distribute
 from jax_fa3.sharding.meshes import Axes, typed_like
 from jax_fa3.sharding.operation import Operation
@@ -66,6 +66,18 @@ def quantized(operands: Operands, *, seed: int, prepare_value: bool) -> Operands
     results = {name: rows[name].dims for name in ("query", "key", value, *rounding.DESCALES)}
     blocks = "scales for blocks of rows"
     return Operands(**_divided(options, local, results, blocks, operands, heads_meet=False))
+
+
+def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
+    """A table of visibility, split over batch and heads as its sources are."""
+
+    def local(sequence, sources):
+        return operations.visibility(route, options, sources)
+
+    _, heads = sources.batch_and_heads
+    results = dict(visibility="bhv" if heads > 1 else "b.v")
+    call = AttentionOptions(scale=1.0, routes=Routes(route, route))
+    return _divided(call, local, results, "segment ids", sources)["visibility"]
 
 
 def _over(sequence: Axes, options: AttentionOptions, operands: Operands) -> Operations:

@@ -132,9 +132,13 @@ def _sharding_rule(operation: Operation, extents: Mapping[str, int]) -> str:
     Query and key/value heads are dimensions of their own, unless they are equal in number: a mesh
     axis may divide the ones and not the others, which is for `Split` to settle.
     """
-    letters = str.maketrans("k", "h") if extents["h"] == extents["k"] else {}
+    letters = str.maketrans("k", "h") if extents.get("h") == extents.get("k") else {}
+
+    def factors(dims):
+        letters_of = enumerate(dims.translate(letters))
+        return " ".join(f"one{i}" if letter == "." else letter for i, letter in letters_of)
 
     def side(arrays):
-        return ", ".join(" ".join(dims.translate(letters)) for dims in arrays)
+        return ", ".join(map(factors, arrays))
 
     return f"{side(operation.operands)} -> {side(operation.results)}"

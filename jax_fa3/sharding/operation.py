@@ -34,9 +34,14 @@ class Operation:
         """Whether it is ordinary code to XLA, in both directions."""
         return set(self.options.routes) == {"xla"}
 
+    @property
+    def batch(self) -> str:
+        """The letters of the mapped axes and of the batch, which lead in every array."""
+        return self.operands[0].partition("b")[0] + "b"
+
     def mapped(self) -> Operation:
         """The operation with one more leading axis."""
-        letter = string.ascii_uppercase[len(self.operands[0]) - len("bshd")]
+        letter = string.ascii_uppercase[len(self.batch) - 1]
 
         def local(sequence, *operands):
             return jax.vmap(functools.partial(self.local, sequence))(*operands)

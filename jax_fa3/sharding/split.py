@@ -40,15 +40,18 @@ class Split:
         ask for the same axis. Without `communicates`, nothing is split that needs a collective.
         """
         split = cls(mesh, extents)
-        for letter in operation.operands[0][:-3]:
+        for letter in operation.batch:
             split.axes[letter] = split._finest(letter, letter, offers)
-        split.axes["h"] = split._finest("h", "hk", offers)
-        split.axes["k"] = split._dividing("k", split.axes["h"])
-        if not communicates:
-            split.axes["h"] = split.axes["k"]
-        sequence = split._finest("s", "s", offers)
-        if sequence and _keeps_sequence_split(operation, split, sequence, communicates):
-            split.axes["s"] = split.axes["t"] = sequence
+        if "h" in extents:
+            split.axes["h"] = split._finest("h", "hk", offers)
+        if "k" in extents:
+            split.axes["k"] = split._dividing("k", split.axes["h"])
+            if not communicates:
+                split.axes["h"] = split.axes["k"]
+        if extents.keys() >= set("st"):
+            sequence = split._finest("s", "s", offers)
+            if sequence and _keeps_sequence_split(operation, split, sequence, communicates):
+                split.axes["s"] = split.axes["t"] = sequence
         return split
 
     def spec(self, dims: str) -> PartitionSpec:

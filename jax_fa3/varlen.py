@@ -1,0 +1,117 @@
+"""`flash_attention_varlen`: documents one after another without a batch, as flash-attn has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_fa3 import api, route, validate
+from jax_fa3.arguments import Arguments
+from jax_fa3.options import UNBOUNDED
+from jax_fa3.visibility import checks, public
+from jax_fa3.visibility.table import Visibility
+
+
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+    return_residual: bool = False,
+    implementation: Literal["fa3", "xla"] | None = None,
+    visibility: Visibility | None = None,
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention within each of several documents that stand one after another.
+
+    Letters: Q query rows and S keys of all documents, D documents, N query heads, K key/value heads
+    (a divisor of N), H head_dim.
+
+    Args:
+      query: (Q, N, H); bfloat16, float16, float32 or float8_e4m3fn.
+      key: (S, K, H), of query's dtype.
+      value: (S, K, H), of query's dtype; its last dimension may differ from H and is then the
+        output's.
+      cu_seqlens_q: int32 (D + 1,): document d has the rows from cu_seqlens_q[d] to
+        cu_seqlens_q[d + 1]. Documents may be empty; for a fixed number of them, repeat the last
+        value. Rows behind the last document are padding.
+      cu_seqlens_k: the same of keys. None, or the same object as cu_seqlens_q: the documents of
+        query.
+      max_seqlen_q, max_seqlen_k: taken from flash-attn's callers, and without effect.
+      softmax_scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
+      causal: row i of q in a document sees the keys up to i + k - q of the document's k: the last
+        row sees all of them.
+      window_size: (left, right) columns around that position, both ends included; -1 is off.
+      visibility: what `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)` gives, made once
+        for many calls. With cu_seqlens_k it has causal and the window too, those of this call.
+      deterministic, return_residual, implementation, sm_margin, forward_dtype: as in
+        `dot_product_attention`.
+
+    Returns:
+      out, (Q, N, H), of query's dtype; with return_residual (out, lse), lse float32 (Q, N) in
+      natural log units, and gradients flow through both. A row that sees no key, and every row
+      behind the last document, has out 0, lse -inf and gradients 0.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `dot_product_attention`.
+
+    Example:
+      >>> q = k = v = jnp.ones((6, 4, 64), jnp.bfloat16)
+      >>> jax_fa3.flash_attention_varlen(q, k, v, jnp.array([0, 4, 6]), causal=True).shape
+      (6, 4, 64)
+    """
+    given = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    for name, n in given.items():
+        if n is not None:
+            validate.as_int(name, n, "an int or None")
+    arguments = Arguments(
+        query,
+        key,
+        value,
+        scale=softmax_scale,
+        deterministic=deterministic,
+        return_residual=return_residual,
+        implementation=implementation,
+        sm_margin=sm_margin,
+        forward_dtype=forward_dtype,
+    ).with_arrays()
+    if arguments.query.ndim != 3:
+        shape = tuple(arguments.query.shape)
+        raise ValueError(f"query has shape {shape}; expected (rows, heads, head_dim)")
+    window = checks.window_of("window_size", window_size, causal)
+    is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
+    seqlens = arguments.query.shape[0], arguments.key.shape[0]
+    if is_self:
+        if seqlens[0] != seqlens[1]:
+            raise ValueError(
+                f"cu_seqlens_k is None, and query has {seqlens[0]} rows, key {seqlens[1]}; "
+                "expected cu_seqlens_k, or as many keys as query rows"
+            )
+        # Positions in a document and in the whole differ by the same, of rows and of keys.
+        arguments = dataclasses.replace(arguments, local_window_size=window)
+        window = UNBOUNDED, UNBOUNDED
+    if visibility is None:
+        sources = dict(cu_seqlens_q=cu_seqlens_q) | (
+            {} if is_self else dict(cu_seqlens_k=cu_seqlens_k)
+        )
+        how = route.of_visibility(implementation)
+        made = public.of_sources(sources, window=window, seqlens=seqlens, route=how)
+        visibility = dataclasses.replace(made, table=public.named(made.table))
+    elif isinstance(visibility, Visibility) and visibility.options.window != window:
+        raise ValueError(
+            f"visibility has the window {visibility.options.window}; expected {window}, "
+            + ("as with neither causal nor window" if is_self else "that of this call")
+        )
+    return api.attention(dataclasses.replace(arguments, visibility=visibility))

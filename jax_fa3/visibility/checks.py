@@ -1,0 +1,289 @@
+"""Is what tells which keys a row sees legal: segment ids, intervals, chunks, documents.
+
+Values are checked where they are known; ids that a traced array turns out to have wrong give NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jax_fa3.arguments import Arguments, values_of
+from jax_fa3.operands import Sources
+from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
+from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
+from jax_fa3.visibility.table import Visibility
+
+BY_HEAD = ("kv_start", "kv_end")
+OFF = -1  # a side of a window, as flash-attn has it
+
+
+def check_call(arguments: Arguments) -> None:
+    """Raises unless a call's arguments of this kind are legal, the others being so."""
+    check_chunk(arguments.attention_chunk)
+    if arguments.visibility is not None:
+        _check_visibility(arguments)
+    for name, x in arguments.sources.items():
+        if name == "query_offset":
+            continue
+        check_dtype(name, x, Sources.rows()[name].dtypes)
+        allowed = _shapes(name, arguments)
+        if tuple(x.shape) not in allowed:
+            raise ValueError(
+                f"{name} has shape {shape_of(x)}; expected {one_of(tuple(map(str, allowed)))}"
+            )
+    extents = arguments.extents
+    check_ids(arguments.sources, extents.seqlen_q, extents.seqlen_k)
+
+
+def check_given(sources: dict[str, Any], chunk: Any, window: tuple[int, int]) -> None:
+    """Something is there, and what goes together with something else does."""
+    if not sources and chunk is None:
+        raise ValueError(
+            "every argument of make_visibility is None; expected at least one of "
+            f"{', '.join(Sources.rows().keys() - {'query_offset'})} and attention_chunk"
+        )
+    if "cu_seqlens_q" in sources:
+        return
+    if "cu_seqlens_k" in sources:
+        raise ValueError("cu_seqlens_k is given and cu_seqlens_q is not; expected both")
+    if window != (UNBOUNDED, UNBOUNDED):
+        raise ValueError(
+            "causal or window is given and cu_seqlens_q is not; expected them in "
+            "each call, as is_causal and local_window_size"
+        )
+
+
+def check_sources(
+    sources: dict[str, Any], seqlen_q: int | None, seqlen_k: int | None
+) -> tuple[int, int]:
+    """(seqlen_q, seqlen_k) of the sources of `make_visibility`, each of which may lack its leading
+    dimensions."""
+    for name, x in sources.items():
+        row = Sources.rows()[name]
+        check_dtype(name, x, row.dtypes)
+        least = 0 if name == "query_offset" else 1
+        if not least <= x.ndim <= len(row.dims):
+            raise ValueError(
+                f"{name} has {x.ndim} dimensions, shape {shape_of(x)}; expected from {least} to "
+                f"{len(row.dims)}"
+            )
+    of_queries, of_keys = _lengths(sources, "st")
+    seqlen_q = _agreed("seqlen_q", seqlen_q, of_queries)
+    of_rows = "query_segment_ids" in sources or sources.keys() >= {"cu_seqlens_q"}
+    if of_rows and not of_keys and "cu_seqlens_k" not in sources and seqlen_k is None:
+        seqlen_k = seqlen_q  # keys have the documents of rows
+    seqlen_k = _agreed("seqlen_k", seqlen_k, of_keys)
+    _check_extents(sources)
+    check_ids(sources, seqlen_q, seqlen_k)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        _check_documents(name, sources.get(name))
+    if sources.keys() >= {"cu_seqlens_q", "cu_seqlens_k"}:
+        count_q, count_k = (sources[f"cu_seqlens_{x}"].shape[-1] for x in "qk")
+        if count_q != count_k:
+            raise ValueError(
+                f"cu_seqlens_k has {count_k} entries; expected {count_q} like cu_seqlens_q"
+            )
+    return seqlen_q, seqlen_k
+
+
+def check_ids(sources: dict[str, Any], seqlen_q: int, seqlen_k: int) -> None:
+    """Which ids go together, and that each is a run."""
+    ids, of_keys = (sources.get(f"{x}_segment_ids") for x in ("query", "key_value"))
+    if ids is None:
+        if of_keys is not None:
+            raise ValueError(
+                "key_value_segment_ids is given and query_segment_ids is not; expected both, or "
+                "query_segment_ids alone"
+            )
+        return
+    if of_keys is None:
+        if seqlen_q != seqlen_k:
+            raise ValueError(
+                "query_segment_ids is given and key_value_segment_ids is not, with "
+                f"{seqlen_q} query rows and {seqlen_k} keys; expected both, or as many keys as "
+                "query rows"
+            )
+        _check_runs("query_segment_ids", ids)
+        return
+    _check_order("query_segment_ids", ids)
+    _check_order("key_value_segment_ids", of_keys)
+
+
+def check_chunk(chunk: Any) -> None:
+    """None, or an int of at least 1."""
+    if chunk is not None and as_int("attention_chunk", chunk, "an int or None") < 1:
+        raise ValueError(f"attention_chunk is {chunk}; expected at least 1")
+
+
+def window_of(name: str, window: Any, causal: Any) -> tuple[int, int]:
+    """(left, right) in columns, inclusive, of a window as flash-attn has it and `causal`."""
+    check_flag("causal", causal)
+    expected = "a pair of ints, each at least 0, or -1 where a side is off"
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"{name} is {window!r}; expected {expected}")
+    sides = [as_int(name, side, expected) for side in window]
+    if min(sides) < OFF:
+        raise ValueError(f"{name} is {window!r}; expected {expected}")
+    left, right = (UNBOUNDED if side == OFF else min(side, UNBOUNDED) for side in sides)
+    return left, min(right, 0) if causal else right
+
+
+def check_chunk_offset(offset: Any, chunk: Any) -> None:
+    """An offset is for chunks; windows have the call's."""
+    check_offset(offset)
+    if offset is not None and chunk is None:
+        raise ValueError(
+            "query_offset is given and attention_chunk is not; expected both (causal and windowed "
+            "attention take the query_offset of each call)"
+        )
+
+
+def _check_visibility(arguments: Arguments) -> None:
+    """It stands alone, and is of the call's rows and keys."""
+    visibility, n = arguments.visibility, arguments.extents
+    if not isinstance(visibility, Visibility):
+        raise TypeError(
+            f"visibility is a {type(visibility).__name__}; expected what jax_fa3.make_visibility "
+            "gives"
+        )
+    names = [*(name for name in arguments.sources if name != "query_offset")]
+    names += ["attention_chunk"] * (arguments.attention_chunk is not None)
+    if names:
+        raise ValueError(
+            f"visibility is given and so is {names[0]}; expected one of them: make_visibility "
+            "takes such arguments"
+        )
+    made = visibility.options.seqlen_q, visibility.options.seqlen_k
+    if made != (n.seqlen_q, n.seqlen_k):
+        raise ValueError(
+            f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
+            f"{n.seqlen_k} like query and key"
+        )
+    batch, heads, _ = visibility.table.shape
+    if batch not in (1, n.batch):
+        raise ValueError(
+            f"visibility has batch = {batch}; expected {one_of(_some(1, n.batch))} like query"
+        )
+    if heads not in (1, n.num_heads_q, n.num_heads_kv):
+        raise ValueError(
+            f"visibility has {heads} heads; expected "
+            f"{one_of(_some(1, n.num_heads_q, n.num_heads_kv))} like query or key"
+        )
+
+
+def _shapes(name: str, arguments: Arguments) -> list[tuple[int, ...]]:
+    """The shapes that a call's array may have."""
+    n = arguments.extents
+    rows = n.seqlen_k if name == "key_value_segment_ids" else n.seqlen_q
+    heads = dict.fromkeys((n.num_heads_q, n.num_heads_kv)) if name in BY_HEAD else ()
+    shapes = [(rows,), *((count, rows) for count in heads)]
+    batched = [(n.batch, *shape) for shape in shapes]
+    return batched if arguments.query.ndim == 4 else list(dict.fromkeys(shapes + batched))
+
+
+def _lengths(sources: dict[str, Any], letters: str) -> list[dict[str, int]]:
+    """For each letter the extents of that dimension, by the arrays that have it."""
+    dims = {name: Sources.rows()[name].dims for name in sources}
+    return [
+        {name: sources[name].shape[-1] for name in sources if dims[name].endswith(letter)}
+        for letter in letters
+    ]
+
+
+def _agreed(name: str, given: Any, found: dict[str, int]) -> int:
+    """The one length that is given or that arrays have."""
+    if given is not None:
+        given = as_int(name, given, "an int or None")
+        if not 0 <= given < MAX_SEQLEN:
+            raise ValueError(f"{name} is {given}; expected at least 0 and less than {MAX_SEQLEN}")
+        found = {name: given} | found
+    if not found:
+        raise ValueError(f"{name} is None; expected an int, since no array tells it")
+    (first, seqlen), *others = found.items()
+    for other, n in others:
+        if n != seqlen:
+            raise ValueError(f"{other} has {n} entries; expected {seqlen} like {first}")
+    return seqlen
+
+
+def _check_extents(sources: dict[str, Any]) -> None:
+    """All arrays have the same batch, or 1 or none, and numbers of heads that fit."""
+    full = {name: x for name, x in sources.items() if x.ndim == len(Sources.rows()[name].dims)}
+    full |= {name: x for name, x in sources.items() if name in BY_HEAD and x.ndim == 2}
+    batch = max((x.shape[0] for x in full.values()), default=1, key=lambda n: n != 1)
+    for name, x in full.items():
+        if x.shape[0] not in (1, batch):
+            raise ValueError(f"{name} has batch = {x.shape[0]}; expected 1 or {batch}")
+    by_head = {name: x.shape[1] for name, x in full.items() if x.ndim == 3}
+    heads = max(by_head.values(), default=1)
+    for name, n in by_head.items():
+        if not n or heads % n:
+            raise ValueError(f"{name} has {n} heads; expected a divisor of {heads}")
+
+
+def _check_runs(name: str, ids: Any) -> None:
+    """Every id but 0 stands in one run."""
+    rows = _by_row(ids)
+    _raise_at(name, rows, rows < 0, "expected at least 0")
+    for b, row in enumerate(rows):
+        starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 1))
+        order = np.argsort(row[starts], kind="stable")
+        run_ids = row[starts][order]
+        again = order[1:][(run_ids[1:] == run_ids[:-1]) & (run_ids[1:] != 0)]
+        if again.size:
+            at = starts[again.min()]
+            raise ValueError(
+                f"{name} is {row[at]} at position {at} of batch entry {b}, as before another id; "
+                "expected each id but 0 in one run of neighbours"
+            )
+
+
+def _check_order(name: str, ids: Any) -> None:
+    """Ids that are not 0 do not fall, and zeros stand before or behind all of them."""
+    rows = _by_row(ids)
+    before = np.maximum.accumulate(rows, axis=1) if rows.size else rows
+    gap = np.maximum.accumulate((rows == 0) & (before > 0), axis=1) if rows.size else rows
+    _raise_at(name, rows, rows < 0, "expected at least 0")
+    _raise_at(
+        name,
+        rows,
+        (rows > 0) & (rows < before),
+        "after a greater one; expected ids that do not fall",
+    )
+    _raise_at(
+        name,
+        rows,
+        (rows > 0) & gap.astype(bool),
+        "after a 0 that follows other ids; expected zeros before and behind all ids only",
+    )
+
+
+def _check_documents(name: str, cu_seqlens: Any) -> None:
+    """The first rows of documents do not fall."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.shape[-1] == 0:
+        raise ValueError(f"{name} has no entries; expected one more than documents")
+    rows = _by_row(cu_seqlens)
+    falls = np.diff(rows, axis=1, prepend=0) < 0
+    _raise_at(name, rows, falls, "expected at least 0, and no less than the entry before")
+
+
+def _by_row(x: Any) -> np.ndarray:
+    """[batch, seqlen] of what is known of an array; no rows where it is not."""
+    values = values_of(x)
+    return np.zeros((0, x.shape[-1]), np.int32) if values is None else np.atleast_2d(values)
+
+
+def _raise_at(name: str, rows: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+    """Raises for the first wrong element."""
+    found = np.argwhere(wrong)
+    if found.size:
+        b, i = found[0]
+        raise ValueError(f"{name} is {rows[b, i]} at position {i} of batch entry {b}; {expected}")
+
+
+def _some(*numbers: int) -> tuple[str, ...]:
+    return tuple(map(str, dict.fromkeys(numbers)))

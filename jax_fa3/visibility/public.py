@@ -1,0 +1,166 @@
+"""The public way to a table of visibility, and a call's own one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from jax_fa3 import route, sharding
+from jax_fa3.arguments import Arguments, as_array, as_int32, is_array, is_int64
+from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.operands import Sources
+from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.visibility import checks, table
+from jax_fa3.visibility.table import Visibility
+from jax_fa3.vjp import CHECKPOINT_NAME
+
+
+def make_visibility(
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    *,
+    attention_chunk: int | None = None,
+    query_offset: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    seqlen_q: int | None = None,
+    seqlen_k: int | None = None,
+) -> Visibility:
+    """Which keys each row sees, in the form that the kernels read: made once, for every layer.
+
+    `dot_product_attention(..., visibility=...)` means the same as with the arguments of which it
+    was made. is_causal, windows and lengths are not in it: each call has its own.
+
+    Args:
+      query_segment_ids, key_value_segment_ids, kv_start, kv_end, attention_chunk: as in
+        `dot_product_attention`. The batch may be 1, or be left out: then it serves any batch. Heads
+        may be any number that the call has, or be left out.
+      query_offset: as in `dot_product_attention`, for attention_chunk, with which alone it goes.
+      cu_seqlens_q: int32 (C,) or (B, C): document d has the query rows from cu_seqlens_q[d] to
+        cu_seqlens_q[d + 1]; its rows see keys of the same document. Padded by repeating the last
+        value. Needs seqlen_q.
+      cu_seqlens_k: the same of keys, by default cu_seqlens_q; needs seqlen_k.
+      causal, window: of documents, with cu_seqlens alone: row i of q in a document sees keys up to
+        i + k - q of its k; window is (left, right) around that position, both ends included, -1
+        where a side is off.
+      seqlen_q, seqlen_k: the numbers of query rows and keys, where no array tells them. With
+        query_segment_ids alone there are as many keys as rows.
+
+    Returns:
+      A `Visibility`, a pytree: it may be an argument or result of jax.jit, be closed over by a
+      scan, and be mapped by jax.vmap.
+
+    Raises:
+      ValueError: shapes or values do not fit; ids whose values are known that are no runs. Ids that
+        turn out so at run time give NaN in the calls that have them.
+      TypeError: a wrong dtype, or an array where a Python value must stand.
+
+    Example:
+      >>> ids = jnp.array([[1, 1, 1, 2, 2, 0]])
+      >>> visibility = jax_fa3.make_visibility(ids)
+      >>> q = k = v = jnp.ones((1, 6, 4, 64), jnp.bfloat16)
+      >>> jax_fa3.dot_product_attention(q, k, v, is_causal=True, visibility=visibility).shape
+      (1, 6, 4, 64)
+    """
+    given = dict(
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return of_sources(
+        {name: x for name, x in given.items() if x is not None},
+        attention_chunk=attention_chunk,
+        query_offset=query_offset,
+        window=checks.window_of("window", window, causal),
+        seqlens=(seqlen_q, seqlen_k),
+        route=route.of_visibility(),
+    )
+
+
+def of_sources(
+    given: dict[str, Any],
+    *,
+    attention_chunk: int | None = None,
+    query_offset: Any = None,
+    window: tuple[int, int] = (UNBOUNDED, UNBOUNDED),
+    seqlens: tuple[int | None, int | None],
+    route: Route,
+) -> Visibility:
+    """`make_visibility` of the sources that are there, with a window as the kernels have it."""
+    checks.check_chunk(attention_chunk)
+    checks.check_chunk_offset(query_offset, attention_chunk)
+    if is_array(query_offset):
+        given, query_offset = given | dict(query_offset=query_offset), 0
+    sources = {name: _as_int32(name, x) for name, x in given.items()}
+    checks.check_given(sources, attention_chunk, window)
+    seqlen_q, seqlen_k = checks.check_sources(sources, *seqlens)
+    if "cu_seqlens_q" in sources:
+        sources.setdefault("cu_seqlens_k", sources["cu_seqlens_q"])
+    options = VisibilityOptions(
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        query_offset=int(query_offset or 0),
+        attention_chunk=_chunk(attention_chunk),
+        window_left=window[0],
+        window_right=window[1],
+    )
+    return Visibility(_made(route, options, Sources(**sources)), options)
+
+
+def of_call(arguments: Arguments) -> jax.Array:
+    """The table of a checked call that has one, for one head or all query heads."""
+    if arguments.visibility is not None:
+        made = arguments.visibility.table
+    else:
+        offset, n = arguments.query_offset, arguments.extents
+        chunk = _chunk(arguments.attention_chunk)
+        options = VisibilityOptions(
+            seqlen_q=n.seqlen_q,
+            seqlen_k=n.seqlen_k,
+            query_offset=0 if is_array(offset) or not chunk else int(offset or 0),
+            attention_chunk=chunk,
+        )
+        sources = dict(arguments.sources)
+        for name in checks.BY_HEAD:
+            if arguments.query.ndim == 3 and name in sources and sources[name].ndim == 2:
+                sources[name] = sources[name][None]
+        how = route.of_visibility(arguments.implementation)
+        made = named(_made(how, options, Sources(**sources)))
+    heads = arguments.extents.num_heads_q
+    return made if made.shape[1] in (1, heads) else jnp.repeat(made, heads // made.shape[1], 1)
+
+
+def named(made: jax.Array) -> jax.Array:
+    """A table that a call makes for itself, which a remat policy keeps with the call's results."""
+    return checkpoint_name(made, CHECKPOINT_NAME)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
+    """The table of checked sources of public shapes."""
+    if not sources.present():  # so that there is an array to tell the mesh
+        offset = jnp.full((1,), options.query_offset, jnp.int32)
+        sources = Sources(query_offset=offset)
+    sources = vary_together(table.in_row_dims(sources))
+    return sharding.visibility(how, options, sources)
+
+
+def _chunk(attention_chunk: int | None) -> int:
+    return min(int(attention_chunk or 0), UNBOUNDED)
+
+
+def _as_int32(name: str, x: Any) -> Any:
+    x = as_array(name, x) if not is_array(x) else x
+    return as_int32(name, x) if is_int64(x) else x
