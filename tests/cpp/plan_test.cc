@@ -30,7 +30,7 @@ Shape shape(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::in
 }
 
 ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sms = kSms) {
-  const auto plan = plan_forward(s, mask, kForward, num_sms);
+  const auto plan = plan_forward(s, mask, {}, kForward, num_sms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -142,7 +142,7 @@ void beyond_32_bits() {
   CHECK(forward(s).num_tiles == 4 * 128 * 342);
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
-  CHECK_REFUSES(plan_forward(tiles, kDense, kForward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_forward(tiles, kDense, {}, kForward, kSms).status(), "below 2^31");
   CHECK_REFUSES(plan_backward(tiles, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
   CHECK_REFUSES(plan_backward(bytes, false, kBackward, kSms).status(), "64-bit");
@@ -150,7 +150,7 @@ void beyond_32_bits() {
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward(s, kDense, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_forward(s, kDense, {}, kForward, kSms).status(), part);
     CHECK_REFUSES(plan_backward(s, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
@@ -172,12 +172,12 @@ void refusals() {
   s.dtype = static_cast<DType>(7);
   refuses(s, "got code 7");
   const auto refuses_mask = [](const MaskOptions& mask, const char* part) {
-    CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), mask, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), mask, {}, kForward, kSms).status(), part);
   };
   refuses_mask({-1, 0, 0}, "window_left must be in [0, 1073741824], got -1");
   refuses_mask({0, -1, 0}, "window_right");
   refuses_mask({0, 0, -kMaxSeqlen - 1}, "query_offset");
-  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
+  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, {}, kForward, 0).status(), "num_sms");
 }
 
 const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
@@ -187,7 +187,7 @@ const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
                                                {256, 256, 128, 128}};
 
 ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kDense, bool prepared = true) {
-  const auto plan = plan_forward_float8(s, mask, prepared, kFloat8, kSms);
+  const auto plan = plan_forward_float8(s, mask, {}, prepared, kFloat8, kSms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -216,7 +216,7 @@ void float8_workspace() {
 
 void float8_refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward_float8(s, kDense, false, kFloat8, kSms).status(), part);
+    CHECK_REFUSES(plan_forward_float8(s, kDense, {}, false, kFloat8, kSms).status(), part);
   };
   refuses(shape(1, 1, 1, 72), "head_dim must be a multiple of 16 for float8");
   Shape s = shape(1, 1, 1, 64);
@@ -227,9 +227,9 @@ void float8_refusals() {
   refuses(s, "head_dim_v must be a multiple of 8 in [8, 256], got 272");
   refuses(shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128), "64-bit");
   CHECK_REFUSES(
-      plan_forward_float8(shape(1, 1, 1, 256), kDense, false, {kFloat8[0]}, kSms).status(),
+      plan_forward_float8(shape(1, 1, 1, 256), kDense, {}, false, {kFloat8[0]}, kSms).status(),
       "no forward kernel for e4m3 head_dim=256: this build has e4m3 head dims [64]");
-  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, false, kFloat8, 0).status(),
+  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, {}, false, kFloat8, 0).status(),
                 "num_sms");
 }
 
