@@ -97,9 +97,8 @@ nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int
   const Shape shape{DType::kBF16, batch,        seqlen_q, seqlen_k,
                     num_heads_q,  num_heads_kv, head_dim, head_dim_v};
   return plan_dict<ForwardFloat8>(
-      plan_forward_float8(shape, {window_left, window_right, 0},
-                          {has_index_arrays, has_visibility}, value_is_prepared,
-                          KernelTable<ForwardFloat8>::plannable(), num_sms));
+      plan_forward_float8(shape, {window_left, window_right, 0}, {has_index_arrays, has_visibility},
+                          value_is_prepared, KernelTable<ForwardFloat8>::plannable(), num_sms));
 }
 
 nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,

@@ -1,9 +1,9 @@
 // The mask as integer geometry: which keys a query row sees, which tiles must be visited, and
 // which of those straddle an edge. Row i of a sequence sees key j when
 //   i < query_length, j < key_length and i + first <= j <= i + last
-// and, where the call has row intervals, j is in row i's. Causal attention, sliding windows, offsets
-// and lengths are all values of these four numbers; what intervals add comes as Bounds of 64 rows or
-// keys at a time. Pure arithmetic for host and device; only mask.cuh knows registers.
+// and, where the call has row intervals, j is in row i's. Causal attention, sliding windows,
+// offsets and lengths are all values of these four numbers; what intervals add comes as Bounds of
+// 64 rows or keys at a time. Pure arithmetic for host and device; only mask.cuh knows registers.
 #pragma once
 
 #include "attention/visibility.h"
@@ -94,8 +94,8 @@ struct QueryHeads {
   int count = 1;
 };
 
-// The mask of sequence `b`, its row intervals apart. What the index arrays have for each sequence is
-// read here and nowhere else, and clamped.
+// The mask of sequence `b`, its row intervals apart. What the index arrays have for each sequence
+// is read here and nowhere else, and clamped.
 JFA_HD inline Mask make_mask(const MaskOptions& options, const IndexArrays& index, int b,
                              int seqlen_q, int seqlen_k) {
   const int offset = clamp_to(index.query_offset ? index.query_offset[b] : options.query_offset,
@@ -145,8 +145,7 @@ struct TileBounds {
   }
 
  private:
-  JFA_HD Bounds of(int begin, int end, int seqlen, int word,
-                   int num_heads) const {
+  JFA_HD Bounds of(int begin, int end, int seqlen, int word, int num_heads) const {
     if (mask.plane == nullptr) return {};
     Bounds all = Bounds::none();
     const auto* words = reinterpret_cast<const std::int32_t*>(mask.plane) + word;

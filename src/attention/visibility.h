@@ -23,7 +23,7 @@
 
 namespace jax_fa3 {
 
-constexpr int kBoundsRows = 64;           // a warpgroup's
+constexpr int kBoundsRows = 64;             // a warpgroup's
 constexpr std::int32_t kNone = kMaxSeqlen;  // begins behind everything
 
 // [begin, end). A row that sees nothing has an end below 0, and its complement is an end that falls

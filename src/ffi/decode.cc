@@ -115,7 +115,9 @@ void Extents::learn(char letter, std::int64_t extent) {
   if (letter != 't') return;
   if (types_.descale_each_block) extents_[index('n')] = num_blocks(extent);
   extents_[index('p')] = padded_keys(extent);
-  const auto rows = [](std::int64_t n) { return static_cast<int>(std::min<std::int64_t>(n, kMaxSeqlen)); };
+  const auto rows = [](std::int64_t n) {
+    return static_cast<int>(std::min<std::int64_t>(n, kMaxSeqlen));
+  };
   extents_[index('v')] = PlaneLayout{rows((*this)['s']), rows(extent)}.words();
 }
 

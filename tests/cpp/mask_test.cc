@@ -145,9 +145,7 @@ std::vector<std::int32_t> table_of(const std::vector<Interval>& rows, int seqlen
   const PlaneLayout layout{seqlen_q, seqlen_k};
   std::vector<std::int32_t> words(layout.words(), 0);
   const PlaneView<std::int32_t> plane{words.data(), layout};
-  const auto sees = [&](int row, int key) {
-    return key >= rows[row].begin && key < rows[row].end;
-  };
+  const auto sees = [&](int row, int key) { return key >= rows[row].begin && key < rows[row].end; };
   const auto add = [](Bounds& bounds, int begin, int end) {
     bounds.add(begin < end ? Bounds{begin, begin, end, end} : Bounds{kNone, kNone, 0, 0});
   };

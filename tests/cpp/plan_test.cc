@@ -49,6 +49,21 @@ void head_dims_round_up() {
   CHECK(backward(shape(1, 512, 4, 72)).key.head_dim == 128);  // no 96 in that list
 }
 
+// With an array of lengths tiles go to whoever is free, in the order and size that they had. With
+// row intervals, deepest first, and of the larger size where there are enough.
+void index_arrays_change_the_order() {
+  const auto plan = [](const Shape& s, const IndexPresence& presence) {
+    return plan_forward(s, kDense, presence, kForward, kSms).value();
+  };
+  const Shape large = shape(1, 16384, 16, 128), small = shape(1, 1024, 16, 128);
+  CHECK(!plan(large, {}).by_counter && !plan(large, {}).longest_first);
+  CHECK(plan(large, {true, false}).by_counter && !plan(large, {true, false}).longest_first);
+  CHECK(plan(large, {true, true}).by_counter && plan(large, {true, true}).longest_first);
+  CHECK(plan(large, {true, true}).key.block_m == 192);
+  CHECK(plan(small, {true, true}).key.block_m == 128);
+  CHECK(forward(large, kCausal).by_counter && forward(large, kCausal).longest_first);
+}
+
 void tiles_follow_the_makespan() {
   // Long sequences fill every wave: the tile with the faster main loop.
   CHECK(forward(shape(1, 16384, 16, 128)).key.block_m == 192);
@@ -244,6 +259,7 @@ void printable() {
 
 int main() {
   jax_fa3::head_dims_round_up();
+  jax_fa3::index_arrays_change_the_order();
   jax_fa3::tiles_follow_the_makespan();
   jax_fa3::tiles_and_grid();
   jax_fa3::order_follows_the_mask();

@@ -45,8 +45,8 @@ std::string to_string(const ForwardPlan& plan) {
   return concat("forward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 " m_blocks=", plan.num_m_blocks, " heads_per_group=", plan.heads_per_group,
-                " longest_first=", plan.longest_first, " by_counter=", plan.by_counter, " tiles=", plan.num_tiles,
-                " grid=", plan.grid);
+                " longest_first=", plan.longest_first, " by_counter=", plan.by_counter,
+                " tiles=", plan.num_tiles, " grid=", plan.grid);
 }
 
 }  // namespace jax_fa3

@@ -80,9 +80,9 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   // Row intervals make them differ in ways that are not known here.
-  const bool deeper_are_longer =
-      options.window_right < kUnbounded && cycles.back() > cycles.front();
-  order.longest_first = order.num_m_blocks > 1 && (presence.visibility || deeper_are_longer);
+  order.longest_first = order.num_m_blocks > 1 &&
+                        (presence.visibility ||
+                         (options.window_right < kUnbounded && cycles.back() > cycles.front()));
   order.by_counter = order.longest_first || presence.any;
   order.heads_per_group = order.longest_first ? query_heads_per_group(shape) : 1;
   return Schedule{order, makespan(order, cycles)};

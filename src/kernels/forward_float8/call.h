@@ -61,8 +61,8 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
       return plan_forward_float8(shape, mask, presence, value_is_prepared,
                                  KernelTable<ForwardFloat8>::compiled(), num_sms);
     };
-    return cache.get(make, problem.shape, problem.mask, problem.presence,
-                     problem.value_is_prepared, num_sms);
+    return cache.get(make, problem.shape, problem.mask, problem.presence, problem.value_is_prepared,
+                     num_sms);
   }
   static Status launch(const ForwardFloat8Plan& plan, const Problem& problem, CUstream_st* stream) {
     JFA_CHECK_OK(check_workspace(plan.workspace_bytes, problem.workspace_bytes));

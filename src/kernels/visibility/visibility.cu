@@ -93,7 +93,10 @@ __device__ bool find_runs(const std::int32_t* ids, int count, Interval* runs) {
   bool negative = false, falls = false;
   const auto begins = [&](int i) { return i == 0 || ids[i] != ids[i - 1]; };
   const Largest last = scan(
-      count, [&](int i) { return Largest{begins(i) ? i : 0, max(ids[i], 0)}; },
+      count,
+      [&](int i) {
+        return Largest{begins(i) ? i : 0, max(ids[i], 0)};
+      },
       [&](int i, const Largest& own, const Largest& before) {
         negative |= ids[i] < 0;
         if (begins(i) && i > 0) runs[before.first].end = i;
@@ -120,7 +123,10 @@ __device__ bool rise(const std::int32_t* ids, int count, int* end) {
   bool wrong = false;
   int last = 0;
   scan(
-      count, [&](int i) { return Largest{max(ids[i], 0), 0}; },
+      count,
+      [&](int i) {
+        return Largest{max(ids[i], 0), 0};
+      },
       [&](int i, const Largest&, const Largest& before) {
         if (ids[i] == 0) return;
         wrong |= ids[i] < before.first;
@@ -164,8 +170,7 @@ struct Sources {
       const int num_ends = problem.num_ends;
       const auto* const queries = problem.query_ends + std::int64_t(batch) * num_ends;
       const auto* const ends = problem.key_ends + std::int64_t(batch) * num_ends;
-      const int document =
-          first_greater(num_ends, row, [&](int i) { return queries[i]; }) - 1;
+      const int document = first_greater(num_ends, row, [&](int i) { return queries[i]; }) - 1;
       if (document < 0 || document + 1 >= num_ends) return {0, 0};
       const int begin = clamp_to(ends[document], 0, seqlen_k);
       const int end = clamp_to(ends[document + 1], 0, seqlen_k);
@@ -178,9 +183,9 @@ struct Sources {
     if (problem.kv_start != nullptr) narrow(problem.kv_start[place], seqlen_k);
     if (problem.kv_end != nullptr) narrow(0, problem.kv_end[place]);
     if (problem.chunk > 0) {
-      const int offset = clamp_to(problem.query_offset ? problem.query_offset[batch]
-                                                       : problem.window.query_offset,
-                                  -kMaxSeqlen, kMaxSeqlen);
+      const int offset =
+          clamp_to(problem.query_offset ? problem.query_offset[batch] : problem.window.query_offset,
+                   -kMaxSeqlen, kMaxSeqlen);
       const int position = row + offset;
       const int beyond = position % problem.chunk;
       const int begin = position - beyond - (beyond < 0 ? problem.chunk : 0);
@@ -242,8 +247,8 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const Params p) {
       [&](int row, const Largest& own, const Largest& before) {
         const bool sees = own.second > 0;
         const Largest so_far = TakeLarger{}(own, before);
-        plane.rows()[row] = sees ? Interval{own.first, own.second}
-                                 : Interval{so_far.first, ~so_far.second};
+        plane.rows()[row] =
+            sees ? Interval{own.first, own.second} : Interval{so_far.first, ~so_far.second};
         bounds.add(bounds_of(sees ? Interval{own.first, own.second} : Interval{0, 0}));
         if (!sees) return;
         falls |= own.first < before.first || own.second < before.second;
@@ -302,8 +307,8 @@ __global__ void __launch_bounds__(kKeyThreads)
   }
   const int first_of_thread = first_key + kKeysOfThread * lane;
   if (first_of_thread < seqlen_k) {  // an odd number of keys has a place more
-    *reinterpret_cast<int4*>(plane.keys() + first_of_thread) = {
-        seen_by[0].begin, seen_by[0].end, seen_by[1].begin, seen_by[1].end};
+    *reinterpret_cast<int4*>(plane.keys() + first_of_thread) = {seen_by[0].begin, seen_by[0].end,
+                                                                seen_by[1].begin, seen_by[1].end};
   }
   add_neighbours<32>(bounds);
   if (lane == 0) plane.key_bounds()[group] = bounds;
@@ -316,8 +321,8 @@ Status launch_visibility(const VisibilityProblem& problem, cudaStream_t stream) 
   const auto planes = static_cast<unsigned>(s.batch * s.num_heads_q);
   if (planes == 0) return {};
   const Params p{problem, {static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k)}};
-  JFA_CHECK_OK(
-      launch_kernel("visibility rows_kernel", rows_kernel, dim3(planes), kRowThreads, 0, stream, p));
+  JFA_CHECK_OK(launch_kernel("visibility rows_kernel", rows_kernel, dim3(planes), kRowThreads, 0,
+                             stream, p));
   const auto blocks =
       static_cast<unsigned>(ceil_div<std::int64_t>(s.seqlen_k, kKeyThreads * kKeysOfThread));
   return launch_kernel("visibility keys_kernel", keys_kernel, dim3(planes * blocks), kKeyThreads, 0,
