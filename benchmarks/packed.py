@@ -39,6 +39,7 @@ from benchmarks.problems import (
 )
 from benchmarks.render import OURS, Results, mask_name, not_measured, table
 
+CLOCKS = ("kernel", "wall")
 RATIOS = (  # of speeds: the first over the second
     (OURS, "FA3"),
     (OURS, "cuDNN packed"),
@@ -132,14 +133,13 @@ class PackedResults(Results):
         """The cells' (mode, head_dim, causal, seqlen, documents), in the order of the run."""
         return list(dict.fromkeys(cell[:-1] for cell in self.cells))
 
-    def ratio(self, cell: tuple, ours: str, other: str) -> float | None:
-        """Of two implementations' speeds by one clock, where both ran."""
-        speeds = [self.tflops(*cell, name, clock=self.clock) for name in (ours, other)]
+    def ratio(self, cell: tuple, ours: str, other: str, clock: str) -> float | None:
+        """Of two implementations' speeds, where both ran."""
+        speeds = [self.tflops(*cell, name, clock=clock) for name in (ours, other)]
         return speeds[0] / speeds[1] if all(speeds) else None
 
-    def microseconds(self, cell: tuple, name: str) -> float | None:
-        row = self.cells.get((*cell, name), {})
-        return row.get(f"{self.clock}_us")
+    def microseconds(self, cell: tuple, name: str, clock: str) -> float | None:
+        return self.cells.get((*cell, name), {}).get(f"{clock}_us")
 
 
 def describe_cell(cell: tuple) -> str:
@@ -148,20 +148,21 @@ def describe_cell(cell: tuple) -> str:
 
 
 def summary(results: PackedResults) -> str:
-    """A row for each pair of implementations and mode: the geometric mean, and the least."""
+    """A row for each pair of implementations, mode and clock: the geometric mean, and the least."""
     rows = []
-    for (ours, other), mode in product(RATIOS, MODES):
+    for (ours, other), mode, clock in product(RATIOS, MODES, CLOCKS):
         found = {
             cell: ratio
             for cell in results.problems()
-            if cell[0] == mode and (ratio := results.ratio(cell, ours, other))
+            if cell[0] == mode and (ratio := results.ratio(cell, ours, other, clock))
         }
         if found:
             least = min(found, key=found.get)
             mean = math.exp(sum(map(math.log, found.values())) / len(found))
             smallest = f"{found[least]:.3f} ({describe_cell(least)})"
-            rows.append([f"{ours} / {other}", mode, str(len(found)), f"{mean:.3f}", smallest])
-    return table(["speed", "", "cells", "geometric mean", "smallest"], rows)
+            row = [f"{ours} / {other}", mode, clock, str(len(found)), f"{mean:.3f}", smallest]
+            rows.append(row)
+    return table(["speed", "", "clock", "cells", "geometric mean", "smallest"], rows)
 
 
 def fourteen(results: PackedResults) -> str:
@@ -169,15 +170,15 @@ def fourteen(results: PackedResults) -> str:
     problem = FOURTEEN
     cells = [(mode, problem.head_dim, True, problem.seqlen, problem.documents) for mode in MODES]
     rows = []
-    for name in results.implementations():
-        times = [results.microseconds(cell, name) for cell in cells]
+    for name, clock in product(results.implementations(), CLOCKS):
+        times = [results.microseconds(cell, name, clock) for cell in cells]
         if all(times):
-            rows.append([name, *(f"{x:.0f}" for x in (*times, sum(times)))])
+            rows.append([name, clock, *(f"{x:.0f}" for x in (*times, sum(times)))])
     title = (
         f"## {len(problem.lengths)} documents in {problem.seqlen} tokens, {problem.heads} heads "
-        f"of {problem.head_dim}, causal\n\nMicroseconds of {results.clock} time.\n\n"
+        f"of {problem.head_dim}, causal\n\nMicroseconds.\n\n"
     )
-    return title + table(["", *MODES, "both"], rows) if rows else ""
+    return title + table(["", "clock", *MODES, "both"], rows) if rows else ""
 
 
 def markdown(results: PackedResults) -> str:

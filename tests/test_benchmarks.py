@@ -105,7 +105,8 @@ def test_padded_batches():
     ids=lambda problem: problem.label,
 )
 def test_the_reference_has_the_problem_s_mask(problem):
-    *qkv, dout = (x[-1:].astype(jnp.float32) for x in problem.inputs())
+    inputs = problem.inputs()
+    *qkv, dout = (x[-1:].astype(jnp.float32) for x in inputs)
     begin, end = (x[:, None] for x in problem.intervals())
     column = np.arange(problem.seqlen)
     mask = (begin <= column) & (column < end)
@@ -116,7 +117,7 @@ def test_the_reference_has_the_problem_s_mask(problem):
 
     out, pullback = jax.vjp(attend, *qkv)
     want = [x[0, :, -1] for x in (out, *pullback(dout))]
-    got, gradients = reference(problem, problem.inputs())
+    got, gradients = reference(problem, inputs)
     for a, b in zip((got, *gradients), want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -135,6 +136,7 @@ def test_packed_report():
     environment = dict(device="a GPU")
     results = packed.PackedResults(dict(environment=environment, records=[*records, refused]))
     report = packed.markdown(results)
-    assert "| jax_fa3 / FA3 | backward | 1 | 1.500 | 1.500 (d128 causal lognormal-1170" in report
-    assert "| jax_fa3 | 100 | 100 | 200 |" in report
+    where = "d128 causal lognormal-1170 in 16384"
+    assert f"| jax_fa3 / FA3 | backward | kernel | 1 | 1.500 | 1.500 ({where})" in report
+    assert "| jax_fa3 | kernel | 100 | 100 | 200 |" in report
     assert "## Not measured" in report
