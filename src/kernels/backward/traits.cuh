@@ -150,12 +150,13 @@ struct BackwardTraits {
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
-  // What consumers write: `output` is dK and dV on their way, each warpgroup's.
+  // What consumers write: `output` is dK and dV on their way, each warpgroup's; of both at once where
+  // a warpgroup has both.
   static constexpr int kOutputElements = cute::max(DKTile::kElements, DVTile::kElements);
   struct KeySplitExchange {
     // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
     alignas(1024) Element dscores[2][kFusedDQ ? PTile::kElements : 8];
-    alignas(1024) Element output[2][kOutputElements];
+    alignas(1024) Element output[2][2][kOutputElements];
   };
   union GradientSplitExchange {
     // P^T, four floats of each thread together

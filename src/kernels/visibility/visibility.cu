@@ -12,7 +12,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kRowThreads = 512;
-constexpr int kRowsOfThread = 4;
+constexpr int kRowsOfThread = 16;
 constexpr int kRowsAtOnce = kRowThreads * kRowsOfThread;
 constexpr int kThreadsOfBounds = kBoundsRows / kRowsOfThread;
 constexpr int kKeyThreads = 256;
@@ -41,67 +41,88 @@ struct TakeLarger {
   }
 };
 using Scan = cub::BlockScan<Largest, kRowThreads>;
+using Rows = Largest[kRowsOfThread];
 
-// Calls visit(i, own, before) for all i < count, kRowsOfThread neighbours in each thread: own =
-// of(i), and `before` has the largest of all own ones before it. Then end(first), for what a thread
-// made of its neighbours. For a whole thread block; returns the largest of all.
-template <class Of, class Visit, class End>
-__device__ Largest scan(int count, const Of& of, const Visit& visit, const End& end) {
+// For all i < count, kRowsOfThread neighbours in each thread: own = of(first) for the neighbours
+// from `first` on, as far as there are, and visit(first, own, before), where `before` has for each
+// the largest of all own ones before it. For a whole thread block; returns the largest of all.
+//
+// The thread's neighbours go through each stage together: one after another their loads would take
+// many times as long.
+template <class Of, class Visit>
+__device__ Largest scan(int count, const Of& of, const Visit& visit) {
   __shared__ typename Scan::TempStorage storage;
   Largest all;
   for (int base = 0; base < count; base += kRowsAtOnce) {
     const int first = base + threadIdx.x * kRowsOfThread;
-    Largest own[kRowsOfThread], before[kRowsOfThread], total;
+    Rows own, before;
+    Largest total;
+    of(first, own);
 #pragma unroll
     for (int k = 0; k < kRowsOfThread; ++k) {
-      own[k] = first + k < count ? of(first + k) : Largest{};
+      if (first + k >= count) own[k] = Largest{};
     }
     Scan(storage).ExclusiveScan(own, before, all, TakeLarger{}, total);
     all = TakeLarger{}(all, total);
-#pragma unroll
-    for (int k = 0; k < kRowsOfThread; ++k) {
-      if (first + k < count) visit(first + k, own[k], before[k]);
-    }
-    end(first);
+    visit(first, own, before);
     __syncthreads();  // the next round writes storage again
   }
   return all;
 }
-template <class Of, class Visit>
-__device__ Largest scan(int count, const Of& of, const Visit& visit) {
-  return scan(count, of, visit, [](int) {});
-}
 
-// The first of `count` ascending numbers that is greater than x; `number` says the i-th one.
-template <class Number>
-__device__ int first_greater(int count, int x, const Number& number) {
-  int low = 0, high = count;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (number(middle) > x) {
-      high = middle;
-    } else {
-      low = middle + 1;
+// Of `count` ascending numbers the first that are greater than each x, all searches in step;
+// number(k, i) says the i-th one for x[k].
+template <int kSearches, class Number>
+__device__ void first_greater(int (&found)[kSearches], int count, const int (&x)[kSearches],
+                              const Number& number) {
+#pragma unroll
+  for (int k = 0; k < kSearches; ++k) found[k] = 0;
+  for (int step = count > 0 ? 1 << (31 - __clz(count)) : 0; step > 0; step /= 2) {
+#pragma unroll
+    for (int k = 0; k < kSearches; ++k) {
+      const int end = found[k] + step;
+      if (end <= count && number(k, end - 1) <= x[k]) found[k] = end;
     }
   }
-  return low;
 }
+
+// The ids of a thread's neighbours and of the one before them, which is another if there is none.
+struct Ids {
+  int of[kRowsOfThread + 1];
+
+  __device__ Ids(const std::int32_t* ids, int count, int first) {
+#pragma unroll
+    for (int k = 0; k <= kRowsOfThread; ++k) of[k] = ids[clamp_to(first + k - 1, 0, count - 1)];
+    if (first == 0) of[0] = ~of[1];
+  }
+  __device__ int own(int k) const { return of[k + 1]; }
+  __device__ bool begins(int k) const { return of[k + 1] != of[k]; }
+};
 
 // Runs of equal ids: of each row where its run begins, and of a run's first row where it ends, in
 // the place of the plane that is for keys later. Returns whether no id comes back after another.
 __device__ bool find_runs(const std::int32_t* ids, int count, Interval* runs) {
   bool negative = false, falls = false;
-  const auto begins = [&](int i) { return i == 0 || ids[i] != ids[i - 1]; };
   const Largest last = scan(
       count,
-      [&](int i) {
-        return Largest{begins(i) ? i : 0, max(ids[i], 0)};
+      [&](int first, Rows& own) {
+        const Ids here(ids, count, first);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) {
+          own[k] = {here.begins(k) ? first + k : 0, max(here.own(k), 0)};
+        }
       },
-      [&](int i, const Largest& own, const Largest& before) {
-        negative |= ids[i] < 0;
-        if (begins(i) && i > 0) runs[before.first].end = i;
-        if (begins(i) && ids[i] > 0) falls |= ids[i] <= before.second;
-        runs[i].begin = begins(i) ? i : before.first;
+      [&](int first, const Rows& own, const Rows& before) {
+        const Ids here(ids, count, first);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) {
+          const int i = first + k;
+          if (i >= count) continue;
+          negative |= here.own(k) < 0;
+          if (here.begins(k) && i > 0) runs[before[k].first].end = i;
+          if (here.begins(k) && here.own(k) > 0) falls |= here.own(k) <= before[k].second;
+          runs[i].begin = here.begins(k) ? i : before[k].first;
+        }
       });
   if (threadIdx.x == 0) runs[last.first].end = count;
   if (__syncthreads_or(negative)) return false;
@@ -124,14 +145,20 @@ __device__ bool rise(const std::int32_t* ids, int count, int* end) {
   int last = 0;
   scan(
       count,
-      [&](int i) {
-        return Largest{max(ids[i], 0), 0};
+      [&](int first, Rows& own) {
+        const Ids here(ids, count, first);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) own[k] = {max(here.own(k), 0), 0};
       },
-      [&](int i, const Largest&, const Largest& before) {
-        if (ids[i] == 0) return;
-        wrong |= ids[i] < before.first;
-        wrong |= before.first > 0 && ids[i - 1] == 0;
-        last = i + 1;
+      [&](int first, const Rows&, const Rows& before) {
+        const Ids here(ids, count, first);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) {
+          if (first + k >= count || here.own(k) == 0) continue;
+          wrong |= here.own(k) < before[k].first;
+          wrong |= before[k].first > 0 && here.of[k] == 0;
+          last = first + k + 1;
+        }
       });
   atomicMax(&shared_end, last);
   wrong = __syncthreads_or(wrong);
@@ -148,50 +175,79 @@ struct Sources {
   const Interval* runs;  // of find_runs
   int keys_end;          // of rise
 
-  __device__ Interval of(int row) const {
+  // Of a thread's neighbours, those behind the last row like it.
+  __device__ void of(int first, Interval (&keys)[kRowsOfThread]) const {
     const int seqlen_q = problem.shape.seqlen_q, seqlen_k = problem.shape.seqlen_k;
-    Interval keys{0, seqlen_k};
-    const auto narrow = [&](int begin, int end) {
-      keys.begin = max(keys.begin, begin);
-      keys.end = min(keys.end, end);
+    int row[kRowsOfThread], begin[kRowsOfThread], end[kRowsOfThread];
+#pragma unroll
+    for (int k = 0; k < kRowsOfThread; ++k) {
+      row[k] = min(first + k, seqlen_q - 1);
+      keys[k] = {0, seqlen_k};
+    }
+    const auto narrow = [&](int k, int begin, int end) {
+      keys[k].begin = max(keys[k].begin, begin);
+      keys[k].end = min(keys[k].end, end);
     };
     if (problem.query_ids != nullptr) {
-      const int id = problem.query_ids[std::int64_t(batch) * seqlen_q + row];
-      if (id == 0) return {0, 0};
+      int id[kRowsOfThread];
+#pragma unroll
+      for (int k = 0; k < kRowsOfThread; ++k) {
+        id[k] = problem.query_ids[std::int64_t(batch) * seqlen_q + row[k]];
+      }
       if (problem.key_ids == nullptr) {
-        narrow(runs[row].begin, runs[runs[row].begin].end);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) begin[k] = runs[row[k]].begin;
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) end[k] = runs[begin[k]].end;
       } else {
         const auto* const ids = problem.key_ids + std::int64_t(batch) * seqlen_k;
-        const auto number = [&](int i) { return ids[i]; };
-        narrow(first_greater(keys_end, id - 1, number), first_greater(keys_end, id, number));
+        const auto number = [&](int, int i) { return ids[i]; };
+        first_greater(end, keys_end, id, number);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) --id[k];
+        first_greater(begin, keys_end, id, number);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) ++id[k];
       }
+#pragma unroll
+      for (int k = 0; k < kRowsOfThread; ++k) narrow(k, begin[k], id[k] == 0 ? 0 : end[k]);
     }
     if (problem.query_ends != nullptr) {
       const int num_ends = problem.num_ends;
       const auto* const queries = problem.query_ends + std::int64_t(batch) * num_ends;
       const auto* const ends = problem.key_ends + std::int64_t(batch) * num_ends;
-      const int document = first_greater(num_ends, row, [&](int i) { return queries[i]; }) - 1;
-      if (document < 0 || document + 1 >= num_ends) return {0, 0};
-      const int begin = clamp_to(ends[document], 0, seqlen_k);
-      const int end = clamp_to(ends[document + 1], 0, seqlen_k);
-      // Where the row stands among the keys if the ends of both meet.
-      const int position = row + end - clamp_to(queries[document + 1], 0, seqlen_q);
-      narrow(max(begin, position - problem.window.window_left),
-             min(end, position + problem.window.window_right + 1));
+      int next[kRowsOfThread];  // document
+      first_greater(next, num_ends, row, [&](int, int i) { return queries[i]; });
+#pragma unroll
+      for (int k = 0; k < kRowsOfThread; ++k) {
+        const bool exists = next[k] > 0 && next[k] < num_ends;
+        const int last = exists ? next[k] : 0;
+        begin[k] = clamp_to(ends[exists ? last - 1 : 0], 0, seqlen_k);
+        end[k] = clamp_to(ends[last], 0, seqlen_k);
+        // Where the row stands among the keys if the ends of both meet.
+        const int position = row[k] + end[k] - clamp_to(queries[last], 0, seqlen_q);
+        narrow(k, max(begin[k], position - problem.window.window_left),
+               exists ? min(end[k], position + problem.window.window_right + 1) : 0);
+      }
     }
-    const std::int64_t place = plane * seqlen_q + row;
-    if (problem.kv_start != nullptr) narrow(problem.kv_start[place], seqlen_k);
-    if (problem.kv_end != nullptr) narrow(0, problem.kv_end[place]);
+    const std::int64_t place = plane * seqlen_q;
+#pragma unroll
+    for (int k = 0; k < kRowsOfThread; ++k) {
+      if (problem.kv_start != nullptr) narrow(k, problem.kv_start[place + row[k]], seqlen_k);
+      if (problem.kv_end != nullptr) narrow(k, 0, problem.kv_end[place + row[k]]);
+    }
     if (problem.chunk > 0) {
       const int offset =
           clamp_to(problem.query_offset ? problem.query_offset[batch] : problem.window.query_offset,
                    -kMaxSeqlen, kMaxSeqlen);
-      const int position = row + offset;
-      const int beyond = position % problem.chunk;
-      const int begin = position - beyond - (beyond < 0 ? problem.chunk : 0);
-      narrow(begin, begin + problem.chunk);
+#pragma unroll
+      for (int k = 0; k < kRowsOfThread; ++k) {
+        const int position = row[k] + offset;
+        const int beyond = position % problem.chunk;
+        const int chunk = position - beyond - (beyond < 0 ? problem.chunk : 0);
+        narrow(k, chunk, chunk + problem.chunk);
+      }
     }
-    return keys;
   }
 };
 
@@ -234,32 +290,36 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const Params p) {
   __syncthreads();
 
   const Sources sources{p.problem, batch, blockIdx.x, plane.keys(), keys_end};
-  const auto interval_of = [&](int row) { return valid ? sources.of(row) : Interval{0, seqlen_k}; };
   bool falls = false;
   int rows_end = 0;
-  Bounds bounds = Bounds::none();
   const Largest last = scan(
       seqlen_q,
-      [&](int row) {
-        const Interval keys = interval_of(row);
-        return keys.begin < keys.end ? Largest{keys.begin, keys.end} : Largest{};
+      [&](int first, Rows& own) {
+        Interval keys[kRowsOfThread];
+        if (valid) sources.of(first, keys);
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) {
+          if (!valid) keys[k] = {0, seqlen_k};
+          own[k] = keys[k].begin < keys[k].end ? Largest{keys[k].begin, keys[k].end} : Largest{};
+        }
       },
-      [&](int row, const Largest& own, const Largest& before) {
-        const bool sees = own.second > 0;
-        const Largest so_far = TakeLarger{}(own, before);
-        plane.rows()[row] =
-            sees ? Interval{own.first, own.second} : Interval{so_far.first, ~so_far.second};
-        bounds.add(bounds_of(sees ? Interval{own.first, own.second} : Interval{0, 0}));
-        if (!sees) return;
-        falls |= own.first < before.first || own.second < before.second;
-        rows_end = row + 1;
-      },
-      [&](int first) {
+      [&](int first, const Rows& own, const Rows& before) {
+        Bounds bounds = Bounds::none();
+#pragma unroll
+        for (int k = 0; k < kRowsOfThread; ++k) {
+          if (first + k >= seqlen_q) continue;
+          const bool sees = own[k].second > 0;
+          const Interval keys{own[k].first, own[k].second};
+          plane.rows()[first + k] = sees ? keys : Interval{before[k].first, ~before[k].second};
+          bounds.add(bounds_of(keys));
+          if (!sees) continue;
+          falls |= own[k].first < before[k].first || own[k].second < before[k].second;
+          rows_end = first + k + 1;
+        }
         add_neighbours<kThreadsOfBounds>(bounds);
         if (threadIdx.x % kThreadsOfBounds == 0 && first < seqlen_q) {
           plane.row_bounds()[first / kBoundsRows] = bounds;
         }
-        bounds = Bounds::none();
       });
   atomicMax(&shared_rows_end, rows_end);
   falls = __syncthreads_or(falls);
@@ -278,21 +338,24 @@ __global__ void __launch_bounds__(kKeyThreads)
   const int first_key = group * kBoundsRows, end_key = min(first_key + kBoundsRows, seqlen_k);
   if (first_key >= seqlen_k) return;
 
+  const int first_of_thread = first_key + kKeysOfThread * lane;
   const bool monotone = plane.summary().flags & Plane::kMonotone;
   Interval seen_by[kKeysOfThread] = {{0, 0}, {0, 0}};
   Bounds bounds = Bounds::none();
   if (monotone) {
+    // A search for where each key's rows begin, and one for where they end.
     const Interval* const rows = plane.rows();
+    int keys[2 * kKeysOfThread], found[2 * kKeysOfThread];
+#pragma unroll
+    for (int i = 0; i < 2 * kKeysOfThread; ++i) keys[i] = first_of_thread + i / 2;
+    first_greater(found, seqlen_q, keys, [&](int i, int row) {
+      const int edge = i % 2 == 0 ? rows[row].end : rows[row].begin;
+      return edge < 0 ? ~edge : edge;
+    });
 #pragma unroll
     for (int k = 0; k < kKeysOfThread; ++k) {
-      const int key = first_key + kKeysOfThread * lane + k;
-      if (key >= seqlen_k) continue;
-      const int begin = first_greater(seqlen_q, key, [&](int row) {
-        const int end = rows[row].end;
-        return end < 0 ? ~end : end;
-      });
-      const int end = first_greater(seqlen_q, key, [&](int row) { return rows[row].begin; });
-      if (begin < end) seen_by[k] = {begin, end};
+      if (keys[2 * k] >= seqlen_k) continue;
+      if (found[2 * k] < found[2 * k + 1]) seen_by[k] = {found[2 * k], found[2 * k + 1]};
       bounds.add(bounds_of(seen_by[k]));
     }
   } else {
@@ -305,7 +368,6 @@ __global__ void __launch_bounds__(kKeyThreads)
       bounds.greatest_end = max(bounds.greatest_end, min((i + 1) * kBoundsRows, seqlen_q));
     }
   }
-  const int first_of_thread = first_key + kKeysOfThread * lane;
   if (first_of_thread < seqlen_k) {  // an odd number of keys has a place more
     *reinterpret_cast<int4*>(plane.keys() + first_of_thread) = {seen_by[0].begin, seen_by[0].end,
                                                                 seen_by[1].begin, seen_by[1].end};
