@@ -8,14 +8,6 @@
 
 namespace jax_fa3 {
 
-// Steps before a tile's last load at which the next tile is asked for. The number, what its rows see
-// and its first queries are then there in time: an answer from memory takes as long as a step, and
-// three of them come one after another.
-#ifndef LEAD
-#define LEAD 4
-#endif
-constexpr int kLeadOfSchedule = LEAD;
-
 // Walks the CTA's work tiles and keeps the rings of Q and dO filled for every query block of every
 // query head of a group.
 template <class T>
@@ -25,12 +17,8 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
   typename T::Cursor cursor;
 
   for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
-    if (load.range.empty()) {
-      shared.demand.full[0].arrive();
-    } else {
+    if (!load.range.empty()) {
       const int batch = load.tile.batch;
-      const int steps = (load.range.end - load.range.begin) * p.heads_per_kv_head;
-      int before_demand = max(steps - kLeadOfSchedule, 1);
       QueryWalk walk(p, load.tile, load.range);
       do {
         const int head = walk.batch_head - batch * p.num_heads;
@@ -44,23 +32,27 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
         load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage], row,
                                       head, batch);
         cursor.advance();
-        if (--before_demand == 0) shared.demand.full[0].arrive();
       } while (walk.next());
     }
+    shared.demand.full[0].arrive();
   }
 }
 
 // Takes the work tiles and loads their K and V. Tiles are few and long, and a number taken at the
-// start of the tile before would be as good as dealt out: the next one is taken when few of the
-// tile's queries are left to load.
+// start of the tile before would be as good as dealt out: the next one is taken when all of the
+// tile's queries have been loaded.
 template <class T>
 CUTE_DEVICE void schedule(const BackwardParams& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
   shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const TileRange& queries) {
     if (!queries.empty()) {
+      // Only this tile reads them, and there is room for them when the tile before is done: then
+      // everybody waits.
+      const int row = tile.block * T::kBlockN;
+      prefetch_tile<typename T::KTile>(p.key, row, tile.head, tile.batch);
+      prefetch_tile<typename T::VTile>(p.value, row, tile.head, tile.batch);
       auto& full =
           acquire(shared.key_value_ring, key_value_cursor, T::KTile::kBytes + T::VTile::kBytes);
-      const int row = tile.block * T::kBlockN;
       load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, row, tile.head,
                                    tile.batch);
       load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, row, tile.head,
