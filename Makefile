@@ -10,6 +10,7 @@
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
+#   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
 #   make bench-float8  the forward pass in float8, in bfloat16 and in cuDNN's float8
 #   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
 #   make bench-accuracy   errors on inputs with outliers, on any machine
@@ -52,7 +53,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -92,6 +93,9 @@ bench-quick: gpu-module
 
 bench-variety: gpu-module
 	$(GPU_PYTHON) -m benchmarks.variety
+
+bench-packed: gpu-module
+	$(GPU_PYTHON) -m benchmarks.packed
 
 bench-float8: gpu-module
 	$(GPU_PYTHON) -m benchmarks.float8

@@ -1,6 +1,8 @@
 """Builds of jax_fa3 against each other: the same cells, interleaved, as ratios to the first.
 
     python -m benchmarks.ab BASE VARIANT [VARIANT ...] [--filter d128-causal] [--rounds 5]
+    python -m benchmarks.ab BASE VARIANT --packed       # packed documents, benchmarks.packed's
+    python -m benchmarks.ab BASE VARIANT --padded       # batches of sequences that end in padding
 
 A build is a folder that holds the package `jax_fa3`, or a path to another `_C*.so`, which then
 stands in for the one beside this checkout's package; NAME=PATH names it in the table. Each build
@@ -71,25 +73,29 @@ def serve(root: Path, dry_run: bool) -> int:
     sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may write into the answers
     import jax_fa3
+    from benchmarks import packed
     from benchmarks.float8 import OURS
     from benchmarks.implementations import IMPLEMENTATIONS
-    from benchmarks.problems import Problem, reference
+    from benchmarks.problems import Packed, Padded, Problem, reference
     from benchmarks.timing import Program, platform
 
     if not Path(jax_fa3.__file__).is_relative_to(root):
         raise ImportError(f"jax_fa3 came from {jax_fa3.__file__}; expected {root}")
-    implementations = {x.name: x for x in (*IMPLEMENTATIONS, *OURS)}
+    types = {x.__name__: x for x in (Problem, Packed, Padded)}
+    plain = {x.name: x for x in (*IMPLEMENTATIONS, *OURS)}
+    implementations = dict(Problem=plain, Padded=plain)
+    implementations |= dict(Packed={x.name: x for x in packed.IMPLEMENTATIONS})
     program = None
     for line in sys.stdin:
         request = json.loads(line)
         if "load" in request:
-            problem = Problem(**request["load"])
-            implementation = implementations[request["implementation"]]
+            problem = types[request["type"]](**request["load"])
+            implementation = implementations[request["type"]][request["implementation"]]
             program = Program(implementation, problem, request["mode"])
             program.attempt(program.lower, "cuda" if dry_run else platform())
             if not dry_run:
                 inputs = problem.inputs()
-                want = reference(*inputs, causal=problem.causal)
+                want = reference(problem, inputs)
                 program.attempt(program.compile)
                 program.attempt(program.load, inputs, want)
                 del inputs, want
@@ -101,21 +107,35 @@ def serve(root: Path, dry_run: bool) -> int:
     return 0
 
 
+def cases(args: argparse.Namespace):
+    """(problem, mode), one after another."""
+    from benchmarks import problems
+
+    if args.cases == "packed":
+        return problems.packed_grid(
+            (args.tokens,), problems.HEAD_DIMS, problems.DOCUMENTS, args.dtype
+        )
+    if args.cases == "padded":
+        seqlens = tuple(args.seqlens or problems.PADDED_SEQLENS)
+        return problems.padded_grid(args.tokens, 2048, seqlens, args.dtype)
+    seqlens = tuple(args.seqlens or problems.QUICK_SEQLENS)
+    return problems.grid(args.tokens, 2048, seqlens, args.dtype)
+
+
 def compare(workers: list[Worker], args: argparse.Namespace) -> None:
     """Prints a line per cell: microseconds of the first build, and the others' speed over it."""
-    from benchmarks.problems import QUICK_SEQLENS, grid
-
     others = "".join(f"{worker.name[:14]:>16}" for worker in workers[1:])
-    print(f"{'cell':48}{workers[0].name[:14] + ', us':>18}{others}")
-    for problem, mode in grid(args.tokens, 2048, tuple(args.seqlens or QUICK_SEQLENS), args.dtype):
+    print(f"{'cell':64}{workers[0].name[:14] + ', us':>18}{others}")
+    for problem, mode in cases(args):
         label = f"{mode}:{problem.label}"
         if not re.search(args.filter, label):
             continue
-        load = dict(load=vars(problem), mode=mode, implementation=args.implementation)
+        load = dict(load=vars(problem), type=type(problem).__name__, mode=mode)
+        load |= dict(implementation=args.implementation)
         rows = [worker.ask(load) for worker in workers]
         for _ in range(args.rounds):
             rows = [worker.ask({"round": None}) for worker in workers]
-        print(f"{label:48}{cells(rows)}", flush=True)
+        print(f"{label:64}{cells(rows)}", flush=True)
 
 
 def cells(rows: list[dict]) -> str:
@@ -144,8 +164,13 @@ def main() -> int:
     parser.add_argument(
         "--implementation",
         default="jax_fa3",
-        help="whose program is timed: jax_fa3, or a column of benchmarks.float8 such as 'float8'",
+        help="whose program is timed: jax_fa3, or a column of benchmarks.float8 or, with --packed, "
+        "of benchmarks.packed such as 'jax_fa3 direct'",
     )
+    for kind, what in (("packed", "packed documents"), ("padded", "padded batches")):
+        parser.add_argument(
+            f"--{kind}", dest="cases", action="store_const", const=kind, help=f"{what} instead"
+        )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seqlens", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, default=16384, help="batch x sequence length")

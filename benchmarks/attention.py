@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from benchmarks import render
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid, reference
-from benchmarks.render import MODES
 from benchmarks.timing import Program, platform
 
 Group = tuple[Problem, list[Program]]
@@ -33,19 +32,17 @@ def log(text: str) -> None:
 
 
 def choose(
-    args: argparse.Namespace,
-    implementations: Iterable[Implementation] = IMPLEMENTATIONS,
-    modes: Container[str] = MODES,
+    problems: Iterable[tuple[Problem, str]], implementations: Iterable[Implementation], pattern: str
 ) -> list[Group]:
-    """The programs asked for, those of one problem and mode together."""
+    """The programs whose labels match, those of one problem and mode together."""
     groups = []
-    for problem, mode in grid(args.tokens, args.hidden, args.seqlens, args.dtype):
+    for problem, mode in problems:
         programs = [
             Program(implementation, problem, mode)
             for implementation in implementations
-            if problem.seqlen in implementation.seqlens and mode in modes
+            if problem.seqlen in implementation.seqlens
         ]
-        programs = [x for x in programs if re.search(args.filter, x.label)]
+        programs = [x for x in programs if re.search(pattern, x.label)]
         if programs:
             groups.append((problem, programs))
     return groups
@@ -69,7 +66,7 @@ def measure(group: Group, rounds: int, kernel_clock: bool) -> None:
     """Times the programs of a problem turn by turn; each round starts with another one."""
     problem, programs = group
     inputs = problem.inputs()
-    want = reference(*inputs, causal=problem.causal)
+    want = reference(problem, inputs)
     for program in programs:
         program.attempt(program.load, inputs, want)
     del want
@@ -98,8 +95,7 @@ def run(args: argparse.Namespace, groups: list[Group], name: str, **facts) -> di
     The results, and `facts` with them, go to NAME.json.
     """
     start = time.monotonic()
-    data = dict(environment=environment(), **facts, skipped=[], records=[])
-    data |= dict(tokens=args.tokens, hidden=args.hidden, rounds=args.rounds)
+    data = dict(environment=environment(), **facts, rounds=args.rounds, skipped=[], records=[])
     by_dim: dict[int, list[Group]] = {}
     for group in groups:
         by_dim.setdefault(group[0].head_dim, []).append(group)
@@ -139,32 +135,39 @@ def dry_run(groups: list[Group]) -> int:
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """What this benchmark and `float8` are asked for in the same words."""
+    """What all benchmarks that use `run` are asked for in the same words."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--filter", default="", help="regular expression, on IMPLEMENTATION:LABEL")
-    parser.add_argument("--seqlens", type=int, nargs="+", help="these sequence lengths instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, help="start nothing new after so many seconds")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tokens", type=int, default=16384, help="batch x sequence length")
-    parser.add_argument("--hidden", type=int, default=2048, help="heads x head_dim")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="trace and lower only")
     return parser
 
 
+def grid_options(description: str) -> argparse.ArgumentParser:
+    """`options`, and those of the grid."""
+    parser = options(description)
+    parser.add_argument("--seqlens", type=int, nargs="+", help="these sequence lengths instead")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tokens", type=int, default=16384, help="batch x sequence length")
+    parser.add_argument("--hidden", type=int, default=2048, help="heads x head_dim")
+    return parser
+
+
 def main() -> int:
-    parser = options(__doc__)
+    parser = grid_options(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"sequence lengths {QUICK_SEQLENS}")
     args = parser.parse_args()
     args.seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
     args.budget_s = args.budget_s or (150 if args.quick else 480)
-    groups = choose(args)
+    problems = grid(args.tokens, args.hidden, args.seqlens, args.dtype)
+    groups = choose(problems, IMPLEMENTATIONS, args.filter)
     if args.dry_run:
         return dry_run(groups)
-    data = run(args, groups, "attention")
+    data = run(args, groups, "attention", tokens=args.tokens, hidden=args.hidden)
     if not data["records"]:
         log("nothing was measured")
         return 1

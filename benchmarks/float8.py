@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.attention import choose, dry_run, log, options, run
+from benchmarks.attention import choose, dry_run, grid_options, log, run
 from benchmarks.implementations import Function, Implementation, fa3, our_attention
-from benchmarks.problems import SEQLENS, Problem
+from benchmarks.problems import SEQLENS, Problem, grid
 from benchmarks.render import Results, mask_name, not_measured, plot, table
 from benchmarks.timing import describe, platform
 from jax_fa3 import QuantizedQKV, quantize_qkv
@@ -45,7 +45,7 @@ class Quantized(Implementation):
 
 
 def float8(problem: Problem, mode: str) -> Function:
-    attend = partial(our_attention(), is_causal=problem.causal, value_is_prepared=True)
+    attend = partial(our_attention(), value_is_prepared=True, **problem.masking())
     return lambda *arrays: attend(**QuantizedQKV(*arrays)._asdict())
 
 
@@ -143,15 +143,18 @@ def write(data: dict, folder: Path) -> str:
 
 
 def main() -> int:
-    parser = options(__doc__)
+    parser = grid_options(__doc__)
     parser.set_defaults(seqlens=[x for x in SEQLENS if x >= 1024], budget_s=240)
     args = parser.parse_args()
-    groups = choose(args, (*OURS, CUDNN), ("forward",))
+    problems = grid(args.tokens, args.hidden, args.seqlens, args.dtype)
+    forward = [(problem, mode) for problem, mode in problems if mode == "forward"]
+    groups = choose(forward, (*OURS, CUDNN), args.filter)
     if args.dry_run:
         return dry_run(groups)
     product = cublas(args.rounds) if platform() == "cuda" else dict(error="no GPU")
     log(yardstick(product))
-    data = run(args, groups, "float8", cublas=product)
+    facts = dict(tokens=args.tokens, hidden=args.hidden, cublas=product)
+    data = run(args, groups, "float8", **facts)
     if not data["records"]:
         log("nothing was measured")
         return 1

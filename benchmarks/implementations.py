@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax_fa3
 from benchmarks.problems import QUICK_SEQLENS, Problem
 
-Function = Callable[..., jax.Array]  # (query, key, value) -> output
+Function = Callable[..., jax.Array]  # (query, key, value, and what is beside them) -> output
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Implementation:
     dtype: jnp.dtype | None = None  # the only one it takes
     seqlens: Container[int] = range(1 << 20)  # the sequence lengths it is timed at
     serial: bool = False  # compiled alone, because its compilation times kernels
+    beside: Callable[[Problem], tuple] = lambda problem: ()  # its other arrays, made untimed
     target: str | None = None  # the custom call that must come out of lowering, with {mode} in it
     tolerance: float = (
         2e-2  # relative, of a result in bf16; a wrong mask or a lost tile is far above
@@ -47,13 +48,12 @@ def our_attention() -> Function:
 
 
 def fa3(problem: Problem, mode: str) -> Function:
-    return partial(our_attention(), is_causal=problem.causal)
+    return partial(our_attention(), **problem.masking())
 
 
 def jax_nn(implementation: str, problem: Problem, mode: str) -> Function:
-    return partial(
-        jax.nn.dot_product_attention, is_causal=problem.causal, implementation=implementation
-    )
+    attend = partial(jax.nn.dot_product_attention, implementation=implementation)
+    return partial(attend, **problem.masking())
 
 
 def mosaic(problem: Problem, mode: str) -> Function:

@@ -12,15 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.environment import RESULTS
+from benchmarks.problems import MODES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
 NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
+NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
 COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
 COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}
-MODES = ("forward", "backward")
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense, by data sheet
 
 
@@ -38,12 +39,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 class Results:
     """The records of one run, looked up by (mode, head_dim, causal, seqlen, implementation)."""
 
+    fields = ("mode", "head_dim", "causal", "seqlen", "implementation")
+
     def __init__(self, data: dict):
         self.data, self.records = data, data["records"]
-        self.cells = {
-            (x["mode"], x["head_dim"], x["causal"], x["seqlen"], x["implementation"]): x
-            for x in self.records
-        }
+        self.cells = {tuple(x[field] for field in self.fields): x for x in self.records}
 
     def values(self, field: str) -> list:
         return sorted({x[field] for x in self.records})

@@ -8,6 +8,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.implementations import Implementation
@@ -57,12 +58,18 @@ class Program:
         function = self.implementation.build(self.problem, self.mode)
         *qkv, dout = self.problem.shapes()
         qkv = jax.eval_shape(lambda *x: self.implementation.prepare(self.problem, *x), *qkv)
-        self.dout_dtype = jax.eval_shape(function, *qkv).dtype
+        beside = jax.eval_shape(lambda: self.implementation.beside(self.problem))
+        self.dout_dtype = jax.eval_shape(function, *qkv, *beside).dtype
         dout = jax.ShapeDtypeStruct(dout.shape, self.dout_dtype)
         if self.mode == "forward":
-            traced = [jax.jit(function).trace(*qkv)]
+            traced = [jax.jit(function).trace(*qkv, *beside)]
         else:
-            residuals = jax.jit(lambda *x: jax.vjp(function, *x)[1]).trace(*qkv)
+
+            @jax.jit
+            def linearized(qkv, beside):
+                return jax.vjp(lambda *x: function(*x, *beside), *qkv)[1]
+
+            residuals = linearized.trace(qkv, beside)
             pullback = jax.jit(lambda pull, dout: pull(dout))
             traced = [residuals, pullback.trace(shapes_of(residuals.out_info), dout)]
         self.lowered = [x.lower(lowering_platforms=(platform,)) for x in traced]
@@ -80,10 +87,11 @@ class Program:
         """Query, key, value and dout, as this implementation wants them."""
         *qkv, dout = inputs
         qkv = self.implementation.prepare(self.problem, *qkv)
+        beside = jax.tree.map(jnp.asarray, self.implementation.beside(self.problem))
         if self.mode == "forward":
-            self.args = qkv
+            self.args = *qkv, *beside
         else:
-            self.args = self.compiled[0](*qkv), dout.astype(self.dout_dtype)
+            self.args = self.compiled[0](qkv, beside), dout.astype(self.dout_dtype)
         self.run = self.compiled[-1]
 
     def load(self, inputs: list[jax.Array], want) -> None:

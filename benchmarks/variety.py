@@ -25,12 +25,11 @@ import jax.numpy as jnp
 
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import Implementation, our_attention
-from benchmarks.problems import DTYPES
+from benchmarks.problems import DTYPES, MODES
 from benchmarks.render import table
 from benchmarks.timing import Program, describe
 from jax_fa3 import native
 
-MODES = ("forward", "backward")
 COMPILED_DIMS = sorted({kernel["head_dim"] for kernel in native.module().listed_kernels()})
 SUSTAINED_S = 2.0
 

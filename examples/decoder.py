@@ -2,8 +2,9 @@
 
 Pre-norm blocks of grouped-query attention with rotary positions and a gated MLP. The attention
 function is a constructor argument with the signature of `jax.nn.dot_product_attention`, so that one
-model can be built on several implementations. Parameters are float32; `Config.dtype` is what the
-matrix products and attention run in.
+model can be built on several implementations; what else it should know of a batch, such as where
+documents end, is given to the model and passed on. Parameters are float32; `Config.dtype` is what
+the matrix products and attention run in.
 """
 
 from collections.abc import Callable
@@ -33,11 +34,14 @@ class Config:
     remat: Callable[..., bool] | None = None  # what a block keeps for its gradient; None: all
 
 
-def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotary position embedding of x: [batch, seqlen, heads, head_dim], in float32."""
-    seqlen, head_dim = x.shape[1], x.shape[3]
+def rotate(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding of x: [batch, seqlen, heads, head_dim], in float32.
+
+    positions: [seqlen], or [batch, seqlen] where they differ between the sequences.
+    """
+    head_dim = x.shape[3]
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = jnp.arange(seqlen, dtype=jnp.float32)[:, None, None] * frequency
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     even, odd = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], -1).astype(x.dtype)
@@ -62,9 +66,9 @@ class SelfAttention(nnx.Module):
             use_bias=False, dtype=config.dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [batch, seqlen, width]
-        query, key = rotate(self.query(x)), rotate(self.key(x))
-        return self.out(self.attention(query, key, self.value(x), is_causal=True))
+    def __call__(self, x: jax.Array, positions: jax.Array, masking: dict) -> jax.Array:
+        query, key = (rotate(heads(x), positions) for heads in (self.query, self.key))
+        return self.out(self.attention(query, key, self.value(x), is_causal=True, **masking))
 
 
 class Block(nnx.Module):
@@ -82,14 +86,17 @@ class Block(nnx.Module):
         self.up = linear(config.width, hidden)
         self.down = linear(hidden, config.width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: jax.Array, positions: jax.Array, masking: dict) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), positions, masking)
         y = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
 class Decoder(nnx.Module):
-    """Tokens [batch, seqlen] to next-token logits [batch, seqlen, vocabulary] in float32."""
+    """Tokens [batch, seqlen] to next-token logits [batch, seqlen, vocabulary] in float32.
+
+    positions: as `rotate` has them, by default 0 to seqlen - 1; masking goes to every attention.
+    """
 
     def __init__(self, config: Config, attention: Attention, *, rngs: nnx.Rngs):
         self.remat = config.remat
@@ -100,11 +107,15 @@ class Decoder(nnx.Module):
         self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.head = nnx.Linear(config.width, config.vocabulary, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array | None = None, **masking
+    ) -> jax.Array:
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
         apply = Block.__call__
         if self.remat is not None:
             apply = nnx.remat(apply, policy=self.remat)
         x = self.embed(tokens)
         for block in self.blocks:
-            x = apply(block, x)
+            x = apply(block, x, positions, masking)
         return self.head(self.norm(x)).astype(jnp.float32)

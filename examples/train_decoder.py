@@ -1,9 +1,12 @@
 """Trains a small decoder on the text in data/ with jax_fa3 and compares it with jax.nn's attention.
 
+The text's paragraphs are the documents: several are packed into a row, and each sees itself only.
 Runs on whatever JAX finds: in bfloat16 on jax_fa3's kernels on a Hopper GPU, through XLA anywhere
-else (on a CPU a smaller model in float32, a minute or two). Ends with a table of loss, gradients
-and step time per attention implementation in the same model with the same parameters and batch,
-and writes the loss curve as a PNG. Exits with 1 if the loss did not fall or the gradients disagree.
+else (on a CPU a smaller model in float32, a minute or two). Writes the loss curve as a PNG and ends
+with two tables: loss, gradients and step time per attention implementation in the same model with
+the same parameters and batch, and loss, step time and tokens per second of the same documents
+packed and padded. Exits with 1 if the loss did not fall, the gradients disagree, packing changes
+the loss or what stands in padding reaches anything.
 
     python examples/train_decoder.py [--steps N] [--output FOLDER]
 """
@@ -12,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 
 import jax_fa3
 from decoder import Attention
+from packing import Packed, pad
 from training import (
     OUTPUT,
     Setup,
@@ -32,8 +36,9 @@ from training import (
     draw_batch,
     make_optimizer,
     make_step,
+    packed_rows,
     plot_losses,
-    read_text,
+    read_documents,
     train,
 )
 
@@ -58,18 +63,18 @@ def relative_error(got, want) -> float:
     return float(max(jax.tree.leaves(jax.tree.map(one, got, want))))
 
 
-def step_milliseconds(losses: dict[str, Callable], optimizer, parameters, tokens) -> list[float]:
-    """Median time of a training step with each loss, taken turn by turn."""
-    steps = [make_step(loss, optimizer) for loss in losses.values()]
+def step_milliseconds(runs: Sequence[tuple[Callable, tuple]], optimizer, parameters) -> list[float]:
+    """Median time of a training step of each (loss, batch), taken turn by turn."""
+    steps = [make_step(loss, optimizer) for loss, _ in runs]
     states = []
-    for step in steps:  # compiles, and copies the parameters: a step consumes its arguments
-        copy = jax.tree.map(jnp.copy, parameters)
-        states.append(step(copy, optimizer.init(copy), tokens))
+    for step, (_, batch) in zip(steps, runs, strict=True):
+        copy = jax.tree.map(jnp.copy, parameters)  # a step consumes its arguments
+        states.append(step(copy, optimizer.init(copy), *batch))
     times = [[] for _ in steps]
     for _ in range(10):
-        for i, step in enumerate(steps):
+        for i, (step, (_, batch)) in enumerate(zip(steps, runs, strict=True)):
             start = time.perf_counter()
-            states[i] = jax.block_until_ready(step(*states[i][:2], tokens))
+            states[i] = jax.block_until_ready(step(*states[i][:2], *batch))
             times[i].append(time.perf_counter() - start)
     return [1e3 * statistics.median(each) for each in times]
 
@@ -85,7 +90,7 @@ def compare(setup: Setup, parameters, tokens: jax.Array, optimizer) -> list[Meas
     }
     if jax.default_backend() == "gpu":
         choices["jax.nn (cudnn)"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    losses, found = {}, {}
+    runs, found = [], {}
     for name, attention in choices.items():
         loss, _ = build(setup.config, attention)
         try:
@@ -95,9 +100,9 @@ def compare(setup: Setup, parameters, tokens: jax.Array, optimizer) -> list[Meas
                 raise
             print(f"{name} does not run here: {str(error).splitlines()[0]}")
             continue
-        losses[name] = loss
+        runs.append((loss, (tokens,)))
         found[name] = float(value), relative_error(gradients, reference)
-    times = step_milliseconds(losses, optimizer, parameters, tokens)
+    times = step_milliseconds(runs, optimizer, parameters)
     return [Measured(name, *found[name], each) for name, each in zip(found, times, strict=True)]
 
 
@@ -108,6 +113,78 @@ def print_table(rows: list[Measured]) -> None:
     print(
         "* largest over the parameters, against the same model with jax.nn's attention in float32"
     )
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The same documents, packed or padded: a row of the table about packing."""
+
+    name: str
+    batch: Packed
+    loss: float
+    step_ms: float
+
+
+def one_a_row(query, key, value, *, visibility, **options) -> jax.Array:
+    """Attention where padding comes last and every row has one document: causal is enough."""
+    return jax_fa3.dot_product_attention(query, key, value, **options)
+
+
+def poisoned(segment_ids: np.ndarray) -> Attention:
+    """jax_fa3's attention, given NaN wherever there is padding."""
+    padding = segment_ids[:, :, None, None] == 0
+
+    def attention(*arrays, **options) -> jax.Array:
+        arrays = (jnp.where(padding, jnp.nan, x) for x in arrays)
+        return jax_fa3.dot_product_attention(*arrays, **options)
+
+    return attention
+
+
+def compare_packing(setup: Setup, parameters, packed: Packed, optimizer) -> list[Arranged]:
+    """A batch as it is, and its documents one a row."""
+    choices = {
+        "packed": (jax_fa3.dot_product_attention, packed),
+        "padded": (one_a_row, pad(packed.documents())),
+    }
+    runs = [(build(setup.config, attention)[0], batch) for attention, batch in choices.values()]
+    losses = [float(jax.jit(loss)(parameters, *batch)) for loss, batch in runs]
+    times = step_milliseconds(runs, optimizer, parameters)
+    return [
+        Arranged(name, batch, *measured)
+        for (name, (_, batch)), *measured in zip(choices.items(), losses, times, strict=True)
+    ]
+
+
+def padding_reaches(setup: Setup, parameters, packed: Packed) -> bool:
+    """Whether NaN in the padding of attention's inputs changes the loss or reaches a gradient."""
+    found = []
+    for attention in (jax_fa3.dot_product_attention, poisoned(packed.segment_ids[:, :-1])):
+        loss, _ = build(setup.config, attention)
+        found.append(jax.jit(jax.value_and_grad(loss))(parameters, *packed))
+    (clean, _), (value, gradients) = found
+    finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradients))
+    return float(clean) != float(value) or not finite
+
+
+def print_packing(rows: list[Arranged]) -> None:
+    print(f"\n{'':<12}{'rows':>14}{'padding':>9}{'loss':>9}{'step, ms':>11}{'tokens/s':>11}")
+    for row in rows:
+        count, size = row.batch.count, "{} x {}".format(*row.batch.tokens.shape)
+        padding, speed = 1 - count / row.batch.tokens.size, count / row.step_ms * 1e3
+        print(
+            f"{row.name:<12}{size:>14}{padding:>9.0%}{row.loss:>9.4f}{row.step_ms:>11.1f}"
+            f"{speed:>11,.0f}"
+        )
+
+
+def packing_failures(setup: Setup, rows: list[Arranged]) -> list[str]:
+    """Losses are equal if they differ by no more than a rounding error of the model's type."""
+    packed, padded = rows
+    tolerance = max(float(jnp.finfo(setup.config.dtype).eps), 1e-5)
+    if abs(packed.loss - padded.loss) <= tolerance * padded.loss:
+        return []
+    return [f"loss {packed.loss:.6f} packed and {padded.loss:.6f} padded; expected the same"]
 
 
 def failures(losses: list[float], rows: list[Measured]) -> list[str]:
@@ -136,23 +213,29 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the PNG")
     args = parser.parse_args()
 
-    tokens, vocabulary = read_text()
+    documents, vocabulary = read_documents()
     setup = choose_setup(vocabulary)
     setup = replace(setup, steps=args.steps or setup.steps)
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {device}")
-    parameters, losses = train(setup, jax_fa3.dot_product_attention, tokens)
+    batches = packed_rows(documents, setup)
+    parameters, losses = train(setup, jax_fa3.dot_product_attention, batches)
     print(
         f"loss {losses[0]:.3f} -> {statistics.mean(losses[-10:]):.3f} (mean of the last 10 steps)"
     )
 
-    batch = draw_batch(np.random.default_rng(1), tokens, setup)
+    batch = draw_batch(np.random.default_rng(1), np.concatenate(documents), setup)
     rows = compare(setup, parameters, batch, make_optimizer(setup))
     print_table(rows)
+    packed = next(batches)
+    arranged = compare_packing(setup, parameters, packed, make_optimizer(setup))
+    print_packing(arranged)
     path = args.output / "loss.png"
     plot_losses({"jax_fa3": losses}, f"Character-level decoder on {device}", path)
     print(f"loss curve: {path}")
-    problems = failures(losses, rows)
+    problems = failures(losses, rows) + packing_failures(setup, arranged)
+    if padding_reaches(setup, parameters, packed):
+        problems.append("NaN in padding reached the loss or a gradient; expected no trace of it")
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_fa3
-from training import OUTPUT, choose_setup, describe, plot_losses, read_text, train
+from training import OUTPUT, choose_setup, describe, plot_losses, read_text, train, windows
 
 FORWARD_DTYPES = {"bfloat16": None, "float8": "float8_e4m3fn"}
 
@@ -49,7 +49,7 @@ def main() -> int:
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {device}")
     curves = {
-        name: train(setup, partial(attention, forward_dtype=dtype), tokens, name)[1]
+        name: train(setup, partial(attention, forward_dtype=dtype), windows(tokens, setup), name)[1]
         for name, dtype in FORWARD_DTYPES.items()
     }
     finals = {name: final_loss(losses) for name, losses in curves.items()}

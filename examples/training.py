@@ -1,5 +1,7 @@
 """What the training examples share: setup, text, batches, a loss, training, a plot of losses."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,9 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+import jax_fa3
 from decoder import Attention, Config, Decoder
+from packing import Packed, pack, segment_positions
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
@@ -47,11 +51,21 @@ def describe(setup: Setup) -> str:
     )
 
 
+def _text() -> str:
+    return "".join(path.read_text() for path in sorted((HERE / "data").glob("*.txt")))
+
+
 def read_text() -> tuple[np.ndarray, int]:
     """The text as character indices, and how many different characters it has."""
-    text = "".join(path.read_text() for path in sorted((HERE / "data").glob("*.txt")))
-    alphabet, tokens = np.unique(list(text), return_inverse=True)
+    alphabet, tokens = np.unique(list(_text()), return_inverse=True)
     return tokens.astype(np.int32), len(alphabet)
+
+
+def read_documents() -> tuple[list[np.ndarray], int]:
+    """The paragraphs of `read_text`'s tokens, each with the empty lines after it."""
+    tokens, vocabulary = read_text()
+    starts = [match.end() for match in re.finditer(r"\n{2,}(?=.)", _text())]
+    return np.split(tokens, starts), vocabulary
 
 
 def draw_batch(rng: np.random.Generator, tokens: np.ndarray, setup: Setup) -> np.ndarray:
@@ -60,27 +74,56 @@ def draw_batch(rng: np.random.Generator, tokens: np.ndarray, setup: Setup) -> np
     return tokens[starts[:, None] + np.arange(setup.seqlen + 1)]
 
 
+def windows(tokens: np.ndarray, setup: Setup) -> Iterator[tuple[np.ndarray]]:
+    """Batches for `train`, of windows of the text."""
+    rng = np.random.default_rng(0)
+    while True:
+        yield (draw_batch(rng, tokens, setup),)
+
+
+def packed_rows(documents: list[np.ndarray], setup: Setup, seed: int = 0) -> Iterator[Packed]:
+    """Batches for `train`, of packed documents: [batch, seqlen + 1], inputs and targets in one."""
+    tokens, segment_ids = pack(documents, setup.seqlen + 1)
+    rng = np.random.default_rng(seed)
+    while True:
+        rows = rng.choice(len(tokens), setup.batch, replace=False)
+        yield Packed(tokens[rows], segment_ids[rows])
+
+
 def build(config: Config, attention: Attention):
-    """The model as a pure loss(parameters, tokens), and a function that draws its parameters."""
+    """The model as a pure loss(parameters, tokens, segment_ids), and a function that draws its
+    parameters.
+
+    With segment ids, each document sees itself only, and no loss is of padding or of a document's
+    first token given another's last. All layers share one table of what a token sees.
+    """
 
     def create():
         return Decoder(config, attention, rngs=nnx.Rngs(0))
 
     graph = nnx.graphdef(nnx.eval_shape(create))
 
-    def loss(parameters, tokens):
-        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    def loss(parameters, tokens, segment_ids=None):
+        model, inputs, targets = nnx.merge(graph, parameters), tokens[:, :-1], tokens[:, 1:]
+        if segment_ids is None:
+            logits, counted = model(inputs), jnp.ones_like(targets, bool)
+        else:
+            ids, next_ids = segment_ids[:, :-1], segment_ids[:, 1:]
+            visibility = jax_fa3.make_visibility(ids)
+            logits = model(inputs, segment_positions(ids), visibility=visibility)
+            counted = (ids == next_ids) & (ids > 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return losses.mean(where=counted)
 
     return loss, lambda: nnx.state(create())
 
 
 def make_step(loss, optimizer: optax.GradientTransformation, out_shardings=None):
-    """One step, (parameters, state, tokens) -> (parameters, state, loss); it reuses the buffers."""
+    """One step, (parameters, state, *batch) -> (parameters, state, loss); it reuses the buffers."""
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=out_shardings)
-    def step(parameters, state, tokens):
-        value, gradients = jax.value_and_grad(loss)(parameters, tokens)
+    def step(parameters, state, *batch):
+        value, gradients = jax.value_and_grad(loss)(parameters, *batch)
         updates, state = optimizer.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state, value
 
@@ -94,15 +137,15 @@ def make_optimizer(setup: Setup) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
-def train(setup: Setup, attention: Attention, tokens: np.ndarray, title: str = "training"):
+def train(setup: Setup, attention: Attention, batches: Iterator, title: str = "training"):
     """Trains on one device; returns the parameters and the loss of every step."""
     loss, initialise = build(setup.config, attention)
     optimizer, parameters = make_optimizer(setup), initialise()
     step, state = make_step(loss, optimizer), optimizer.init(parameters)
-    rng, losses = np.random.default_rng(0), []
+    losses = []
     with tqdm(range(setup.steps), desc=title, unit="step") as progress:
         for _ in progress:
-            parameters, state, value = step(parameters, state, draw_batch(rng, tokens, setup))
+            parameters, state, value = step(parameters, state, *next(batches))
             losses.append(float(value))
             progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return parameters, losses

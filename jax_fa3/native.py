@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from jax_fa3.operands import Extents
+from jax_fa3.operands import Extents, Operands
 from jax_fa3.options import NUM_SMS, AttentionOptions
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,17 +72,22 @@ def plan(
     extents: Extents,
     options: AttentionOptions,
     value_is_prepared: bool = False,
+    arrays: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The kernel that runs a call, its tiles and grid, and "workspace_bytes" if it needs any.
 
-    `dtype` is query's name. Raises ValueError with the reason if there is none.
+    `dtype` is query's name; `arrays` those of Operands that the call has, of which the order of
+    work depends. Raises ValueError with the reason if there is none.
     """
+    if target == "backward":
+        return _remembered(
+            target, KERNEL_DTYPES[dtype], *extents, options.deterministic, NUM_SMS
+        )
+    index = {name for name in arrays if Operands.rows()[name].flag}
+    mask = *options.window, bool(index), "visibility" in index
     if target == "forward_float8":
-        return _remembered(target, *extents, *options.window, value_is_prepared, NUM_SMS)
-    name = KERNEL_DTYPES[dtype]
-    if target == "forward":
-        return _remembered(target, name, *extents, *options.window, NUM_SMS)
-    return _remembered(target, name, *extents, options.deterministic, NUM_SMS)
+        return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
+    return _remembered(target, KERNEL_DTYPES[dtype], *extents, *mask, NUM_SMS)
 
 
 @functools.lru_cache(maxsize=1024)

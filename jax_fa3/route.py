@@ -129,7 +129,8 @@ def _planned(arguments: Arguments, options: AttentionOptions) -> tuple[Any, ...]
     """What native.plan takes after its target. Of 16-bit inputs the forward pass in float8 prepares
     value by itself."""
     prepared = bool(arguments.value_is_prepared) or options.forward_dtype is not None
-    return arguments.dtype, arguments.extents, options, prepared
+    index = arguments.arrays.keys() & Operands.rows().keys()
+    return arguments.dtype, arguments.extents, options, prepared, frozenset(index)
 
 
 def device_reason() -> str | None:

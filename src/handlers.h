@@ -5,7 +5,8 @@
   X(jax_fa3_forward)        \
   X(jax_fa3_forward_float8) \
   X(jax_fa3_backward)       \
-  X(jax_fa3_quantize)
+  X(jax_fa3_quantize)       \
+  X(jax_fa3_visibility)
 
 extern "C" {
 

@@ -119,6 +119,7 @@ def attention(
     q, do = by_head(query, query_used), by_head(dout, query_used)
     k, v = (xp.repeat(by_head(x, key_used), group, axis=1) for x in (key, value))
     dl = by_head(dlse[..., None], query_used)
+    sees = sees[:, None] if sees.ndim == 3 else sees  # one mask for all heads, or one for each
 
     scores = xp.where(sees, (q @ xp.swapaxes(k, 2, 3)) * work(scale), -xp.inf)
     row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)

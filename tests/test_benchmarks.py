@@ -1,6 +1,24 @@
-"""Benchmarks that no test machine can run lower for the one that can."""
+"""Benchmarks that no test machine can run lower for the one that can; their counts are exact."""
 
-from benchmarks import float8
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import float8, packed
+from benchmarks.problems import (
+    DOCUMENTS,
+    FOURTEEN,
+    HEAD_DIMS,
+    PACKED_TOKENS,
+    Packed,
+    Padded,
+    Problem,
+    document_lengths,
+    packed_grid,
+    padded_grid,
+    reference,
+)
 
 
 def test_float8_lowers_to_its_kernels(monkeypatch, capsys):
@@ -16,3 +34,109 @@ def test_a_float8_row_that_became_another_call_fails(monkeypatch):
     arguments = ["--dry-run", "--seqlens", "1024", "--filter", "^float8:.*d128-dense"]
     monkeypatch.setattr("sys.argv", ["float8", *arguments])
     assert float8.main() == 1
+
+
+def test_packed_lowers_to_its_kernels(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["packed", "--dry-run", "--quick", "--filter", "^jax_fa3"])
+    assert packed.main() == 0
+    lowered = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" lowered")]
+    assert len(lowered) == (3 * 2 + 1) * 2 * 2  # head_dims, masks and FOURTEEN; modes; two of ours
+
+
+@pytest.mark.parametrize("tokens", PACKED_TOKENS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_documents_fill_the_sequence(documents, tokens):
+    lengths = document_lengths(documents, tokens)
+    kind, size = documents.split("-")
+    assert sum(lengths) == tokens and min(lengths) > 0
+    if kind == "lognormal":
+        assert len(lengths) == tokens // int(size)
+    elif kind == "equal":
+        assert set(lengths) == {int(size)}
+    else:
+        assert lengths[0] == tokens // 2 and set(lengths[1:]) == {int(size)}
+
+
+def test_lengths_that_do_not_divide():
+    assert document_lengths("equal-300", 1000) == (300, 300, 300, 100)
+    assert document_lengths("long-300", 1001) == (500, 300, 201)
+    assert document_lengths("lognormal-5000", 1000) == (1000,)
+    assert min(document_lengths("lognormal-2", 1000)) == 1
+    with pytest.raises(ValueError, match="'other-3'; expected lognormal-"):
+        document_lengths("other-3", 1000)
+
+
+def test_fourteen_documents():
+    assert len(FOURTEEN.lengths) == 14 and FOURTEEN.causal
+    first, *_ = packed_grid(PACKED_TOKENS, HEAD_DIMS, DOCUMENTS, "bf16")
+    assert first == (FOURTEEN, "forward")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_work_is_what_a_row_sees(causal):
+    problem = Packed(1, 500, 3, 64, causal, documents="lognormal-60")
+    ids, row = problem.segment_ids[0], np.arange(500)
+    seen = (ids[:, None] == ids) & ((row <= row[:, None]) | (not causal))
+    begin, end = problem.intervals()
+    np.testing.assert_array_equal((begin[:, None] <= row) & (row < end[:, None]), seen)
+    assert problem.flops("forward") == 4 * 3 * 64 * seen.sum()
+    assert problem.flops("backward") == 10 * 3 * 64 * seen.sum()
+    np.testing.assert_array_equal(np.diff(problem.cu_seqlens), problem.lengths)
+
+
+def test_padded_batches():
+    padded, full = (Padded(16, 1024, 2, 64, full=full) for full in (False, True))
+    assert 768 <= padded.lengths.min() < padded.lengths.max() <= 1024
+    assert set(full.lengths) == {1024}
+    assert full.flops("backward") == Problem(16, 1024, 2, 64).flops("backward")
+    assert padded.flops("forward") == 4 * 2 * 64 * float((padded.lengths.astype(int) ** 2).sum())
+    labels = [f"{mode}:{x.label}" for x, mode in padded_grid(16384, 2048, (1024, 2048), "bf16")]
+    assert len(set(labels)) == len(labels) == 3 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(2, 100, 2, 16, causal=True),
+        Packed(1, 1100, 2, 16, documents="long-70"),
+        Packed(1, 1100, 2, 16, causal=True, documents="lognormal-90"),
+        Padded(3, 100, 2, 16),
+    ],
+    ids=lambda problem: problem.label,
+)
+def test_the_reference_has_the_problem_s_mask(problem):
+    inputs = problem.inputs()
+    *qkv, dout = (x[-1:].astype(jnp.float32) for x in inputs)
+    begin, end = (x[:, None] for x in problem.intervals())
+    column = np.arange(problem.seqlen)
+    mask = (begin <= column) & (column < end)
+
+    def attend(query, key, value):
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
+        return jnp.where(mask.any(1)[:, None, None], out, 0)  # jax.nn: the mean of all values
+
+    out, pullback = jax.vjp(attend, *qkv)
+    want = [x[0, :, -1] for x in (out, *pullback(dout))]
+    got, gradients = reference(problem, inputs)
+    for a, b in zip((got, *gradients), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_packed_report():
+    records = [
+        dict(
+            implementation=name, mode=mode, error=None, **vars(FOURTEEN),
+            kernel_us=us, kernel_tflops=FOURTEEN.flops(mode) / us / 1e6,
+        )
+        for name, us in (("jax_fa3", 100.0), ("FA3", 150.0))
+        for mode in ("forward", "backward")
+    ]  # fmt: skip
+    refused = dict(records[0], implementation="cuDNN mask", error="no")
+    del refused["kernel_us"], refused["kernel_tflops"]
+    environment = dict(device="a GPU")
+    results = packed.PackedResults(dict(environment=environment, records=[*records, refused]))
+    report = packed.markdown(results)
+    where = "d128 causal lognormal-1170 in 16384"
+    assert f"| jax_fa3 / FA3 | backward | kernel | 1 | 1.500 | 1.500 ({where})" in report
+    assert "| jax_fa3 | kernel | 100 | 100 | 200 |" in report
+    assert "## Not measured" in report

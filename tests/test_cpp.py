@@ -20,6 +20,7 @@ PLANS = [
 DECODING = [
     "src/call/shape.cc",
     "src/kernels/quantize/quantize.cc",
+    "src/kernels/visibility/visibility.cc",
     "src/ffi/decode.cc",
     "src/ffi/validate.cc",
 ]

@@ -1,13 +1,18 @@
 // The mask as integer geometry: which keys a query row sees, which tiles must be visited, and
 // which of those straddle an edge. Row i of a sequence sees key j when
-//   i < query_length, j < key_length and i + first <= j <= i + last.
-// Causal attention, sliding windows, offsets and lengths are all values of these four numbers.
-// Pure arithmetic for host and device; only mask.cuh knows registers.
+//   i < query_length, j < key_length and i + first <= j <= i + last
+// and, where the call has row intervals, j is in row i's. Causal attention, sliding windows,
+// offsets and lengths are all values of these four numbers; what intervals add comes as Bounds of
+// 64 rows or keys at a time. Pure arithmetic for host and device; only mask.cuh knows registers.
 #pragma once
 
+#include "attention/visibility.h"
 #include "call/problem.h"
 
 namespace jax_fa3 {
+
+JFA_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
+JFA_HD constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // Tiles [begin, end) must be visited; of these [full_begin, full_end) need no mask.
 struct TileRange {
@@ -26,38 +31,50 @@ struct Mask {
   int first;         // leftmost visible key, relative to the row
   int last;          // rightmost visible key, relative to the row
 
+  // Row intervals. Where query heads that share a work tile have planes of their own, these are the
+  // first one's.
+  const Plane* plane = nullptr;    // null: every row may see every key
+  const Interval* keys = nullptr;  // null: what sees a key is not an interval
+  int plane_stride = 0;            // words from a head's plane to the next one's
+  int is_valid = 1;                // else the results are NaN
+
+  JFA_HD const Interval* rows() const { return reinterpret_cast<const Interval*>(plane + 1); }
+
   JFA_HD bool keeps(int row, int key) const {
     return row < query_length && key < key_length && key >= row + first && key <= row + last;
   }
 
-  // Tiles of `block_n` keys that rows [row_begin, row_end) look at.
-  JFA_HD TileRange key_tiles(int row_begin, int row_end, int block_n) const {
+  // Tiles of `block_n` keys that rows [row_begin, row_end) look at; `seen` bounds their intervals.
+  JFA_HD TileRange key_tiles(int row_begin, int row_end, int block_n,
+                             const Bounds& seen = {}) const {
     row_end = min_of(row_end, query_length);
-    const int key_begin = max_of(row_begin + first, 0);
-    const int key_end = min_of(row_end + last, key_length);
+    const int key_begin = max_of(row_begin + first, max_of(seen.least_begin, 0));
+    const int key_end = min_of(row_end + last, min_of(seen.greatest_end, key_length));
     if (row_begin >= row_end || key_begin >= key_end) return {};
-    const int all_see_begin = max_of(row_end - 1 + first, 0);                     // inclusive
-    const int all_see_end = max_of(min_of(row_begin + last + 1, key_length), 0);  // exclusive
+    const int all_see_begin = max_of(row_end - 1 + first, seen.greatest_begin);  // inclusive
+    const int all_see_end =
+        min_of(row_begin + last + 1, min_of(seen.least_end, key_length));  // exclusive
     return tiles(key_begin, all_see_begin, all_see_end, key_end, block_n);
   }
 
-  // Tiles of `block_m` rows that look at keys [key_begin, key_end).
-  JFA_HD TileRange query_tiles(int key_begin, int key_end, int block_m) const {
+  // Tiles of `block_m` rows that look at keys [key_begin, key_end); `seen` bounds the rows that see
+  // these keys.
+  JFA_HD TileRange query_tiles(int key_begin, int key_end, int block_m,
+                               const Bounds& seen = {}) const {
     const bool ragged = key_end > key_length;
     key_end = min_of(key_end, key_length);
-    const int row_begin = max_of(key_begin - last, 0);
-    const int row_end = min_of(key_end - first, query_length);
+    const int row_begin = max_of(key_begin - last, max_of(seen.least_begin, 0));
+    const int row_end = min_of(key_end - first, min_of(seen.greatest_end, query_length));
     if (key_begin >= key_end || row_begin >= row_end) return {};
-    const int see_all_begin = max_of(key_end - 1 - last, 0);
-    const int see_all_end = ragged ? 0 : max_of(key_begin - first + 1, 0);
+    const int see_all_begin = max_of(key_end - 1 - last, seen.greatest_begin);
+    const int see_all_end = ragged ? 0 : min_of(key_begin - first + 1, seen.least_end);
     return tiles(row_begin, see_all_begin, see_all_end, row_end, block_m);
   }
 
  private:
-  JFA_HD static int min_of(int a, int b) { return a < b ? a : b; }
-  JFA_HD static int max_of(int a, int b) { return a > b ? a : b; }
-
   JFA_HD static TileRange tiles(int begin, int full_begin, int full_end, int end, int block) {
+    full_begin = min_of(max_of(full_begin, 0), kMaxSeqlen);
+    full_end = max_of(full_end, 0);
     TileRange range;
     range.begin = begin / block;
     range.end = ceil_div(end, block);
@@ -67,11 +84,18 @@ struct Mask {
   }
 };
 
-JFA_HD inline int clamp_to(int value, int low, int high) {
-  return value < low ? low : value > high ? high : value;
+JFA_HD constexpr int clamp_to(int value, int low, int high) {
+  return max_of(low, min_of(value, high));
 }
 
-// The mask of sequence `b`; index arrays are read here and nowhere else, and clamped.
+// The query heads of a work tile: those of a kv head, or one.
+struct QueryHeads {
+  int first = 0;
+  int count = 1;
+};
+
+// The mask of sequence `b`, its row intervals apart. What the index arrays have for each sequence
+// is read here and nowhere else, and clamped.
 JFA_HD inline Mask make_mask(const MaskOptions& options, const IndexArrays& index, int b,
                              int seqlen_q, int seqlen_k) {
   const int offset = clamp_to(index.query_offset ? index.query_offset[b] : options.query_offset,
@@ -84,5 +108,58 @@ JFA_HD inline Mask make_mask(const MaskOptions& options, const IndexArrays& inde
   mask.last = offset + options.window_right;
   return mask;
 }
+
+// Adds the row intervals of some query heads, if the call has any.
+JFA_HD inline void add_intervals(Mask& mask, const IndexArrays& index, int b,
+                                 const QueryHeads& heads, const PlaneLayout& layout) {
+  if (index.visibility == nullptr) return;
+  mask.plane_stride = static_cast<int>(index.visibility_head_stride);
+  const auto* const words = index.visibility + b * index.visibility_batch_stride +
+                            heads.first * index.visibility_head_stride;
+  mask.plane = reinterpret_cast<const Plane*>(words);
+  Plane all{Plane::kValid | Plane::kMonotone, 0, 0, 0};
+  const auto* summary = words;
+  JFA_ROLLED
+  for (int head = mask.plane_stride == 0 ? 1 : heads.count; head > 0; --head) {
+    all.add(*reinterpret_cast<const Plane*>(summary));
+    summary += mask.plane_stride;
+  }
+  mask.query_length = clamp_to(all.rows_end, 0, mask.query_length);
+  mask.key_length = clamp_to(all.keys_end, 0, mask.key_length);
+  mask.is_valid = all.flags & Plane::kValid;
+  if (all.flags & Plane::kMonotone) {
+    mask.keys = PlaneView<const std::int32_t>{words, layout}.keys();
+  }
+}
+
+// Bounds of what rows, or keys, [begin, end) see, of all of a work tile's query heads.
+struct TileBounds {
+  const Mask& mask;
+  PlaneLayout layout;
+
+  JFA_HD Bounds of_rows(int begin, int end) const {
+    return of(begin, end, layout.seqlen_q, layout.row_bounds(), 1);
+  }
+  JFA_HD Bounds of_keys(int begin, int end, int num_heads) const {
+    return of(begin, end, layout.seqlen_k, layout.key_bounds(), num_heads);
+  }
+
+ private:
+  JFA_HD Bounds of(int begin, int end, int seqlen, int word, int num_heads) const {
+    if (mask.plane == nullptr) return {};
+    Bounds all = Bounds::none();
+    const auto* words = reinterpret_cast<const std::int32_t*>(mask.plane) + word;
+    const int last = (min_of(end, seqlen) - 1) / kBoundsRows;
+    JFA_ROLLED
+    for (int head = mask.plane_stride == 0 ? 1 : num_heads; head > 0; --head) {
+      JFA_ROLLED
+      for (int group = begin / kBoundsRows; group <= last; ++group) {
+        all.add(reinterpret_cast<const Bounds*>(words)[group]);
+      }
+      words += mask.plane_stride;
+    }
+    return all;
+  }
+};
 
 }  // namespace jax_fa3

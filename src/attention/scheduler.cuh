@@ -70,7 +70,7 @@ struct Work {
 // and clamps that everybody would wait for at the start of every tile. A stage is filled again
 // when its tile has been stored, so numbers are taken at most one ahead, and CTAs stay balanced.
 //
-// range_of(tile, mask, i), i < kRanges, is what of the other sequence has to be visited; [0] is
+// range_of(p, tile, mask, i), i < kRanges, is what of the other sequence has to be visited; [0] is
 // what the producer loads.
 template <int kRanges>
 struct WorkQueue {
@@ -91,13 +91,17 @@ struct WorkQueue {
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, const OnTile& on_tile) {
     Cursor cursor;
     for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
-      const WorkTile tile = p.scheduler.tile(index);
-      const Mask mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       Slot& slot = slots[cursor.stage];
-      slot.work = {tile, mask};
+      const WorkTile& tile = slot.work.tile;
+      slot.work.tile = p.scheduler.tile(index);
       slot.head_kv = tile.head / p.heads_per_kv_head;
+      slot.work.mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
+      leave_in_memory();
+      add_intervals(slot.work.mask, p.index, tile.batch, p.query_heads(tile.head),
+                    {p.seqlen_q, p.seqlen_k});
+      leave_in_memory();
       CUTE_NO_UNROLL
-      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(tile, mask, i);
+      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, tile, slot.work.mask, i);
       ring.full[cursor.stage].arrive();
       on_tile(tile, slot.ranges[0]);
       cursor.advance();
@@ -137,6 +141,9 @@ struct WorkQueue {
   }
 
  private:
+  // What has been written is read again from where it is: the thread has few registers.
+  CUTE_DEVICE static void leave_in_memory() { asm volatile("" ::: "memory"); }
+
   template <class Words>
   CUTE_DEVICE static Words broadcast(const Words& shared) {
     Words words = shared;
@@ -152,10 +159,13 @@ struct WorkQueue {
 // range_of of the kernels whose tiles are blocks of queries: [0] is what the block sees of the
 // keys, [1 + w] what the rows of warpgroup w do.
 template <class T>
-CUTE_DEVICE TileRange visible_keys(const WorkTile& tile, const Mask& mask, int i) {
+CUTE_DEVICE TileRange visible_keys(const typename T::Params& p, const WorkTile& tile,
+                                   const Mask& mask, int i) {
   const int row = tile.block * T::kBlockM;
-  const int first = i == 0 ? row : row + (i - 1) * kWarpgroupRows;
-  return mask.key_tiles(first, first + (i == 0 ? T::kBlockM : kWarpgroupRows), T::kBlockN);
+  const int begin = i == 0 ? row : row + (i - 1) * kWarpgroupRows;
+  const int end = begin + (i == 0 ? T::kBlockM : kWarpgroupRows);
+  const Bounds seen = TileBounds{mask, {p.seqlen_q, p.seqlen_k}}.of_rows(begin, end);
+  return mask.key_tiles(begin, end, T::kBlockN, seen);
 }
 
 }  // namespace jax_fa3

@@ -100,6 +100,9 @@ struct OnlineSoftmax {
     for (int i = 0; i < cute::size(tO); ++i) tO(i) *= correction[accumulator_row(i)];
   }
 
+  // Makes all that comes out NaN.
+  CUTE_DEVICE void poison() { row_sum[0] = row_sum[1] = __int_as_float(0x7fffffff); }
+
   // The rows' LSE in natural log: sums are shifted as the reference is. A row that saw no key, or
   // does not exist, is empty, and its LSE -inf.
   CUTE_DEVICE void finish(const bool (&exists)[2], float (&lse)[2], bool (&empty)[2]) {

@@ -6,7 +6,9 @@
 //   b  batch            h  query heads          d  head_dim             m  blocks of query rows
 //   s  query rows       k  key/value heads      e  head_dim of value    n  blocks of key rows
 //   t  key rows         p  keys of a prepared value, whole blocks       w  bytes of a workspace
-// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's.
+//   v  words of a plane of row intervals, of x sequences and y heads    c  ends of documents
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; x and y are b
+// and h, or 1.
 #pragma once
 
 namespace jax_fa3 {
@@ -38,6 +40,15 @@ constexpr Operand kValueDescale{"value_descale", "bk", Element::kFloat32};
 constexpr Operand kQueryLengths{"query_seq_lengths", "b", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyLengths{"key_value_seq_lengths", "b", Element::kInt32, /*optional=*/true};
 constexpr Operand kQueryOffset{"query_offset", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kVisibility{"visibility", "xyv", Element::kInt32, /*optional=*/true};
+
+constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
+constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};
+constexpr Operand kKvStart{"kv_start", "bhs", Element::kInt32, /*optional=*/true};
+constexpr Operand kKvEnd{"kv_end", "bhs", Element::kInt32, /*optional=*/true};
+constexpr Operand kQueryEnds{"cu_seqlens_q", "bc", Element::kInt32, /*optional=*/true};
+constexpr Operand kKeyEnds{"cu_seqlens_k", "bc", Element::kInt32, /*optional=*/true};
+constexpr Operand kVisibilityOut{"visibility", "bhv", Element::kInt32};
 
 constexpr Operand kOut{"out", "bshe", Element::kOutput};
 constexpr Operand kLse{"lse", "bhs", Element::kFloat32};

@@ -30,12 +30,22 @@ struct MaskOptions {
   std::int32_t query_offset = 0;  // used when the offset array is absent
 };
 
-// Per-sequence values in device memory; a null pointer means absent. Values outside
-// [0, seqlen] (lengths) or +/- kMaxSeqlen (offsets) are clamped by the kernels.
+// Index arrays in device memory; a null pointer means absent. Values outside [0, seqlen] (lengths,
+// intervals) or +/- kMaxSeqlen (offsets) are clamped by the kernels.
 struct IndexArrays {
   const std::int32_t* query_lengths = nullptr;  // [b]
   const std::int32_t* key_lengths = nullptr;    // [b]
   const std::int32_t* query_offset = nullptr;   // [b]
+  const std::int32_t* visibility = nullptr;     // [b or 1, h_q or 1, words]; attention/visibility.h
+  std::int64_t visibility_batch_stride = 0;     // words; 0 where all sequences share planes
+  std::int64_t visibility_head_stride = 0;      // words; 0 where all heads share a plane
+};
+
+// Which of them a call has, as far as plans ask: with any, work tiles differ in length as no plan
+// can know.
+struct IndexPresence {
+  bool any = false;
+  bool visibility = false;
 };
 
 // What a call of either direction has.
@@ -43,6 +53,7 @@ struct CallProblem {
   Shape shape;
   MaskOptions mask;
   IndexArrays index;
+  IndexPresence presence;
   float softmax_scale = 1.f;  // > 0
 
   const void* query = nullptr;  // [b, s_q, h_q, d]

@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define JFA_HD __host__ __device__
+#define JFA_ROLLED _Pragma("unroll 1")  // a loop of a thread that has few registers
 #else
 #define JFA_HD
+#define JFA_ROLLED
 #endif
 
 namespace jax_fa3 {

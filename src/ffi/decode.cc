@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/prepared_value.h"
+#include "attention/visibility.h"
 #include "call/text.h"
 
 namespace jax_fa3 {
@@ -46,7 +47,11 @@ std::int64_t num_blocks(std::int64_t rows) { return ceil_div<std::int64_t>(rows,
 
 }  // namespace
 
-Extents::Extents(const Types& types) : types_(types) { std::fill_n(extents_, 26, -1); }
+Extents::Extents(const Types& types) : types_(types) {
+  std::fill_n(extents_, 26, -1);
+  if (types.seqlen_q >= 0) learn('s', types.seqlen_q);
+  if (types.seqlen_k >= 0) learn('t', types.seqlen_k);
+}
 
 Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer) {
   JFA_CHECK_OK(check_type(operand, buffer.element_type()));
@@ -66,7 +71,9 @@ Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer) 
                                    ", got ", extents_text(got)));
   }
   for (std::size_t i = 0; i < rank; ++i) {
-    if (expected(i) == -1) JFA_CHECK_OK(learn(operand, operand.dims[i], got[i]));
+    if (expected(i) != -1) continue;
+    JFA_CHECK_OK(check_choice(operand, operand.dims[i], got[i]));
+    learn(operand.dims[i], got[i]);
   }
   return {};
 }
@@ -102,16 +109,21 @@ Status Extents::check_type(const Operand& operand, DataType got) {
 }
 
 // Some dimensions follow from others.
-Status Extents::learn(const Operand& operand, char letter, std::int64_t extent) {
+void Extents::learn(char letter, std::int64_t extent) {
   extents_[index(letter)] = extent;
+  if (letter == 's' && types_.descale_each_block) extents_[index('m')] = num_blocks(extent);
+  if (letter != 't') return;
+  if (types_.descale_each_block) extents_[index('n')] = num_blocks(extent);
+  extents_[index('p')] = padded_keys(extent);
+  const auto rows = [](std::int64_t n) {
+    return static_cast<int>(std::min<std::int64_t>(n, kMaxSeqlen));
+  };
+  extents_[index('v')] = PlaneLayout{rows((*this)['s']), rows(extent)}.words();
+}
+
+// Some have a choice of two.
+Status Extents::check_choice(const Operand& operand, char letter, std::int64_t extent) const {
   switch (letter) {
-    case 's':
-      if (types_.descale_each_block) extents_[index('m')] = num_blocks(extent);
-      return {};
-    case 't':
-      if (types_.descale_each_block) extents_[index('n')] = num_blocks(extent);
-      extents_[index('p')] = padded_keys(extent);
-      return {};
     case 'm':
     case 'n': {
       const std::int64_t blocks = num_blocks((*this)[letter == 'm' ? 's' : 't']);
@@ -119,6 +131,13 @@ Status Extents::learn(const Operand& operand, char letter, std::int64_t extent) 
       return invalid_argument(concat(operand.name, " must have 1 or ", blocks,
                                      " scales of a head (one for ", kDescaleBlock, " rows), got ",
                                      extent));
+    }
+    case 'x':
+    case 'y': {
+      const std::int64_t all = (*this)[letter == 'x' ? 'b' : 'h'];
+      if (extent == 1 || extent == all) return {};
+      return invalid_argument(concat(operand.name, " must have 1 or ", all,
+                                     letter == 'x' ? " sequences" : " heads", ", got ", extent));
     }
     default:
       return {};

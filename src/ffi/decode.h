@@ -25,6 +25,10 @@ struct Types {
   DataType input = kAny16Bit;
   std::optional<DataType> output;   // none: that of the input
   bool descale_each_block = false;  // or all rows of a head may share a scale
+
+  // Extents that attributes say; -1: arrays do.
+  std::int64_t seqlen_q = -1;
+  std::int64_t seqlen_k = -1;
 };
 
 // One array of a family's table: what it is, and where its address goes.
@@ -76,8 +80,13 @@ struct ArrayTable {
         array<&Index::query_lengths>(operands::kQueryLengths, options.has_query_lengths));
     arrays.push_back(array<&Index::key_lengths>(operands::kKeyLengths, options.has_key_lengths));
     arrays.push_back(array<&Index::query_offset>(operands::kQueryOffset, options.has_query_offset));
+    arrays.push_back(array<&Index::visibility>(operands::kVisibility, options.has_visibility,
+                                               kVisibilityAlignment));
     return arrays;
   }
+
+ protected:
+  static constexpr std::uintptr_t kVisibilityAlignment = 16;  // bytes: it is read in fours of words
 
  private:
   template <class T, class Class>
@@ -112,7 +121,8 @@ class Extents {
   static std::size_t index(char letter) { return static_cast<std::size_t>(letter - 'a'); }
 
   Status check_type(const Operand& operand, xla::ffi::DataType got);
-  Status learn(const Operand& operand, char letter, std::int64_t extent);
+  Status check_choice(const Operand& operand, char letter, std::int64_t extent) const;
+  void learn(char letter, std::int64_t extent);
 
   Types types_;
   std::int64_t extents_[26];

@@ -7,6 +7,7 @@
 
 #include "call/problem.h"
 #include "call/status.h"
+#include "ffi/decode.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_fa3 {
@@ -22,6 +23,7 @@ struct Options {
   bool has_query_lengths;
   bool has_key_lengths;
   bool has_query_offset;
+  bool has_visibility;
   bool has_dlse;  // backward only
 };
 
@@ -35,10 +37,17 @@ inline Status check_forward(const Options& options) {
   return invalid_argument("has_dlse must be false in the forward pass");
 }
 
-// What a call's options say of its problem.
-inline void fill_call(const Options& options, CallProblem& problem) {
+// What a call's options and extents say of its problem.
+inline void fill_call(const Options& options, const Extents& extents, CallProblem& problem) {
   problem.mask = {options.window_left, options.window_right, options.query_offset};
   problem.softmax_scale = options.scale;
+  problem.presence.visibility = options.has_visibility;
+  problem.presence.any = options.has_visibility || options.has_query_lengths ||
+                         options.has_key_lengths || options.has_query_offset;
+  if (!options.has_visibility) return;
+  const std::int64_t words = extents['v'], heads = extents['y'];
+  problem.index.visibility_batch_stride = extents['x'] > 1 ? heads * words : 0;
+  problem.index.visibility_head_stride = heads > 1 ? words : 0;
 }
 
 }  // namespace jax_fa3
@@ -53,6 +62,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<f
                                       xla::ffi::StructMember<bool>("has_query_lengths"),
                                       xla::ffi::StructMember<bool>("has_key_lengths"),
                                       xla::ffi::StructMember<bool>("has_query_offset"),
+                                      xla::ffi::StructMember<bool>("has_visibility"),
                                       xla::ffi::StructMember<bool>("has_dlse"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::CallAttributes,

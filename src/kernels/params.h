@@ -1,6 +1,7 @@
 // What every attention kernel is launched with, beside its tensor maps and what is its own.
 #pragma once
 
+#include "attention/mask.h"
 #include "attention/score.h"
 #include "call/problem.h"
 
@@ -17,6 +18,9 @@ struct CommonParams {
   int heads_per_kv_head;
   float softmax_scale;
   float softmax_scale_log2;
+
+  // The query heads of a work tile, by its head.
+  JFA_HD QueryHeads query_heads(int head) const { return {head, 1}; }
 };
 
 inline CommonParams common_params(const CallProblem& problem) {

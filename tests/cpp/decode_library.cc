@@ -6,6 +6,7 @@
 #include "kernels/forward/call.h"
 #include "kernels/forward_float8/call.h"
 #include "kernels/quantize/call.h"
+#include "kernels/visibility/call.h"
 
 namespace jax_fa3 {
 namespace {
@@ -38,3 +39,4 @@ DECODING_HANDLER(jax_fa3_forward, ForwardCall);
 DECODING_HANDLER(jax_fa3_forward_float8, ForwardFloat8Call);
 DECODING_HANDLER(jax_fa3_backward, BackwardCall);
 DECODING_HANDLER(jax_fa3_quantize, QuantizeCall);
+DECODING_HANDLER(jax_fa3_visibility, VisibilityCall);

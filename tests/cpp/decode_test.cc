@@ -10,6 +10,7 @@
 #include "kernels/forward/call.h"
 #include "kernels/forward_float8/call.h"
 #include "kernels/quantize/call.h"
+#include "kernels/visibility/call.h"
 
 namespace jax_fa3 {
 namespace {
@@ -93,7 +94,7 @@ struct Call {
   Dims counter{1};
   ffi::DataType lse_dtype = kF32;
   std::vector<Buffer> optionals;
-  Options options{0.125f, kUnbounded, 0, 0, 8.f, 0, false, false, false, false, false};
+  Options options{0.125f, kUnbounded, 0, 0, 8.f, 0, false, false, false, false, false, false};
   std::uintptr_t query_address = 0;
   std::uintptr_t workspace_address = 0;
   bool has_lse = true;
@@ -383,10 +384,108 @@ void refuses_quantize() {
   refuses_shape([](Shape& s) { s.batch = 1 << 28; }, "must be below 2^31");
 }
 
+// Tables of row intervals, of the words that 100 rows and 90 keys need.
+constexpr std::int64_t kWords = 4 + 200 + 4 * 2 + 4 * 2 + 180;
+
+void decodes_row_intervals() {
+  const auto strides = [](const Dims& table) {
+    Call call;
+    call.options.has_visibility = true;
+    call.optionals = {{kS32, table}};
+    const auto forward = call.forward();
+    CHECK_DETAIL(forward.ok(), forward.status().message());
+    const IndexArrays& index = forward.value().index;
+    CHECK(index.visibility && forward.value().presence.any && forward.value().presence.visibility);
+    return std::pair(index.visibility_batch_stride, index.visibility_head_stride);
+  };
+  CHECK(strides({1, 1, kWords}) == std::pair(std::int64_t{0}, std::int64_t{0}));
+  CHECK(strides({2, 1, kWords}) == std::pair(kWords, std::int64_t{0}));
+  CHECK(strides({1, 6, kWords}) == std::pair(std::int64_t{0}, kWords));
+  CHECK(strides({2, 6, kWords}) == std::pair(6 * kWords, kWords));
+
+  const auto refuses = [](const Buffer& table, const char* part) {
+    Call call;
+    call.options.has_visibility = true;
+    call.optionals = {table};
+    CHECK_REFUSES(call.forward().status(), part);
+    CHECK_REFUSES(call.backward().status(), part);
+  };
+  refuses({kS32, {3, 1, kWords}}, "visibility must have 1 or 2 sequences, got 3");
+  refuses({kS32, {1, 3, kWords}}, "visibility must have 1 or 6 heads, got 3");
+  refuses({kS32, {1, 1, kWords + 4}}, "visibility must have shape [-1, -1, 400]");
+  refuses({kF32, {1, 1, kWords}}, "visibility must be S32, got F32");
+  refuses({kS32, {1, 1, kWords}, 4104}, "visibility must be aligned to 16 bytes");
+}
+
+struct Making {
+  VisibilityAttributes options{100,   90,    0,     0,     kUnbounded, kUnbounded,
+                               false, false, false, false, false,      false};
+  std::vector<Buffer> optionals;
+  Dims result{2, 3, kWords};
+
+  StatusOr<VisibilityProblem> decode() const {
+    return decoded<VisibilityCall>({}, optionals, {{kS32, result}}, options);
+  }
+};
+
+void decodes_visibility() {
+  Making call;
+  call.options.has_query_segment_ids = call.options.has_key_value_segment_ids = true;
+  call.options.has_kv_end = call.options.has_cu_seqlens = true;
+  call.options.attention_chunk = 7;
+  call.optionals = {
+      {kS32, {2, 100}}, {kS32, {2, 90}}, {kS32, {2, 3, 100}}, {kS32, {2, 5}}, {kS32, {2, 5}}};
+  const auto problem = call.decode();
+  CHECK_DETAIL(problem.ok(), problem.status().message());
+  CHECK(problem.value().query_ids && problem.value().key_ids && problem.value().kv_end);
+  CHECK(!problem.value().kv_start && problem.value().query_ends && problem.value().key_ends);
+  CHECK(problem.value().num_ends == 5 && problem.value().chunk == 7);
+  CHECK(problem.value().shape.batch == 2 && problem.value().shape.num_heads_q == 3);
+  CHECK(problem.value().shape.seqlen_q == 100 && problem.value().shape.seqlen_k == 90);
+  CHECK(validate<VisibilityCall>(problem.value(), kHopper).ok());
+}
+
+void refuses_visibility() {
+  const auto refuses = [](const auto& change, const char* part) {
+    Making call;
+    change(call);
+    const auto problem = call.decode();
+    CHECK_REFUSES(
+        problem.ok() ? validate<VisibilityCall>(problem.value(), kHopper) : problem.status(), part);
+  };
+  using C = Making;
+  refuses([](C& c) { c.options.has_key_value_segment_ids = true; },
+          "has_query_segment_ids must be true");
+  refuses([](C& c) { c.options.has_kv_start = true; }, "options announce the operand kv_start");
+  refuses(
+      [](C& c) {
+        c.options.has_query_segment_ids = true;
+        c.optionals = {{kS32, {2, 90}}};
+      },
+      "query_segment_ids must have shape [-1, 100], got [2, 90]");
+  refuses(
+      [](C& c) {
+        c.options.has_query_segment_ids = true;
+        c.optionals = {{kS32, {2, 100}}};
+      },
+      "query_segment_ids without key_value_segment_ids must have one id for each of 90 keys");
+  refuses([](C& c) { c.result = {2, 3, kWords - 4}; }, "visibility must have shape [-1, -1, 400]");
+  refuses([](C& c) { c.options.attention_chunk = -1; }, "attention_chunk must be in [0, ");
+  refuses([](C& c) { c.options.window_left = -1; }, "window_left must be in [0, ");
+  refuses(
+      [](C& c) {
+        c.options.seqlen_k = 0, c.result = {2, 3, 4 + 200 + 8};
+      },
+      "seqlen_k must be in [1, ");
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
 int main() {
+  jax_fa3::decodes_row_intervals();
+  jax_fa3::decodes_visibility();
+  jax_fa3::refuses_visibility();
   jax_fa3::decodes_quantize();
   jax_fa3::refuses_quantize();
   jax_fa3::decodes_float8();

@@ -3,6 +3,8 @@
 // from the queries and the view from the keys agree.
 #include "attention/mask.h"
 
+#include <algorithm>
+#include <random>
 #include <vector>
 
 #include "call/text.h"
@@ -137,6 +139,150 @@ void made_from_arrays() {
   }
 }
 
+// A table as attention/visibility.h describes it, by the definition; an interval for each row.
+std::vector<std::int32_t> table_of(const std::vector<Interval>& rows, int seqlen_k) {
+  const int seqlen_q = static_cast<int>(rows.size());
+  const PlaneLayout layout{seqlen_q, seqlen_k};
+  std::vector<std::int32_t> words(layout.words(), 0);
+  const PlaneView<std::int32_t> plane{words.data(), layout};
+  const auto sees = [&](int row, int key) { return key >= rows[row].begin && key < rows[row].end; };
+  const auto add = [](Bounds& bounds, int begin, int end) {
+    bounds.add(begin < end ? Bounds{begin, begin, end, end} : Bounds{kNone, kNone, 0, 0});
+  };
+  Plane& summary = plane.summary();
+  summary = {Plane::kValid | Plane::kMonotone, 0, 0, 0};
+  int begin = 0, end = 0;
+  for (int row = 0; row < seqlen_q; ++row) {
+    Bounds& bounds = plane.row_bounds()[row / kBoundsRows];
+    if (row % kBoundsRows == 0) bounds = Bounds::none();
+    add(bounds, rows[row].begin, rows[row].end);
+    plane.rows()[row] = rows[row];
+    if (rows[row].begin >= rows[row].end) continue;
+    if (rows[row].begin < begin || rows[row].end < end) summary.flags &= ~Plane::kMonotone;
+    begin = std::max(begin, rows[row].begin);
+    end = std::max(end, rows[row].end);
+    summary.rows_end = row + 1;
+    summary.keys_end = end;
+  }
+  for (int key = 0; key < seqlen_k; ++key) {
+    Bounds& bounds = plane.key_bounds()[key / kBoundsRows];
+    if (key % kBoundsRows == 0) bounds = Bounds::none();
+    int first = 0, last = -1;
+    for (int row = seqlen_q - 1; row >= 0; --row) {
+      if (!sees(row, key)) continue;
+      first = row;
+      if (last < 0) last = row;
+    }
+    plane.keys()[key] = {first, last + 1};
+    add(bounds, first, last + 1);
+    if (!(summary.flags & Plane::kMonotone)) bounds.add({0, kNone, 0, 0});
+  }
+  return words;
+}
+
+// Row intervals of any kind, with windows and lengths: no visible pair is outside of the tiles that
+// are visited, and none that is invisible in a tile that is not cut.
+void row_intervals() {
+  std::mt19937 random(0);
+  const auto number = [&](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  };
+  for (int problem = 0; problem < 200; ++problem) {
+    const int seqlen_q = number(1, 300), seqlen_k = number(1, 300);
+    const bool documents = number(0, 2) > 0;
+    std::vector<Interval> rows(seqlen_q);
+    Interval keys{0, 0};
+    for (Interval& row : rows) {
+      if (documents) {
+        if (number(0, 40) == 0) keys = {keys.end, std::min(keys.end + number(0, 120), seqlen_k)};
+        row = keys;
+      } else {
+        row = {number(0, seqlen_k), number(0, seqlen_k)};
+      }
+    }
+    const auto words = table_of(rows, seqlen_k);
+    IndexArrays index;
+    index.visibility = words.data();
+    const int unbounded = number(0, 1) ? kUnbounded : 0;
+    const MaskOptions options{number(0, 100) + unbounded / 2, number(0, 1) ? 0 : kUnbounded,
+                              number(-40, 40)};
+    Mask mask = make_mask(options, index, 0, seqlen_q, seqlen_k);
+    add_intervals(mask, index, 0, {}, {seqlen_q, seqlen_k});
+    const TileBounds bounds{mask, {seqlen_q, seqlen_k}};
+    const auto sees = [&](int row, int key) {
+      return mask.keeps(row, key) && key >= rows[row].begin && key < rows[row].end;
+    };
+    const auto check = [&](const TileRange& range, int tile, bool any, bool all, const char* who) {
+      const bool visited = tile >= range.begin && tile < range.end;
+      CHECK_DETAIL(!any || visited, concat(who, " problem ", problem, " tile ", tile));
+      CHECK_DETAIL(!visited || range.cuts(tile) || all, concat(who, " problem ", problem));
+    };
+    for (const int block_n : {64, 80, 96, 128}) {
+      for (int row = 0; row < seqlen_q; row += 64) {
+        const Bounds seen = bounds.of_rows(row, row + 64);
+        const TileRange range = mask.key_tiles(row, row + 64, block_n, seen);
+        check_range(range, ceil_div(seqlen_k, block_n));
+        for (int n = 0; n * block_n < seqlen_k; ++n) {
+          bool any = false, all = true;
+          for (int i = row; i < std::min(row + 64, mask.query_length); ++i) {
+            for (int j = n * block_n; j < (n + 1) * block_n; ++j) {
+              const bool seen_here = j < seqlen_k && sees(i, j);
+              any |= seen_here;
+              all &= seen_here;
+            }
+          }
+          check(range, n, any, all, "rows");
+        }
+      }
+    }
+    for (const int block_n : {64, 128}) {
+      for (int key = 0; key < seqlen_k; key += block_n) {
+        const Bounds seen = bounds.of_keys(key, key + block_n, 1);
+        const TileRange range = mask.query_tiles(key, key + block_n, 64, seen);
+        check_range(range, ceil_div(seqlen_q, 64));
+        for (int m = 0; m * 64 < seqlen_q; ++m) {
+          bool any = false, all = true;
+          for (int i = 64 * m; i < std::min(64 * m + 64, seqlen_q); ++i) {
+            for (int j = key; j < key + block_n; ++j) {
+              const bool seen_here = j < seqlen_k && sees(i, j);
+              any |= seen_here;
+              // Rows that see nothing take part in nothing, whatever the mask says of them.
+              all &= seen_here || rows[i].begin >= rows[i].end || i >= mask.query_length;
+            }
+          }
+          check(range, m, any, all, "keys");
+        }
+      }
+    }
+  }
+}
+
+// A table of any numbers gives tiles that exist.
+void corrupt_tables() {
+  std::mt19937 random(1);
+  for (int problem = 0; problem < 200; ++problem) {
+    const int seqlen_q = 1 + random() % 300, seqlen_k = 1 + random() % 300;
+    const PlaneLayout layout{seqlen_q, seqlen_k};
+    std::vector<std::int32_t> words(layout.words());
+    for (std::int32_t& word : words) word = static_cast<std::int32_t>(random());
+    IndexArrays index;
+    index.visibility = words.data();
+    Mask mask = make_mask({}, index, 0, seqlen_q, seqlen_k);
+    add_intervals(mask, index, 0, {}, layout);
+    CHECK(mask.query_length >= 0 && mask.query_length <= seqlen_q);
+    CHECK(mask.key_length >= 0 && mask.key_length <= seqlen_k);
+    const TileBounds bounds{mask, layout};
+    for (int row = 0; row < seqlen_q; row += 64) {
+      check_range(mask.key_tiles(row, row + 64, 80, bounds.of_rows(row, row + 64)),
+                  ceil_div(seqlen_k, 80));
+    }
+    for (int key = 0; key < seqlen_k; key += 64) {
+      check_range(mask.query_tiles(key, key + 64, 64, bounds.of_keys(key, key + 64, 1)),
+                  ceil_div(seqlen_q, 64));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
@@ -144,5 +290,7 @@ int main() {
   jax_fa3::all_small_problems();
   jax_fa3::tightness();
   jax_fa3::made_from_arrays();
+  jax_fa3::row_intervals();
+  jax_fa3::corrupt_tables();
   return jax_fa3::test::finish();
 }

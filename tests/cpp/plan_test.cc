@@ -30,7 +30,7 @@ Shape shape(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::in
 }
 
 ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sms = kSms) {
-  const auto plan = plan_forward(s, mask, kForward, num_sms);
+  const auto plan = plan_forward(s, mask, {}, kForward, num_sms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -47,6 +47,21 @@ void head_dims_round_up() {
     CHECK(forward(shape(1, 512, 4, head_dim)).key.head_dim == compiled);
   }
   CHECK(backward(shape(1, 512, 4, 72)).key.head_dim == 128);  // no 96 in that list
+}
+
+// With an array of lengths tiles go to whoever is free, in the order and size that they had. With
+// row intervals, deepest first, and of the larger size where there are enough.
+void index_arrays_change_the_order() {
+  const auto plan = [](const Shape& s, const IndexPresence& presence) {
+    return plan_forward(s, kDense, presence, kForward, kSms).value();
+  };
+  const Shape large = shape(1, 16384, 16, 128), small = shape(1, 1024, 16, 128);
+  CHECK(!plan(large, {}).by_counter && !plan(large, {}).longest_first);
+  CHECK(plan(large, {true, false}).by_counter && !plan(large, {true, false}).longest_first);
+  CHECK(plan(large, {true, true}).by_counter && plan(large, {true, true}).longest_first);
+  CHECK(plan(large, {true, true}).key.block_m == 192);
+  CHECK(plan(small, {true, true}).key.block_m == 128);
+  CHECK(forward(large, kCausal).by_counter && forward(large, kCausal).longest_first);
 }
 
 void tiles_follow_the_makespan() {
@@ -142,7 +157,7 @@ void beyond_32_bits() {
   CHECK(forward(s).num_tiles == 4 * 128 * 342);
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
-  CHECK_REFUSES(plan_forward(tiles, kDense, kForward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_forward(tiles, kDense, {}, kForward, kSms).status(), "below 2^31");
   CHECK_REFUSES(plan_backward(tiles, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
   CHECK_REFUSES(plan_backward(bytes, false, kBackward, kSms).status(), "64-bit");
@@ -150,7 +165,7 @@ void beyond_32_bits() {
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward(s, kDense, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_forward(s, kDense, {}, kForward, kSms).status(), part);
     CHECK_REFUSES(plan_backward(s, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
@@ -172,12 +187,12 @@ void refusals() {
   s.dtype = static_cast<DType>(7);
   refuses(s, "got code 7");
   const auto refuses_mask = [](const MaskOptions& mask, const char* part) {
-    CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), mask, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), mask, {}, kForward, kSms).status(), part);
   };
   refuses_mask({-1, 0, 0}, "window_left must be in [0, 1073741824], got -1");
   refuses_mask({0, -1, 0}, "window_right");
   refuses_mask({0, 0, -kMaxSeqlen - 1}, "query_offset");
-  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, kForward, 0).status(), "num_sms");
+  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, {}, kForward, 0).status(), "num_sms");
 }
 
 const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
@@ -187,7 +202,7 @@ const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
                                                {256, 256, 128, 128}};
 
 ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kDense, bool prepared = true) {
-  const auto plan = plan_forward_float8(s, mask, prepared, kFloat8, kSms);
+  const auto plan = plan_forward_float8(s, mask, {}, prepared, kFloat8, kSms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -216,7 +231,7 @@ void float8_workspace() {
 
 void float8_refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward_float8(s, kDense, false, kFloat8, kSms).status(), part);
+    CHECK_REFUSES(plan_forward_float8(s, kDense, {}, false, kFloat8, kSms).status(), part);
   };
   refuses(shape(1, 1, 1, 72), "head_dim must be a multiple of 16 for float8");
   Shape s = shape(1, 1, 1, 64);
@@ -227,9 +242,9 @@ void float8_refusals() {
   refuses(s, "head_dim_v must be a multiple of 8 in [8, 256], got 272");
   refuses(shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128), "64-bit");
   CHECK_REFUSES(
-      plan_forward_float8(shape(1, 1, 1, 256), kDense, false, {kFloat8[0]}, kSms).status(),
+      plan_forward_float8(shape(1, 1, 1, 256), kDense, {}, false, {kFloat8[0]}, kSms).status(),
       "no forward kernel for e4m3 head_dim=256: this build has e4m3 head dims [64]");
-  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, false, kFloat8, 0).status(),
+  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, {}, false, kFloat8, 0).status(),
                 "num_sms");
 }
 
@@ -244,6 +259,7 @@ void printable() {
 
 int main() {
   jax_fa3::head_dims_round_up();
+  jax_fa3::index_arrays_change_the_order();
   jax_fa3::tiles_follow_the_makespan();
   jax_fa3::tiles_and_grid();
   jax_fa3::order_follows_the_mask();

@@ -37,7 +37,7 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
     };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
-    fill_call(a.options, problem);
+    fill_call(a.options, extents, problem);
     problem.deterministic = a.options.deterministic;
     problem.workspace_bytes = extents['w'];
   }

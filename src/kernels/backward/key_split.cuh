@@ -75,7 +75,8 @@ struct KeySplitConsumer : TileConsumer<T> {
     if (cut) {
       const auto& [tile, mask] = this->work();
       T::Masking::mask_scores_transposed(tS, mask, walk.m * T::kBlockM,
-                                         tile.block * T::kBlockN + warpgroup * kWarpgroupRows);
+                                         tile.block * T::kBlockN + warpgroup * kWarpgroupRows,
+                                         walk.head());
     }
     CUTE_UNROLL
     for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   const std::int64_t batch_head = block / p.num_m_blocks;
   const int head = batch_head % p.num_heads;
   const std::int64_t batch = batch_head / p.num_heads;
-  const Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
+  Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
+  add_intervals(mask, p.index, int(batch), p.query_heads(head), {p.seqlen_q, p.seqlen_k});
 
   if constexpr (T::kFusedDQ) {
     auto* const dquery = reinterpret_cast<float4*>(p.dquery + block * T::kBlockFloatsDQ);

@@ -28,6 +28,11 @@ struct BackwardParams : BackwardMaps, CommonParams {
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
 
+  // Work tiles are of kv heads.
+  JFA_HD QueryHeads query_heads(int head) const {
+    return {head * heads_per_kv_head, heads_per_kv_head};
+  }
+
   // The place of a head's query block in what has one for each.
   CUTE_DEVICE std::int64_t query_block(int batch_head, int m) const {
     return batch_head * num_m_blocks + m;
@@ -55,6 +60,9 @@ struct QueryWalk {
     m = direction_ < 0 ? queries.end - 1 : queries.begin;
   }
 
+  // The number of the query head among those of the tile.
+  CUTE_DEVICE int head() const { return batch_head - first_head_; }
+
   // False: that was the last one.
   CUTE_DEVICE bool next() {
     if (batch_head++ == last_head_) {
@@ -71,9 +79,12 @@ struct QueryWalk {
 // range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
 // in which a sequence ends counts as cut.
 template <class T>
-CUTE_DEVICE TileRange visible_queries(const WorkTile& tile, const Mask& mask, int) {
-  const int key = tile.block * T::kBlockN;
-  TileRange queries = mask.query_tiles(key, key + T::kBlockN, T::kBlockM);
+CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const WorkTile& tile,
+                                      const Mask& mask, int) {
+  const int begin = tile.block * T::kBlockN, end = begin + T::kBlockN;
+  const Bounds seen =
+      TileBounds{mask, {p.seqlen_q, p.seqlen_k}}.of_keys(begin, end, p.heads_per_kv_head);
+  TileRange queries = mask.query_tiles(begin, end, T::kBlockM, seen);
   queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
   queries.full_begin = min(queries.full_begin, queries.full_end);
   return queries;
@@ -115,7 +126,7 @@ struct BackwardTraits {
   using MmaDK = MmaRS<Element, kHeadDim, Major::MN>;
 
   using Score = Plain;
-  using Masking = Window;
+  using Masking = RowIntervals;
   static_assert(Score::kIsLinear, "the products that make S^T and dP^T subtract the statistics");
 
   // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.

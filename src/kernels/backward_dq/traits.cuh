@@ -31,6 +31,7 @@ struct DQueryParams : DQueryMaps, CommonParams {
 
 template <class Config>
 struct DQueryTraits {
+  using Params = DQueryParams;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
@@ -53,7 +54,7 @@ struct DQueryTraits {
 
   using Source = Contiguous<KTile, VTile>;
   using Score = Plain;
-  using Masking = Window;
+  using Masking = RowIntervals;
   static_assert(Score::kIsLinear, "dS is made of P and dP alone");
 
   // V is used early in a step and K to its end: K has a stage more where there is no room for two

@@ -34,8 +34,8 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
         array<&Problem::tile_counter>(operands::kTileCounter),
     };
   }
-  static void fill(const Attributes& a, const Extents&, Problem& problem) {
-    fill_call(a.options, problem);
+  static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
+    fill_call(a.options, extents, problem);
     problem.rescale_threshold = a.options.rescale_threshold;
   }
 
@@ -48,11 +48,12 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardPlan> plan(const Problem& problem, int num_sms) {
-    static PlanCache<ForwardPlan, Shape, MaskOptions, int> cache;
-    const auto make = [](const Shape& shape, const MaskOptions& mask, int num_sms) {
-      return plan_forward(shape, mask, KernelTable<Forward>::compiled(), num_sms);
+    static PlanCache<ForwardPlan, Shape, MaskOptions, IndexPresence, int> cache;
+    const auto make = [](const Shape& shape, const MaskOptions& mask, const IndexPresence& presence,
+                         int num_sms) {
+      return plan_forward(shape, mask, presence, KernelTable<Forward>::compiled(), num_sms);
     };
-    return cache.get(make, problem.shape, problem.mask, num_sms);
+    return cache.get(make, problem.shape, problem.mask, problem.presence, num_sms);
   }
   static Status launch(const ForwardPlan& plan, const Problem& problem, CUstream_st* stream) {
     return KernelTable<Forward>::launch(plan, problem, stream);

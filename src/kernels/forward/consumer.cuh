@@ -58,6 +58,7 @@ struct ForwardConsumer {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
+      if (!mask.is_valid) softmax.poison();
       softmax.finish(tO, exists, lse);
       store_lse(lse, tile, first_row);
       store_output(tO, tile, row);

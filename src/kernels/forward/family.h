@@ -7,11 +7,9 @@
 namespace jax_fa3 {
 
 inline Fields describe_order(const TileOrder& order) {
-  return {{"num_m_blocks", order.num_m_blocks},
-          {"heads_per_group", order.heads_per_group},
-          {"longest_first", order.longest_first},
-          {"num_tiles", order.num_tiles},
-          {"grid", order.grid}};
+  return {{"num_m_blocks", order.num_m_blocks},   {"heads_per_group", order.heads_per_group},
+          {"longest_first", order.longest_first}, {"by_counter", order.by_counter},
+          {"num_tiles", order.num_tiles},         {"grid", order.grid}};
 }
 
 struct Forward {

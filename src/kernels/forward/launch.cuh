@@ -20,10 +20,10 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
                                order.heads_per_group,
                                static_cast<int>(order.num_tiles),
                                order.longest_first,
-                               order.longest_first ? problem.tile_counter : nullptr};
+                               order.by_counter ? problem.tile_counter : nullptr};
   p->rescale_threshold = problem.rescale_threshold;
   p->lse = problem.lse;
-  if (!order.longest_first) return {};
+  if (!order.by_counter) return {};
   return cuda_status(cudaMemsetAsync(problem.tile_counter, 0, sizeof(int), stream),
                      "cudaMemsetAsync of the tile counter");
 }

@@ -26,6 +26,7 @@ double key_tile_cycles(const ForwardKey& key) {
 }  // namespace
 
 StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
+                                   const IndexPresence& presence,
                                    const std::vector<ForwardKey>& available, int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   JFA_CHECK_OK(check_mask(mask));
@@ -35,7 +36,7 @@ StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
   if (keys.empty()) {
     return unimplemented(no_kernel_message("forward", shape, compiled_head_dims(shape, available)));
   }
-  return choose_tile<ForwardPlan>(shape, mask, keys, num_sms, [](const ForwardKey& key) {
+  return choose_tile<ForwardPlan>(shape, mask, presence, keys, num_sms, [](const ForwardKey& key) {
     return TileModel{key.block_m, key.block_n, key_tile_cycles(key)};
   });
 }
@@ -44,8 +45,8 @@ std::string to_string(const ForwardPlan& plan) {
   return concat("forward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 " m_blocks=", plan.num_m_blocks, " heads_per_group=", plan.heads_per_group,
-                " longest_first=", plan.longest_first, " tiles=", plan.num_tiles,
-                " grid=", plan.grid);
+                " longest_first=", plan.longest_first, " by_counter=", plan.by_counter,
+                " tiles=", plan.num_tiles, " grid=", plan.grid);
 }
 
 }  // namespace jax_fa3

@@ -18,6 +18,7 @@ struct ForwardPlan : TileOrder {
 
 // `available` is the list of kernels to choose from (KernelTable has the compiled ones).
 StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
+                                   const IndexPresence& presence,
                                    const std::vector<ForwardKey>& available, int num_sms);
 
 std::string to_string(const ForwardPlan& plan);

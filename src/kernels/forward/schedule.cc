@@ -36,7 +36,7 @@ double makespan(const TileOrder& order, const std::vector<double>& cycles) {
   };
   std::vector<double> busy(order.grid, 0.0);
   for (std::int64_t tile = 0; tile < order.num_tiles; ++tile) {
-    if (order.longest_first) {  // the CTA that is free first takes the next tile
+    if (order.by_counter) {  // the CTA that is free first takes the next tile
       std::pop_heap(busy.begin(), busy.end(), std::greater<>());
       busy.back() += cycles_of(tile);
       std::push_heap(busy.begin(), busy.end(), std::greater<>());
@@ -51,7 +51,8 @@ double makespan(const TileOrder& order, const std::vector<double>& cycles) {
 }  // namespace
 
 StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
-                                 const TileModel& model, int num_sms) {
+                                 const IndexPresence& presence, const TileModel& model,
+                                 int num_sms) {
   TileOrder order;
   order.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), model.block_m);
   const auto num_tiles = count_tiles(shape.batch, shape.num_heads_q, order.num_m_blocks);
@@ -78,8 +79,11 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
                          std::max(tiles / warpgroups, most * lone_share(model)));
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
-  order.longest_first =
-      order.num_m_blocks > 1 && options.window_right < kUnbounded && cycles.back() > cycles.front();
+  // Row intervals make them differ in ways that are not known here.
+  order.longest_first = order.num_m_blocks > 1 &&
+                        (presence.visibility ||
+                         (options.window_right < kUnbounded && cycles.back() > cycles.front()));
+  order.by_counter = order.longest_first || presence.any;
   order.heads_per_group = order.longest_first ? query_heads_per_group(shape) : 1;
   return Schedule{order, makespan(order, cycles)};
 }

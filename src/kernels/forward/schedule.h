@@ -13,7 +13,8 @@ namespace jax_fa3 {
 struct TileOrder {
   std::int32_t num_m_blocks;     // work tiles along the queries of one (batch, head)
   std::int32_t heads_per_group;  // (batch, head) pairs whose blocks go out together
-  bool longest_first;            // tiles differ in length: deepest rows first, from a counter
+  bool longest_first;            // deepest rows first
+  bool by_counter;               // tiles differ in length: whoever is free takes the next one
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
 };
@@ -31,19 +32,28 @@ struct Schedule {
 };
 
 StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& mask,
-                                 const TileModel& model, int num_sms);
+                                 const IndexPresence& presence, const TileModel& model,
+                                 int num_sms);
 
-// The kernel of `keys` that is done first, as a Plan: a TileOrder and a key.
+// The kernel of `keys` that is done first, as a Plan: a TileOrder and a key. Of row intervals the
+// model knows nothing: then the one with the most rows that has two tiles for each multiprocessor,
+// or else the one with the most tiles.
 template <class Plan, class Key, class ModelOf>
 StatusOr<Plan> choose_tile(const Shape& shape, const MaskOptions& mask,
-                           const std::vector<Key>& keys, int num_sms, const ModelOf& model_of) {
+                           const IndexPresence& presence, const std::vector<Key>& keys, int num_sms,
+                           const ModelOf& model_of) {
   StatusOr<Plan> best = internal_error("no kernel to choose from");
-  double best_makespan = std::numeric_limits<double>::infinity();
+  double best_cost = std::numeric_limits<double>::infinity();
   for (const Key& key : keys) {
-    const StatusOr<Schedule> schedule = make_schedule(shape, mask, model_of(key), num_sms);
+    const StatusOr<Schedule> schedule =
+        make_schedule(shape, mask, presence, model_of(key), num_sms);
     if (!schedule.ok()) return schedule.status();
-    if (schedule.value().makespan >= best_makespan) continue;
-    best_makespan = schedule.value().makespan;
+    double cost = schedule.value().makespan;
+    if (presence.visibility) {
+      cost = schedule.value().order.num_tiles >= 2 * num_sms ? -key.block_m : key.block_m;
+    }
+    if (cost >= best_cost) continue;
+    best_cost = cost;
     Plan plan{};
     static_cast<TileOrder&>(plan) = schedule.value().order;
     plan.key = key;

@@ -49,7 +49,7 @@ struct ForwardOperands {
 
   using Source = Contiguous<KTile, VTile>;
   using Score = Plain;
-  using Masking = Window;
+  using Masking = RowIntervals;
   using Softmax = OnlineSoftmax<0, false>;
 
   static constexpr int kValueElements = VTile::kElements;  // of a stage

@@ -44,7 +44,7 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
     };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
-    fill_call(a.options, problem);
+    fill_call(a.options, extents, problem);
     problem.query_descales = extents['m'];
     problem.key_descales = extents['n'];
     problem.value_is_prepared = a.value_is_prepared;
@@ -55,13 +55,14 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardFloat8Plan> plan(const Problem& problem, int num_sms) {
-    static PlanCache<ForwardFloat8Plan, Shape, MaskOptions, bool, int> cache;
-    const auto make = [](const Shape& shape, const MaskOptions& mask, bool value_is_prepared,
-                         int num_sms) {
-      return plan_forward_float8(shape, mask, value_is_prepared,
+    static PlanCache<ForwardFloat8Plan, Shape, MaskOptions, IndexPresence, bool, int> cache;
+    const auto make = [](const Shape& shape, const MaskOptions& mask, const IndexPresence& presence,
+                         bool value_is_prepared, int num_sms) {
+      return plan_forward_float8(shape, mask, presence, value_is_prepared,
                                  KernelTable<ForwardFloat8>::compiled(), num_sms);
     };
-    return cache.get(make, problem.shape, problem.mask, problem.value_is_prepared, num_sms);
+    return cache.get(make, problem.shape, problem.mask, problem.presence, problem.value_is_prepared,
+                     num_sms);
   }
   static Status launch(const ForwardFloat8Plan& plan, const Problem& problem, CUstream_st* stream) {
     JFA_CHECK_OK(check_workspace(plan.workspace_bytes, problem.workspace_bytes));

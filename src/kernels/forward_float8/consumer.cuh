@@ -148,9 +148,10 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       return moved;
     };
     // Tiles from full_begin to `inner` are cut by no mask, and every row has seen a key before
-    // them: of the rows the first sees the fewest keys on the right.
+    // them: of the rows the first sees the fewest keys on the right, unless they have intervals.
     const int edge = keys.full_end * T::kBlockN;
-    const bool all_have_seen = row + mask.last >= edge && mask.key_length > edge;
+    const bool all_have_seen =
+        mask.plane == nullptr && row + mask.last >= edge && mask.key_length > edge;
     const int inner =
         T::kFindsMaxima || all_have_seen ? keys.full_end : max(keys.full_end - 1, keys.begin);
 
@@ -325,6 +326,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
     bool empty[2];
+    if (!mask.is_valid) softmax.poison();
     softmax.finish(exists, lse, empty);
     this->store_lse(lse, tile, first_row);
 
@@ -332,7 +334,9 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     const float value_descale = __ldg(p.value_descale + batch_head / p.heads_per_kv_head);
     float factor[2];
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) factor[r] = value_descale / tO(T::kHeadDimV / 2 + r);
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = mask.is_valid ? value_descale / tO(T::kHeadDimV / 2 + r) : lse[r];
+    }
     auto out = cute::make_tensor<float>(cute::Int<T::kHeadDimV / 2>{});
     CUTE_UNROLL
     for (int i = 0; i < cute::size(out); ++i) {

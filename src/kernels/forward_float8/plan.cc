@@ -37,6 +37,7 @@ Status check_head_dim(const char* name, std::int64_t value) {
 }  // namespace
 
 StatusOr<ForwardFloat8Plan> plan_forward_float8(const Shape& shape, const MaskOptions& mask,
+                                                const IndexPresence& presence,
                                                 bool value_is_prepared,
                                                 const std::vector<ForwardFloat8Key>& available,
                                                 int num_sms) {
@@ -54,7 +55,7 @@ StatusOr<ForwardFloat8Plan> plan_forward_float8(const Shape& shape, const MaskOp
     head_dims.erase(std::unique(head_dims.begin(), head_dims.end()), head_dims.end());
     return unimplemented(no_kernel_message("forward", "e4m3", shape, head_dims));
   }
-  auto plan = choose_tile<ForwardFloat8Plan>(shape, mask, keys, num_sms, model_of);
+  auto plan = choose_tile<ForwardFloat8Plan>(shape, mask, presence, keys, num_sms, model_of);
   if (!plan.ok() || value_is_prepared) return plan;
 
   ForwardFloat8Plan with_workspace = plan.value();

@@ -21,6 +21,7 @@ struct ForwardFloat8Plan : TileOrder {
 
 // `available` is the list of kernels to choose from.
 StatusOr<ForwardFloat8Plan> plan_forward_float8(const Shape& shape, const MaskOptions& mask,
+                                                const IndexPresence& presence,
                                                 bool value_is_prepared,
                                                 const std::vector<ForwardFloat8Key>& available,
                                                 int num_sms);

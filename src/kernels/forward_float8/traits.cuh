@@ -69,7 +69,7 @@ struct ForwardFloat8Operands {
 
   using Source = ContiguousPrepared<KTile, VTile>;
   using Score = Plain;
-  using Masking = Window;
+  using Masking = RowIntervals;
 };
 
 template <class Config>
