@@ -26,6 +26,7 @@ DEFAULTS = {
     "has_query_lengths": "false",
     "has_key_lengths": "false",
     "has_query_offset": "false",
+    "has_visibility": "false",
     "has_dlse": "false",
 }
 CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
