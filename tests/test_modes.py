@@ -23,7 +23,8 @@ PROBLEM = Problem(
     )
 )
 SHAPE = (4, 2)
-DOCUMENTS = Problem(  # documents of rows and keys, and intervals of each key head: a table with heads
+# Documents of rows and keys, and intervals of each key head: a table that has heads.
+DOCUMENTS = Problem(
     Case(
         batch=8,
         seqlen_q=20,
