@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3.api import dot_product_attention
+from jax_fa3.visibility.table import Visibility
 
 # Keywords of Flax that must be None, and why.
 REFUSED = {
@@ -33,6 +34,7 @@ REFUSED = {
     "promote_dtype": "give dtype, or cast the inputs before",
     "input_positions": "rotate query and key before",
 }
+OF_ROWS = ("query_segment_ids", "key_value_segment_ids", "kv_start", "kv_end")
 
 
 def make_attention_fn(
@@ -48,6 +50,12 @@ def make_attention_fn(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for Flax's multi-head layers, with options set beforehand.
 
@@ -69,7 +77,10 @@ def make_attention_fn(
       query_offset: int, or int32 of shape () or (batch...).
       deterministic: whether gradients have equal bits each time, as in `dot_product_attention`.
         Flax's keyword of this name, passed at the call, is another one: it switches dropout off.
-      scale, local_window_size, implementation, sm_margin, forward_dtype: as in
+      query_segment_ids, key_value_segment_ids: int32 (batch..., T) and (batch..., S).
+      kv_start, kv_end: int32 (batch..., T), (batch..., N, T) or (batch..., K, T).
+      visibility: what `make_visibility` gives, for all batch dimensions in one or for any batch.
+      scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk: as in
         `dot_product_attention`.
 
     Returns:
@@ -109,6 +120,12 @@ def make_attention_fn(
         deterministic=deterministic,
         sm_margin=sm_margin,
         forward_dtype=forward_dtype,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        attention_chunk=attention_chunk,
+        visibility=visibility,
     )
 
 
@@ -128,6 +145,12 @@ class _AttentionFn:
     deterministic: bool | None
     sm_margin: int
     forward_dtype: DTypeLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _AttentionFn) and self._identity() == other._identity()
@@ -200,6 +223,9 @@ class _AttentionFn:
             deterministic=self.deterministic,
             sm_margin=self.sm_margin,
             forward_dtype=self.forward_dtype,
+            **{name: _fold_rows(name, getattr(self, name), batch) for name in OF_ROWS},
+            attention_chunk=self.attention_chunk,
+            visibility=self.visibility,
         )
         return out.reshape(*batch, *out.shape[1:])
 
@@ -208,6 +234,8 @@ def _comparable(x: Any) -> Any:
     """An option that may be an array; traced arrays are equal where they are the same."""
     if isinstance(x, jax.core.Tracer):
         return id(x)
+    if isinstance(x, Visibility):
+        return _comparable(x.table), x.options
     if isinstance(x, (jax.Array, np.ndarray, list)):
         x = np.asarray(x)
         return x.shape, x.dtype.name, x.tobytes()
@@ -245,6 +273,21 @@ def _fold_lengths(x: ArrayLike | None) -> jax.Array | np.ndarray | None:
     if x is None or isinstance(x, jax.Array):
         return None if x is None else x.reshape(-1)
     return np.reshape(x, -1)  # whose int64 JAX would cut to 32 bits without a word
+
+
+def _fold_rows(
+    name: str, x: ArrayLike | None, batch: tuple[int, ...]
+) -> jax.Array | np.ndarray | None:
+    """(batch..., rows), or with heads before the rows, with all batch dimensions in one."""
+    if x is None:
+        return None
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"{name} has shape {x.shape}; expected one that begins with the batch dimensions of "
+            f"query, {batch}"
+        )
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def _lengths(mask: jax.Array, batch: tuple[int, ...]) -> jax.Array:

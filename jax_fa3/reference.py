@@ -3,6 +3,9 @@
     logits[b, n, i, j] = scale * query[b, i, n] . key[b, j, n // group] + bias[b, n, i, j]
     visible[b, n, i, j] = i < query_length and j < key_length and mask[b, n, i, j]
                           and i + offset - left <= j <= i + offset + right
+                          and query_segment_ids[b, i] == key_value_segment_ids[b, j] != 0
+                          and kv_start[b, n, i] <= j < kv_end[b, n, i]
+                          and (i + offset) // attention_chunk == j // attention_chunk
     lse[b, i, n] = log(sum over visible j of exp(logits)), -inf where there is none
     out[b, i, n] = sum over visible j of exp(logits - lse) * value[b, j, n // group], likewise 0
 
@@ -42,6 +45,11 @@ class Reference:
         key_value_seq_lengths=None,
         local_window_size=None,
         query_offset=None,
+        query_segment_ids=None,
+        key_value_segment_ids=None,
+        kv_start=None,
+        kv_end=None,
+        attention_chunk=None,
     ):
         query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
         batch, seqlen_q, num_heads_q, head_dim = query.shape
@@ -49,6 +57,13 @@ class Reference:
         self.scale = 1 / np.sqrt(head_dim) if scale is None else float(scale)
         self.rows = _inside(query_seq_lengths, batch, seqlen_q)  # [b, i]
         keys = _inside(key_value_seq_lengths, batch, seqlen_k)  # [b, j]
+
+        same_document = True  # [b, i, j]
+        if query_segment_ids is not None:
+            own = np.asarray(query_segment_ids)
+            other = own if key_value_segment_ids is None else np.asarray(key_value_segment_ids)
+            same_document = own[..., None] == other[:, None]
+            self.rows, keys = self.rows & (own != 0), keys & (other != 0)
 
         # Padding is replaced by zeros, whatever it holds; key and value heads are repeated.
         self.query = np.where(self.rows[..., None, None], query, 0)
@@ -62,7 +77,15 @@ class Reference:
         position = np.arange(seqlen_q) + offset[:, None].astype(np.int64)  # [b, i]
         distance = np.arange(seqlen_k) - position[..., None]  # [b, i, j]
         visible = self.rows[..., None] & keys[:, None] & (-left <= distance) & (distance <= right)
-        visible = visible[:, None] & (True if mask is None else np.asarray(mask))
+        visible = (visible & same_document)[:, None] & (True if mask is None else np.asarray(mask))
+        number = np.arange(seqlen_k)
+        if kv_start is not None:
+            visible = visible & (_by_head(kv_start, num_heads_q) <= number)
+        if kv_end is not None:
+            visible = visible & (number < _by_head(kv_end, num_heads_q))
+        if attention_chunk is not None:
+            chunk = position // attention_chunk
+            visible = visible & (chunk[:, None, :, None] == number // attention_chunk)
 
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             logits = self.scale * np.einsum("bind,bjnd->bnij", self.query, self.key)
@@ -105,6 +128,13 @@ def _inside(lengths, batch: int, seqlen: int) -> np.ndarray:
     """[b, seq]: which rows are not padding."""
     lengths = np.full(batch, seqlen) if lengths is None else np.asarray(lengths)
     return np.arange(seqlen) < lengths[:, None]
+
+
+def _by_head(x, num_heads: int) -> np.ndarray:
+    """[b, n or 1, i, 1] of an array [b, i], or [b, heads, i] for query heads or key/value heads."""
+    x = np.asarray(x)
+    x = x[:, None] if x.ndim == 2 else np.repeat(x, num_heads // x.shape[1], axis=1)
+    return x[..., None]
 
 
 def _unbroadcast(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,8 @@ arrays, always the same ones for the same case, and `reference` has the oracle's
 """
 
 import dataclasses
+import functools
+import itertools
 import zlib
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -15,7 +17,12 @@ import oracle
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem.  Lengths, offsets and windows as in dot_product_attention."""
+    """One problem.  Lengths, offsets and windows as in dot_product_attention.
+
+    Documents are the lengths of each sequence's documents; rows behind the last are padding.
+    Intervals are random: "row", for each row, which do not fall; "any", which may; "head" and
+    "kv head", for each head; "prefix", an end alone.
+    """
 
     batch: int = 2
     seqlen_q: int = 65
@@ -32,6 +39,10 @@ class Case:
     key_lengths: tuple[int, ...] | None = None
     scale: float | None = None
     deterministic: bool | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
+    key_documents: tuple[tuple[int, ...], ...] | None = None  # default: documents
+    intervals: str | None = None
+    chunk: int | None = None
 
     @property
     def name(self):
@@ -53,9 +64,15 @@ class Case:
             "key_lengths",
             "scale",
             "deterministic",
+            "documents",
+            "key_documents",
+            "intervals",
+            "chunk",
         ):
             value = getattr(self, field)
-            if value is not None:
+            if value is not None and field.endswith("documents"):
+                words.append("_".join([field, *map(_in_short, value)]))
+            elif value is not None:
                 values = value if isinstance(value, tuple) else (value,)
                 words.append("_".join([field, *map(str, values)]))
         return "-".join(words)
@@ -75,38 +92,120 @@ class Case:
         }
         if isinstance(self.offset, int):
             options["query_offset"] = self.offset
+        if self.chunk is not None:
+            options["attention_chunk"] = self.chunk
         return options
 
     @property
     def index_arrays(self):
-        """Array keyword arguments of dot_product_attention, int32 [batch]."""
+        """Array keyword arguments of dot_product_attention, int32 with the batch first."""
+        start, end = self._intervals
         arrays = {
             "query_seq_lengths": self.query_lengths,
             "key_value_seq_lengths": self.key_lengths,
             "query_offset": self.offset if isinstance(self.offset, tuple) else None,
+            "query_segment_ids": self.query_ids,
+            "key_value_segment_ids": self.key_ids,
+            "kv_start": start,
+            "kv_end": end,
         }
         return {k: np.asarray(v, np.int32) for k, v in arrays.items() if v is not None}
 
     @property
+    def query_ids(self):
+        """Numbers that do not fall where keys have theirs, and any others where not."""
+        in_order = self.key_documents is not None
+        return _ids(self.documents, self.seqlen_q, (lambda i: i + 1) if in_order else _scrambled)
+
+    @property
+    def key_ids(self):
+        return _ids(self.key_documents, self.seqlen_k, lambda i: i + 1)
+
+    @functools.cached_property
+    def _intervals(self):
+        """kv_start and kv_end as they are passed."""
+        if self.intervals is None:
+            return None, None
+        rng = np.random.default_rng(zlib.crc32(f"intervals of {self.name}".encode()))
+        heads = {"head": (self.heads_q,), "kv head": (self.heads_kv,)}.get(self.intervals, ())
+        shape = (self.batch, *heads, self.seqlen_q)
+        if self.intervals == "prefix":
+            prefix = rng.integers(0, self.seqlen_k + 1, (self.batch, 1))
+            return None, np.maximum(np.arange(self.seqlen_q) + 1, prefix)
+        if self.intervals == "any":
+            start = rng.integers(-5, self.seqlen_k + 5, shape)
+            return start, start + rng.integers(-9, 70, shape)
+        start, end = np.sort(rng.integers(-5, self.seqlen_k - 20, (2, *shape)), -1)
+        return np.minimum(start, end), np.maximum(start, end) + 9
+
+    @property
+    def _told(self):
+        """What arrays say of who sees whom, for the oracle; intervals of all heads or one."""
+
+        def by_head(x):
+            if x is None or x.ndim == 2:
+                return None if x is None else x[:, None]
+            return np.repeat(x, self.heads_q // x.shape[1], 1)
+
+        start, end = self._intervals
+        return dict(
+            query_ids=self.query_ids,
+            key_ids=self.key_ids,
+            start=by_head(start),
+            end=by_head(end),
+            chunk=self.chunk,
+            offset=self.offset,
+        )
+
+    @property
+    def has_visibility(self):
+        return any(x is not None for x in (self.documents, self.intervals, self.chunk))
+
+    @property
     def sees(self):
+        """[B, Hq or 1, Sq, Sk]"""
         return oracle.visible(
             self.batch,
             self.seqlen_q,
             self.seqlen_k,
             is_causal=self.causal,
             window=self.window,
-            offset=self.offset,
             query_lengths=self.query_lengths,
             key_lengths=self.key_lengths,
+            **self._told,
         )
 
     @property
+    def blind(self):
+        """Query rows that see no key, [B, Sq, Hq]."""
+        blind = ~self.sees.any(axis=3)
+        shape = (self.batch, self.heads_q, self.seqlen_q)
+        return np.swapaxes(np.broadcast_to(blind, shape), 1, 2)
+
+    @property
+    def unseen(self):
+        """Keys that no row sees, [B, Sk, Hkv]."""
+        seen = self.sees.any(axis=2)
+        group = self.heads_q // self.heads_kv
+        seen = np.broadcast_to(seen, (self.batch, self.heads_q, self.seqlen_k))
+        seen = seen.reshape(self.batch, self.heads_kv, group, self.seqlen_k)
+        return ~np.swapaxes(seen.any(axis=2), 1, 2)
+
+    @property
     def query_used(self):
-        return oracle.used(self.seqlen_q, self.query_lengths, self.batch)
+        """Rows that are no padding: before their sequence's length, and up to the last one that
+        arrays let see a key."""
+        return oracle.used(self.seqlen_q, self.query_lengths, self.batch) & self._up_to_last(2)
 
     @property
     def key_used(self):
-        return oracle.used(self.seqlen_k, self.key_lengths, self.batch)
+        return oracle.used(self.seqlen_k, self.key_lengths, self.batch) & self._up_to_last(3)
+
+    def _up_to_last(self, axis):
+        """[B, Sq] or [B, Sk]"""
+        sees = oracle.visible_by_arrays(self.batch, self.seqlen_q, self.seqlen_k, **self._told)
+        met = sees.any(axis=(1, 5 - axis))
+        return np.logical_or.accumulate(met[:, ::-1], axis=1)[:, ::-1]
 
     def inputs(self):
         """query, key, value, dout, dlse: standard normal; the cotangents are random, never ones."""
@@ -139,3 +238,26 @@ class Case:
             precision=precision,
             xp=xp,
         )
+
+
+def _ids(documents, seqlen, number):
+    """[B, seqlen]: the numbers of rows' documents, 0 behind the last."""
+    if documents is None:
+        return None
+    ids = np.zeros((len(documents), seqlen), int)
+    for row, lengths in zip(ids, documents, strict=True):
+        ends = np.cumsum(lengths, dtype=int)
+        for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+            row[end - length : end] = number(i)
+    return ids
+
+
+def _scrambled(i):
+    """Each number once, in no order."""
+    return 1 + 37 * (i + 1) % 1009
+
+
+def _in_short(lengths):
+    """Lengths of documents, equal neighbours together."""
+    runs = ((length, len(list(same))) for length, same in itertools.groupby(lengths))
+    return "+".join(f"{count}x{n}" if count > 1 else f"{n}" for n, count in runs) or "none"

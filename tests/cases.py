@@ -186,7 +186,95 @@ VALUE_DIMS = vary(
     dict(head_dim=192, head_dim_v=64, key_lengths=(65, 17), offset=7, causal=True),
 )
 
-CASES = HEADS + DIMS + VALUE_DIMS + SEQLENS + EMPTY + WINDOWS + OFFSETS + LENGTHS + SCALES + DEEP
+DOCUMENTS = ((30, 100, 70, 33), (*[1] * 20, 200, 0, 37))
+
+PACKED = (
+    vary(
+        dict(),
+        dict(causal=True),
+        dict(causal=True, window=(20, 0), dtype="float32"),
+        dict(window=(70, 5), dtype="float16"),
+        dict(causal=True, query_lengths=(257, 100), key_lengths=(190, 257)),
+        dict(causal=True, offset=-5, dtype="float32"),
+        dict(causal=True, offset=(3, -40), window=(64, 0)),
+        dict(causal=True, heads_q=4, heads_kv=1),
+        dict(heads_q=4, scale=-0.2, dtype="float32"),
+        dict(chunk=50, causal=True),
+        dict(chunk=64, intervals="any"),
+        documents=DOCUMENTS,
+        seqlen_q=257,
+        seqlen_k=257,
+        head_dim=32,
+    )
+    + vary(
+        dict(documents=((257,), ())),
+        dict(documents=((), ()), causal=True),
+        dict(documents=((128, 129), (64, 64, 64, 65)), causal=True),
+        dict(intervals="row"),
+        dict(intervals="row", causal=True, query_lengths=(200, 256)),
+        dict(intervals="any", window=(90, 40)),
+        dict(intervals="prefix"),
+        dict(intervals="prefix", key_lengths=(257, 130), dtype="float32"),
+        dict(intervals="head", heads_q=4),
+        dict(intervals="kv head", heads_q=4, causal=True),
+        dict(intervals="head", heads_q=3, heads_kv=1, dtype="float32"),
+        dict(chunk=64),
+        dict(chunk=100, causal=True, offset=(7, -130)),
+        dict(chunk=1, offset=40, dtype="float32"),
+        dict(chunk=1 << 30, causal=True),
+        seqlen_q=257,
+        seqlen_k=257,
+        head_dim=32,
+    )
+    + vary(
+        dict(documents=((64, 1, 60), (0, 100, 30)), key_documents=((100, 0, 200), (30, 270))),
+        dict(
+            documents=((64, 1, 60), (0, 100, 30)),
+            key_documents=((100, 2, 80), (30, 190)),
+            causal=True,
+            offset=(36, 60),
+            heads_q=4,
+        ),
+        dict(intervals="row", heads_q=4, dtype="float32"),
+        dict(intervals="any", causal=True, offset=150),
+        dict(chunk=70, offset=90),
+        seqlen_q=130,
+        seqlen_k=300,
+        head_dim=32,
+    )
+    + vary(
+        *[dict(head_dim=d) for d in HEAD_DIMS],
+        dict(head_dim=128, heads_q=4, dtype="float16"),
+        dict(head_dim=192, head_dim_v=128),
+        dict(head_dim=64, head_dim_v=96, heads_q=4),
+        batch=1,
+        documents=((40, 61, 9),),
+        seqlen_q=130,
+        seqlen_k=130,
+        causal=True,
+    )
+    + vary(
+        dict(batch=0, documents=()),
+        dict(seqlen_q=0, seqlen_k=0, documents=((), ())),
+        dict(seqlen_k=0, intervals="prefix", seqlen_q=9),
+        dict(batch=1, seqlen_q=1100, seqlen_k=1100, documents=((300, 5, 700),), causal=True),
+        head_dim=16,
+    )
+)
+
+CASES = (
+    HEADS
+    + DIMS
+    + VALUE_DIMS
+    + SEQLENS
+    + EMPTY
+    + WINDOWS
+    + OFFSETS
+    + LENGTHS
+    + SCALES
+    + DEEP
+    + PACKED
+)
 
 ODD_DIMS = vary(dict(head_dim=16, head_dim_v=17, key_lengths=(7, 60), dtype="float32"))  # XLA's
 

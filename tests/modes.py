@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jax_fa3 import dot_product_attention
 from meshes import place, run
 
-ARRAY, INDEX = P("data", None, "model"), P("data")  # batch and heads; batch
-PLACES = (ARRAY,) * 5 + (INDEX,) * 3
+ARRAY = P("data", None, "model")  # batch and heads
+INDEX = {1: P("data"), 2: P("data"), 3: P("data", "model")}  # by rank; the last has heads
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 BOTH = frozenset(("data", "model"))
@@ -30,7 +30,7 @@ TRANSFORMS = ("forward", "gradients", "results_and_gradients", "scan_of_remat", 
 
 
 class Problem:
-    """A case that has every index array, under each transform.
+    """A case that has index arrays, under each transform.
 
     The transforms take `operands`: query, key, value, the cotangents of both results, and the index
     arrays. What they return has dimensions batch, sequence and heads first. The cotangents are
@@ -43,6 +43,11 @@ class Problem:
     @functools.cached_property
     def operands(self):
         return *self.case.inputs(), *self.case.index_arrays.values()
+
+    @functools.cached_property
+    def places(self):
+        index = self.case.index_arrays.values()
+        return (ARRAY,) * 5 + tuple(INDEX[x.ndim] for x in index)
 
     @functools.cache  # noqa: B019  (lives as long as the session)
     def expected(self, transform):
@@ -85,19 +90,20 @@ class Problem:
 
         return jax.vjp(layers, query, key, value)[1](dout)
 
-    def mapped(self, query, key, value, dout, dlse, query_lengths, key_lengths, offset):
+    def mapped(self, query, key, value, dout, dlse, *index):
         """vmap of some operands, along different axes."""
+        *others, last = index
         results = jax.vmap(
-            self.results_and_gradients, in_axes=(1, None, 0, None, None, None, None, 0)
+            self.results_and_gradients,
+            in_axes=(1, None, 0, None, None, *[None] * len(others), 0),
         )(
             jnp.stack([query, -query], 1),
             key,
             jnp.stack([value, value + 1]),
             dout,
             dlse,
-            query_lengths,
-            key_lengths,
-            jnp.stack([offset, offset + 1]),
+            *others,
+            jnp.stack([last, last + 1]),
         )
         return jax.tree.map(lambda x: x[1], results)
 
@@ -111,12 +117,12 @@ class Problem:
             function = jax.shard_map(
                 function,
                 mesh=mesh,
-                in_specs=tuple(_of_manual(spec, manual) for spec in PLACES),
+                in_specs=tuple(_of_manual(spec, manual) for spec in self.places),
                 out_specs=_of_manual(ARRAY, manual),
                 axis_names=manual,
                 check_vma=check_vma,
             )
-        return mesh, function, place(mesh, self.operands, PLACES)
+        return mesh, function, place(mesh, self.operands, self.places)
 
     def pmapped(self, transform, devices):
         """The results of jax.pmap over the first devices, each with its part of the batch."""

@@ -25,7 +25,7 @@ def reach_of(case, operand, b, i, h):
     group = case.heads_q // case.heads_kv
     kv_head = h // group if operand == "query" else h
     heads = [h] if operand == "query" else list(range(h * group, (h + 1) * group))
-    sees = case.sees[b]
+    sees = case.sees[b, 0]
     rows = np.arange(case.seqlen_q) == i if operand == "query" else sees[:, i]
     keys = sees[rows].any(axis=0)
 

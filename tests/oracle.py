@@ -41,8 +41,10 @@ def visible(
     offset=None,
     query_lengths=None,
     key_lengths=None,
+    **told,
 ):
-    """Which key each query row sees, [B, Sq, Sk] of bool, from the words of the documentation."""
+    """Which key each query row sees, [B, Hq or 1, Sq, Sk] of bool, from the words of the
+    documentation."""
     left, right = (None, None) if window is None else np.broadcast_to(window, (2,)).tolist()
     if is_causal:
         right = 0 if right is None else min(right, 0)
@@ -59,6 +61,36 @@ def visible(
         sees &= row < np.asarray(query_lengths)[:, None, None]
     if key_lengths is not None:
         sees &= column < np.asarray(key_lengths)[:, None, None]
+    return sees[:, None] & visible_by_arrays(batch, seqlen_q, seqlen_k, offset=offset, **told)
+
+
+def visible_by_arrays(
+    batch,
+    seqlen_q,
+    seqlen_k,
+    *,
+    offset=None,
+    query_ids=None,
+    key_ids=None,
+    start=None,
+    end=None,
+    chunk=None,
+):
+    """What segment ids, key intervals ([B, Hq or 1, Sq]) and chunks let rows see."""
+    column = np.arange(seqlen_k)
+    sees = np.ones((batch, 1, seqlen_q, seqlen_k), bool)
+    if query_ids is not None:
+        key_ids = query_ids if key_ids is None else key_ids
+        row_id = np.asarray(query_ids)[:, None, :, None]
+        sees &= (row_id == np.asarray(key_ids)[:, None, None]) & (row_id != 0)
+    if start is not None:
+        sees = sees & (column >= np.asarray(start)[..., None])
+    if end is not None:
+        sees = sees & (column < np.asarray(end)[..., None])
+    if chunk is not None:
+        offset = np.broadcast_to(np.int64(0 if offset is None else offset), (batch,))
+        position = np.arange(seqlen_q) + offset[:, None]
+        sees = sees & (column // chunk == (position // chunk)[:, None, :, None])
     return sees
 
 

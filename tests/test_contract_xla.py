@@ -6,11 +6,11 @@ import pytest
 
 import contract
 import nonfinite
-from cases import CASES, LENGTHS, ODD_DIMS
+from cases import CASES, LENGTHS, ODD_DIMS, PACKED
 
 XLA = contract.Implementation("xla")
 DEFAULT = contract.Implementation(None)  # the way of the kernels, with XLA at its end on the CPU
-PADDED = [case for case in CASES if case.query_lengths or case.key_lengths]
+PADDED = [case for case in CASES if case.query_lengths or case.key_lengths] + PACKED[::3]
 
 
 def case_name(case):

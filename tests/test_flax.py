@@ -85,12 +85,14 @@ def band(seqlen, left):
 
 TOKENS = np.arange(SEQLEN) < LENGTHS[:, None]
 CAUSAL = linen.make_causal_mask(TOKENS)
+DOCUMENTS = np.where(TOKENS, 1 + (np.arange(SEQLEN) >= np.array([[6], [12]])), 0)
 MASKS = {  # as Flax's helpers make them
     None: None,
     "causal": CAUSAL,
     "padding": linen.make_attention_mask(np.ones((2, 1)), TOKENS),
     "causal padding": linen.combine_masks(CAUSAL, linen.make_attention_mask(TOKENS, TOKENS)),
     "window": band(SEQLEN, 4)[None, None],
+    "documents": linen.make_attention_mask(DOCUMENTS, DOCUMENTS, np.equal),
 }
 
 
@@ -140,6 +142,7 @@ CASES = {  # the attention function, the mask beside it, and the mask that says 
         "causal padding",
     ),
     "window": (make_attention_fn(local_window_size=(4, 0)), None, "window"),
+    "documents": (make_attention_fn(query_segment_ids=DOCUMENTS), None, "documents"),
 }
 
 
@@ -392,6 +395,8 @@ OPTIONS = [
     dict(padding_mask=True),
     dict(is_causal=True, local_window_size=[8, 0], forward_dtype="float8_e4m3fn"),
     dict(key_value_seq_lengths=np.array([3, 4], "int32"), query_offset=jnp.array([1, 2])),
+    dict(query_segment_ids=[[1, 1, 2]], kv_end=jnp.array([[1, 2, 3]]), attention_chunk=2),
+    dict(visibility=jax_fa3.make_visibility([1, 1, 2])),
 ]
 
 
@@ -416,3 +421,26 @@ def test_equal_functions_share_a_compilation():
     for _ in range(2):
         call(make_attention_fn(is_causal=True), x)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_documents_and_intervals_of_any_batch(batch):
+    """Batch dimensions are folded, of arrays with heads and without."""
+    x = heads_of(batch)
+    ids = np.broadcast_to(np.repeat([1, 2, 0], [4, 3, 2]), (*batch, 9))
+    start = np.broadcast_to(np.maximum(np.arange(9) - 2, 0), (*batch, HEADS, 9))
+    function = make_attention_fn(query_segment_ids=ids, kv_start=start)
+    row, column = np.arange(9)[:, None], np.arange(9)
+    same = (ids[..., None] == ids[..., None, :]) & (ids[..., None] != 0) & (column >= row - 2)
+    np.testing.assert_array_equal(function(*x), attention_fn(*x, mask=same[..., None, :, :]))
+    if batch:
+        with pytest.raises(ValueError, match="kv_start has shape .*expected .*batch"):
+            make_attention_fn(kv_start=np.zeros((7, 9), np.int32))(*x)
+
+
+def test_a_table_for_flax():
+    x = heads_of((2, 3))
+    table = jax_fa3.make_visibility(np.repeat([1, 2, 0], [4, 3, 2]))
+    ids = np.broadcast_to(np.repeat([1, 2, 0], [4, 3, 2]), (2, 3, 9))
+    got = make_attention_fn(visibility=table)(*x)
+    np.testing.assert_array_equal(got, make_attention_fn(query_segment_ids=ids)(*x))

@@ -45,6 +45,7 @@ CPP_RANK = {
     "kernels/forward": 5,
     "kernels/backward_dq": 5,
     "kernels/quantize": 5,
+    "kernels/visibility": 5,
     "kernels": 4,
     "ffi": 3,
     "attention": 2,

@@ -26,6 +26,7 @@ DEFAULTS = {
     "has_query_lengths": "false",
     "has_key_lengths": "false",
     "has_query_offset": "false",
+    "has_visibility": "false",
     "has_dlse": "false",
 }
 CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
@@ -201,6 +202,154 @@ def test_index_operands_stand_in_the_order_of_the_contract():
 
     text = lower(call, query, key, value, *[jax.ShapeDtypeStruct((2,), "int32")] * 3)
     assert re.search(r"@jax_fa3_forward\(%arg0, %arg1, %arg2, %arg3, %arg4, %arg5\)", text)
+
+
+TABLE = {  # the attributes of the call that makes a table
+    "seqlen_q": "40 : i32",
+    "seqlen_k": "48 : i32",
+    "query_offset": "0 : i32",
+    "attention_chunk": "0 : i32",
+    "window_left": "1073741824 : i32",
+    "window_right": "1073741824 : i32",
+    "has_query_segment_ids": "false",
+    "has_key_value_segment_ids": "false",
+    "has_kv_start": "false",
+    "has_kv_end": "false",
+    "has_cu_seqlens": "false",
+    "has_query_offset": "false",
+}
+WORDS = 4 + 80 + 4 + 4 + 96  # of a plane for 40 rows and 48 keys
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "attributes", "types", "heads"),
+    [
+        (
+            dict(query_segment_ids=(2, 40), key_value_segment_ids=(2, 48)),
+            {},
+            dict(has_query_segment_ids="true", has_key_value_segment_ids="true"),
+            ["2x40xi32", "2x48xi32"],
+            1,
+        ),
+        (dict(kv_start=(2, 40)), {}, dict(has_kv_start="true"), ["2x1x40xi32"], 1),
+        (
+            dict(kv_start=(2, 40), kv_end=(2, 4, 40)),
+            {},
+            dict(has_kv_start="true", has_kv_end="true"),
+            ["2x4x40xi32", "2x4x40xi32"],
+            4,
+        ),
+        (
+            dict(kv_end=(2, 40), query_offset=(2,)),
+            dict(attention_chunk=16),
+            dict(has_kv_end="true", has_query_offset="true", attention_chunk="16 : i32"),
+            ["2x1x40xi32", "2xi32"],
+            1,
+        ),
+        (
+            dict(kv_end=(2, 40)),
+            dict(attention_chunk=16, query_offset=7),
+            dict(has_kv_end="true", attention_chunk="16 : i32", query_offset="7 : i32"),
+            ["2x1x40xi32"],
+            1,
+        ),
+    ],
+    ids=["ids", "start", "heads", "chunks", "one offset"],
+)
+def test_a_table_is_one_custom_call_more(told, options, attributes, types, heads):
+    query, key, value = operands()
+    arrays = [jax.ShapeDtypeStruct(shape, "int32") for shape in told.values()]
+
+    def call(query, key, value, dout, *arrays):
+        given = dict(zip(told, arrays, strict=True))
+        return vector_jacobian(query, key, value, dout, **given, **options)
+
+    calls = custom_calls(lower(call, query, key, value, query, *arrays))
+    (target, got, operand_types, results), forward, backward = calls
+    assert target == "jax_fa3_visibility"
+    assert got == TABLE | attributes
+    assert operand_types == types
+    table = f"2x{heads}x{WORDS}xi32"
+    assert results == [table]
+    for _, got, operand_types, _ in (forward, backward):
+        assert got["has_visibility"] == "true"
+        assert operand_types[-1] == table  # behind the offsets
+        assert ("query_offset" in told) == (operand_types[-2] == "2xi32")
+
+
+def test_a_table_of_chunks_alone_has_its_offset():
+    call = functools.partial(dot_product_attention, attention_chunk=16, query_offset=7)
+    made, forward = custom_calls(lower(call, *operands()))
+    assert made[1] == TABLE | dict(
+        attention_chunk="16 : i32", query_offset="7 : i32", has_query_offset="true"
+    )
+    assert made[2:] == (["1xi32"], [f"1x1x{WORDS}xi32"])
+    assert forward[2][-1] == f"1x1x{WORDS}xi32"
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+def test_documents_become_a_table(is_self):
+    """Of the same rows and keys with causal and windowed attention in the kernels."""
+    rows = 40 if is_self else 48
+    query = jax.ShapeDtypeStruct((40, 4, 64), "bfloat16")
+    key = jax.ShapeDtypeStruct((rows, 2, 64), "bfloat16")
+    ends = jax.ShapeDtypeStruct((6,), "int32")
+
+    def call(query, key, value, *cu_seqlens):
+        return jax_fa3.flash_attention_varlen(
+            query, key, value, *cu_seqlens, causal=True, window_size=(9, -1)
+        )
+
+    made, forward = custom_calls(lower(call, query, key, key, *[ends] * (1 if is_self else 2)))
+    window = dict(window_left="9 : i32", window_right="0 : i32")
+    lengths = dict(seqlen_k=f"{rows} : i32", has_cu_seqlens="true")
+    assert made[1] == TABLE | lengths | ({} if is_self else window)
+    assert made[2] == ["1x6xi32"] * 2
+    others = {name: DEFAULTS[name] for name in window} if not is_self else window
+    assert forward[1] == DEFAULTS | others | dict(has_visibility="true")
+
+
+def test_a_mapped_table_is_still_one_call():
+    query, key, value = (jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in operands())
+    ids = [jax.ShapeDtypeStruct((5, 2, n), "int32") for n in (40, 48)]
+
+    def call(query, key, value, ids, of_keys):
+        return dot_product_attention(
+            query, key, value, query_segment_ids=ids, key_value_segment_ids=of_keys
+        )
+
+    made, forward = custom_calls(lower(jax.vmap(call), query, key, value, *ids))
+    assert made[2:] == (["10x40xi32", "10x48xi32"], [f"10x1x{WORDS}xi32"])
+    assert forward[2][-1] == f"10x1x{WORDS}xi32"
+
+
+def test_a_table_made_before_is_an_operand():
+    """One for all of the batch stays one."""
+    query, key, value = operands(batch=3)
+    ids = jax.ShapeDtypeStruct((1, 40), "int32")
+    of_keys = jax.ShapeDtypeStruct((1, 48), "int32")
+    table = jax.eval_shape(jax_fa3.make_visibility, ids, of_keys)
+
+    def call(query, key, value, table):
+        return dot_product_attention(query, key, value, visibility=table)
+
+    ((_, _, args, _),) = custom_calls(lower(call, query, key, value, table))
+    assert args[3] == f"1x1x{WORDS}xi32"
+
+
+def test_padding_behind_documents_is_not_rounded():
+    """In float8 the rounding takes the ends of the table for lengths."""
+    query, key, value = operands(seqlen_k=40)
+    ids = jax.ShapeDtypeStruct((2, 40), "int32")
+
+    def call(query, key, value, ids):
+        return dot_product_attention(query, key, value, query_segment_ids=ids, forward_dtype=FLOAT8)
+
+    made, rounding, forward = custom_calls(lower(call, query, key, value, ids))
+    assert rounding[1]["has_query_lengths"] == rounding[1]["has_key_lengths"] == "true"
+    assert rounding[2][3:] == ["2xi32", "2xi32"]
+    assert forward[1]["has_query_lengths"] == "false" and forward[1]["has_visibility"] == "true"
+    assert forward[2][-1] == made[3][0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

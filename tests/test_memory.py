@@ -13,6 +13,7 @@ OPTIONS = {
     "causal": dict(is_causal=True),
     "window": dict(local_window_size=(100, 20)),
     "offset": dict(is_causal=True, query_offset=7),
+    "chunks": dict(is_causal=True, attention_chunk=1000),
 }
 
 

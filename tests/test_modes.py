@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from case import Case
 from collectives import collectives
 from meshes import both_kinds, compiled_for, mesh_of, place, run
 from modes import EXPLICIT, MODES, TRANSFORMS, Problem, assert_split, checks
@@ -22,6 +23,23 @@ PROBLEM = Problem(
     )
 )
 SHAPE = (4, 2)
+# Documents of rows and keys, and intervals of each key head: a table that has heads.
+DOCUMENTS = Problem(
+    Case(
+        batch=8,
+        seqlen_q=20,
+        seqlen_k=24,
+        heads_q=4,
+        heads_kv=2,
+        head_dim=16,
+        causal=True,
+        offset=4,
+        documents=((9, 11), (20,), (3, 4, 5), ()) * 2,
+        key_documents=((12, 12), (22,), (5, 0, 19), (24,)) * 2,
+        intervals="kv head",
+        chunk=13,
+    )
+)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -34,6 +52,20 @@ def test_mode(mode, transform):
             assert collectives(compiled) == []
             results = compiled(*x)
         assert_near(results, PROBLEM.expected(transform))
+        assert_split(mesh, results)
+
+
+@pytest.mark.parametrize("transform", ("results_and_gradients", "scan_of_remat", "mapped"))
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_of_documents(mode, transform):
+    """The table is made where its sources are, and used there."""
+    for check_vma in checks(mode):
+        mesh, function, x = DOCUMENTS.on_mesh(mode, SHAPE, transform, check_vma=check_vma)
+        with jax.set_mesh(mesh):
+            compiled = compiled_for(function, *x)
+            assert collectives(compiled) == []
+            results = compiled(*x)
+        assert_near(results, DOCUMENTS.expected(transform))
         assert_split(mesh, results)
 
 

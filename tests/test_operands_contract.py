@@ -24,14 +24,16 @@ def test_every_array_is_one_row():
     rows = operand_rows((SRC / "call/operands.h").read_text())
     assert len(set(rows)) == len(rows)
     twice = {name for name, _ in rows if [n for n, _ in rows].count(name) > 1}
-    assert twice == {"value_out"}
+    assert twice == {"value_out", "visibility"}
     letters = set("".join(dims for _, (dims, *_) in rows))
-    assert letters <= set("bsthkdemnpw1")
+    assert letters <= set("bsthkdemnpwvcxy1")
 
 
 def test_python_and_cpp_have_the_same_rows():
-    """What a user passes and gets, by its public name."""
-    cpp = dict(operand_rows((SRC / "call/operands.h").read_text()))
+    """What a user passes and gets, by its public name. A dimension that may broadcast has a letter
+    of its own in C++."""
+    cpp = dict(reversed(operand_rows((SRC / "call/operands.h").read_text())))  # the first of a name
+    broadcast = str.maketrans("bh", "xy")
     elements = {("float32",): "Float32", ("int32",): "Int32"}
     compared = 0
     for bundle in (operands.Operands, operands.Outputs):
@@ -40,6 +42,16 @@ def test_python_and_cpp_have_the_same_rows():
                 continue
             name = row.argument or field
             default = "Output" if bundle is operands.Outputs else "Input"
-            assert cpp[name] == (row.dims, elements.get(row.dtypes, default), row.flag), name
+            dims = row.dims.translate(broadcast) if row.form == "broadcast" else row.dims
+            assert cpp[name] == (dims, elements.get(row.dtypes, default), row.flag), name
             compared += 1
-    assert compared >= 12
+    assert compared >= 13
+
+
+def test_sources_of_a_table_have_the_same_rows():
+    """Any of them may be missing."""
+    rows = operand_rows((SRC / "call/operands.h").read_text())
+    for name, row in operands.Sources.rows().items():
+        assert (name, (row.dims, "Int32", True)) in rows
+    table = operands.Operands.rows()["visibility"]
+    assert ("visibility", (table.dims, "Int32", False)) in rows

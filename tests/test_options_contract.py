@@ -20,7 +20,8 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "return_residual",
 }
 # Which arrays there are: the operands say, and in the backward pass the cotangents.
-NOT_STATIC = {"has_query_lengths", "has_key_lengths", "has_query_offset", "has_dlse"}
+ARRAYS = ("query_lengths", "key_lengths", "query_offset", "visibility")
+NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), "has_dlse"}
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5), Operands())
 
@@ -63,6 +64,7 @@ def decoded_fields(text, name):
         ("ffi/options.h", "CallAttributes"),
         ("kernels/forward_float8/call.h", "ForwardFloat8Attributes"),
         ("kernels/quantize/call.h", "QuantizeAttributes"),
+        ("kernels/visibility/call.h", "VisibilityAttributes"),
     ],
 )
 def test_decoder_lists_every_field(path, name):
@@ -85,11 +87,17 @@ def test_values_reach_the_dictionary():
         rescale_threshold=0.0,
         sm_margin=8,
     )
-    present = dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), np.zeros(1, np.int32))
+    present = dict.fromkeys(ARRAYS, np.zeros(1, np.int32))
     attributes = ffi.attributes(
         options.AttentionOptions(**fields), Operands(**present), has_dlse=True
     )
     assert attributes == fields | dict.fromkeys(NOT_STATIC, True)
+
+
+def test_a_tables_choices_are_the_attributes_of_its_call():
+    text = (SRC / "kernels/visibility/call.h").read_text()
+    names = [name for name, kind in struct_fields(text, "VisibilityAttributes") if kind != "bool"]
+    assert names == [field.name for field in dataclasses.fields(options.VisibilityOptions)]
 
 
 def test_options_are_hashable_values():

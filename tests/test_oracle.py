@@ -32,7 +32,7 @@ def plain_attention(query, key, value, sees, scale):
     """Softmax attention in four lines, for JAX to differentiate; every row must see a key."""
     key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * scale
-    scores = jnp.where(sees[:, None], scores, -jnp.inf)
+    scores = jnp.where(sees, scores, -jnp.inf)
     out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
     return out, jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2)
 

@@ -18,6 +18,12 @@ CALLS = {
     "window": dict(local_window_size=(2, 1), key_value_seq_lengths=LENGTHS),
     "offset": dict(is_causal=True, query_offset=np.array([0, 2], "int32")),
     "one offset": dict(is_causal=True, query_offset=jnp.int32(2)),
+    "documents": dict(
+        query_segment_ids=np.ones((2, 10), "int32"),
+        key_value_segment_ids=np.ones((2, 12), "int32"),
+        kv_end=np.full((2, 2, 10), 7, "int32"),
+    ),
+    "chunks": dict(attention_chunk=4, query_offset=np.array([0, 2], "int32")),
     "bias": dict(bias=np.ones((4, 10, 12), "float32")),
     "mask": dict(mask=np.arange(12) < 5),
     "residual": dict(return_residual=True, query_seq_lengths=LENGTHS),
@@ -131,3 +137,14 @@ def test_mesh(raising, kind):
         place = jax.NamedSharding(mesh, jax.P("dp", "sp"))
         x = [jax.device_put(y, place) for y in inputs("bfloat16")]
         jax.jit(jax.grad(call, (0, 1, 2)))(*x)  # compiled: that is when a mesh divides a call
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+def test_varlen(raising, is_self):
+    x = normal(10, 4, 16)
+    ends = np.array([0, 3, 10], "int32")
+    call = functools.partial(
+        jax_fa3.flash_attention_varlen, cu_seqlens_q=ends, causal=True, window_size=(4, -1)
+    )
+    of_keys = None if is_self else np.array([0, 5, 10], "int32")
+    trace(functools.partial(call, cu_seqlens_k=of_keys), x, x, x)

@@ -6,7 +6,7 @@ test_visibility.py compares it with XLA's table, gpu/ with the kernel's.
 
 import numpy as np
 
-from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
+from jax_fa3.options import MAX_SEQLEN
 
 GROUP, NONE = 64, MAX_SEQLEN
 BATCH = 8

@@ -139,7 +139,7 @@ def of_call(arguments: Arguments) -> jax.Array:
         how = route.of_visibility(arguments.implementation)
         made = named(_made(how, options, Sources(**sources)))
     heads = arguments.extents.num_heads_q
-    return made if made.shape[1] in (1, heads) else jnp.repeat(made, heads // made.shape[1], 1)
+    return made if made.shape[1] == 1 else table.with_heads(made, heads)
 
 
 def named(made: jax.Array) -> jax.Array:

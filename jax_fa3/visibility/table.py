@@ -92,11 +92,19 @@ def in_row_dims(sources: Sources) -> Sources:
     heads = max((x.shape[1] for x in arrays if x.ndim == len("bhs")), default=1)
 
     def whole(row, x):
-        if "h" in row.dims and x.shape[1] != heads:
-            x = jnp.repeat(x, heads // x.shape[1], axis=1)
+        x = with_heads(x, heads) if "h" in row.dims else x
         return x if x.shape[0] == batch else jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
     return sources.map(whole)
+
+
+def with_heads(x: Array, heads: int) -> Array:
+    """x [batch, heads or a divisor, ...] with each of its heads for as many others as fit."""
+    batch, own, *rest = x.shape
+    if own == heads:
+        return x
+    x = jnp.broadcast_to(x[:, :, None], (batch, own, heads // own, *rest))
+    return x.reshape(batch, heads, *rest)  # which, unlike jnp.repeat, explicit axes may split
 
 
 def make(options: VisibilityOptions, sources: Sources) -> Operands:

@@ -186,4 +186,6 @@ VALUE_DIMS = [
 ]
 
 LARGE = unique([*large_cases(), *BATCHED, *VALUE_DIMS])
-PADDED = [case for case in SHARED + LARGE if case.query_lengths or case.key_lengths]
+PADDED = [
+    case for case in SHARED + LARGE if case.query_lengths or case.key_lengths or case.has_visibility
+]
