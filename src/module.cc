@@ -107,9 +107,8 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
                        bool has_visibility, bool deterministic, int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  return plan_dict<Backward>(
-      plan_backward(shape, {has_index_arrays, has_visibility}, deterministic,
-                    KernelTable<Backward>::plannable(), num_sms));
+  return plan_dict<Backward>(plan_backward(shape, {has_index_arrays, has_visibility}, deterministic,
+                                           KernelTable<Backward>::plannable(), num_sms));
 }
 
 }  // namespace

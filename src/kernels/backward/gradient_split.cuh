@@ -102,8 +102,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
       T::Score::apply(tS);
       if (cut) {
         const auto& [tile, mask] = this->work();
-        T::Masking::mask_scores_transposed(tS, mask, walk.m * T::kBlockM, tile.block * T::kBlockN,
-                                           walk.head());
+        T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
+                                           tile.block * T::kBlockN, walk.head());
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);

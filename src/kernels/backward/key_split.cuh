@@ -76,7 +76,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     T::Score::apply(tS);
     if (cut) {
       const auto& [tile, mask] = this->work();
-      T::Masking::mask_scores_transposed(tS, mask, walk.m * T::kBlockM,
+      T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
                                          tile.block * T::kBlockN + warpgroup * kWarpgroupRows,
                                          walk.head());
     }

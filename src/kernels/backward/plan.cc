@@ -57,8 +57,8 @@ std::int32_t choose_heads_per_group(const Shape& shape, const IndexPresence& pre
 }  // namespace
 
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& presence,
-                                     bool deterministic,
-                                     const std::vector<BackwardKey>& available, int num_sms) {
+                                     bool deterministic, const std::vector<BackwardKey>& available,
+                                     int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const auto keys = fitting_kernels(shape, available, [&](const BackwardKey& key) {
@@ -77,8 +77,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
-  plan.heads_per_group =
-      choose_heads_per_group(shape, presence, plan.num_n_blocks, num_sms);
+  plan.heads_per_group = choose_heads_per_group(shape, presence, plan.num_n_blocks, num_sms);
 
   const auto dq_tiles = count_tiles(
       shape.batch, shape.num_heads_q,

@@ -31,8 +31,8 @@ struct BackwardPlan {
 
 // `available` is the list of kernels to choose from (KernelTable has the compiled ones).
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& presence,
-                                     bool deterministic,
-                                     const std::vector<BackwardKey>& available, int num_sms);
+                                     bool deterministic, const std::vector<BackwardKey>& available,
+                                     int num_sms);
 
 std::string to_string(const BackwardPlan& plan);
 

@@ -33,6 +33,7 @@ struct TileConsumer {
   }
   // The tile at hand. It stays in shared memory: the steps' registers are scarce.
   CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
+  CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
   CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
   // On return K and V have arrived. Not called where no query sees the tile.
   CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
