@@ -195,11 +195,13 @@ class Case:
     def query_used(self):
         """Rows that are no padding: before their sequence's length, and up to the last one that
         arrays let see a key."""
-        return oracle.used(self.seqlen_q, self.query_lengths, self.batch) & self._up_to_last(2)
+        used = oracle.used(self.seqlen_q, self.query_lengths, self.batch)
+        return used & self._up_to_last(2) if self.has_visibility else used
 
     @property
     def key_used(self):
-        return oracle.used(self.seqlen_k, self.key_lengths, self.batch) & self._up_to_last(3)
+        used = oracle.used(self.seqlen_k, self.key_lengths, self.batch)
+        return used & self._up_to_last(3) if self.has_visibility else used
 
     def _up_to_last(self, axis):
         """[B, Sq] or [B, Sk]"""

@@ -136,6 +136,12 @@ def test_signature_extends_theirs():
         "key_descale",
         "value_descale",
         "value_is_prepared",
+        "query_segment_ids",
+        "key_value_segment_ids",
+        "kv_start",
+        "kv_end",
+        "attention_chunk",
+        "visibility",
     }
     assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto", 0) for p in added)
 
