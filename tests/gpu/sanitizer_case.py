@@ -21,13 +21,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
+from kernels import for_kernels
 
 import contract
 from cases import PACKED, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
 from jax_fa3.operands import Operands
-from kernels import for_kernels
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
 CASES = [
