@@ -22,11 +22,11 @@ def made(sources, seqlen):
     return np.asarray(executable(sources))
 
 
-LARGE = (4095, 4096, 4097, 70_001)
+LARGE = (4095, 4096, 4097, 70_001, 2**20 + 3)
 
 
 @pytest.mark.parametrize("seqlen", LARGE)
-@pytest.mark.parametrize("kind", ("sorted", "shuffled", "returning", "intervals"))
+@pytest.mark.parametrize("kind", ("sorted", "shuffled", "returning", "both", "intervals", "holes"))
 def test_xlas_table_of_long_sequences(kind, seqlen):
     random = np.random.default_rng(seqlen)
     ids = np.cumsum(random.random((2, seqlen)) < 0.01, axis=1).astype(np.int32)
@@ -36,9 +36,15 @@ def test_xlas_table_of_long_sequences(kind, seqlen):
         ids[1, seqlen // 2] = ids[1, 0]
     ids[0, -seqlen // 3 :] = 0
     sources = dict(query_segment_ids=ids)
-    if kind == "intervals":
+    if kind == "both":  # the keys' begin with zeros, and end with them or not
+        sources["key_value_segment_ids"] = ids[::-1].copy()
+    if kind in ("intervals", "holes"):
         start = random.integers(0, seqlen, (2, seqlen)).astype(np.int32)
-        sources = dict(kv_start=start, kv_end=start + 100)
+        end = start + 100
+        if kind == "holes":  # rises but for long stretches of rows that see nothing
+            start.sort(axis=1)
+            end = np.where(random.random((2, seqlen)) < 0.999, start, start + 100)
+        sources = dict(kv_start=start, kv_end=end.astype(np.int32))
     got = made(sources, seqlen)
 
     def by_xla(arrays):
