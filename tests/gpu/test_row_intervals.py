@@ -167,7 +167,7 @@ class Problem:
                 ((1, 2), static["seqlen_k"], "key_value_seq_lengths"),
             )
         )
-        sees = seen & in_window[:, None]
+        sees = seen & in_window
         of_arrays = (rows_used, keys_used, keys_used, rows_used, rows_used)
         for x, used in zip(arrays, of_arrays, strict=True):
             x[~used] = np.nan
@@ -199,6 +199,6 @@ def _up_to_last(x):
     return np.logical_or.accumulate(x[..., ::-1], -1)[..., ::-1]
 
 
-@pytest.mark.parametrize("number", range(49))
+@pytest.mark.parametrize("number", range(42))
 def test_random_problems(number):
     Problem(number).check()

@@ -19,7 +19,7 @@ Status check_visibility(const VisibilityProblem& problem) {
   const Shape& s = problem.shape;
   JFA_CHECK_OK(check_range("seqlen_q", s.seqlen_q, 1, kMaxSeqlen));
   JFA_CHECK_OK(check_range("seqlen_k", s.seqlen_k, 1, kMaxSeqlen));
-  JFA_CHECK_OK(check_range("attention_chunk", problem.chunk, 0, kMaxSeqlen));
+  JFA_CHECK_OK(check_range("attention_chunk", problem.chunk, 0, kUnbounded));
   JFA_CHECK_OK(check_mask(problem.window));
   if (problem.query_ids != nullptr && problem.key_ids == nullptr && s.seqlen_q != s.seqlen_k) {
     return invalid_argument(concat("query_segment_ids without key_value_segment_ids must have one ",
