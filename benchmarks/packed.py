@@ -1,8 +1,9 @@
 """Speed of packed documents: sequences of many documents, each of which sees itself only.
 
-    python -m benchmarks.packed                         # all, within 9 minutes of one GPU
+    python -m benchmarks.packed                         # what fits into 9 minutes of one GPU
     python -m benchmarks.packed --quick                 # mean 1024 in 16k tokens, within 3
-    python -m benchmarks.packed --head-dims 128 --tokens 65536
+    python -m benchmarks.packed --head-dims 128 --tokens 65536 --output FOLDER
+    python -m benchmarks.packed --merge FOLDER/packed.json OTHER/packed.json
     python -m benchmarks.packed --dry-run               # trace and lower only; needs no GPU
 
 Timed as benchmarks.attention does. "jax_fa3" takes a `Visibility` that was made before, as the
@@ -13,6 +14,7 @@ and a key that see each other count as work.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,6 +29,7 @@ import numpy as np
 
 import jax_fa3
 from benchmarks.attention import choose, dry_run, log, options, run
+from benchmarks.environment import save
 from benchmarks.implementations import Function, Implementation, our_attention
 from benchmarks.problems import (
     DOCUMENTS,
@@ -205,6 +208,15 @@ def markdown(results: PackedResults) -> str:
     return "\n".join([*parts, *not_measured(results)])
 
 
+def merged(runs: list[dict]) -> dict:
+    """Runs of one commit on one kind of GPU, of different cells, as one run."""
+    facts = {tuple(run["environment"][x] for x in ("commit", "device", "driver")) for run in runs}
+    if len(facts) > 1:
+        raise ValueError(f"the runs differ in commit, device or driver: {sorted(facts)}")
+    lists = {name: [x for run in runs for x in run[name]] for name in ("skipped", "records")}
+    return runs[0] | lists
+
+
 def write(data: dict, folder: Path) -> str:
     """Writes packed.md into folder; returns the report."""
     report = markdown(PackedResults(data))
@@ -215,6 +227,9 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="mean 1024 in 16k tokens only")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
+    )
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {PACKED_TOKENS}")
     args = parser.parse_args()
@@ -225,6 +240,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    if args.merge:
+        data = merged([json.loads(path.read_text()) for path in args.merge])
+        save(data, args.output / "packed.json")
+        log(write(data, args.output))
+        return 0
     documents = DOCUMENTS[: 1 if args.quick else None]
     problems = packed_grid(args.tokens, args.head_dims, documents, "bf16")
     groups = choose(problems, importable(IMPLEMENTATIONS), args.filter)

@@ -17,7 +17,7 @@ from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
 from jax_fa3.operands import Operands, Outputs, Sources
 from jax_fa3.options import FLOAT8, AttentionOptions, VisibilityOptions, num_blocks, padded_keys
-from jax_fa3.visibility.layout import Layout
+from jax_fa3.visibility.layout import Layout, workspace_bytes
 
 FORWARD = "jax_fa3_forward"
 FORWARD_FLOAT8 = "jax_fa3_forward_float8"
@@ -102,10 +102,13 @@ def quantize(
 
 def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
     """What visibility.table.make gives."""
-    words = Layout.of(options.seqlen_q, options.seqlen_k).words
+    planes, seqlens = sources.batch_and_heads, (options.seqlen_q, options.seqlen_k)
     arrays = sources.present()
     like = next(iter(arrays.values()))
-    result = _result(like, (*sources.batch_and_heads, words), jnp.int32)
+    results = [
+        _result(like, (*planes, Layout.of(*seqlens).words), jnp.int32),
+        _result(like, (workspace_bytes(*planes, *seqlens),), jnp.uint8),
+    ]
     choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
     flags = dict(
         has_query_segment_ids=sources.query_segment_ids is not None,
@@ -115,7 +118,7 @@ def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
         has_cu_seqlens=sources.cu_seqlens_q is not None,
         has_query_offset=sources.query_offset is not None,
     )
-    table = jax.ffi.ffi_call(VISIBILITY, result)(*arrays.values(), **choices, **flags)
+    table, _ = jax.ffi.ffi_call(VISIBILITY, results)(*arrays.values(), **choices, **flags)
     return Operands(visibility=table)
 
 

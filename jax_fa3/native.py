@@ -79,15 +79,15 @@ def plan(
     `dtype` is query's name; `arrays` those of Operands that the call has, of which the order of
     work depends. Raises ValueError with the reason if there is none.
     """
-    if target == "backward":
-        return _remembered(
-            target, KERNEL_DTYPES[dtype], *extents, options.deterministic, NUM_SMS
-        )
     index = {name for name in arrays if Operands.rows()[name].flag}
-    mask = *options.window, bool(index), "visibility" in index
+    presence = bool(index), "visibility" in index
     if target == "forward_float8":
+        mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
-    return _remembered(target, KERNEL_DTYPES[dtype], *extents, *mask, NUM_SMS)
+    call = KERNEL_DTYPES[dtype], *extents
+    if target == "forward":
+        return _remembered(target, *call, *options.window, *presence, NUM_SMS)
+    return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -103,12 +103,12 @@ nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int
 
 nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
                        std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
-                       std::int64_t head_dim, std::int64_t head_dim_v, bool deterministic,
-                       int num_sms) {
+                       std::int64_t head_dim, std::int64_t head_dim_v, bool has_index_arrays,
+                       bool has_visibility, bool deterministic, int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  return plan_dict<Backward>(
-      plan_backward(shape, deterministic, KernelTable<Backward>::plannable(), num_sms));
+  return plan_dict<Backward>(plan_backward(shape, {has_index_arrays, has_visibility}, deterministic,
+                                           KernelTable<Backward>::plannable(), num_sms));
 }
 
 }  // namespace
@@ -132,8 +132,8 @@ NB_MODULE(_C, module) {
              "Tile, order, grid and workspace of a float8 forward call. Raises ValueError with the "
              "reason.");
   module.def("backward_plan", &backward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-             "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "deterministic"_a,
-             "num_sms"_a,
+             "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "has_index_arrays"_a,
+             "has_visibility"_a, "deterministic"_a, "num_sms"_a,
              "Tile, grid and workspace of a backward call. Raises ValueError with the reason.");
 }
 

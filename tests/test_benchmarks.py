@@ -122,7 +122,8 @@ def test_the_reference_has_the_problem_s_mask(problem):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_packed_report():
+def packed_run(commit="a"):
+    """What a run of one problem leaves, with an implementation that refused it."""
     records = [
         dict(
             implementation=name, mode=mode, error=None, **vars(FOURTEEN),
@@ -133,10 +134,23 @@ def test_packed_report():
     ]  # fmt: skip
     refused = dict(records[0], implementation="cuDNN mask", error="no")
     del refused["kernel_us"], refused["kernel_tflops"]
-    environment = dict(device="a GPU")
-    results = packed.PackedResults(dict(environment=environment, records=[*records, refused]))
-    report = packed.markdown(results)
+    environment = dict(device="a GPU", commit=commit, driver="1")
+    return dict(environment=environment, records=[*records, refused], skipped=[])
+
+
+def test_packed_report():
+    report = packed.markdown(packed.PackedResults(packed_run()))
     where = "d128 causal lognormal-1170 in 16384"
     assert f"| jax_fa3 / FA3 | backward | kernel | 1 | 1.500 | 1.500 ({where})" in report
     assert "| jax_fa3 | kernel | 100 | 100 | 200 |" in report
     assert "## Not measured" in report
+
+
+def test_packed_runs_become_one():
+    other = packed_run()
+    for record in other["records"]:
+        record["head_dim"] = 64
+    joined = packed.merged([packed_run(), other])
+    assert len(packed.PackedResults(joined).problems()) == 4
+    with pytest.raises(ValueError, match="differ in commit, device or driver"):
+        packed.merged([packed_run(), packed_run(commit="b")])

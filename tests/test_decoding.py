@@ -17,11 +17,18 @@ import pytest
 from case import Case
 from float8 import FLOAT8, quantised
 from jax_fa3 import dot_product_attention, ffi, quantize_qkv, route
-from jax_fa3.operands import Operands
+from jax_fa3.operands import Operands, Sources
+from jax_fa3.options import VisibilityOptions
 from test_cpp import COMPILER, DECODING, ROOT, ffi_headers
 
 SOURCES = ("tests/cpp/decode_library.cc", *DECODING)
-TARGETS = ("jax_fa3_forward", "jax_fa3_forward_float8", "jax_fa3_backward", "jax_fa3_quantize")
+TARGETS = (
+    "jax_fa3_forward",
+    "jax_fa3_forward_float8",
+    "jax_fa3_backward",
+    "jax_fa3_quantize",
+    "jax_fa3_visibility",
+)
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
     Case(head_dim=192, head_dim_v=128, dtype="float16", causal=True, offset=7, scale=-0.2),
@@ -83,6 +90,22 @@ def test_rounding(handlers, case, how):
     lengths = {field: case.index_arrays.get(name) for field, name in names.items()}
     call = jax.jit(functools.partial(ffi.quantize, **how))
     jax.block_until_ready(call(Operands(*case.inputs()[:3], **lengths)))
+
+
+@pytest.mark.parametrize("seqlen", (1, 1024, 1025, 3000, 2**20 + 1))
+@pytest.mark.parametrize("bytes_less", (0, 1), ids=("whole", "short"))
+def test_table_of_visibility(handlers, monkeypatch, seqlen, bytes_less):
+    """The workspace is as large as it must be, and no larger."""
+    size = ffi.workspace_bytes
+    monkeypatch.setattr(ffi, "workspace_bytes", lambda *shape: size(*shape) - bytes_less)
+    options = VisibilityOptions(seqlen_q=seqlen, seqlen_k=7)
+    call = jax.jit(functools.partial(ffi.visibility, options))
+    sources = Sources(kv_start=jnp.zeros((2, 3, seqlen), jnp.int32))
+    if not bytes_less:
+        jax.block_until_ready(call(sources))
+        return
+    with pytest.raises(Exception, match="workspace must have .* bytes"):
+        jax.block_until_ready(call(sources))
 
 
 def test_a_refusal_arrives(attend, monkeypatch):

@@ -113,6 +113,18 @@ def test_workspace_is_the_plans():
         assert custom_calls(text)[1][3][3] == f"{plan['workspace_bytes']}xui8"
 
 
+def test_table_of_visibility_is_one_custom_call():
+    ids = jax.ShapeDtypeStruct((2, 1500), jnp.int32)
+    text = lower(lambda ids: jax_fa3.make_visibility(ids).table, ids)
+    ((target, attributes, args, results),) = custom_calls(text)
+    assert target == "jax_fa3_visibility"
+    assert attributes["has_query_segment_ids"] == "true"
+    assert args == ["2x1500xi32"]
+    words = 4 + 2 * 1500 + 2 * 4 * 24 + 2 * 1500
+    assert results == [f"2x1x{words}xi32", f"{2 * 2 * 64}xui8"]  # two chunks of each plane
+    assert operations(text) == ["custom_call"]
+
+
 def test_residual_costs_one_transpose():
     text = lower(functools.partial(dot_product_attention, return_residual=True), *operands())
     assert operations(text) == ["custom_call", "transpose"]

@@ -25,6 +25,11 @@ PLANE = 4  # words of each part's entries
 INTERVAL = 2
 BOUNDS = 4
 
+# Of the kernel's workspace, as src/kernels/visibility/visibility.h has them.
+CHUNK = 1024  # rows, at least
+MOST_CHUNKS = 1024  # of a plane
+SUMMARY_BYTES = 64  # of a chunk
+
 
 class Layout(NamedTuple):
     """The first word of each part behind the plane's own, and the number of words in all."""
@@ -51,3 +56,11 @@ def groups(seqlen: int) -> int:
 def whole(words: int) -> int:
     """Words of a part, with the zeros that fill it up."""
     return -(-words // 4) * 4
+
+
+def workspace_bytes(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> int:
+    """Of the kernel that makes a table: a summary of each chunk of a plane."""
+    seqlen, chunk = max(seqlen_q, seqlen_k), CHUNK
+    while -(-seqlen // chunk) > MOST_CHUNKS:
+        chunk *= 2
+    return batch * heads * -(-seqlen // chunk) * SUMMARY_BYTES

@@ -27,21 +27,22 @@ CUTE_DEVICE void mask_columns(Accumulator& tS, const int (&low)[2], const int (&
   }
 }
 
-// What a Mask says: lengths, a window that moves with the row, and row intervals. Intervals are
-// read from memory in the tiles that ask: registers that held them through the loop would be missed
+// What a Mask says, lengths and a window that moves with the row; and row intervals, which are read
+// from memory in the tiles that ask: registers that held them through the loop would be missed
 // there.
 struct RowIntervals {
   // A tile of S: rows are queries from `row0`, columns are keys from `key0`.
   template <class Accumulator>
-  CUTE_DEVICE static void mask_scores(Accumulator& tS, const Mask& mask, int row0, int key0) {
+  CUTE_DEVICE static void mask_scores(Accumulator& tS, const Mask& mask, const Intervals& intervals,
+                                      int row0, int key0) {
     int low[2], high[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int row = row0 + thread_row() + 8 * r;
       low[r] = row + mask.first - key0;
       high[r] = min(row + mask.last, mask.key_length - 1) - key0;
-      if (mask.plane != nullptr) {
-        const Interval keys = load(mask.rows(), min(row, mask.query_length - 1));
+      if (intervals.plane != nullptr) {
+        const Interval keys = load(intervals.rows(), min(row, mask.query_length - 1));
         low[r] = max(low[r], keys.begin - key0);
         high[r] = min(high[r], keys.end - 1 - key0);
       }
@@ -52,24 +53,25 @@ struct RowIntervals {
   // A tile of S^T: rows are keys from `key0`, columns are rows from `row0` of the work tile's query
   // head number `head`.
   template <class Accumulator>
-  CUTE_DEVICE static void mask_scores_transposed(Accumulator& tSt, const Mask& mask, int row0,
-                                                 int key0, int head) {
-    const std::int64_t plane = std::int64_t(head) * mask.plane_stride;
+  CUTE_DEVICE static void mask_scores_transposed(Accumulator& tSt, const Mask& mask,
+                                                 const Intervals& intervals, int row0, int key0,
+                                                 int head) {
+    const std::int64_t plane = std::int64_t(head) * intervals.plane_stride;
     int low[2], high[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int key = key0 + thread_row() + 8 * r;
       low[r] = key < mask.key_length ? key - mask.last - row0 : kUnbounded;
       high[r] = key - mask.first - row0;
-      if (mask.keys != nullptr) {
-        const Interval rows = load(at(mask.keys, plane), min(key, mask.key_length - 1));
+      if (intervals.keys != nullptr) {
+        const Interval rows = load(at(intervals.keys, plane), min(key, mask.key_length - 1));
         low[r] = max(low[r], rows.begin - row0);
         high[r] = min(high[r], rows.end - 1 - row0);
       }
     }
     mask_columns(tSt, low, high);
-    if (mask.plane != nullptr && mask.keys == nullptr) {
-      mask_by_rows(tSt, at(mask.rows(), plane), mask.query_length - 1, row0, key0);
+    if (intervals.plane != nullptr && intervals.keys == nullptr) {
+      mask_by_rows(tSt, at(intervals.rows(), plane), mask.query_length - 1, row0, key0);
     }
   }
 

@@ -31,15 +31,6 @@ struct Mask {
   int first;         // leftmost visible key, relative to the row
   int last;          // rightmost visible key, relative to the row
 
-  // Row intervals. Where query heads that share a work tile have planes of their own, these are the
-  // first one's.
-  const Plane* plane = nullptr;    // null: every row may see every key
-  const Interval* keys = nullptr;  // null: what sees a key is not an interval
-  int plane_stride = 0;            // words from a head's plane to the next one's
-  int is_valid = 1;                // else the results are NaN
-
-  JFA_HD const Interval* rows() const { return reinterpret_cast<const Interval*>(plane + 1); }
-
   JFA_HD bool keeps(int row, int key) const {
     return row < query_length && key < key_length && key >= row + first && key <= row + last;
   }
@@ -109,57 +100,65 @@ JFA_HD inline Mask make_mask(const MaskOptions& options, const IndexArrays& inde
   return mask;
 }
 
-// Adds the row intervals of some query heads, if the call has any.
-JFA_HD inline void add_intervals(Mask& mask, const IndexArrays& index, int b,
-                                 const QueryHeads& heads, const PlaneLayout& layout) {
-  if (index.visibility == nullptr) return;
-  mask.plane_stride = static_cast<int>(index.visibility_head_stride);
-  const auto* const words = index.visibility + b * index.visibility_batch_stride +
-                            heads.first * index.visibility_head_stride;
-  mask.plane = reinterpret_cast<const Plane*>(words);
-  Plane all{Plane::kValid | Plane::kMonotone, 0, 0, 0};
-  const auto* summary = words;
-  JFA_ROLLED
-  for (int head = mask.plane_stride == 0 ? 1 : heads.count; head > 0; --head) {
-    all.add(*reinterpret_cast<const Plane*>(summary));
-    summary += mask.plane_stride;
-  }
-  mask.query_length = clamp_to(all.rows_end, 0, mask.query_length);
-  mask.key_length = clamp_to(all.keys_end, 0, mask.key_length);
-  mask.is_valid = all.flags & Plane::kValid;
-  if (all.flags & Plane::kMonotone) {
-    mask.keys = PlaneView<const std::int32_t>{words, layout}.keys();
-  }
-}
+// The row intervals of a work tile. Where its query heads have planes of their own, the pointers
+// are into the first one.
+struct Intervals {
+  const Plane* plane = nullptr;    // null: every row may see every key
+  const Interval* keys = nullptr;  // null: what sees a key is no interval
+  int plane_stride = 0;            // words from a head's plane to the next one's
+  int is_valid = 1;                // else the results are NaN
 
-// Bounds of what rows, or keys, [begin, end) see, of all of a work tile's query heads.
-struct TileBounds {
-  const Mask& mask;
-  PlaneLayout layout;
+  JFA_HD const Interval* rows() const { return reinterpret_cast<const Interval*>(plane + 1); }
 
-  JFA_HD Bounds of_rows(int begin, int end) const {
-    return of(begin, end, layout.seqlen_q, layout.row_bounds(), 1);
+  // Bounds of what rows, or keys, [begin, end) see, of all of the tile's query heads.
+  JFA_HD Bounds of_rows(const PlaneLayout& layout, int begin, int end) const {
+    return bounds(layout.row_bounds(), layout.seqlen_q, begin, end, 1);
   }
-  JFA_HD Bounds of_keys(int begin, int end, int num_heads) const {
-    return of(begin, end, layout.seqlen_k, layout.key_bounds(), num_heads);
+  JFA_HD Bounds of_keys(const PlaneLayout& layout, int begin, int end, int num_heads) const {
+    return bounds(layout.key_bounds(), layout.seqlen_k, begin, end, num_heads);
   }
 
  private:
-  JFA_HD Bounds of(int begin, int end, int seqlen, int word, int num_heads) const {
-    if (mask.plane == nullptr) return {};
+  JFA_HD Bounds bounds(int word, int seqlen, int begin, int end, int num_heads) const {
+    if (plane == nullptr) return {};
     Bounds all = Bounds::none();
-    const auto* words = reinterpret_cast<const std::int32_t*>(mask.plane) + word;
+    const auto* words = reinterpret_cast<const std::int32_t*>(plane) + word;
     const int last = (min_of(end, seqlen) - 1) / kBoundsRows;
     JFA_ROLLED
-    for (int head = mask.plane_stride == 0 ? 1 : num_heads; head > 0; --head) {
+    for (int head = plane_stride == 0 ? 1 : num_heads; head > 0; --head) {
       JFA_ROLLED
       for (int group = begin / kBoundsRows; group <= last; ++group) {
         all.add(reinterpret_cast<const Bounds*>(words)[group]);
       }
-      words += mask.plane_stride;
+      words += plane_stride;
     }
     return all;
   }
 };
+
+// The intervals of some query heads of sequence `b`, if the call has any; then the lengths of its
+// mask end where they do.
+JFA_HD inline void read_intervals(Intervals& intervals, Mask& mask, const IndexArrays& index, int b,
+                                  const QueryHeads& heads, const PlaneLayout& layout) {
+  intervals = {};
+  if (index.visibility == nullptr) return;
+  intervals.plane_stride = static_cast<int>(index.visibility_head_stride);
+  const auto* const words = index.visibility + b * index.visibility_batch_stride +
+                            heads.first * index.visibility_head_stride;
+  intervals.plane = reinterpret_cast<const Plane*>(words);
+  Plane all{Plane::kValid | Plane::kMonotone, 0, 0, 0};
+  const auto* summary = words;
+  JFA_ROLLED
+  for (int head = intervals.plane_stride == 0 ? 1 : heads.count; head > 0; --head) {
+    all.add(*reinterpret_cast<const Plane*>(summary));
+    summary += intervals.plane_stride;
+  }
+  mask.query_length = clamp_to(all.rows_end, 0, mask.query_length);
+  mask.key_length = clamp_to(all.keys_end, 0, mask.key_length);
+  intervals.is_valid = all.flags & Plane::kValid;
+  if (all.flags & Plane::kMonotone) {
+    intervals.keys = PlaneView<const std::int32_t>{words, layout}.keys();
+  }
+}
 
 }  // namespace jax_fa3

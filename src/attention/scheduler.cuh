@@ -70,8 +70,8 @@ struct Work {
 // and clamps that everybody would wait for at the start of every tile. A stage is filled again
 // when its tile has been stored, so numbers are taken at most one ahead, and CTAs stay balanced.
 //
-// range_of(p, tile, mask, i), i < kRanges, is what of the other sequence has to be visited; [0] is
-// what the producer loads.
+// range_of(p, work, intervals, i), i < kRanges, is what of the other sequence has to be visited;
+// [0] is what the producer loads.
 template <int kRanges>
 struct WorkQueue {
   static constexpr int kStages = 2;
@@ -79,6 +79,7 @@ struct WorkQueue {
 
   struct Slot {
     Work work;
+    Intervals intervals;
     int head_kv;  // the kv head of the tile's query head
     TileRange ranges[kRanges];
   };
@@ -97,11 +98,11 @@ struct WorkQueue {
       slot.head_kv = tile.head / p.heads_per_kv_head;
       slot.work.mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       leave_in_memory();
-      add_intervals(slot.work.mask, p.index, tile.batch, p.query_heads(tile.head),
-                    {p.seqlen_q, p.seqlen_k});
+      read_intervals(slot.intervals, slot.work.mask, p.index, tile.batch, p.query_heads(tile.head),
+                     {p.seqlen_q, p.seqlen_k});
       leave_in_memory();
       CUTE_NO_UNROLL
-      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, tile, slot.work.mask, i);
+      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, slot.work, slot.intervals, i);
       ring.full[cursor.stage].arrive();
       on_tile(tile, slot.ranges[0]);
       cursor.advance();
@@ -139,6 +140,10 @@ struct WorkQueue {
   CUTE_DEVICE TileRange range(Cursor cursor, int i) const {
     return broadcast(slots[cursor.stage].ranges[i]);
   }
+  // Where they are: a loop that masks nothing has no registers for them.
+  CUTE_DEVICE const Intervals& intervals(Cursor cursor) const {
+    return slots[cursor.stage].intervals;
+  }
 
  private:
   // What has been written is read again from where it is: the thread has few registers.
@@ -159,13 +164,13 @@ struct WorkQueue {
 // range_of of the kernels whose tiles are blocks of queries: [0] is what the block sees of the
 // keys, [1 + w] what the rows of warpgroup w do.
 template <class T>
-CUTE_DEVICE TileRange visible_keys(const typename T::Params& p, const WorkTile& tile,
-                                   const Mask& mask, int i) {
-  const int row = tile.block * T::kBlockM;
+CUTE_DEVICE TileRange visible_keys(const typename T::Params& p, const Work& work,
+                                   const Intervals& intervals, int i) {
+  const int row = work.tile.block * T::kBlockM;
   const int begin = i == 0 ? row : row + (i - 1) * kWarpgroupRows;
   const int end = begin + (i == 0 ? T::kBlockM : kWarpgroupRows);
-  const Bounds seen = TileBounds{mask, {p.seqlen_q, p.seqlen_k}}.of_rows(begin, end);
-  return mask.key_tiles(begin, end, T::kBlockN, seen);
+  const Bounds seen = intervals.of_rows({p.seqlen_q, p.seqlen_k}, begin, end);
+  return work.mask.key_tiles(begin, end, T::kBlockN, seen);
 }
 
 }  // namespace jax_fa3

@@ -104,6 +104,15 @@ CUTE_DEVICE void load_tile(const CUtensorMap& map, TransactionBarrier& barrier,
   load_rows<Tile>(map, barrier, cache_hint, smem, 0, row, head, batch);
 }
 
+// Brings a whole tile into L2.
+template <class Tile>
+CUTE_DEVICE void prefetch_tile(const CUtensorMap& map, int row, int head, int batch) {
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, chunk * Tile::kChunkCols, head, row, batch);
+  }
+}
+
 // Loads columns [col, col + kCols) of the rows of one head, of a map by make_plane_map.
 template <class Tile>
 CUTE_DEVICE void load_plane(const CUtensorMap& map, TransactionBarrier& barrier,

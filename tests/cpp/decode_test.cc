@@ -422,9 +422,13 @@ struct Making {
                                false, false, false, false, false,      false};
   std::vector<Buffer> optionals;
   Dims result{2, 3, kWords};
+  std::int64_t workspace_bytes = 2 * 3 * sizeof(ChunkSummary);
+  std::uintptr_t workspace_address = 0;
 
   StatusOr<VisibilityProblem> decode() const {
-    return decoded<VisibilityCall>({}, optionals, {{kS32, result}}, options);
+    return decoded<VisibilityCall>(
+        {}, optionals, {{kS32, result}, {ffi::DataType::U8, {workspace_bytes}, workspace_address}},
+        options);
   }
 };
 
@@ -442,7 +446,23 @@ void decodes_visibility() {
   CHECK(problem.value().num_ends == 5 && problem.value().chunk == 7);
   CHECK(problem.value().shape.batch == 2 && problem.value().shape.num_heads_q == 3);
   CHECK(problem.value().shape.seqlen_q == 100 && problem.value().shape.seqlen_k == 90);
+  CHECK(problem.value().workspace && problem.value().workspace_bytes == 2 * 3 * 64);
   CHECK(validate<VisibilityCall>(problem.value(), kHopper).ok());
+}
+
+void chunks_of_visibility() {
+  const auto chunks = [](std::int64_t seqlen_q, std::int64_t seqlen_k) {
+    Shape shape;
+    shape.batch = 2, shape.num_heads_q = 3, shape.seqlen_q = seqlen_q, shape.seqlen_k = seqlen_k;
+    const Chunks of = chunks_of(shape);
+    CHECK(visibility_workspace_bytes(shape) == 2 * 3 * 64 * of.count);
+    return std::pair(of.rows, of.count);
+  };
+  CHECK(chunks(1, 1) == std::pair(1024, 1));
+  CHECK(chunks(1024, 1025) == std::pair(1024, 2));
+  CHECK(chunks(1 << 20, 5) == std::pair(1024, 1024));
+  CHECK(chunks(5, (1 << 20) + 1) == std::pair(2048, 513));
+  CHECK(chunks(kMaxSeqlen, kMaxSeqlen) == std::pair(1 << 18, 1024));
 }
 
 void refuses_visibility() {
@@ -477,6 +497,14 @@ void refuses_visibility() {
         c.options.seqlen_k = 0, c.result = {2, 3, 4 + 200 + 8};
       },
       "seqlen_k must be in [1, ");
+  refuses(
+      [](C& c) {
+        c.options.has_cu_seqlens = true;
+        c.optionals = {{kS32, {2, 0}}, {kS32, {2, 0}}};
+      },
+      "the number of cu_seqlens must be in [1, ");
+  refuses([](C& c) { --c.workspace_bytes; }, "workspace must have 384 bytes, got 383");
+  refuses([](C& c) { c.workspace_address = 4104; }, "workspace must be aligned to 16 bytes");
 }
 
 }  // namespace
@@ -485,6 +513,7 @@ void refuses_visibility() {
 int main() {
   jax_fa3::decodes_row_intervals();
   jax_fa3::decodes_visibility();
+  jax_fa3::chunks_of_visibility();
   jax_fa3::refuses_visibility();
   jax_fa3::decodes_quantize();
   jax_fa3::refuses_quantize();

@@ -207,8 +207,9 @@ void row_intervals() {
     const MaskOptions options{number(0, 100) + unbounded / 2, number(0, 1) ? 0 : kUnbounded,
                               number(-40, 40)};
     Mask mask = make_mask(options, index, 0, seqlen_q, seqlen_k);
-    add_intervals(mask, index, 0, {}, {seqlen_q, seqlen_k});
-    const TileBounds bounds{mask, {seqlen_q, seqlen_k}};
+    const PlaneLayout layout{seqlen_q, seqlen_k};
+    Intervals intervals;
+    read_intervals(intervals, mask, index, 0, {}, layout);
     const auto sees = [&](int row, int key) {
       return mask.keeps(row, key) && key >= rows[row].begin && key < rows[row].end;
     };
@@ -219,7 +220,7 @@ void row_intervals() {
     };
     for (const int block_n : {64, 80, 96, 128}) {
       for (int row = 0; row < seqlen_q; row += 64) {
-        const Bounds seen = bounds.of_rows(row, row + 64);
+        const Bounds seen = intervals.of_rows(layout, row, row + 64);
         const TileRange range = mask.key_tiles(row, row + 64, block_n, seen);
         check_range(range, ceil_div(seqlen_k, block_n));
         for (int n = 0; n * block_n < seqlen_k; ++n) {
@@ -237,7 +238,7 @@ void row_intervals() {
     }
     for (const int block_n : {64, 128}) {
       for (int key = 0; key < seqlen_k; key += block_n) {
-        const Bounds seen = bounds.of_keys(key, key + block_n, 1);
+        const Bounds seen = intervals.of_keys(layout, key, key + block_n, 1);
         const TileRange range = mask.query_tiles(key, key + block_n, 64, seen);
         check_range(range, ceil_div(seqlen_q, 64));
         for (int m = 0; m * 64 < seqlen_q; ++m) {
@@ -268,16 +269,16 @@ void corrupt_tables() {
     IndexArrays index;
     index.visibility = words.data();
     Mask mask = make_mask({}, index, 0, seqlen_q, seqlen_k);
-    add_intervals(mask, index, 0, {}, layout);
+    Intervals intervals;
+    read_intervals(intervals, mask, index, 0, {}, layout);
     CHECK(mask.query_length >= 0 && mask.query_length <= seqlen_q);
     CHECK(mask.key_length >= 0 && mask.key_length <= seqlen_k);
-    const TileBounds bounds{mask, layout};
     for (int row = 0; row < seqlen_q; row += 64) {
-      check_range(mask.key_tiles(row, row + 64, 80, bounds.of_rows(row, row + 64)),
+      check_range(mask.key_tiles(row, row + 64, 80, intervals.of_rows(layout, row, row + 64)),
                   ceil_div(seqlen_k, 80));
     }
     for (int key = 0; key < seqlen_k; key += 64) {
-      check_range(mask.query_tiles(key, key + 64, 64, bounds.of_keys(key, key + 64, 1)),
+      check_range(mask.query_tiles(key, key + 64, 64, intervals.of_keys(layout, key, key + 64, 1)),
                   ceil_div(seqlen_q, 64));
     }
   }

@@ -36,7 +36,7 @@ ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sm
 }
 
 BackwardPlan backward(const Shape& s, bool deterministic = false) {
-  const auto plan = plan_backward(s, deterministic, kBackward, kSms);
+  const auto plan = plan_backward(s, {}, deterministic, kBackward, kSms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -148,7 +148,7 @@ void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
   CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
   const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true};
-  CHECK(plan_backward(shape(1, 4096, 16, 256), false, {wide}, kSms).value().key == wide);
+  CHECK(plan_backward(shape(1, 4096, 16, 256), {}, false, {wide}, kSms).value().key == wide);
 }
 
 void beyond_32_bits() {
@@ -158,15 +158,15 @@ void beyond_32_bits() {
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
   CHECK_REFUSES(plan_forward(tiles, kDense, {}, kForward, kSms).status(), "below 2^31");
-  CHECK_REFUSES(plan_backward(tiles, false, kBackward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_backward(tiles, {}, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
-  CHECK_REFUSES(plan_backward(bytes, false, kBackward, kSms).status(), "64-bit");
+  CHECK_REFUSES(plan_backward(bytes, {}, false, kBackward, kSms).status(), "64-bit");
 }
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
     CHECK_REFUSES(plan_forward(s, kDense, {}, kForward, kSms).status(), part);
-    CHECK_REFUSES(plan_backward(s, false, kBackward, kSms).status(), part);
+    CHECK_REFUSES(plan_backward(s, {}, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
   refuses(shape(1, (1 << 28) + 1, 1, 64), "seqlen_q must be in [0, 268435456], got 268435457");

@@ -21,9 +21,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
+from kernels import for_kernels
 
 import contract
-from cases import Case
+from cases import PACKED, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
 from jax_fa3.operands import Operands
@@ -65,7 +66,7 @@ ROUNDED = [
 
 def main():
     kernels = contract.Implementation("fa3")
-    for case in CASES:
+    for case in (*CASES, *map(for_kernels, PACKED[::5])):
         contract.check_results(kernels, case)
         print(case.name, flush=True)
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)

@@ -16,7 +16,13 @@ from jax_fa3 import dot_product_attention
 
 REPEATS = 1_000
 HEADS = ((4, 4), (8, 2), (4, 1))
-MASKS = (dict(), dict(is_causal=True), dict(local_window_size=(150, 70)))
+DOCUMENTS = np.repeat([3, 1, 2, 0], (300, 150, 401, 49)).astype(np.int32)
+MASKS = (
+    dict(),
+    dict(is_causal=True),
+    dict(local_window_size=(150, 70)),
+    dict(is_causal=True, query_segment_ids=np.stack([DOCUMENTS] * 2)),
+)
 
 
 @pytest.fixture(scope="module")

@@ -41,12 +41,12 @@ class Problem:
         """Shapes and options."""
         random = self.random
         square = self.kind in ("documents", "gaps")
-        seqlen_q, seqlen_k = random.integers(1, 700, 2).tolist()
+        seqlen_q, seqlen_k = random.integers(1, 460, 2).tolist()
         heads_kv = int(random.integers(1, 3))
         return dict(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_q if square else seqlen_k,
-            heads=(heads_kv * int(random.integers(1, 4)), heads_kv),
+            heads=(heads_kv * int(random.integers(1, 3)), heads_kv),
             head_dims=HEAD_DIMS[self.number // len(KINDS) % len(HEAD_DIMS)],
             dtype=("bfloat16", "float16")[int(random.integers(2))],
             is_causal=bool(random.integers(2)),

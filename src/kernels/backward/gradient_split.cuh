@@ -53,7 +53,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
         wait_empty(shared.handover_ring, last);
         last.advance();
       }
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, 0);
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, 0,
+                                                                    shared.exchange.output[0]);
       this->end_tile();
     }
   }
@@ -68,7 +69,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
         this->release_keys();
       }
       this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, 0);
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, 0,
+                                                                   shared.exchange.output[1]);
       release(shared.output_ring, output_cursor);
       this->end_tile();
     }
@@ -100,8 +102,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
       T::Score::apply(tS);
       if (cut) {
         const auto& [tile, mask] = this->work();
-        T::Masking::mask_scores_transposed(tS, mask, walk.m * T::kBlockM, tile.block * T::kBlockN,
-                                           walk.head());
+        T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
+                                           tile.block * T::kBlockN, walk.head());
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);

@@ -41,11 +41,13 @@ struct KeySplitConsumer : TileConsumer<T> {
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row);
+      auto& buffers = shared.exchange.output[warpgroup];
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row, buffers[0]);
       this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row);
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row, buffers[1]);
       this->end_tile();
     }
+    cute::tma_store_wait<0>();  // shared memory must outlive the last store
   }
 
   // One step of the walk.
@@ -74,7 +76,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     T::Score::apply(tS);
     if (cut) {
       const auto& [tile, mask] = this->work();
-      T::Masking::mask_scores_transposed(tS, mask, walk.m * T::kBlockM,
+      T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
                                          tile.block * T::kBlockN + warpgroup * kWarpgroupRows,
                                          walk.head());
     }

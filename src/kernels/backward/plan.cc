@@ -10,6 +10,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr std::int64_t kRoundsOfGroup = 2;
+constexpr std::int64_t kMostHeadsOfGroup = 16;
 constexpr std::int64_t kPartAlignment = 256;   // bytes
 constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
 
@@ -38,9 +39,15 @@ class Workspace {
 };
 
 // (batch, kv head) pairs in a group: as many as have two tiles for each CTA. The second tile of a
-// CTA then belongs to the second half of a head's, and QueryWalk keeps the CTAs together.
-std::int32_t choose_heads_per_group(std::int64_t heads, std::int64_t num_n_blocks, int num_sms) {
-  heads = std::max<std::int64_t>(heads, 1);
+// CTA then belongs to the second half of a head's, and QueryWalk keeps the CTAs together. With row
+// intervals CTAs are at the same queries if they have the same keys: as many heads as there are,
+// which also hands out the long tiles of a document early and leaves short ones for the end.
+std::int32_t choose_heads_per_group(const Shape& shape, const IndexPresence& presence,
+                                    std::int64_t num_n_blocks, int num_sms) {
+  if (presence.visibility) {
+    return static_cast<std::int32_t>(std::min(shape.num_heads_kv, kMostHeadsOfGroup));
+  }
+  const std::int64_t heads = std::max<std::int64_t>(shape.batch * shape.num_heads_kv, 1);
   const std::int64_t wanted =
       std::max<std::int64_t>(kRoundsOfGroup * num_sms / std::max<std::int64_t>(num_n_blocks, 1), 1);
   // Groups of equal size, as far as possible.
@@ -49,8 +56,9 @@ std::int32_t choose_heads_per_group(std::int64_t heads, std::int64_t num_n_block
 
 }  // namespace
 
-StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
-                                     const std::vector<BackwardKey>& available, int num_sms) {
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& presence,
+                                     bool deterministic, const std::vector<BackwardKey>& available,
+                                     int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const auto keys = fitting_kernels(shape, available, [&](const BackwardKey& key) {
@@ -69,8 +77,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
-  plan.heads_per_group =
-      choose_heads_per_group(shape.batch * shape.num_heads_kv, plan.num_n_blocks, num_sms);
+  plan.heads_per_group = choose_heads_per_group(shape, presence, plan.num_n_blocks, num_sms);
 
   const auto dq_tiles = count_tiles(
       shape.batch, shape.num_heads_q,

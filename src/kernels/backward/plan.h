@@ -30,8 +30,9 @@ struct BackwardPlan {
 };
 
 // `available` is the list of kernels to choose from (KernelTable has the compiled ones).
-StatusOr<BackwardPlan> plan_backward(const Shape& shape, bool deterministic,
-                                     const std::vector<BackwardKey>& available, int num_sms);
+StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& presence,
+                                     bool deterministic, const std::vector<BackwardKey>& available,
+                                     int num_sms);
 
 std::string to_string(const BackwardPlan& plan);
 

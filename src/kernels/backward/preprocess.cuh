@@ -37,7 +37,9 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   const int head = batch_head % p.num_heads;
   const std::int64_t batch = batch_head / p.num_heads;
   Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
-  add_intervals(mask, p.index, int(batch), p.query_heads(head), {p.seqlen_q, p.seqlen_k});
+  Intervals intervals;
+  read_intervals(intervals, mask, p.index, int(batch), p.query_heads(head),
+                 {p.seqlen_q, p.seqlen_k});
 
   if constexpr (T::kFusedDQ) {
     auto* const dquery = reinterpret_cast<float4*>(p.dquery + block * T::kBlockFloatsDQ);

@@ -46,9 +46,13 @@ CUTE_DEVICE void schedule(const BackwardParams& p, typename T::SharedStorage& sh
   RingCursor<1> key_value_cursor, demand_cursor;
   shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const TileRange& queries) {
     if (!queries.empty()) {
+      // Only this tile reads them, and there is room for them when the tile before is done: then
+      // everybody waits.
+      const int row = tile.block * T::kBlockN;
+      prefetch_tile<typename T::KTile>(p.key, row, tile.head, tile.batch);
+      prefetch_tile<typename T::VTile>(p.value, row, tile.head, tile.batch);
       auto& full =
           acquire(shared.key_value_ring, key_value_cursor, T::KTile::kBytes + T::VTile::kBytes);
-      const int row = tile.block * T::kBlockN;
       load_tile<typename T::KTile>(p.key, full, kEvictFirst, shared.key, row, tile.head,
                                    tile.batch);
       load_tile<typename T::VTile>(p.value, full, kEvictFirst, shared.value, row, tile.head,

@@ -33,6 +33,7 @@ struct TileConsumer {
   }
   // The tile at hand. It stays in shared memory: the steps' registers are scarce.
   CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
+  CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
   CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
   // On return K and V have arrived. Not called where no query sees the tile.
   CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
@@ -83,11 +84,12 @@ struct TileConsumer {
   }
 
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
-  // as many at a time as Tile has. On return the warpgroup's leader knows that its buffer has been
-  // read.
+  // as many at a time as Tile has. Where the warpgroup has two buffers, it takes them by turns, and
+  // a buffer is waited for before it is written; where it has one, on return the leader knows that
+  // it has been read.
   template <class Tile, int kCols, class Accumulator>
-  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map, int row) const {
-    Element* const buffer = shared.exchange.output[warpgroup];
+  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map, int row,
+                                Element* buffer) const {
     const WorkTile& tile = work().tile;
     const int first_row = tile.block * T::kBlockN + row;
     CUTE_UNROLL
@@ -96,6 +98,9 @@ struct TileConsumer {
       const auto tPiece =
           cute::make_tensor(tC.data() + col / kThreadsPerRow,
                             cute::make_layout(cute::Int<Tile::kCols / kThreadsPerRow>{}));
+      if constexpr (T::kSplitKeys) {
+        if (leads_warpgroup()) cute::tma_store_wait<1>();
+      }
       sync_warpgroup();
       store_accumulator<Tile>(tPiece, buffer, 0);
       cutlass::arch::fence_view_async_shared();
@@ -105,7 +110,7 @@ struct TileConsumer {
           store_tile<Tile>(map, buffer, 0, first_row, tile.head, tile.batch, col);
         }
         cute::tma_store_arrive();
-        cute::tma_store_wait<0>();
+        if constexpr (!T::kSplitKeys) cute::tma_store_wait<0>();
       }
     }
   }

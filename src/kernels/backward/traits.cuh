@@ -79,11 +79,11 @@ struct QueryWalk {
 // range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
 // in which a sequence ends counts as cut.
 template <class T>
-CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const WorkTile& tile,
-                                      const Mask& mask, int) {
+CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
+                                      const Intervals& intervals, int) {
+  const auto& [tile, mask] = work;
   const int begin = tile.block * T::kBlockN, end = begin + T::kBlockN;
-  const Bounds seen =
-      TileBounds{mask, {p.seqlen_q, p.seqlen_k}}.of_keys(begin, end, p.heads_per_kv_head);
+  const Bounds seen = intervals.of_keys({p.seqlen_q, p.seqlen_k}, begin, end, p.heads_per_kv_head);
   TileRange queries = mask.query_tiles(begin, end, T::kBlockM, seen);
   queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
   queries.full_begin = min(queries.full_begin, queries.full_end);
@@ -150,12 +150,13 @@ struct BackwardTraits {
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
-  // What consumers write: `output` is dK and dV on their way, each warpgroup's.
+  // What consumers write: `output` is dK and dV on their way, each warpgroup's; of both at once
+  // where a warpgroup has both.
   static constexpr int kOutputElements = cute::max(DKTile::kElements, DVTile::kElements);
   struct KeySplitExchange {
     // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
     alignas(1024) Element dscores[2][kFusedDQ ? PTile::kElements : 8];
-    alignas(1024) Element output[2][kOutputElements];
+    alignas(1024) Element output[2][2][kOutputElements];
   };
   union GradientSplitExchange {
     // P^T, four floats of each thread together

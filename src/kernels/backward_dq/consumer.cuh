@@ -106,7 +106,8 @@ struct DQueryConsumer {
       T::Score::apply(tS);
       // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.
       if (__any_sync(0xffffffff, keys.cuts(n))) {
-        T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+        T::Masking::mask_scores(tS, mask, shared.works.intervals(works_cursor), row,
+                                n * T::kBlockN);
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {

@@ -25,13 +25,14 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
   JFA_CHECK_OK(
       maps.of_queries<typename T::QTile>(&p.dquery, problem.dquery, s.head_dim, kWarpgroupRows));
   static_cast<CommonParams&>(p) = common_params(problem);
-  const bool causal = problem.mask.window_right < kUnbounded;
+  // Tiles differ in length, and the CTAs at work should share keys.
+  const bool grouped = problem.mask.window_right < kUnbounded || problem.presence.visibility;
   p.scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
                               p.num_heads,
                               static_cast<int>(s.batch * s.num_heads_q),
-                              causal ? plan.heads_per_group : 1,
+                              grouped ? plan.heads_per_group : 1,
                               static_cast<int>(plan.num_tiles),
-                              /*last_block_first=*/causal,
+                              /*last_block_first=*/grouped,
                               counter};
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;

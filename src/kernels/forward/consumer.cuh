@@ -58,7 +58,7 @@ struct ForwardConsumer {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      if (!mask.is_valid) softmax.poison();
+      if (!intervals().is_valid) softmax.poison();
       softmax.finish(tO, exists, lse);
       store_lse(lse, tile, first_row);
       store_output(tO, tile, row);
@@ -110,7 +110,7 @@ struct ForwardConsumer {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       T::Score::apply(tS);
-      if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+      if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
       clear_value_tail(mask, n);
@@ -127,7 +127,7 @@ struct ForwardConsumer {
       key_cursor.advance();
       T::Score::apply(tS);
       if constexpr (decltype(masked)::value) {
-        T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+        T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       }
       const bool rescale = softmax.update(tS, scale_log2);
       finish_output();
@@ -143,6 +143,8 @@ struct ForwardConsumer {
     issue_output();
     finish_output();
   }
+
+  CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
 
   // Ping-pong: the warpgroups issue their GEMMs one after another, so that one's softmax falls
   // under another's GEMMs.

@@ -127,7 +127,8 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       constexpr bool kMasked = decltype(masked)::value;
       constexpr int kScores = decltype(size(tS))::value;
       if constexpr (T::kFindsMaxima) free_key();
-      if constexpr (kMasked) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+      if constexpr (kMasked)
+        T::Masking::mask_scores(tS, mask, this->intervals(), row, n * T::kBlockN);
       bool moved;
       if constexpr (kMasked || T::kFindsMaxima) {
         float found[2];
@@ -151,7 +152,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     // them: of the rows the first sees the fewest keys on the right, unless they have intervals.
     const int edge = keys.full_end * T::kBlockN;
     const bool all_have_seen =
-        mask.plane == nullptr && row + mask.last >= edge && mask.key_length > edge;
+        this->intervals().plane == nullptr && row + mask.last >= edge && mask.key_length > edge;
     const int inner =
         T::kFindsMaxima || all_have_seen ? keys.full_end : max(keys.full_end - 1, keys.begin);
 
@@ -180,7 +181,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
         issue_scores(tS);
         wait_mma<0>(tS);
         free_key();
-        if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+        if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, this->intervals(), row, n * T::kBlockN);
         softmax.begin(tS, scale);  // O is zero: no rescale
         convert_float8(tS, tP);
         wait_full(shared.value_ring, value_cursor);
@@ -326,7 +327,8 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
     bool empty[2];
-    if (!mask.is_valid) softmax.poison();
+    const bool is_valid = this->intervals().is_valid;
+    if (!is_valid) softmax.poison();
     softmax.finish(exists, lse, empty);
     this->store_lse(lse, tile, first_row);
 
@@ -335,7 +337,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     float factor[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      factor[r] = mask.is_valid ? value_descale / tO(T::kHeadDimV / 2 + r) : lse[r];
+      factor[r] = is_valid ? value_descale / tO(T::kHeadDimV / 2 + r) : lse[r];
     }
     auto out = cute::make_tensor<float>(cute::Int<T::kHeadDimV / 2>{});
     CUTE_UNROLL

@@ -48,17 +48,24 @@ struct VisibilityCall : ArrayTable<VisibilityProblem> {
     };
   }
   static Arrays<Problem> results(const Attributes&) {
-    return {array<&Problem::visibility>(operands::kVisibilityOut, true, kVisibilityAlignment)};
+    return {
+        array<&Problem::visibility>(operands::kVisibilityOut, true, kVisibilityAlignment),
+        workspace<&Problem::workspace>(alignof(ChunkSummary)),
+    };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     problem.num_ends = extents['c'];
     problem.window = {a.window_left, a.window_right, a.query_offset};
     problem.chunk = a.attention_chunk;
+    problem.workspace_bytes = extents['w'];
   }
 
-  static Status validate(const Problem& problem) { return check_visibility(problem); }
+  static Status validate(const Problem& problem) {
+    JFA_CHECK_OK(check_visibility(problem));
+    return check_workspace(visibility_workspace_bytes(problem.shape), problem.workspace_bytes);
+  }
 
-  // There is nothing to choose: a thread block for each plane, and others for its keys.
+  // There is nothing to choose.
   struct Plan {};
   static int sm_margin(const Attributes&) { return 0; }
   static StatusOr<Plan> plan(const Problem&, int) { return Plan{}; }

@@ -1,5 +1,7 @@
 #include "kernels/visibility/visibility.h"
 
+#include <algorithm>
+
 #include "call/shape.h"
 #include "call/text.h"
 
@@ -23,9 +25,24 @@ Status check_visibility(const VisibilityProblem& problem) {
     return invalid_argument(concat("query_segment_ids without key_value_segment_ids must have one ",
                                    "id for each of ", s.seqlen_k, " keys, got ", s.seqlen_q));
   }
-  const auto blocks =
-      count_tiles(s.batch, s.num_heads_q, ceil_div<std::int64_t>(s.seqlen_k, kBoundsRows));
+  if (problem.num_ends >= 0) {
+    JFA_CHECK_OK(check_range("the number of cu_seqlens", problem.num_ends, 1, kMaxSeqlen));
+  }
+  const auto groups = ceil_div<std::int64_t>(std::max(s.seqlen_q, s.seqlen_k), kBoundsRows);
+  const auto blocks = count_tiles(s.batch, s.num_heads_q, groups);
   return blocks.ok() ? Status() : blocks.status();
+}
+
+Chunks chunks_of(const Shape& shape) {
+  const std::int64_t seqlen = std::max(shape.seqlen_q, shape.seqlen_k);
+  std::int64_t rows = kChunkRows;
+  while (ceil_div(seqlen, rows) > kMostChunks) rows *= 2;
+  return {static_cast<int>(rows), static_cast<int>(ceil_div(seqlen, rows))};
+}
+
+std::int64_t visibility_workspace_bytes(const Shape& shape) {
+  const std::int64_t planes = shape.batch * shape.num_heads_q;
+  return planes * chunks_of(shape).count * static_cast<std::int64_t>(sizeof(ChunkSummary));
 }
 
 }  // namespace jax_fa3
