@@ -273,4 +273,4 @@ def dims(*bundles: Bundle) -> tuple[str, ...]:
 def _dims(row: Row, x: Array) -> str:
     if row.form != "broadcast":
         return row.dims
-    return "".join(letter if n > 1 else "." for letter, n in zip(row.dims, x.shape, strict=True))
+    return "".join("." if n == 1 else letter for letter, n in zip(row.dims, x.shape, strict=True))

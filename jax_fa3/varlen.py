@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, route, validate
 from jax_fa3.arguments import Arguments
-from jax_fa3.options import UNBOUNDED
+from jax_fa3.operands import DTYPES
+from jax_fa3.options import FLOAT8, UNBOUNDED
 from jax_fa3.visibility import checks, public
 from jax_fa3.visibility.table import Visibility
 
@@ -87,13 +88,17 @@ def flash_attention_varlen(
         sm_margin=sm_margin,
         forward_dtype=forward_dtype,
     ).with_arrays()
+    validate.check_heads(arguments.query, arguments.key, arguments.value, (*DTYPES, FLOAT8))
     if arguments.query.ndim != 3:
         shape = tuple(arguments.query.shape)
         raise ValueError(f"query has shape {shape}; expected (rows, heads, head_dim)")
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
+    documents = dict(cu_seqlens_q=cu_seqlens_q)
     seqlens = arguments.query.shape[0], arguments.key.shape[0]
-    if is_self:
+    if not is_self:
+        documents["cu_seqlens_k"] = cu_seqlens_k
+    else:
         if seqlens[0] != seqlens[1]:
             raise ValueError(
                 f"cu_seqlens_k is None, and query has {seqlens[0]} rows, key {seqlens[1]}; "
@@ -103,11 +108,8 @@ def flash_attention_varlen(
         arguments = dataclasses.replace(arguments, local_window_size=window)
         window = UNBOUNDED, UNBOUNDED
     if visibility is None:
-        sources = dict(cu_seqlens_q=cu_seqlens_q) | (
-            {} if is_self else dict(cu_seqlens_k=cu_seqlens_k)
-        )
         how = route.of_visibility(implementation)
-        made = public.of_sources(sources, window=window, seqlens=seqlens, route=how)
+        made = public.of_sources(documents, window=window, seqlens=seqlens, how=how)
         visibility = dataclasses.replace(made, table=public.named(made.table))
     elif isinstance(visibility, Visibility) and visibility.options.window != window:
         raise ValueError(

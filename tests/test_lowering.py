@@ -102,7 +102,8 @@ def test_backward_is_one_custom_call_and_nothing_else():
 def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
-        plan = native.module().backward_plan("bf16", 3, 333, 100, 6, 3, 64, 64, deterministic, 132)
+        call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
+        plan = native.module().backward_plan(*call, False, False, deterministic, 132)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,
@@ -282,7 +283,7 @@ def test_a_table_is_one_custom_call_more(told, options, attributes, types, heads
     assert got == TABLE | attributes
     assert operand_types == types
     table = f"2x{heads}x{WORDS}xi32"
-    assert results == [table]
+    assert results == [table, f"{2 * heads * 64}xui8"]
     for _, got, operand_types, _ in (forward, backward):
         assert got["has_visibility"] == "true"
         assert operand_types[-1] == table  # behind the offsets
@@ -295,7 +296,7 @@ def test_a_table_of_chunks_alone_has_its_offset():
     assert made[1] == TABLE | dict(
         attention_chunk="16 : i32", query_offset="7 : i32", has_query_offset="true"
     )
-    assert made[2:] == (["1xi32"], [f"1x1x{WORDS}xi32"])
+    assert made[2:] == (["1xi32"], [f"1x1x{WORDS}xi32", "64xui8"])
     assert forward[2][-1] == f"1x1x{WORDS}xi32"
 
 
@@ -331,7 +332,7 @@ def test_a_mapped_table_is_still_one_call():
         )
 
     made, forward = custom_calls(lower(jax.vmap(call), query, key, value, *ids))
-    assert made[2:] == (["10x40xi32", "10x48xi32"], [f"10x1x{WORDS}xi32"])
+    assert made[2:] == (["10x40xi32", "10x48xi32"], [f"10x1x{WORDS}xi32", "640xui8"])
     assert forward[2][-1] == f"10x1x{WORDS}xi32"
 
 

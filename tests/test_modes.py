@@ -69,6 +69,18 @@ def test_mode_of_documents(mode, transform):
         assert_split(mesh, results)
 
 
+def test_documents_under_the_older_partitioner():
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        mesh, function, x = DOCUMENTS.on_mesh("automatic", SHAPE, "results_and_gradients")
+        with jax.set_mesh(mesh):
+            compiled = compiled_for(function, *x)
+            assert collectives(compiled) == []
+            assert_near(compiled(*x), DOCUMENTS.expected("results_and_gradients"))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
 @pytest.mark.parametrize(
     ("mode", "shape"), [("automatic and explicit", (1, 2)), ("manual batch", (2, 1))]
 )

@@ -123,6 +123,7 @@ def test_tracers_are_found():
         dict(forward_dtype="float8_e4m3fn"),
         dict(forward_dtype="float8_e4m3fn", mask=True),
         dict(implementation="xla", sequence_parallel="ring"),
+        dict(query_segment_ids=True, forward_dtype="float8_e4m3fn"),
     ],
     ids=str,
 )
@@ -145,13 +146,16 @@ def test_rules_hold_no_tracers(monkeypatch, options):
     query = jax.ShapeDtypeStruct((2, 16, 4, 64), "bfloat16")
     lengths = jax.ShapeDtypeStruct((2,), "int32")
     mask = jax.ShapeDtypeStruct((1, 1, 16, 16), "bool")
+    ids = jax.ShapeDtypeStruct((2, 16), "int32")
 
-    def loss(query, key, value, lengths, mask):
+    def loss(query, key, value, lengths, mask, ids):
         given = dict(options, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
         if "mask" in options:
             given["mask"] = mask
+        if "query_segment_ids" in options:
+            given["query_segment_ids"] = ids
         return dot_product_attention(query, key, value, **given).astype(jnp.float32).sum()
 
     gradient = jax.grad(loss, (0, 1, 2))
-    jax.make_jaxpr(gradient)(query, query, query, lengths, mask)
+    jax.make_jaxpr(gradient)(query, query, query, lengths, mask, ids)
     assert wrapped

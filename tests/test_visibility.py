@@ -330,6 +330,19 @@ def test_export():
     assert_near(again.call(*x), run(gradient, *x))
 
 
+def test_export_of_any_batch():
+    batch = jax.export.symbolic_shape("b")[0]
+    x = jax.ShapeDtypeStruct((batch, 20, 2, 64), "float32")
+    ids = jax.ShapeDtypeStruct((batch, 20), "int32")
+
+    def call(x, ids):
+        return dot_product_attention(x, x, x, query_segment_ids=ids)
+
+    exported = jax.export.export(jax.jit(call))(x, ids)
+    x = normal(np.random.default_rng(0), 2, 20, 2)
+    assert_near(exported.call(x, IDS), call(x, IDS))
+
+
 def test_a_table_is_an_argument_and_a_result():
     table = jax.jit(jax_fa3.make_visibility)(IDS)
     assert isinstance(table, jax_fa3.Visibility)

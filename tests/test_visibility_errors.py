@@ -1,5 +1,6 @@
 """Wrong segment ids, intervals, chunks and documents: messages name argument, got and expected."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,6 +78,12 @@ BAD = [  # (the call, what is changed, exception, words of the message)
     (SELF, dict(attention_chunk=1.5), TypeError, ["attention_chunk", "1.5", "int"]),
     (SELF, dict(attention_chunk=True), TypeError, ["attention_chunk", "True", "int"]),
     (SELF, dict(attention_chunk=jnp.int32(4)), TypeError, ["attention_chunk", "int"]),
+    (
+        SELF,
+        dict(visibility=jax.vmap(jax_fa3.make_visibility)(ONES[None])),
+        ValueError,
+        ["visibility", "(1, 2, 1,", "(batch, heads, words)"],
+    ),
     (SELF, dict(visibility=ONES), TypeError, ["visibility", "ndarray", "make_visibility"]),
     (
         SELF,
@@ -223,12 +230,18 @@ def test_bad_table(given, error, words):
 
 X = np.zeros((16, 4, 32), "bfloat16")
 BAD_VARLEN = [
-    (dict(query=X[None]), ValueError, ["query", "(1, 16, 4, 32)", "(rows, heads, head_dim)"]),
+    (
+        dict(query=X[None], key=X[None], value=X[None]),
+        ValueError,
+        ["query", "(1, 16, 4, 32)", "(rows, heads, head_dim)"],
+    ),
     (dict(cu_seqlens_q=[0, 16.0]), TypeError, ["cu_seqlens_q", "float"]),
     (dict(cu_seqlens_q=[0, 9, 7]), ValueError, ["cu_seqlens_q is 7 at position 2"]),
     (dict(max_seqlen_q=1.5), TypeError, ["max_seqlen_q", "1.5", "int"]),
     (dict(window_size=4), ValueError, ["window_size is 4", "pair"]),
     (dict(causal=None), TypeError, ["causal", "None", "bool"]),
+    (dict(query=None), TypeError, ["query is None"]),
+    (dict(key=X[:, 0]), ValueError, ["key has 2 dimensions"]),
     (dict(query=X[:8]), ValueError, ["cu_seqlens_k is None", "8", "16"]),
     (
         dict(

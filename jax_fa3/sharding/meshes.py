@@ -11,12 +11,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, Sharding
 Axes = tuple[str, ...]
 
 
-def decode(sharding: Sharding, shape: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[Axes, ...]:
-    """The mesh axes of each dimension, from what the partitioner hands to a callback.
+def decode(
+    sharding: Sharding | None, shape: tuple[int, ...], mesh: Mapping[str, int]
+) -> tuple[Axes, ...]:
+    """The mesh axes of each dimension, from what the partitioner hands to a callback: none of an
+    array that it has not come to yet.
 
     Where that has numbers of parts only, the first free axes that make them; taking one axis for
     another of its size moves data, and is right all the same.
     """
+    if sharding is None:
+        return ((),) * len(shape)
     if isinstance(sharding, NamedSharding):
         return axes_by_dimension(sharding, len(shape))
     free = tuple(mesh)

@@ -40,9 +40,10 @@ def check_call(arguments: Arguments) -> None:
 def check_given(sources: dict[str, Any], chunk: Any, window: tuple[int, int]) -> None:
     """Something is there, and what goes together with something else does."""
     if not sources and chunk is None:
+        names = [name for name in Sources.rows() if name != "query_offset"]
         raise ValueError(
-            "every argument of make_visibility is None; expected at least one of "
-            f"{', '.join(Sources.rows().keys() - {'query_offset'})} and attention_chunk"
+            "every argument of make_visibility is None; expected "
+            f"{one_of((*names, 'attention_chunk'))}"
         )
     if "cu_seqlens_q" in sources:
         return
@@ -71,8 +72,8 @@ def check_sources(
             )
     of_queries, of_keys = _lengths(sources, "st")
     seqlen_q = _agreed("seqlen_q", seqlen_q, of_queries)
-    of_rows = "query_segment_ids" in sources or sources.keys() >= {"cu_seqlens_q"}
-    if of_rows and not of_keys and "cu_seqlens_k" not in sources and seqlen_k is None:
+    has_documents = "query_segment_ids" in sources or "cu_seqlens_q" in sources
+    if seqlen_k is None and has_documents and not of_keys and "cu_seqlens_k" not in sources:
         seqlen_k = seqlen_q  # keys have the documents of rows
     seqlen_k = _agreed("seqlen_k", seqlen_k, of_keys)
     _check_extents(sources)
@@ -148,18 +149,22 @@ def _check_visibility(arguments: Arguments) -> None:
             f"visibility is a {type(visibility).__name__}; expected what jax_fa3.make_visibility "
             "gives"
         )
-    names = [*(name for name in arguments.sources if name != "query_offset")]
-    names += ["attention_chunk"] * (arguments.attention_chunk is not None)
-    if names:
+    if arguments.makes_visibility:
+        name = next(iter(arguments.sources), "attention_chunk")
         raise ValueError(
-            f"visibility is given and so is {names[0]}; expected one of them: make_visibility "
-            "takes such arguments"
+            f"visibility is given and so is {name}; expected one of them: make_visibility takes "
+            "such arguments"
         )
     made = visibility.options.seqlen_q, visibility.options.seqlen_k
     if made != (n.seqlen_q, n.seqlen_k):
         raise ValueError(
             f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
             f"{n.seqlen_k} like query and key"
+        )
+    if visibility.table.ndim != 3:
+        raise ValueError(
+            f"visibility has a table of shape {shape_of(visibility.table)}; expected (batch, "
+            "heads, words): what jax.vmap made is for jax.vmap to map"
         )
     batch, heads, _ = visibility.table.shape
     if batch not in (1, n.batch):

@@ -85,7 +85,7 @@ def make_visibility(
         query_offset=query_offset,
         window=checks.window_of("window", window, causal),
         seqlens=(seqlen_q, seqlen_k),
-        route=route.of_visibility(),
+        how=route.of_visibility(),
     )
 
 
@@ -96,7 +96,7 @@ def of_sources(
     query_offset: Any = None,
     window: tuple[int, int] = (UNBOUNDED, UNBOUNDED),
     seqlens: tuple[int | None, int | None],
-    route: Route,
+    how: Route,
 ) -> Visibility:
     """`make_visibility` of the sources that are there, with a window as the kernels have it."""
     checks.check_chunk(attention_chunk)
@@ -116,7 +116,7 @@ def of_sources(
         window_left=window[0],
         window_right=window[1],
     )
-    return Visibility(_made(route, options, Sources(**sources)), options)
+    return Visibility(_made(how, options, Sources(**sources)), options)
 
 
 def of_call(arguments: Arguments) -> jax.Array:

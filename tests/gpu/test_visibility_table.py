@@ -48,6 +48,6 @@ def test_xlas_table_of_long_sequences(kind, seqlen):
     got = made(sources, seqlen)
 
     def by_xla(arrays):
-        return public.of_sources(arrays, seqlens=(seqlen, seqlen), route="xla").table
+        return public.of_sources(arrays, seqlens=(seqlen, seqlen), how="xla").table
 
     np.testing.assert_array_equal(got, jax.jit(by_xla)(sources))
