@@ -116,7 +116,9 @@ struct AblatedConsumer : ForwardConsumer<T> {
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+      if (keys.cuts(n))
+        T::Masking::mask_scores(tS, mask, shared.works.intervals(works_cursor), row,
+                                n * T::kBlockN);
       softmax.begin(tS, scale_log2);
       convert(tS, tP);
       this->clear_value_tail(mask, n);
@@ -136,7 +138,8 @@ struct AblatedConsumer : ForwardConsumer<T> {
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
       if constexpr (decltype(masked)::value) {
-        T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+        T::Masking::mask_scores(tS, mask, shared.works.intervals(works_cursor), row,
+                                n * T::kBlockN);
       }
       const bool rescale = softmax.update(tS, scale_log2);
       if constexpr (kOverlap) finish_output();

@@ -93,7 +93,7 @@ struct UnspecialisedForward {
         auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
         issue_scores(tS);
         wait_mma<0>(tS);
-        if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+        if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, Intervals{}, row, n * T::kBlockN);
         softmax.begin(tS, p.softmax_scale_log2);
         convert(tS, tP);
         __syncthreads();
@@ -108,7 +108,7 @@ struct UnspecialisedForward {
         wait_mma<1>(tS);
         // A vote, because O is in flight: only a branch known to be uniform leaves it alone.
         if (__any_sync(0xffffffff, keys.cuts(n)))
-          T::Masking::mask_scores(tS, mask, row, n * T::kBlockN);
+          T::Masking::mask_scores(tS, mask, Intervals{}, row, n * T::kBlockN);
         const bool rescale = softmax.update(tS, p.softmax_scale_log2);
         wait_mma<0>(tO);
         convert(tS, tP);
