@@ -25,6 +25,8 @@ def forward_plan(
     head_dim_v: int,
     window_left: int,
     window_right: int,
+    has_index_arrays: bool,
+    has_visibility: bool,
     num_sms: int,
 ) -> dict[str, Any]:
     """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
@@ -39,6 +41,8 @@ def forward_float8_plan(
     head_dim_v: int,
     window_left: int,
     window_right: int,
+    has_index_arrays: bool,
+    has_visibility: bool,
     value_is_prepared: bool,
     num_sms: int,
 ) -> dict[str, Any]:
@@ -54,6 +58,8 @@ def backward_plan(
     num_heads_kv: int,
     head_dim: int,
     head_dim_v: int,
+    has_index_arrays: bool,
+    has_visibility: bool,
     deterministic: bool,
     num_sms: int,
 ) -> dict[str, Any]:
