@@ -95,6 +95,7 @@ def flash_attention_varlen(
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     documents = dict(cu_seqlens_q=cu_seqlens_q)
+    in_tables = [window]  # windows that a given table may have
     seqlens = arguments.query.shape[0], arguments.key.shape[0]
     if not is_self:
         documents["cu_seqlens_k"] = cu_seqlens_k
@@ -107,13 +108,12 @@ def flash_attention_varlen(
         # Positions in a document and in the whole differ by the same, of rows and of keys.
         arguments = dataclasses.replace(arguments, local_window_size=window)
         window = UNBOUNDED, UNBOUNDED
+        in_tables.append(window)
     if visibility is None:
         how = route.of_visibility(implementation)
         made = public.of_sources(documents, window=window, seqlens=seqlens, how=how)
         visibility = dataclasses.replace(made, table=public.named(made.table))
-    elif isinstance(visibility, Visibility) and visibility.options.window != window:
-        raise ValueError(
-            f"visibility has the window {visibility.options.window}; expected {window}, "
-            + ("as with neither causal nor window" if is_self else "that of this call")
-        )
+    elif isinstance(visibility, Visibility) and visibility.options.window not in in_tables:
+        got, *expected = map(checks.window_text, (visibility.options.window, *in_tables))
+        raise ValueError(f"visibility was made with {got}; expected {' or '.join(expected)}")
     return api.attention(dataclasses.replace(arguments, visibility=visibility))

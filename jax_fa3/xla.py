@@ -60,7 +60,7 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
     lse = jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
     is_illegal = mask.is_illegal(operands, q)
-    if is_illegal is not None:  # the gradients become NaN by the LSE
+    if is_illegal is not None:
         lse = jnp.where(is_illegal, jnp.nan, lse)
         out = jnp.where(jnp.moveaxis(is_illegal, 1, 2)[..., None], jnp.nan, out)
     return Outputs(out.astype(options.out_dtype or query.dtype), lse)
@@ -81,6 +81,12 @@ def backward(
         dlse = problem.zero_past_length(jnp.moveaxis(dlse, 1, 2))  # [b, q, h * g]
         delta -= jnp.moveaxis(dlse.reshape(b, q, h, g), 1, 2)
     lse = _finite_or_zero(jnp.moveaxis(outputs.lse.reshape(b, h, g, q), 2, 3))
+    is_illegal = mask.is_illegal(operands, q)
+    if is_illegal is not None:
+        # NaN is put into the gradients and not left to the LSE's: of exp(x - where(p, NaN, y)) XLA
+        # for CPUs (JAX 0.10.2) may write nothing.
+        is_illegal = problem.by_group(is_illegal[..., None])[..., 0]
+        lse = jnp.where(is_illegal, 0, lse)
 
     def step(dquery, start):
         block = problem.block(start)
@@ -96,6 +102,10 @@ def backward(
 
     init = _full(query, (b, h, q, g, query.shape[-1]), 0)
     dquery, (dkey, dvalue, dbias) = lax.scan(step, init, problem.starts())
+    if is_illegal is not None:
+        of_keys = is_illegal.any((2, 3))[:, None, :, None]
+        dquery = jnp.where(is_illegal[..., None], jnp.nan, dquery)
+        dkey, dvalue = (jnp.where(of_keys, jnp.nan, x) for x in (dkey, dvalue))
     dquery = jnp.moveaxis(options.scale * dquery, 1, 2).reshape(query.shape).astype(query.dtype)
     dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
     if bias is not None:

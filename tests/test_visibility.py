@@ -438,3 +438,22 @@ def test_numbers_as_numpy_and_python_have_them():
         32,
     )
     assert dot_product_attention(x, x, x, attention_chunk=np.int64(2)).shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 2), (1, 12, 1, 8), (1, 64, 4, 8), (2, 12, 4, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_ids_that_come_back_are_nan(shape, dtype):
+    """Of small shapes too, of which XLA makes one kernel."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=shape).astype(dtype) for _ in range(3))
+    ids = np.ones(shape[:2], np.int32)
+    ids[:, 1] = 2
+
+    def loss(query, key, value, ids):
+        out = jax_fa3.dot_product_attention(query, key, value, query_segment_ids=ids)
+        return out.astype("float32").sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    for _ in range(3):
+        for gradient in gradients(query, key, value, ids):
+            assert np.isnan(np.asarray(gradient, np.float32)).all()

@@ -252,7 +252,7 @@ BAD_VARLEN = [
             ),
         ),
         ValueError,
-        ["visibility has the window", "that of this call"],
+        ["visibility was made with window=", "expected window="],
     ),
 ]
 

@@ -131,6 +131,12 @@ def window_of(name: str, window: Any, causal: Any) -> tuple[int, int]:
     return left, min(right, 0) if causal else right
 
 
+def window_text(window: tuple[int, int]) -> str:
+    """A window as `make_visibility` is given it; causal is window[1] = 0."""
+    left, right = (OFF if side == UNBOUNDED else side for side in window)
+    return f"window=({left}, {right})"
+
+
 def check_chunk_offset(offset: Any, chunk: Any) -> None:
     """An offset is for chunks; windows have the call's."""
     check_offset(offset)
