@@ -50,13 +50,14 @@ def flash_attention_varlen(
         value. Rows behind the last document are padding.
       cu_seqlens_k: the same of keys. None, or the same object as cu_seqlens_q: the documents of
         query.
-      max_seqlen_q, max_seqlen_k: taken from flash-attn's callers, and without effect.
+      max_seqlen_q, max_seqlen_k: ints, as flash-attn's callers have them, and without effect.
       softmax_scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       causal: row i of q in a document sees the keys up to i + k - q of the document's k: the last
         row sees all of them.
       window_size: (left, right) columns around that position, both ends included; -1 is off.
       visibility: what `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)` gives, made once
-        for many calls. With cu_seqlens_k it has causal and the window too, those of this call.
+        for many calls: it says where documents are, and cu_seqlens are only checked. With
+        cu_seqlens_k it has causal and the window too, those of this call.
       deterministic, return_residual, implementation, sm_margin, forward_dtype: as in
         `dot_product_attention`.
 
@@ -113,7 +114,10 @@ def flash_attention_varlen(
         how = route.of_visibility(implementation)
         made = public.of_sources(documents, window=window, seqlens=seqlens, how=how)
         visibility = dataclasses.replace(made, table=public.named(made.table))
-    elif isinstance(visibility, Visibility) and visibility.options.window not in in_tables:
+    else:
+        given = {name: public.as_indices(name, x) for name, x in documents.items()}
+        checks.check_sources(given, *seqlens)
+    if isinstance(visibility, Visibility) and visibility.options.window not in in_tables:
         got, *expected = map(checks.window_text, (visibility.options.window, *in_tables))
         raise ValueError(f"visibility was made with {got}; expected {' or '.join(expected)}")
     return api.attention(dataclasses.replace(arguments, visibility=visibility))

@@ -254,6 +254,14 @@ BAD_VARLEN = [
         ValueError,
         ["visibility was made with window=", "expected window="],
     ),
+    (  # a table says where documents are, and what stands beside it is checked all the same
+        dict(
+            cu_seqlens_q=[0, 9, 5],
+            visibility=jax_fa3.make_visibility(cu_seqlens_q=[0, 16], seqlen_q=16),
+        ),
+        ValueError,
+        ["cu_seqlens_q is 5"],
+    ),
 ]
 
 

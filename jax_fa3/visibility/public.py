@@ -38,7 +38,8 @@ def make_visibility(
     """Which keys each row sees, in the form that the kernels read: made once, for every layer.
 
     `dot_product_attention(..., visibility=...)` means the same as with the arguments of which it
-    was made. is_causal, windows and lengths are not in it: each call has its own.
+    was made. is_causal, windows and lengths are not in it: each call has its own. Chunks have the
+    query_offset given here, not a call's.
 
     Args:
       query_segment_ids, key_value_segment_ids, kv_start, kv_end, attention_chunk: as in
@@ -103,7 +104,7 @@ def of_sources(
     checks.check_chunk_offset(query_offset, attention_chunk)
     if is_array(query_offset):
         given, query_offset = given | dict(query_offset=query_offset), 0
-    sources = {name: _as_int32(name, x) for name, x in given.items()}
+    sources = {name: as_indices(name, x) for name, x in given.items()}
     checks.check_given(sources, attention_chunk, window)
     seqlen_q, seqlen_k = checks.check_sources(sources, *seqlens)
     if "cu_seqlens_q" in sources:
@@ -161,6 +162,7 @@ def _chunk(attention_chunk: int | None) -> int:
     return min(int(attention_chunk or 0), UNBOUNDED)
 
 
-def _as_int32(name: str, x: Any) -> Any:
+def as_indices(name: str, x: Any) -> Any:
+    """An argument as an array, int32 if it was int64."""
     x = as_array(name, x) if not is_array(x) else x
     return as_int32(name, x) if is_int64(x) else x

@@ -1,6 +1,6 @@
 """A few calls, forward and backward, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck|synccheck|racecheck|initcheck python sanitizer_case.py
+    compute-sanitizer --tool memcheck|synccheck|racecheck|initcheck python sanitizer_case.py PART
 
 The tools see an access outside an array only if every array is an allocation of its own, so XLA's
 pooling allocator and its command buffers are switched off here, before JAX is imported.
@@ -64,11 +64,14 @@ ROUNDED = [
 ]
 
 
-def main():
+def contracts(cases):
     kernels = contract.Implementation("fa3")
-    for case in (*CASES, *map(for_kernels, PACKED[::10])):
+    for case in cases:
         contract.check_results(kernels, case)
         print(case.name, flush=True)
+
+
+def float8():
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in ROUNDED:
         names = dict(query_lengths="query_seq_lengths", key_lengths="key_value_seq_lengths")
@@ -82,5 +85,11 @@ def main():
         print("float8", case.name, flush=True)
 
 
+PARTS = dict(
+    dense=functools.partial(contracts, CASES),
+    packed=functools.partial(contracts, [for_kernels(case) for case in PACKED[::10]]),
+    float8=float8,
+)
+
 if __name__ == "__main__":
-    main()
+    PARTS[sys.argv[1]]()
