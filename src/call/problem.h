@@ -41,11 +41,32 @@ struct IndexArrays {
   std::int64_t visibility_head_stride = 0;      // words; 0 where all heads share a plane
 };
 
-// Which of them a call has, as far as plans ask: with any, work tiles differ in length as no plan
-// can know.
+// An array with a value for each pair of a row and a key, that may be the same for several
+// sequences, for all heads and for all rows: as many sequences in a row as there are for each of its
+// planes share one.
+struct Broadcast {
+  std::int64_t sequences = 1;  // of batch, which it divides
+  std::int64_t heads = 1;      // 1 or num_heads_q
+  std::int64_t rows = 1;       // 1 or seqlen_q
+};
+
+// Dense arrays in device memory; a null pointer means absent.
+struct DenseArrays {
+  const void* bias = nullptr;  // [sequences, heads, rows, padded_bias_keys], in query's dtype
+  Broadcast bias_shape;
+  const std::int32_t* mask = nullptr;  // [sequences, heads, words]; attention/dense_mask.h
+  Broadcast mask_shape;
+};
+
+// A bias' keys, whole packets of TMA.
+constexpr std::int64_t padded_bias_keys(std::int64_t seqlen_k) { return (seqlen_k + 7) / 8 * 8; }
+
+// Which arrays a call has, as far as plans ask: with any index array, or a dense mask, work tiles
+// differ in length as no plan can know; dense arrays have kernels of their own.
 struct IndexPresence {
   bool any = false;
   bool visibility = false;
+  bool dense = false;
 };
 
 // What a call of either direction has.
@@ -53,6 +74,7 @@ struct CallProblem {
   Shape shape;
   MaskOptions mask;
   IndexArrays index;
+  DenseArrays dense;
   IndexPresence presence;
   float softmax_scale = 1.f;  // > 0
 
@@ -96,6 +118,7 @@ struct BackwardProblem : CallProblem {
   void* dquery = nullptr;            // [b, s_q, h_q, d]
   void* dkey = nullptr;              // [b, s_k, h_kv, d]
   void* dvalue = nullptr;            // [b, s_k, h_kv, d_v]
+  void* dbias = nullptr;             // as dense.bias, or null
   void* workspace = nullptr;         // BackwardPlan::workspace_bytes
   std::int64_t workspace_bytes = 0;  // that it has
 };
