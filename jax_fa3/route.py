@@ -1,6 +1,6 @@
 """What runs each direction of a call, the kernels or XLA, decided once; and if XLA, why.
 
-Three questions, asked in this order: does the call want something no kernel does (bias, float32),
+Three questions, asked in this order: does the call want something no kernel does (such as float32),
 does this build have a kernel for its shapes, and is there a Hopper GPU. A reason is one sentence a
 user can act on.
 """
@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_fa3 import native
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, dtype_name
 from jax_fa3.native import KERNEL_DTYPES, Target
 from jax_fa3.operands import Operands
-from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes
+from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes, dense_mask_words
 
 logger = logging.getLogger("jax_fa3")
 
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
+MAX_DENSE_MASK_WORDS = 2**31 - 1  # of a plane, which the kernels count in 32 bits
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
 
 
@@ -100,16 +101,33 @@ def of_visibility(implementation: str | None = None) -> Route:
 
 def _call_reason(arguments: Arguments) -> str | None:
     """What the call asks for that no kernel does."""
-    rows = arguments.Operands.rows()
-    refusals = (rows[name].refusal for name in arguments.arrays)
-    refusal = next(filter(None, refusals), None)
-    if refusal:
-        return refusal
     dtype, scale = arguments.dtype, arguments.scale
     if dtype not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
+    return _dense_reason(arguments)
+
+
+def _dense_reason(arguments: Arguments) -> str | None:
+    """What no kernel does with a bias or a dense mask."""
+    bias, mask, seqlen_k = arguments.bias, arguments.mask, arguments.extents.seqlen_k
+    if arguments.is_float8 and (bias is not None or mask is not None):
+        return f"the kernels take no bias and no dense mask with {FLOAT8} inputs"
+    if bias is not None and dtype_name(bias) != arguments.dtype:
+        return f"the kernels take a bias of query's dtype, {arguments.dtype}, not {bias.dtype}; cast it"
+    if bias is not None and seqlen_k != 1 and bias.shape[-1:] in ((), (1,)):
+        return (
+            f"the kernels take a bias with a value for each of the {seqlen_k} keys, not one of shape "
+            f"{tuple(bias.shape)}; broadcast its last dimension"
+        )
+    if mask is not None and arguments.extents.are_static:
+        words = dense_mask_words(mask.shape[-2] if mask.ndim > 1 else 1, seqlen_k)
+        if words > MAX_DENSE_MASK_WORDS:
+            return (
+                f"the kernels take a dense mask of at most {MAX_DENSE_MASK_WORDS} words of bits for a "
+                f"sequence and head, and one of shape {tuple(mask.shape)} has {words}"
+            )
     return None
 
 
