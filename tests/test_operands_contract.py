@@ -30,7 +30,7 @@ def test_every_array_is_one_row():
 
 
 def test_python_and_cpp_have_the_same_rows():
-    """What a user passes and gets, by its public name. A dimension that may broadcast, or is padded,
+    """What a user passes and gets, by its public name. A dimension that may broadcast or is padded
     has a letter of its own in C++; of a mask the kernels take the table."""
     cpp = dict(reversed(operand_rows((SRC / "call/operands.h").read_text())))  # the first of a name
     letters = {"visibility": ("bhv", "xyv"), "bias": ("bhst", "fgqr"), "dense_mask": ("bhu", "iju")}
