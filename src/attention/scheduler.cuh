@@ -72,7 +72,7 @@ struct Work {
 //
 // range_of(p, work, intervals, i), i < kRanges, is what of the other sequence has to be visited;
 // [0] is what the producer loads.
-template <int kRanges>
+template <int kRanges, class Range = TileRange>
 struct WorkQueue {
   static constexpr int kStages = 2;
   using Cursor = RingCursor<kStages>;
@@ -81,7 +81,7 @@ struct WorkQueue {
     Work work;
     Intervals intervals;
     int head_kv;  // the kv head of the tile's query head
-    TileRange ranges[kRanges];
+    Range ranges[kRanges];
   };
   RingBarriers<kStages> ring;
   Slot slots[kStages];
@@ -120,7 +120,7 @@ struct WorkQueue {
   struct Load {
     WorkTile tile;
     int head_kv;
-    TileRange range;
+    Range range;
   };
   CUTE_DEVICE bool take(Cursor& cursor, Load& load) {
     wait_full(ring, cursor);
@@ -137,7 +137,7 @@ struct WorkQueue {
     wait_full(ring, cursor);
     return broadcast(slots[cursor.stage].work);
   }
-  CUTE_DEVICE TileRange range(Cursor cursor, int i) const {
+  CUTE_DEVICE Range range(Cursor cursor, int i) const {
     return broadcast(slots[cursor.stage].ranges[i]);
   }
   // Where they are: a loop that masks nothing has no registers for them.

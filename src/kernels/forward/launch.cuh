@@ -1,6 +1,8 @@
 // Plan and problem become tensor maps, kernel parameters and one launch.
 #pragma once
 
+#include <algorithm>
+
 #include "device/launch.cuh"
 #include "kernels/forward/consumer.cuh"
 #include "kernels/forward/family.h"
@@ -28,14 +30,30 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
                      "cudaMemsetAsync of the tile counter");
 }
 
+// What the kernels of dense arrays are launched with, beside what all are. Sequences that share a
+// bias go together, so that L2 has its tiles.
+template <class T>
+Status set_dense(DenseForwardParams* p, const ForwardProblem& problem) {
+  constexpr std::int64_t kSequencesTogether = 64;
+  JFA_CHECK_OK(make_bias_map<typename T::BiasTile>(&p->bias, problem, problem.out));
+  p->dense = dense_params(problem);
+  static_cast<TileScheduler&>(p->scheduler) = p->ForwardParams::scheduler;
+  p->scheduler.batch_innermost = p->dense.has_bias && p->dense.sequences_of_bias > 1;
+  if (p->scheduler.batch_innermost) {
+    p->scheduler.heads_per_group =
+        static_cast<int>(std::min(problem.shape.batch, kSequencesTogether));
+  }
+  return {};
+}
+
 template <class Config>
 Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
-  using T = ForwardTraits<Config>;
+  using T = TraitsOf<Config>;
   const Shape& s = problem.shape;
   if (plan.num_tiles == 0) return {};
 
   const CallMaps maps{s, problem.out};
-  ForwardParams p;
+  typename T::Params p;
   JFA_CHECK_OK(
       maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim, kWarpgroupRows));
   JFA_CHECK_OK(maps.of_keys<typename T::KTile>(&p.key, problem.key, s.head_dim));
@@ -43,8 +61,11 @@ Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t st
   JFA_CHECK_OK(
       maps.of_queries<typename T::OTile>(&p.out, problem.out, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
-  return launch_kernel("forward_kernel", forward_kernel<T, ForwardConsumer<T>>, dim3(plan.grid),
-                       T::kThreads, sizeof(typename T::SharedStorage), stream, p);
+  if constexpr (Config::kDense) JFA_CHECK_OK(set_dense<T>(&p, problem));
+  using Consumer =
+      cute::conditional_t<Config::kDense, DenseForwardConsumer<T>, ForwardConsumer<T>>;
+  return launch_kernel("forward_kernel", forward_kernel<T, Consumer>, dim3(plan.grid), T::kThreads,
+                       sizeof(typename T::SharedStorage), stream, p);
 }
 
 }  // namespace jax_fa3

@@ -35,6 +35,8 @@ struct ForwardFloat8Operands {
   using VTile = SmemTile<Element, kHeadDimV, kBlockN>;        // V^T, prepared
   using OTile = SmemTile<std::uint16_t, kBlockM, kHeadDimV>;  // bits of bf16 or fp16
 
+  static constexpr int kKeyBytes = KTile::kBytes;  // of a stage
+
   // A stage of value is V^T and, behind it, rows of ones: as many as a product has at least.
   static constexpr int kSumRows = 8;
   static constexpr int kValueElements = VTile::kElements + kSumRows * kBlockN;
