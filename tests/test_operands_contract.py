@@ -26,7 +26,7 @@ def test_every_array_is_one_row():
     twice = {name for name, _ in rows if [n for n, _ in rows].count(name) > 1}
     assert twice == {"value_out", "visibility"}
     letters = set("".join(dims for _, (dims, *_) in rows))
-    assert letters <= set("bsthkdemnpwvcxy1")
+    assert letters <= set("bsthkdemnpwvcuxy1")
 
 
 def test_python_and_cpp_have_the_same_rows():

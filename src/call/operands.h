@@ -7,6 +7,7 @@
 //   s  query rows       k  key/value heads      e  head_dim of value    n  blocks of key rows
 //   t  key rows         p  keys of a prepared value, whole blocks       w  bytes of a workspace
 //   v  words of a plane of row intervals, of x sequences and y heads    c  ends of documents
+//   u  words of a plane of a mask's table
 // or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; x and y are b
 // and h, or 1.
 #pragma once
@@ -19,6 +20,7 @@ enum class Element {
   kFloat32,
   kInt32,
   kByte,
+  kBool,
 };
 
 struct Operand {
@@ -49,6 +51,9 @@ constexpr Operand kKvEnd{"kv_end", "bhs", Element::kInt32, /*optional=*/true};
 constexpr Operand kQueryEnds{"cu_seqlens_q", "bc", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyEnds{"cu_seqlens_k", "bc", Element::kInt32, /*optional=*/true};
 constexpr Operand kVisibilityOut{"visibility", "bhv", Element::kInt32};
+
+constexpr Operand kMask{"mask", "bhst", Element::kBool};
+constexpr Operand kMaskTable{"mask_table", "bhu", Element::kInt32};
 
 constexpr Operand kOut{"out", "bshe", Element::kOutput};
 constexpr Operand kLse{"lse", "bhs", Element::kFloat32};
