@@ -26,6 +26,13 @@ struct WorkTile {
   int batch;
 };
 
+// The number after `index` of a static order. One of each round of the grid is the CTA's.
+CUTE_DEVICE int next_in_rounds(int index) {
+  const int grid = gridDim.x;
+  const int round = index / grid + 1;
+  return round * grid + (int(blockIdx.x) + round) % grid;
+}
+
 struct TileScheduler {
   int num_blocks;  // of one (batch, head)
   int num_heads;
@@ -37,10 +44,8 @@ struct TileScheduler {
 
   // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
   CUTE_DEVICE int next(int index) const {
-    const int grid = gridDim.x;
-    if (counter != nullptr) return grid + fetch_add(counter, 1);
-    const int round = index / grid + 1;
-    return round * grid + (int(blockIdx.x) + round) % grid;
+    if (counter != nullptr) return gridDim.x + fetch_add(counter, 1);
+    return next_in_rounds(index);
   }
 
   CUTE_DEVICE WorkTile tile(int index) const {

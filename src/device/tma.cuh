@@ -158,4 +158,16 @@ CUTE_DEVICE void store_tile(const CUtensorMap& map, const typename Tile::Element
   }
 }
 
+// The same of a map by make_plane_map, from `row` and `col` of one head.
+template <class Tile>
+CUTE_DEVICE void store_plane(const CUtensorMap& map, const typename Tile::Element* smem,
+                             int smem_row, int row, int col, int head, int batch) {
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    cute::SM90_TMA_STORE_4D::copy(&map,
+                                  smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
+                                  col + chunk * Tile::kChunkCols, row, head, batch);
+  }
+}
+
 }  // namespace jax_fa3
