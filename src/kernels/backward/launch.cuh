@@ -7,6 +7,7 @@
 #include "kernels/backward/kernel.cuh"
 #include "kernels/backward/postprocess.cuh"
 #include "kernels/backward/preprocess.cuh"
+#include "kernels/backward_dbias/launch.cuh"
 #include "kernels/backward_dq/launch.cuh"
 #include "kernels/maps.cuh"
 
