@@ -26,6 +26,7 @@ std::uintptr_t alignment_of(Element element) {
     case Element::kInt32:
       return kWordAlignment;
     case Element::kByte:
+    case Element::kBool:
       break;
   }
   return 1;
@@ -106,6 +107,9 @@ Status Extents::check_type(const Operand& operand, DataType got) {
       break;
     case Element::kByte:
       expected = DataType::U8;
+      break;
+    case Element::kBool:
+      expected = DataType::PRED;
       break;
   }
   if (got == expected) return {};
