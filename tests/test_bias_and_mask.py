@@ -18,9 +18,10 @@ from jax_fa3 import dot_product_attention, native, route, xla
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import AttentionOptions, dense_mask_words
 from jax_fa3.reference import Reference
-from meshes import mesh_of
+from meshes import both_kinds, mesh_of, place, run
 from test_lowering import DEFAULTS, custom_calls, lower, operands
 from test_lowering import operations as operations_of
+from transforms import assert_near
 
 BIAS, MASK = (1, 4, 40, 44), (2, 1, 1, 44)
 PADDED = "1x4x40x48xbf16"
@@ -347,6 +348,34 @@ def test_the_kernels_are_required(monkeypatch, capsys):
     ]
     jax_fa3.doctor(*x[:3], bias=x[3], mask=x[4])
     assert "would run the Hopper kernels" in capsys.readouterr().out
+
+
+@both_kinds
+@pytest.mark.parametrize("mapped", [(0, None, 0), (0, 0, None), (None, 0, 0)], ids=str)
+def test_a_mapped_axis_over_a_mesh(kind, mapped):
+    """Split like a batch, over the query alone where bias and mask are the same for all calls."""
+    rng = np.random.default_rng(3)
+
+    def normal(*shape):
+        return rng.standard_normal((4, *shape), np.float32).astype("bfloat16")
+
+    query, key, value = normal(2, 20, 4, 16), normal(2, 24, 2, 16), normal(2, 24, 2, 16)
+    bias, mask = normal(1, 4, 20, 24), rng.random((4, 1, 1, 20, 24)) < 0.8
+    arrays = [x if axis == 0 else x[0] for x, axis in zip((query, bias, mask), mapped, strict=True)]
+
+    def gradients(query, bias, mask, key, value):
+        def total(query, bias, key, value):
+            call = jax.vmap(lambda q, b, m, k, v: loss(q, k, v, b, m), in_axes=(*mapped, 0, 0))
+            return jnp.sum(jnp.sin(call(query, bias, mask, key, value)))
+
+        return jax.grad(total, (0, 1, 2, 3))(query, bias, key, value)
+
+    x = (*arrays, key, value)
+    mesh = mesh_of(kind, data=2, model=2)
+    with jax.set_mesh(mesh):
+        places = [P("data") if axis == 0 else P() for axis in (*mapped, 0, 0)]
+        got = run(gradients, *place(mesh, x, places))
+    assert_near(got, run(gradients, *x))
 
 
 def test_explicit_mesh():
