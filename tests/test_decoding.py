@@ -110,6 +110,22 @@ def test_biases_and_masks(attend, bias, mask, axes):
     assert bias is None or gradients[3].shape[-4:] == bias
 
 
+def test_a_mask_has_one_table(attend):
+    """XLA makes it once for all layers, forward and backward."""
+    mask = jnp.ones((1, 1, 40, 40), bool)
+
+    def loss(x):
+        for _ in range(3):
+            x, _ = attend(x, x, x, mask=mask)
+        return jnp.sum(x.astype(jnp.float32))
+
+    x = jax.ShapeDtypeStruct((2, 40, 4, 64), "bfloat16")
+    text = jax.jit(jax.grad(loss)).lower(x).compile().as_text()
+    names = ("dense_mask", "forward", "backward")
+    counts = [text.count(f'custom_call_target="jax_fa3_{name}"') for name in names]
+    assert counts == [1, 3, 3]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("granularity", ("block", "head"))
 @pytest.mark.parametrize("prepare", (False, True), ids=("plain", "prepared"))

@@ -262,7 +262,7 @@ def test_is_causal_of_a_decode_step():
 
 
 def test_direct_options_reach_the_kernels():
-    """Lowered for CUDA: a custom call with options and with lengths, none with a dense mask."""
+    """Lowered for CUDA: a custom call, with options, with lengths or with a dense mask."""
     x = heads_of((2,), seqlen=16, dtype="bfloat16")
     one_row = [x[0][:, :1], *x[1:]]
     prefix = np.ones((2, 1, 1, 16), np.float32)
@@ -270,13 +270,14 @@ def test_direct_options_reach_the_kernels():
 
     def kernels(function, x, **options):
         traced = jax.jit(lambda *x: function(*x, **options)).trace(*x)
-        return traced.lower(lowering_platforms=("cuda",)).as_text().count("@jax_fa3_forward(")
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return [text.count(f"@jax_fa3_{name}(") for name in ("forward", "dense_mask")]
 
-    assert kernels(attention_fn, x) == 1
-    assert kernels(make_attention_fn(is_causal=True), x) == 1
-    assert kernels(padding, x, mask=prefix) == 1
-    assert kernels(padding, one_row, mask=prefix) == 1
-    assert kernels(attention_fn, x, mask=prefix) == 0
+    assert kernels(attention_fn, x) == [1, 0]
+    assert kernels(make_attention_fn(is_causal=True), x) == [1, 0]
+    assert kernels(padding, x, mask=prefix) == [1, 0]
+    assert kernels(padding, one_row, mask=prefix) == [1, 0]
+    assert kernels(attention_fn, x, mask=prefix) == [1, 1]
 
 
 @pytest.mark.parametrize(("names", "times"), [(["context"], 1), (["other"], 2)])
