@@ -64,6 +64,9 @@ struct DBiasConsumer {
     wait_full(shared.bias_ring, bias_cursor);
     add_bias<typename T::BiasTile>(tS, shared.bias[bias_cursor.stage], warpgroup * kWarpgroupRows,
                                    p.dense.bias_factor);
+    // Not later: the additions would sink below the branch, and the words of the bias fill
+    // registers until then.
+    warpgroup_fence_operand(tS);
     bool active[2];  // rows that exist and see a key
     float negative_lse_log2[2], negative_delta[2];
     CUTE_UNROLL
@@ -78,8 +81,7 @@ struct DBiasConsumer {
     if (cut) mask_scores(tS, active, negative_lse_log2);
     CUTE_UNROLL
     for (int i = 0; i < size(tS); ++i) {
-      tS(i) =
-          exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+      tS(i) = exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
     }
     wait_mma<0>(tDP);
     release_by_warp(shared.dout_ring, cursor);

@@ -25,8 +25,8 @@ Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
   DBiasParams p;
   BiasWork& work = p.work;
   JFA_CHECK_OK(make_bias_extents(&work, problem, T::kBlockN));
-  const auto num_tiles = count_tiles(bias.sequences, bias.heads,
-                                     std::int64_t{work.row_blocks} * work.key_blocks);
+  const auto num_tiles =
+      count_tiles(bias.sequences, bias.heads, std::int64_t{work.row_blocks} * work.key_blocks);
   if (!num_tiles.ok()) return num_tiles.status();
   work.num_tiles = static_cast<int>(num_tiles.value());
   if (work.num_tiles == 0) return {};
@@ -47,8 +47,10 @@ Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
   constexpr std::int64_t kTileBytes = T::BiasTile::kElements * sizeof(float);
   const std::int64_t dquery_bytes =
       s.batch * s.seqlen_q * s.num_heads_q * s.head_dim * std::int64_t{sizeof(Element)};
-  work.num_slices = choose_bias_slices(work.num_tiles, work.num_steps(), plan.num_sms,
-                                       dquery_bytes / (kTileBytes * work.num_tiles));
+  const int slices = choose_bias_slices(work.num_tiles, work.num_steps(), plan.num_sms,
+                                        dquery_bytes / (kTileBytes * work.num_tiles));
+  work.slice_steps = std::max(ceil_div(work.num_steps(), slices), 1);
+  work.num_slices = std::max(ceil_div(work.num_steps(), work.slice_steps), 1);
   p.partial_sums = work.num_slices > 1 ? static_cast<float4*>(problem.dquery) : nullptr;
 
   JFA_CHECK_OK(launch_kernel("dbias_kernel", dbias_kernel<Config>,

@@ -31,54 +31,62 @@ CUTE_DEVICE Visit look_at_step(const DBiasParams& p, const BiasBlock& tile, int 
   const TileRange keys = step.mask.key_tiles(step.row, row_end, T::kBlockN, seen);
   const int n = step.key / T::kBlockN;
   if (n < keys.begin || n >= keys.end) return Visit::kNone;
-  const Visit visit = visit_of<T::kBlockM, T::kBlockN>(p.dense.mask_of(step.batch, step.head), keys,
-                                                       step.row, n);
+  const Visit visit =
+      visit_of<T::kBlockM, T::kBlockN>(p.dense.mask_of(step.batch, step.head), keys, step.row, n);
   // The block in which a sequence ends counts as cut: the rows behind may hold anything.
   return visit == Visit::kFull && row_end > step.mask.query_length ? Visit::kCut : visit;
 }
 
-// The scheduling warp. Each lane looks at a step of its own: they all wait for memory together, and
-// those that nobody sees, most of them under some masks, cost little.
+// The scheduling warp. Each lane looks at a step of its own, of this item or of one of the next:
+// they all wait for memory together, and steps that add nothing, most of them under some masks,
+// cost little.
 template <class T>
 CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStorage& shared) {
+  const BiasWork& work = p.work;
   const int lane = threadIdx.x % 32;
   RingCursor<T::kSteps> cursor;
-  // All lanes call it, and one of them has the step.
-  const auto tell = [&](const BiasStep& step, int from) {
-    if (lane == from) {
-      wait_empty(shared.step_ring, cursor);
-      shared.steps[cursor.stage] = step;
-      shared.step_ring.full[cursor.stage].arrive();
-    }
-    cursor.advance();
+  const auto tell = [&](const BiasStep& step) {
+    wait_empty(shared.step_ring, cursor);
+    shared.steps[cursor.stage] = step;
+    shared.step_ring.full[cursor.stage].arrive();
   };
 
-  BiasStep step{};
-  for (int item = blockIdx.x; item < p.work.num_items(); item = next_in_rounds(item)) {
-    const BiasBlock tile = p.work.tile(item, T::kBlockM, T::kBlockN);
-    const int slice = item / p.work.num_tiles;
-    const int end = p.work.first_step(slice + 1);
-    CUTE_NO_UNROLL
-    for (int first = p.work.first_step(slice); first < end; first += 32) {
-      const int index = first + lane;
-      const Visit visit = index < end ? look_at_step<T>(p, tile, index, step) : Visit::kNone;
+  int round = 0, index = lane;  // of the CTA's items, and of the item's steps
+  while (true) {
+    round += index / work.slice_steps;
+    index %= work.slice_steps;
+    const int item = number_in_round(round);
+    const bool exists = item < work.num_items();
+    if (!__any_sync(0xffffffff, exists)) break;
+
+    BiasStep step{};
+    BiasBlock tile{};
+    Visit visit = Visit::kNone;
+    if (exists) {
+      tile = work.tile(item, T::kBlockM, T::kBlockN);
+      const int of_tile = item / work.num_tiles * work.slice_steps + index;
+      if (of_tile < work.num_steps()) visit = look_at_step<T>(p, tile, of_tile, step);
       step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
-      CUTE_NO_UNROLL
-      for (auto seen = __ballot_sync(0xffffffff, visit != Visit::kNone); seen != 0;
-           seen &= seen - 1) {
-        tell(step, __ffs(seen) - 1);
+    }
+    const auto visits = __ballot_sync(0xffffffff, visit != Visit::kNone);
+    const auto ends = __ballot_sync(0xffffffff, exists && index == work.slice_steps - 1);
+    CUTE_NO_UNROLL
+    for (auto left = visits | ends; left != 0; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      if (visits >> from & 1) {
+        if (lane == from) tell(step);
+        cursor.advance();
+      }
+      if (ends >> from & 1) {
+        if (lane == from) {
+          tell({BiasStep::kEnd, tile.plane, tile.head, item, tile.row, tile.key});
+        }
+        cursor.advance();
       }
     }
-    step.kind = BiasStep::kEnd;
-    step.batch = tile.plane;
-    step.head = tile.head;
-    step.head_kv = item;
-    step.row = tile.row;
-    step.key = tile.key;
-    tell(step, 0);
+    index += 32;
   }
-  step.kind = BiasStep::kStop;
-  tell(step, 0);
+  if (lane == 0) tell({BiasStep::kStop});
 }
 
 // The producer thread, which keeps the rings filled, across work tiles too.

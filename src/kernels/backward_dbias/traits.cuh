@@ -30,18 +30,15 @@ struct BiasBlock {
 struct BiasWork : BiasExtents {
   int num_tiles;
   int num_slices;
+  int slice_steps;  // of an item, but perhaps fewer in the last slice; at least 1
 
   JFA_HD int num_items() const { return num_tiles * num_slices; }
 
   CUTE_DEVICE BiasBlock tile(int item, int block_m, int block_n) const {
     const int block = item % num_tiles / key_blocks;
     const int head_plane = block / row_blocks;
-    return {block % row_blocks * block_m, item % key_blocks * block_n, head_plane % num_heads,
-            head_plane / num_heads};
-  }
-  // The first step of an item's slice, and so the end of the one before.
-  CUTE_DEVICE int first_step(int slice) const {
-    return static_cast<int>(std::int64_t{num_steps()} * slice / num_slices);
+    return {block % row_blocks * block_m, item % num_tiles % key_blocks * block_n,
+            head_plane % num_heads, head_plane / num_heads};
   }
 };
 
@@ -96,7 +93,7 @@ struct DBiasTraits {
   static_assert(kBlockM == kDBiasBlockM);
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/false);
+  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/true);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
@@ -145,8 +142,8 @@ struct DBiasTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
   enum NamedBarrier : std::uint32_t {
-    kWarpgroup = 0,             // + w: all of consumer w, 128 threads
-    kRowSums = kConsumers,      // both consumers
+    kWarpgroup = 0,         // + w: all of consumer w, 128 threads
+    kRowSums = kConsumers,  // both consumers
   };
 };
 
