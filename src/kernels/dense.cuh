@@ -8,7 +8,7 @@
 
 #include "attention/bias.cuh"
 #include "attention/dense_mask.cuh"
-#include "attention/mask.h"
+#include "attention/scheduler.cuh"
 #include "call/problem.h"
 #include "device/tma.cuh"
 
@@ -76,6 +76,50 @@ Status make_bias_map(CUtensorMap* map, const CallProblem& problem, const void* s
                                  strides, {Tile::kChunkCols, Tile::kRows, 1, 1});
 }
 
+// Work tiles in an order that has those at work share a bias: with `batch_innermost`, sequences of
+// one head go together.
+struct DenseScheduler : TileScheduler {
+  bool batch_innermost;
+
+  CUTE_DEVICE WorkTile tile(int index) const {
+    WorkTile tile = TileScheduler::tile(index);
+    if (batch_innermost) {
+      const int batch_head = tile.batch * num_heads + tile.head;
+      const int batch = num_batch_heads / num_heads;
+      tile.head = batch_head / batch;
+      tile.batch = batch_head % batch;
+    }
+    return tile;
+  }
+};
+
+// A kernel's parameters, and what of them is of dense arrays.
+template <class Params>
+struct WithDense : Params {
+  using Base = Params;
+
+  CUtensorMap bias;
+  DenseParams dense;
+  DenseScheduler scheduler;  // in place of the one in Params
+};
+
+// What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its direction
+// are, which is already there. Sequences that share a bias go together, so that L2 has its tiles.
+template <class Traits, class Params>
+Status set_dense(Params* p, const CallProblem& problem, const void* some_address) {
+  constexpr int kSequencesTogether = 64;
+  JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem, some_address));
+  p->dense = dense_params(problem);
+  static_cast<TileScheduler&>(p->scheduler) = p->Base::scheduler;
+  p->scheduler.batch_innermost = p->dense.has_bias && p->dense.sequences_of_bias > 1;
+  if (p->scheduler.batch_innermost) {
+    const int sequences = static_cast<int>(problem.shape.batch);
+    p->scheduler.heads_per_group =
+        sequences < kSequencesTogether ? sequences : kSequencesTogether;
+  }
+  return {};
+}
+
 // What of a range of tiles is visited.
 struct TileList : TileRange {
   int num_cut = 0;   // have to ask the mask
@@ -97,11 +141,11 @@ CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int ro
 // The key tiles of kRows rows from `row`, right to left: the cut ones, then the full ones.
 template <int kRows, int kKeys>
 struct KeyWalk {
-  const DenseMask mask;
-  const TileRange range;
-  const int row;
+  DenseMask mask;
+  TileRange range;
+  int row;
   Visit pass = Visit::kCut;
-  int n = 0;
+  int n;
 
   CUTE_DEVICE KeyWalk(const DenseMask& mask, const TileRange& range, int row)
       : mask(mask), range(range), row(row), n(range.end) {}
@@ -137,22 +181,5 @@ CUTE_DEVICE TileList listed_keys(const typename T::Params& p, const Work& work,
   }
   return list;
 }
-
-// Work tiles in an order that has those at work share a bias: with `batch_innermost`, sequences of
-// one head go together.
-struct DenseScheduler : TileScheduler {
-  bool batch_innermost;
-
-  CUTE_DEVICE WorkTile tile(int index) const {
-    WorkTile tile = TileScheduler::tile(index);
-    if (batch_innermost) {
-      const int batch_head = tile.batch * num_heads + tile.head;
-      const int batch = num_batch_heads / num_heads;
-      tile.head = batch_head / batch;
-      tile.batch = batch_head % batch;
-    }
-    return tile;
-  }
-};
 
 }  // namespace jax_fa3

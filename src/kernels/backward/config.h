@@ -13,7 +13,7 @@ struct BackwardKey {
   int block_m;       // query rows of a step of the main loop
   int block_n;       // key rows of a work tile
   bool separate_dq;  // dQ by a kernel of its own: deterministic, no float32 workspace
-  bool dense;        // takes a dense bias, of which it has the gradient, and a dense mask
+  bool dense;        // takes a bias and a dense mask
 };
 
 constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {

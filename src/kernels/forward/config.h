@@ -12,7 +12,7 @@ struct ForwardKey {
   int head_dim_v;
   int block_m;  // query rows of a work tile, 64 per consumer warpgroup
   int block_n;  // key rows of a tile of the main loop
-  bool dense;   // takes a dense bias and a dense mask
+  bool dense;   // takes a bias and a dense mask
 };
 
 constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {

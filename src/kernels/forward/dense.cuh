@@ -9,11 +9,7 @@
 
 namespace jax_fa3 {
 
-struct DenseForwardParams : ForwardParams {
-  CUtensorMap bias;  // boxes of kBlockM rows
-  DenseParams dense;
-  DenseScheduler scheduler;
-};
+using DenseForwardParams = WithDense<ForwardParams>;  // boxes of bias have kBlockM rows
 
 template <class Config>
 struct DenseForwardOperands : ForwardOperands<Config> {
@@ -22,6 +18,7 @@ struct DenseForwardOperands : ForwardOperands<Config> {
   using BiasTile = SmemTile<typename Base::Element, Base::kBlockM, Base::kBlockN>;
 
   static constexpr int kKeyBytes = Base::KTile::kBytes + BiasTile::kBytes;
+  static constexpr bool kWide = false;  // the walk of a list needs some, too
 };
 
 template <class Config>
@@ -34,6 +31,7 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   struct SharedStorage : Base::template Storage<Works> {
     alignas(1024) typename Base::Element bias[Base::kStages][BiasTile::kElements];
     int key_tile[Base::kStages];  // its number
+    Walk walk;                    // the producer's, which has few registers
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -53,7 +51,8 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
   for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
     const WorkTile tile = load.tile;
     const int row = tile.block * T::kBlockM;
-    typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+    auto& walk = shared.walk;
+    walk = typename T::Walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
     int value_tile = -1;  // whose V is yet to be loaded
     bool more, queries_loaded = false;
     do {
@@ -64,7 +63,7 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
         auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes + bias_bytes);
         T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN,
                             load.head_kv, tile.batch);
-        p.dense.load_bias<typename T::BiasTile>(p.bias, full, shared.bias[key_cursor.stage], row,
+        p.dense.template load_bias<typename T::BiasTile>(p.bias, full, shared.bias[key_cursor.stage], row,
                                                 walk.n * T::kBlockN, tile.head, tile.batch);
         key_cursor.advance();
       }

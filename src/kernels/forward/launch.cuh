@@ -1,8 +1,6 @@
 // Plan and problem become tensor maps, kernel parameters and one launch.
 #pragma once
 
-#include <algorithm>
-
 #include "device/launch.cuh"
 #include "kernels/forward/consumer.cuh"
 #include "kernels/forward/family.h"
@@ -30,22 +28,6 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
                      "cudaMemsetAsync of the tile counter");
 }
 
-// What the kernels of dense arrays are launched with, beside what all are. Sequences that share a
-// bias go together, so that L2 has its tiles.
-template <class T>
-Status set_dense(DenseForwardParams* p, const ForwardProblem& problem) {
-  constexpr std::int64_t kSequencesTogether = 64;
-  JFA_CHECK_OK(make_bias_map<typename T::BiasTile>(&p->bias, problem, problem.out));
-  p->dense = dense_params(problem);
-  static_cast<TileScheduler&>(p->scheduler) = p->ForwardParams::scheduler;
-  p->scheduler.batch_innermost = p->dense.has_bias && p->dense.sequences_of_bias > 1;
-  if (p->scheduler.batch_innermost) {
-    p->scheduler.heads_per_group =
-        static_cast<int>(std::min(problem.shape.batch, kSequencesTogether));
-  }
-  return {};
-}
-
 template <class Config>
 Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
   using T = TraitsOf<Config>;
@@ -61,9 +43,9 @@ Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t st
   JFA_CHECK_OK(
       maps.of_queries<typename T::OTile>(&p.out, problem.out, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
-  if constexpr (Config::kDense) JFA_CHECK_OK(set_dense<T>(&p, problem));
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.out));
   using Consumer =
-      cute::conditional_t<Config::kDense, DenseForwardConsumer<T>, ForwardConsumer<T>>;
+      cute::conditional_t<T::kListed, DenseForwardConsumer<T>, ForwardConsumer<T>>;
   return launch_kernel("forward_kernel", forward_kernel<T, Consumer>, dim3(plan.grid), T::kThreads,
                        sizeof(typename T::SharedStorage), stream, p);
 }

@@ -55,6 +55,7 @@ struct ForwardOperands {
   static constexpr int kKeyBytes = KTile::kBytes;          // of a stage
   static constexpr int kValueElements = VTile::kElements;  // of a stage
   static constexpr bool kPingPong = true;                  // warpgroups issue products in turns
+  static constexpr bool kWide = kHeadDimV > 192;           // consumers need all registers
 };
 
 // Stages of K and V that fit shared memory beside `used` bytes, up to four.
@@ -75,7 +76,7 @@ struct ForwardLayout : Operands {
   // Roles: warpgroup 0 produces, the others consume 64 query rows each.
   static constexpr int kConsumers = Operands::kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, Operands::kHeadDimV > 192);
+  static constexpr Registers kRegisters = registers_of(kConsumers, Operands::kWide);
 
   // Shared memory, in order: two stages of K and V. Then a second Q, which loads a whole tile
   // ahead, if K and V keep three stages, or as many as one Q and an O of its own would leave them;

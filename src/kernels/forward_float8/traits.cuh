@@ -47,6 +47,7 @@ struct ForwardFloat8Operands {
   // three warpgroups share them.
   static constexpr bool kOverlap = kHeadDimV > 64 && kHeadDimV <= 128;
   static constexpr bool kPingPong = kOverlap;
+  static constexpr bool kWide = kHeadDimV > 192;
   // Key tiles that the tensor cores sum, where products overlap; elsewhere it is one. Of four,
   // every second value of 1 would come out wrong by up to 0.6 %; of two, the speed is 1 % less.
   static constexpr int kTilesOfSum = 3;
