@@ -7,6 +7,7 @@
 #include "kernels/backward/kernel.cuh"
 #include "kernels/backward/postprocess.cuh"
 #include "kernels/backward/preprocess.cuh"
+#include "kernels/backward_dbias/launch.cuh"
 #include "kernels/backward_dq/launch.cuh"
 #include "kernels/maps.cuh"
 
@@ -51,10 +52,11 @@ template <class Config>
 Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
   using T = BackwardTraits<Config>;
   const Shape& s = problem.shape;
+  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
+  if (problem.dbias != nullptr && !has_queries) JFA_CHECK_OK(clear_dbias(problem, stream));
   if (s.batch == 0) return {};
   auto* const workspace = static_cast<unsigned char*>(problem.workspace);
 
-  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
   int* const tile_counters = reinterpret_cast<int*>(workspace + plan.tile_counters_offset);
   typename T::Params p;
   const CallMaps maps{s, problem.workspace};

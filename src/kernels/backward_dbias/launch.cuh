@@ -11,6 +11,16 @@
 
 namespace jax_fa3 {
 
+// Instead of launch_dbias where there are no queries.
+inline Status clear_dbias(const BackwardProblem& problem, cudaStream_t stream) {
+  const Broadcast& bias = problem.dense.bias_shape;
+  const std::int64_t elements =
+      bias.sequences * bias.heads * bias.rows * padded_bias_keys(problem.shape.seqlen_k);
+  constexpr std::int64_t kElementBytes = 2;
+  return cuda_status(cudaMemsetAsync(problem.dbias, 0, elements * kElementBytes, stream),
+                     "cudaMemsetAsync of dBias");
+}
+
 // Writes all of problem.dbias. `statistics` has `statistics_rows` rows for each head. Called before
 // dQ is made, whose memory holds the sums of slices until then.
 template <class Config>
