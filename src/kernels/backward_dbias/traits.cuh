@@ -93,7 +93,7 @@ struct DBiasTraits {
   static_assert(kBlockM == kDBiasBlockM);
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/true);
+  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/kBlockN > 64);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
