@@ -63,9 +63,9 @@ CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStor
     BiasBlock tile{};
     Visit visit = Visit::kNone;
     if (exists) {
-      tile = work.tile(item, T::kBlockM, T::kBlockN);
+      tile = work.tile(item, T::kBlockN);
       const int of_tile = item / work.num_tiles * work.slice_steps + index;
-      if (of_tile < work.num_steps()) visit = look_at_step<T>(p, tile, of_tile, step);
+      if (of_tile < work.num_steps) visit = look_at_step<T>(p, tile, of_tile, step);
       step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
     }
     const auto visits = __ballot_sync(0xffffffff, visit != Visit::kNone);

@@ -1,5 +1,5 @@
 // Everything that the dBias kernel makes of a backward Config: tiles, MMAs, shared memory, thread
-// roles; and how its work is numbered.
+// roles.
 #pragma once
 
 #include "attention/kv.cuh"
@@ -15,32 +15,6 @@
 #include "kernels/params.h"
 
 namespace jax_fa3 {
-
-// A tile of the bias. Of a bias with one row for all, `row` is 0 and the tile has all rows.
-struct BiasBlock {
-  int row;
-  int key;
-  int head;   // of the bias: 0 where heads share values
-  int plane;  // of the bias, which some sequences share
-};
-
-// The work, in items: a slice of what is added up in a tile. Items of one slice are next to each
-// other, and of these the tiles of one plane, so that CTAs are at the same queries and keys at the
-// same time, which L2 then has.
-struct BiasWork : BiasExtents {
-  int num_tiles;
-  int num_slices;
-  int slice_steps;  // of an item, but perhaps fewer in the last slice; at least 1
-
-  JFA_HD int num_items() const { return num_tiles * num_slices; }
-
-  CUTE_DEVICE BiasBlock tile(int item, int block_m, int block_n) const {
-    const int block = item % num_tiles / key_blocks;
-    const int head_plane = block / row_blocks;
-    return {block % row_blocks * block_m, item % num_tiles % key_blocks * block_n,
-            head_plane % num_heads, head_plane / num_heads};
-  }
-};
 
 // What the kernel is launched with. Tensor maps travel by value.
 struct DBiasMaps {
