@@ -43,11 +43,13 @@ struct BiasStep {
     kStop,  // there are no more items
   };
   Kind kind;
-  int batch;    // at the end of an item: the bias' plane
-  int head;     // of query; at the end: the bias'
-  int head_kv;  // of K and V; at the end: the item's number
+  int item;
+  BiasBlock tile;
+  // Of a pair only.
+  int batch;
+  int head;  // of query
+  int head_kv;
   int row;
-  int key;
   Mask mask;           // of the sequence
   const Plane* plane;  // its row intervals, or null
 };
