@@ -21,6 +21,7 @@ enum class Element {
   kFloat32,
   kInt32,
   kByte,
+  kBool,
 };
 
 struct Operand {
@@ -53,6 +54,9 @@ constexpr Operand kKvEnd{"kv_end", "bhs", Element::kInt32, /*optional=*/true};
 constexpr Operand kQueryEnds{"cu_seqlens_q", "bc", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyEnds{"cu_seqlens_k", "bc", Element::kInt32, /*optional=*/true};
 constexpr Operand kVisibilityOut{"visibility", "bhv", Element::kInt32};
+
+constexpr Operand kMask{"mask", "bhst", Element::kBool};
+constexpr Operand kMaskTable{"mask_table", "bhu", Element::kInt32};
 
 constexpr Operand kOut{"out", "bshe", Element::kOutput};
 constexpr Operand kLse{"lse", "bhs", Element::kFloat32};

@@ -104,18 +104,24 @@ struct WithDense : Params {
 };
 
 // What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its direction
-// are, which is already there. Sequences that share a bias go together, so that L2 has its tiles.
+// are, which is already there. Sequences or heads that share a bias go together, so that L2 has its
+// tiles.
 template <class Traits, class Params>
 Status set_dense(Params* p, const CallProblem& problem, const void* some_address) {
-  constexpr int kSequencesTogether = 64;
+  constexpr std::int64_t kMostTogether = 64;
   JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem, some_address));
   p->dense = dense_params(problem);
-  static_cast<TileScheduler&>(p->scheduler) = p->Base::scheduler;
-  p->scheduler.batch_innermost = p->dense.has_bias && p->dense.sequences_of_bias > 1;
-  if (p->scheduler.batch_innermost) {
-    const int sequences = static_cast<int>(problem.shape.batch);
-    p->scheduler.heads_per_group =
-        sequences < kSequencesTogether ? sequences : kSequencesTogether;
+  DenseScheduler& scheduler = p->scheduler;
+  static_cast<TileScheduler&>(scheduler) = p->Base::scheduler;
+  const Broadcast& bias = problem.dense.bias_shape;
+  const bool sequences_share = p->dense.has_bias && p->dense.sequences_of_bias > 1;
+  const bool heads_share = p->dense.has_bias && bias.heads == 1;
+  scheduler.batch_innermost = sequences_share;
+  if (sequences_share || heads_share) {
+    const std::int64_t sharing = (sequences_share ? problem.shape.batch : 1) *
+                                 (heads_share ? scheduler.num_heads : 1);
+    scheduler.heads_per_group =
+        static_cast<int>(sharing < kMostTogether ? sharing : kMostTogether);
   }
   return {};
 }

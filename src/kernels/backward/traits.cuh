@@ -161,7 +161,7 @@ struct BackwardTraits {
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr Registers kRegisters =
-      registers_of(kConsumers, /*wide=*/!kListed || kHeadDim > 192);
+      registers_of(kConsumers, /*wide=*/!kListed);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 

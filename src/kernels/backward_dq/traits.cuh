@@ -48,7 +48,7 @@ struct DQueryTraits {
                                                                       : 64;
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, kHeadDim > 192);
+  static constexpr Registers kRegisters = registers_of(kConsumers, kHeadDim > 192 && !kListed);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
