@@ -1,5 +1,5 @@
 // Plan and problem become tensor maps, kernel parameters and three launches: row statistics, the
-// main kernel, and dQ, made or only rounded.
+// main kernel, and dQ, made or only rounded; before dQ dBias, where it is wanted.
 #pragma once
 
 #include "device/launch.cuh"
