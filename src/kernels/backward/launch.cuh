@@ -1,5 +1,5 @@
 // Plan and problem become tensor maps, kernel parameters and three launches: row statistics, the
-// main kernel, and dQ, made or only rounded.
+// main kernel, and dQ, made or only rounded; before dQ dBias, where it is wanted.
 #pragma once
 
 #include "device/launch.cuh"
@@ -52,10 +52,11 @@ template <class Config>
 Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
   using T = BackwardTraits<Config>;
   const Shape& s = problem.shape;
+  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
+  if (problem.dbias != nullptr && !has_queries) JFA_CHECK_OK(clear_dbias(problem, stream));
   if (s.batch == 0) return {};
   auto* const workspace = static_cast<unsigned char*>(problem.workspace);
 
-  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
   int* const tile_counters = reinterpret_cast<int*>(workspace + plan.tile_counters_offset);
   typename T::Params p;
   const CallMaps maps{s, problem.workspace};

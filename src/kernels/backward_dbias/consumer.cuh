@@ -78,8 +78,7 @@ struct DBiasConsumer {
     if (cut) mask_scores(tS, active, negative_lse_log2);
     CUTE_UNROLL
     for (int i = 0; i < size(tS); ++i) {
-      tS(i) =
-          exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+      tS(i) = exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
     }
     wait_mma<0>(tDP);
     release_by_warp(shared.dout_ring, cursor);
@@ -105,9 +104,9 @@ struct DBiasConsumer {
     const int row = step().row + warpgroup * kWarpgroupRows;
     Intervals intervals;
     intervals.plane = step().plane;
-    T::Masking::mask_scores(tS, step().mask, intervals, row, step().key);
+    T::Masking::mask_scores(tS, step().mask, intervals, row, step().tile.key);
     if (p.dense.has_mask) {
-      mask_by_bits(tS, p.dense.mask_of(step().batch, step().head), row, step().key);
+      mask_by_bits(tS, p.dense.mask_of(step().batch, step().head), row, step().tile.key);
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -125,14 +124,13 @@ struct DBiasConsumer {
   CUTE_DEVICE void finish(Accumulator& tDB) {
     wait_full(shared.bias_ring, bias_cursor);
     if (p.partial_sums != nullptr) {
-      float4* const sums = partial_sums<T>(p, step().head_kv, warpgroup);
+      float4* const sums = partial_sums<T>(p, step().item, warpgroup);
       CUTE_UNROLL
       for (int i = 0; i < T::kThreadFloats; i += 4) {
         sums[i / 4 * kWarpgroupThreads] = {tDB(i), tDB(i + 1), tDB(i + 2), tDB(i + 3)};
       }
     } else {
-      store_dbias<T>(tDB, p, {step().row, step().key, step().head, step().batch},
-                     shared.bias[bias_cursor.stage], warpgroup);
+      store_dbias<T>(tDB, p, step().tile, shared.bias[bias_cursor.stage], warpgroup);
     }
     release_by_warp(shared.bias_ring, bias_cursor);
     bias_cursor.advance();
