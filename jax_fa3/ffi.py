@@ -16,7 +16,14 @@ import numpy as np
 from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
 from jax_fa3.operands import Operands, Outputs, Sources
-from jax_fa3.options import FLOAT8, AttentionOptions, VisibilityOptions, num_blocks, padded_keys
+from jax_fa3.options import (
+    FLOAT8,
+    AttentionOptions,
+    VisibilityOptions,
+    dense_mask_words,
+    num_blocks,
+    padded_keys,
+)
 from jax_fa3.visibility.layout import Layout, workspace_bytes
 
 FORWARD = "jax_fa3_forward"
@@ -24,6 +31,7 @@ FORWARD_FLOAT8 = "jax_fa3_forward_float8"
 BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
 VISIBILITY = "jax_fa3_visibility"
+DENSE_MASK = "jax_fa3_dense_mask"
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 
@@ -120,6 +128,14 @@ def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
     )
     table, _ = jax.ffi.ffi_call(VISIBILITY, results)(*arrays.values(), **choices, **flags)
     return Operands(visibility=table)
+
+
+def dense_mask(mask: jax.Array) -> jax.Array:
+    """The table of a mask, bool [batch, heads, rows, keys]: int32 [batch, heads, words]. Of a mask
+    with one row it serves all rows."""
+    *planes, rows, seqlen_k = mask.shape
+    table = _result(mask, (*planes, dense_mask_words(rows, seqlen_k)), jnp.int32)
+    return jax.ffi.ffi_call(DENSE_MASK, table)(mask)
 
 
 def attributes(

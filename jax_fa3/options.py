@@ -98,6 +98,13 @@ def padded_keys(seqlen: int) -> int:
     return -(-seqlen // BLOCK) * BLOCK
 
 
+def dense_mask_words(rows: int, seqlen_k: int) -> int:
+    """Words of a plane of a mask's table (DenseMaskLayout in src/attention/dense_mask.h)."""
+    classes = -(-rows // 64) * (-(-seqlen_k // 256) + 1)
+    bits, columns = rows * -(-seqlen_k // 32), seqlen_k * -(-rows // 32)
+    return classes + bits + columns + 8
+
+
 def resolve_window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
     """(left, right) in columns, inclusive, of a checked `local_window_size` and `is_causal`."""
     if window is None:
