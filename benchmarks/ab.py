@@ -76,7 +76,7 @@ def serve(root: Path, dry_run: bool) -> int:
     from benchmarks import packed
     from benchmarks.float8 import OURS
     from benchmarks.implementations import IMPLEMENTATIONS
-    from benchmarks.problems import Packed, Padded, Problem, reference
+    from benchmarks.problems import Packed, Padded, Problem
     from benchmarks.timing import Program, platform
 
     if not Path(jax_fa3.__file__).is_relative_to(root):
@@ -95,7 +95,7 @@ def serve(root: Path, dry_run: bool) -> int:
             program.attempt(program.lower, "cuda" if dry_run else platform())
             if not dry_run:
                 inputs = problem.inputs()
-                want = reference(problem, inputs)
+                want = problem.reference(inputs)
                 program.attempt(program.compile)
                 program.attempt(program.load, inputs, want)
                 del inputs, want

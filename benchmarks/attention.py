@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import render
 from benchmarks.environment import RESULTS, environment, save
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
-from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid, reference
+from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid
 from benchmarks.timing import Program, platform
 
 Group = tuple[Problem, list[Program]]
@@ -66,7 +66,7 @@ def measure(group: Group, rounds: int, kernel_clock: bool) -> None:
     """Times the programs of a problem turn by turn; each round starts with another one."""
     problem, programs = group
     inputs = problem.inputs()
-    want = reference(problem, inputs)
+    want = problem.reference(inputs)
     for program in programs:
         program.attempt(program.load, inputs, want)
     del want

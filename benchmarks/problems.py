@@ -81,6 +81,10 @@ class Problem:
 
         return draw_all(jax.random.key(seed))
 
+    def reference(self, inputs: list[jax.Array]):
+        """What `largest_error` compares a result with: (output, gradients)."""
+        return _reference(*inputs, *self.intervals())
+
 
 @cache
 def document_lengths(documents: str, tokens: int) -> tuple[int, ...]:
@@ -232,11 +236,6 @@ def _reference(query, key, value, dout, begin, end):
         one = [x[-1, :, -1].astype(jnp.float32) for x in (query, key, value, dout)]
         out, pullback = jax.vjp(attend, *one[:3])
         return out, pullback(one[3])
-
-
-def reference(problem: Problem, inputs: list[jax.Array]):
-    """What `largest_error` compares a result with: (output, gradients)."""
-    return _reference(*inputs, *problem.intervals())
 
 
 def largest_error(got, want) -> float:

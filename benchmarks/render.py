@@ -19,6 +19,7 @@ OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
 NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
 NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
+NAMES |= {x: x for x in ("jax_fa3 plain", "jax_fa3 xla", "tokamax")}  # bias'
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
 COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
 COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}
@@ -51,6 +52,10 @@ class Results:
     def implementations(self) -> list[str]:
         found = {x["implementation"] for x in self.records}
         return [name for name in NAMES if name in found]
+
+    def where(self, record: dict) -> str:
+        """A record's problem in short."""
+        return f"d{record['head_dim']} {mask_name(record['causal'])} {record['seqlen']}"
 
     def tflops(self, *cell, clock: str | None = None) -> float | None:
         """By kernel time where CUPTI gave it, else by wall time."""
@@ -90,10 +95,8 @@ def not_measured(results: Results) -> list[str]:
     out, refused = [], {}
     for x in results.records:
         if x["error"]:
-            where = f"d{x['head_dim']} {mask_name(x['causal'])} {x['seqlen']}"
-            refused.setdefault((NAMES[x["implementation"]], x["mode"], x["error"]), []).append(
-                where
-            )
+            what = (NAMES[x["implementation"]], x["mode"], x["error"])
+            refused.setdefault(what, []).append(results.where(x))
     if refused:
         rows = [[n, m, ", ".join(where), error] for (n, m, error), where in refused.items()]
         out.append("## Not measured\n\n" + table(["", "mode", "problems", "why"], rows))

@@ -44,6 +44,8 @@ class Case:
     intervals: str | None = None
     chunk: int | None = None
 
+    bias_array = None  # of a subclass
+
     @property
     def name(self):
         """Readable and unique: the shape, then every option that is not the default."""
@@ -237,6 +239,7 @@ class Case:
             query_used=self.query_used,
             key_used=self.key_used,
             scale=self.softmax_scale,
+            bias=self.bias_array,
             precision=precision,
             xp=xp,
         )

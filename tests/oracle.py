@@ -26,9 +26,11 @@ class Results:
     dquery: np.ndarray
     dkey: np.ndarray
     dvalue: np.ndarray
+    dbias: np.ndarray | None = None  # where it was asked for
 
     def items(self):
-        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        arrays = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [(name, x) for name, x in arrays if x is not None]
 
 
 def visible(
@@ -101,10 +103,35 @@ def used(seqlen, lengths, batch):
     return np.arange(seqlen)[None] < np.asarray(lengths)[:, None]
 
 
+def over_shared(x, shape, reduce=np.sum):
+    """x [B, H, Sq, Sk] reduced to `shape`: [f, Hq or 1, Sq or 1, Sk or 1] where f divides B and
+    each of the f serves B / f sequences in a row."""
+    batch, *others = x.shape
+    x = reduce(x.reshape(shape[0], batch // shape[0], *others), axis=1)
+    axes = tuple(i for i, (n, m) in enumerate(zip(shape, x.shape, strict=True)) if n < m)
+    return reduce(x, axis=axes, keepdims=True) if axes else x
+
+
 def attention(
-    query, key, value, dout, dlse, *, sees, query_used, key_used, scale, precision="exact", xp=np
+    query,
+    key,
+    value,
+    dout,
+    dlse,
+    *,
+    sees,
+    query_used,
+    key_used,
+    scale,
+    bias=None,
+    precision="exact",
+    xp=np,
 ):
-    """Output, LSE and gradients of <out, dout> + <lse, dlse>; see `visible` and `used`."""
+    """Output, LSE and gradients of <out, dout> + <lse, dlse>; see `visible` and `used`.
+
+    A bias has the shape that `over_shared` reduces to, and so has its gradient; what it holds
+    where a row does not see the key counts for nothing.
+    """
     work = xp.float64 if precision == "exact" else xp.float32
 
     def rounded(x):
@@ -121,7 +148,10 @@ def attention(
     dl = by_head(dlse[..., None], query_used)
     sees = sees[:, None] if sees.ndim == 3 else sees  # one mask for all heads, or one for each
 
-    scores = xp.where(sees, (q @ xp.swapaxes(k, 2, 3)) * work(scale), -xp.inf)
+    scores = (q @ xp.swapaxes(k, 2, 3)) * work(scale)
+    if bias is not None:
+        scores = scores + xp.repeat(bias.astype(work), scores.shape[0] // bias.shape[0], axis=0)
+    scores = xp.where(sees, scores, -xp.inf)
     row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     row_max = xp.where(row_max == -xp.inf, 0, row_max)  # a row that sees nothing
     weights = xp.where(sees, xp.exp(scores - row_max), 0)
@@ -133,7 +163,8 @@ def attention(
 
     dprobs = rounded(do @ xp.swapaxes(v, 2, 3))
     delta = xp.sum(do * out, axis=-1, keepdims=True)
-    dscores = rounded(probs * (dprobs - delta + dl)) * work(scale)
+    dlogits = rounded(probs * (dprobs - delta + dl))
+    dscores = dlogits * work(scale)
     dq = dscores @ k
     dk = xp.swapaxes(dscores, 2, 3) @ q
     dv = xp.swapaxes(rounded(probs), 2, 3) @ do
@@ -151,4 +182,5 @@ def attention(
         by_position(dq),
         by_position(over_group(dk)),
         by_position(over_group(dv)),
+        None if bias is None else rounded(over_shared(dlogits, bias.shape, xp.sum)),
     )

@@ -118,7 +118,7 @@ def test_table_of_a_mask(handlers, monkeypatch, shape, words_less):
     if not words_less:
         jax.block_until_ready(call(jnp.zeros(shape, bool)))
         return
-    with pytest.raises(Exception, match="mask_table must have .* words of a plane"):
+    with pytest.raises(Exception, match="mask_table must have .* words"):
         jax.block_until_ready(call(jnp.zeros(shape, bool)))
 
 

@@ -1,0 +1,282 @@
+"""Problems with a bias or a dense mask, random ones of all kinds among them, and what every
+implementation must do with them."""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+
+import jax
+import numpy as np
+
+import contract
+import oracle
+from case import Case
+from jax_fa3 import dot_product_attention
+from oracle import Results
+
+BIAS_DIMS = tuple("".join(x) + "s" for x in itertools.product("b1", "h1", "t1"))
+MASK_DIMS = tuple("".join(x) for x in itertools.product("b1", "h1", "t1", "s1"))
+BIAS_VALUES = ("normal", "strong", "low", "holes", "rows")
+MASK_VALUES = ("half", "few", "most", "blocks", "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Case):
+    """A Case with a bias, a mask or both. Their dimensions are letters: b batch, h query heads,
+    t rows, s keys, and 1 where they broadcast.
+
+    With `fold` the call is mapped by jax.vmap over parts of the batch, that many; then g stands for
+    one of each part, and an array whose first letter is 1 is not mapped.
+
+    Values of a bias: "normal"; "strong", eight times as large; "low", -1e4 here and there, and
+    "holes", -inf; "rows", -inf in whole rows.
+    Values of a mask: so many of True; "blocks", all or nothing for 64 rows and 48 keys at a time;
+    "rows", False in whole rows.
+    """
+
+    bias: str | None = None
+    bias_values: str = "normal"
+    mask: str | None = None
+    mask_values: str = "half"
+    wants_dbias: bool = True
+    is_short: bool = False  # leading dimensions of extent 1 are left out
+    fold: int | None = None
+
+    @property
+    def name(self):
+        words = [super().name]
+        if self.bias:
+            asked = "" if self.wants_dbias else "_constant"
+            words.append(f"bias_{self.bias}_{self.bias_values}{asked}")
+        if self.mask:
+            words.append(f"mask_{self.mask}_{self.mask_values}")
+        words += ["short"] * self.is_short + [f"fold_{self.fold}"] * (self.fold is not None)
+        return "-".join(words)
+
+    @functools.cached_property
+    def bias_array(self):
+        """With four dimensions, or None."""
+        if self.bias is None:
+            return None
+        rng, shape = self._random("bias"), self._shape(self.bias)
+        bias = rng.standard_normal(shape, np.float32)
+        if self.bias_values == "strong":
+            bias *= 8
+        if self.bias_values in ("low", "holes"):
+            low = -1e4 if self.bias_values == "low" else -np.inf
+            bias[rng.random(shape) < 0.2] = low
+        if self.bias_values == "rows":
+            bias[rng.random(shape[:3]) < 0.2] = -np.inf
+        return bias.astype(self.dtype)
+
+    @functools.cached_property
+    def mask_array(self):
+        """With four dimensions, or None."""
+        if self.mask is None:
+            return None
+        rng, shape = self._random("mask"), self._shape(self.mask)
+        if self.mask_values == "blocks":
+            size = (64, 48)
+            blocks = (*shape[:2], *(-(-n // m) for n, m in zip(shape[2:], size, strict=True)))
+            mask = rng.random(blocks) < 0.5
+            for axis, (n, m) in enumerate(zip(shape[2:], size, strict=True), 2):
+                mask = np.repeat(mask, m, axis).take(np.arange(n), axis)
+            return mask
+        if self.mask_values == "rows":
+            seen = rng.random(shape[:3]) < 0.7
+            return np.broadcast_to(seen[..., None], shape) & (rng.random(shape) < 0.9)
+        return rng.random(shape) < {"half": 0.5, "few": 0.03, "most": 0.97}[self.mask_values]
+
+    @property
+    def allowed(self):
+        """What all but the bias let rows see, [B, Hq or 1, Sq, Sk]."""
+        return super().sees if self.mask is None else super().sees & self._of_batch(self.mask_array)
+
+    @property
+    def sees(self):
+        if self.bias is None:
+            return self.allowed
+        return self.allowed & ~np.isneginf(self._of_batch(self.bias_array))
+
+    @property
+    def spoiled_bias(self):
+        """NaN where nobody is allowed to see what a value stands for."""
+        if self.bias is None:
+            return None
+        return np.where(self.met(self.allowed), self.bias_array, np.nan).astype(self.dtype)
+
+    def met(self, sees):
+        """Of each value of the bias, whether some row sees a key that it stands for."""
+        full = (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
+        return oracle.over_shared(np.broadcast_to(sees, full), self.bias_array.shape, np.any)
+
+    def reference(self, inputs, precision="exact", xp=np):
+        results = super().reference(inputs, precision, xp)
+        return results if self.wants_dbias else dataclasses.replace(results, dbias=None)
+
+    def attend(self, implementation, query, key, value, bias, mask, index):
+        """Output and LSE; all arrays have four dimensions and the whole batch."""
+
+        def call(query, key, value, bias, mask, index):
+            return dot_product_attention(
+                query,
+                key,
+                value,
+                bias,
+                mask,
+                return_residual=True,
+                implementation=implementation,
+                **self.options,
+                **index,
+            )
+
+        if self.is_short:
+            bias, mask = _without_leading_ones(bias), _without_leading_ones(mask)
+        if self.fold is None:
+            return call(query, key, value, bias, mask, index)
+
+        def parts(x):
+            return x.reshape(self.fold, len(x) // self.fold, *x.shape[1:])
+
+        is_mapped = [dims is not None and dims[0] != "1" for dims in (self.bias, self.mask)]
+        bias, mask = (
+            parts(x) if mapped else x for x, mapped in zip((bias, mask), is_mapped, strict=True)
+        )
+        axes = [0 if mapped else None for mapped in is_mapped]
+        operands = (*map(parts, (query, key, value)), bias, mask, jax.tree.map(parts, index))
+        results = jax.vmap(call, in_axes=(0, 0, 0, *axes, 0))(*operands)
+        return tuple(x.reshape(self.batch, *x.shape[2:]) for x in results)
+
+    def _shape(self, dims):
+        extents = dict(b=self.batch, g=self.fold, h=self.heads_q, t=self.seqlen_q, s=self.seqlen_k)
+        return tuple(1 if letter == "1" else extents[letter] for letter in dims)
+
+    def _of_batch(self, x):
+        """Each plane as often as there are sequences that it serves."""
+        return np.repeat(x, self.batch // len(x), axis=0)
+
+    def _random(self, what):
+        return np.random.default_rng(zlib.crc32(f"{what} of {self.name}".encode()))
+
+
+def _without_leading_ones(x):
+    if x is None:
+        return None
+    leading = next((i for i, n in enumerate(x.shape) if n > 1), len(x.shape))
+    return x.reshape(x.shape[leading:])
+
+
+SIZES = (
+    (64, 128), (129, 129), (200, 333), (333, 200), (1, 250), (250, 1), (7, 500), (385, 130),
+    (191, 257), (512, 512), (40, 900), (900, 70), (256, 640),
+)  # fmt: skip
+HEAD_DIMS = (  # of query and key, and of value
+    (8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160),
+    (192, 192), (256, 256), (32, 16), (24, 64), (40, 72), (128, 96), (192, 128), (64, 256),
+)  # fmt: skip
+
+
+def random_case(number):
+    """The same for the same number. Neighbours differ in what they have and in dimensions, so that
+    every few dozen meet all of them."""
+    rng = np.random.default_rng(number)
+
+    def pick(*choices):
+        return choices[int(rng.integers(len(choices)))]
+
+    def lengths(seqlen):
+        return tuple(rng.integers(0, seqlen + 1, batch).tolist())
+
+    def documents():
+        """Of one sequence, some of them empty; what is behind the last is padding."""
+        ends = np.sort(rng.integers(0, seqlen_q + 1, 6))
+        return tuple(np.diff(ends, prepend=0).tolist())
+
+    fold = pick(None, None, None, 2)
+    batch = (fold or 1) * pick(1, 2, 3)
+    seqlen_q, seqlen_k = pick(*SIZES)
+    extra = pick(None, None, "documents", "intervals", "chunk")
+    if extra == "documents":
+        seqlen_q = seqlen_k = min(max(seqlen_q, seqlen_k), 512)
+    options = {
+        None: dict,
+        "documents": lambda: dict(documents=tuple(documents() for _ in range(batch))),
+        "intervals": lambda: dict(
+            intervals=pick("any", "row", "prefix", "head", "kv head") if seqlen_k > 40 else "any"
+        ),
+        "chunk": lambda: dict(chunk=pick(1, 50, 64, 300)),
+    }[extra]()
+    heads_kv = pick(1, 2)
+    head_dim, head_dim_v = HEAD_DIMS[number % len(HEAD_DIMS)]
+    bias = BIAS_DIMS[number // 3 % len(BIAS_DIMS)]
+    mask = MASK_DIMS[number // 2 % len(MASK_DIMS)]
+    if fold:
+        bias, mask = (x.replace("b", pick("b", "g")) for x in (bias, mask))
+    return Dense(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads_q=heads_kv * pick(1, 2, 3),
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=None if head_dim_v == head_dim else head_dim_v,
+        dtype=pick("bfloat16", "float16"),
+        causal=pick(False, True),
+        window=pick(None, None, (int(rng.integers(300)), int(rng.integers(90)))),
+        offset=pick(None, int(rng.integers(-99, 300)), lengths(150)),
+        query_lengths=pick(None, None, None, lengths(seqlen_q)),
+        key_lengths=pick(None, None, None, lengths(seqlen_k)),
+        scale=pick(None, None, None, None, 0.05, -0.3, 0.0),
+        deterministic=pick(None, None, False, True),
+        bias=None if number % 3 == 1 else bias,
+        bias_values=pick(*BIAS_VALUES),
+        mask=None if number % 3 == 0 else mask,
+        mask_values=pick(*MASK_VALUES),
+        wants_dbias=number % 3 != 1 and pick(True, True, True, False),
+        is_short=fold is None and pick(False, True),
+        fold=fold,
+        **options,
+    )
+
+
+def compile_call(implementation, case):
+    """Output, LSE and gradients, a bias' only where the case wants it, as a function of query, key,
+    value, dout, dlse, bias, mask and the index arrays."""
+
+    def results(query, key, value, dout, dlse, bias, mask, index):
+        def attend(query, key, value, bias=bias):
+            return case.attend(implementation.name, query, key, value, bias, mask, index)
+
+        differentiated = (query, key, value, bias) if case.wants_dbias else (query, key, value)
+        (out, lse), vjp = jax.vjp(attend, *differentiated)
+        return out, lse, *vjp((dout, dlse))
+
+    operands = (*case.inputs(), case.bias_array, case.mask_array, case.index_arrays)
+    return jax.jit(results).lower(*operands).compile()
+
+
+def run(implementation, case, times=1):
+    """The results of one run, and then of every further one: what stands where nobody looks is
+    NaN, in the arrays and, as `implementation` sees to, below the results."""
+    executable = compile_call(implementation, case)
+    inputs = contract.spoil_padding(case, case.inputs())
+    for _ in range(times):
+        implementation.prepare(executable)
+        results = executable(*inputs, case.spoiled_bias, case.mask_array, case.index_arrays)
+        yield Results(*map(np.asarray, results))
+
+
+def check(implementation, case):
+    """Near the oracle, zero where it must be, and the same bits again."""
+    try:
+        got, again = run(implementation, case, times=2)
+        for name, x in got.items():
+            assert x.dtype == ("float32" if name == "lse" else case.dtype), name
+            assert x.tobytes() == getattr(again, name).tobytes(), f"{name} has other bits again"
+        contract.compare(case, contract.spoil_padding(case, case.inputs()), got)
+        if got.dbias is not None:
+            assert not np.any(got.dbias[~case.met(case.sees)]), "dbias is not zero where it must be"
+    except Exception as error:
+        error.add_note(case.name)
+        raise
