@@ -57,6 +57,6 @@ def test_blocks_that_are_seen_as_a_whole_or_not_at_all(shape):
         check(np.broadcast_to(mask, shape).copy())
 
 
-@pytest.mark.parametrize("shape", ((2, 3, 0, 5), (2, 3, 5, 0), (0, 3, 5, 5)))
-def test_nothing_to_see(shape):
+@pytest.mark.parametrize("shape", ((2, 3, 0, 5), (2, 3, 5, 0)))
+def test_without_rows_or_keys(shape):
     check(np.zeros(shape, bool))

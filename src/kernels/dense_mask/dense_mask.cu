@@ -14,6 +14,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 KB of the mask are on their way
 constexpr int kRows = kMaskTileRows;
 constexpr int kKeys = kMaskTileKeys;
 constexpr int kGroups = kRows / kMaskBlockRows;
@@ -275,7 +276,7 @@ __device__ void write_classes(const Params& p, const Tile& tile,
   if (tile.last_keys && word + 1 < p.class_words) line[word + 1] = kClassesOfNothing;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) dense_mask_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) dense_mask_kernel(const Params p) {
   __shared__ Lines lines;
   __shared__ std::uint8_t classes[kGroups][kKeyWords];
   const Tile tile = tile_of(p, blockIdx.x);
