@@ -50,7 +50,7 @@ def _classes(mask):
     any_seen = _blocks(mask, False).any(axis=(-3, -1))
     all_seen = _blocks(mask, True).all(axis=(-3, -1))
     two = np.stack([any_seen, all_seen], axis=-1)
-    return _packed(two.reshape(*two.shape[:-2], -1))
+    return _packed(two.reshape(*two.shape[:-2], 2 * two.shape[-2]))
 
 
 def _blocks(mask, missing):
@@ -59,4 +59,4 @@ def _blocks(mask, missing):
     groups, words = -(-rows // ROWS), -(-keys // (16 * KEYS)) + 1
     whole = np.full((*planes, groups * ROWS, words * 16 * KEYS), missing)
     whole[..., :rows, :keys] = mask
-    return whole.reshape(*planes, groups, ROWS, -1, KEYS)
+    return whole.reshape(*planes, groups, ROWS, 16 * words, KEYS)
