@@ -34,7 +34,7 @@ PINS ?= pinned
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 GPU_PYTHON ?= $(PYTHON)
-HEAD_DIMS ?= 64,96,128,192,256
+HEAD_DIMS ?= 32,64,96,128,192,256
 DTYPES ?= bf16,fp16,e4m3
 JOBS ?= $(shell nproc)
 

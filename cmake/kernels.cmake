@@ -93,6 +93,9 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
          OR NOT dtype IN_LIST JAX_FA3_DTYPES_CHOSEN)
         continue()
       endif()
+      if(JAX_FA3_WITHOUT AND family STREQUAL forward AND row MATCHES ", true$")
+        continue()  # dense: the ablated kernels are not
+      endif()
       if(JAX_FA3_WITHOUT MATCHES "192-rows" AND row MATCHES "^[0-9]+, [0-9]+, 192,")
         continue()
       endif()
@@ -118,7 +121,7 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
   endforeach()
   jax_fa3_add_folder(${family} "${_units}")
 endforeach()
-foreach(family quantize visibility)  # without rows of the matrix
+foreach(family quantize visibility dense_mask)  # without rows of the matrix
   jax_fa3_add_folder(${family} ${JAX_FA3_CUDA})
 endforeach()
 list(REMOVE_ITEM _stale ${JAX_FA3_KERNEL_SOURCES})

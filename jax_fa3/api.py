@@ -6,7 +6,6 @@ kernels and XLA is made.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -288,7 +287,7 @@ def is_supported(
       >>> jax_fa3.is_supported(x, x, x)
       'the kernels take bfloat16 or float16, not float32'
     """
-    return reason_against(Arguments(**locals()))
+    return reasons_against(Arguments(**locals())).first
 
 
 def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -297,12 +296,12 @@ def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
     return public_results(fa3_attention(options, operands), options)
 
 
-def reason_against(arguments: Arguments) -> str | None:
-    """`is_supported` of these arguments."""
+def reasons_against(arguments: Arguments) -> route.Reasons:
+    """Why the kernels would not run a call of these arguments, if there is a reason."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
     checks.check_call(arguments)
-    return route.reasons_of(arguments, arguments.options()).first
+    return route.reasons_of(arguments, arguments.options())
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
@@ -311,10 +310,7 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
     checks.check_call(arguments)
-    options = arguments.options()
-    routes = route.decide(arguments, options)
-    if routes != options.routes:
-        options = dataclasses.replace(options, routes=routes)
+    options = route.decide(arguments, arguments.options())
     query, arrays = arguments.query, dict(arguments.arrays)
     if arguments.is_float8:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}

@@ -2,7 +2,8 @@
 
 The only file that touches jax.ffi. A call's operands are the arrays that the kernels take, in the
 order of their rows; the backward call has outputs and cotangents after query, key and value. Of
-what may be absent, attributes say whether it is there.
+what may be absent, attributes say whether it is there. Of a dense mask the kernels take a table,
+which a call of its own makes for each direction: XLA merges equal ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import numpy as np
 from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
 from jax_fa3.operands import Operands, Outputs, Sources
-from jax_fa3.options import FLOAT8, AttentionOptions, VisibilityOptions, num_blocks, padded_keys
+from jax_fa3.options import (
+    FLOAT8,
+    AttentionOptions,
+    VisibilityOptions,
+    dense_mask_words,
+    num_blocks,
+    padded_bias_keys,
+    padded_keys,
+)
 from jax_fa3.visibility.layout import Layout, workspace_bytes
 
 FORWARD = "jax_fa3_forward"
@@ -24,6 +33,7 @@ FORWARD_FLOAT8 = "jax_fa3_forward_float8"
 BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
 VISIBILITY = "jax_fa3_visibility"
+DENSE_MASK = "jax_fa3_dense_mask"
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 
@@ -44,27 +54,33 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
         plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
         results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
         target = FORWARD_FLOAT8
-    call = jax.ffi.ffi_call(target, results)
-    return Outputs(*call(*_taken(operands), options=attributes(options, operands), **more)[:2])
+    operands = _as_kernels_take(operands)
+    call, arrays = jax.ffi.ffi_call(target, results), operands.present().values()
+    return Outputs(*call(*arrays, options=attributes(options, operands), **more)[:2])
 
 
 def backward(
     options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
 ) -> Operands:
-    query, differentiable = operands.query, operands.differentiable().present()
-    plan = native.plan("backward", query.dtype.name, operands.extents, options)
+    query, n = operands.query, operands.extents
+    plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
+    operands = _as_kernels_take(operands)
+    differentiable = operands.differentiable(options).present()
     results = [_result(query, x.shape, x.dtype) for x in differentiable.values()]
     results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
     arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
-    call = jax.ffi.ffi_call(BACKWARD, results)
-    *gradients, _ = call(
-        *_taken(arrays),
+    wanted = dict(has_dlse=cotangents.lse is not None, has_dbias="bias" in differentiable)
+    *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(
+        *arrays.present().values(),
         *outputs.present().values(),
         *cotangents.present().values(),
-        *_taken(others),
-        options=attributes(options, operands, has_dlse=cotangents.lse is not None),
+        *others.present().values(),
+        options=attributes(options, operands, **wanted),
     )
-    return type(operands)(**dict(zip(differentiable, gradients, strict=True)))
+    gradients = dict(zip(differentiable, gradients, strict=True))
+    if "bias" in gradients:
+        gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
+    return type(operands)(**gradients)
 
 
 def quantize(
@@ -122,8 +138,19 @@ def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
     return Operands(visibility=table)
 
 
+def dense_mask(mask: jax.Array) -> jax.Array:
+    """The table of a mask [batch, heads, rows, seqlen_k] of any extents, of all its planes."""
+    *planes, rows, seqlen_k = mask.shape
+    result = _result(mask, (*planes, dense_mask_words(rows, seqlen_k)), jnp.int32)
+    return jax.ffi.ffi_call(DENSE_MASK, result)(mask)
+
+
 def attributes(
-    options: AttentionOptions, operands: Operands, *, has_dlse: bool = False
+    options: AttentionOptions,
+    operands: Operands,
+    *,
+    has_dlse: bool = False,
+    has_dbias: bool = False,
 ) -> dict[str, object]:
     """The dictionary attribute of forward and backward calls, in the exact widths C++ decodes."""
     values = {name: getattr(options, name) for name in options.of_kernels()}
@@ -131,14 +158,21 @@ def attributes(
     return (
         {name: WIDTHS[type(x)](x) for name, x in values.items()}
         | {f"has_{name}": x is not None for name, x in flags.items()}
-        | dict(has_dlse=has_dlse)
+        | dict(has_dlse=has_dlse, has_dbias=has_dbias)
     )
 
 
-def _taken(operands: Operands) -> list[jax.Array]:
-    """The arrays that kernels take, in the order of their rows."""
-    rows = operands.rows()
-    return [x for name, x in operands.present().items() if not rows[name].refusal]
+def _as_kernels_take(operands: Operands) -> Operands:
+    """The operands with a bias of padded_bias_keys, and the table of a mask in its place."""
+    bias, mask = operands.bias, operands.mask
+    if bias is not None:
+        missing = padded_bias_keys(bias.shape[3]) - bias.shape[3]
+        bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, missing)]) if missing else bias
+    if mask is None:
+        return operands.replace(bias=bias)
+    seqlen_k = operands.extents.seqlen_k
+    table = dense_mask(jnp.broadcast_to(mask, (*mask.shape[:3], seqlen_k)))
+    return operands.replace(bias=bias, mask=None, dense_mask=table)
 
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:

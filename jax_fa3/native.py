@@ -53,6 +53,10 @@ except ImportError as error:
 
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
+# Arrays with which work tiles differ in length, and those for which there are kernels of their own.
+HIDING = {name for name, row in Operands.rows().items() if row.counts} | {"visibility", "mask"}
+DENSE = {"bias", "mask"}
+
 Target = Literal["forward", "forward_float8", "backward"]
 
 
@@ -76,15 +80,16 @@ def plan(
 ) -> dict[str, Any]:
     """The kernel that runs a call, its tiles and grid, and "workspace_bytes" if it needs any.
 
-    `dtype` is query's name; `arrays` those of Operands that the call has, of which the order of
-    work depends. Raises ValueError with the reason if there is none.
+    `dtype` is query's name; `arrays` those of Operands that the call has, of which the kernel and
+    the order of work depend. Raises ValueError with the reason if there is none.
     """
-    index = {name for name in arrays if Operands.rows()[name].flag}
-    presence = bool(index), "visibility" in index
+    arrays = set(arrays)
+    presence = not arrays.isdisjoint(HIDING), "visibility" in arrays
     if target == "forward_float8":
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
     call = KERNEL_DTYPES[dtype], *extents
+    presence = *presence, not arrays.isdisjoint(DENSE)
     if target == "forward":
         return _remembered(target, *call, *options.window, *presence, NUM_SMS)
     return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)

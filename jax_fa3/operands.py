@@ -6,8 +6,8 @@ splits, and what becomes of it where a sequence is divided.
 
 Dimensions have letters: b batch, s query rows, t key rows, h query heads, k key/value heads,
 d head_dim, e head_dim of value, m and n the blocks of query and key rows that share a scale, p the
-keys of a prepared value, v the words of a table of visibility, c the ends of documents. A dot is a
-dimension of extent 1 that broadcasts.
+keys of a prepared value, v the words of a table of visibility, u those of a dense mask's table,
+c the ends of documents. A dot is a dimension of extent 1 that broadcasts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_fa3.options import FLOAT8, num_blocks, padded_keys
+from jax_fa3.options import FLOAT8, AttentionOptions, dense_mask_words, num_blocks, padded_keys
 from jax_fa3.visibility.layout import Layout
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -54,7 +54,7 @@ class Row:
     differentiable: bool = False
     flag: bool = False  # the kernels' options say whether it is there, as has_<field>
     needs_whole: str | None = None  # what to call it where sequences cannot stay divided with it
-    refusal: str | None = None  # why no kernel takes it
+    shared: bool = False  # its batch may divide the call's: planes serve several sequences
 
     def sizes(self, extents: Extents) -> tuple[int, ...]:
         """The array's shape in a call of these extents."""
@@ -112,6 +112,7 @@ class Extents(NamedTuple):
             n=num_blocks(self.seqlen_k),
             p=padded_keys(self.seqlen_k),
             v=Layout.of(self.seqlen_q, self.seqlen_k).words,
+            u=dense_mask_words(self.seqlen_q, self.seqlen_k),
         )
 
 
@@ -158,7 +159,8 @@ class Operands(Bundle):
     """The arrays that a call is given.
 
     A prepared value stands in a field of its own, because its dimensions are others; then `value`
-    is absent. float8 arrays have all three descales, others have none.
+    is absent. float8 arrays have all three descales, others have none. `dense_mask` is the table
+    that the kernels take for `mask`, made next to them (ffi.py).
     """
 
     query: Array | None = row("bshd", *DTYPES, FLOAT8, differentiable=True)
@@ -187,16 +189,14 @@ class Operands(Bundle):
         *DTYPES,
         form="broadcast",
         differentiable=True,
+        flag=True,
         needs_whole="a bias or mask",
-        refusal="the kernels take no bias",
+        shared=True,
     )
     mask: Array | None = row(
-        "bhst",
-        "bool",
-        form="broadcast",
-        needs_whole="a bias or mask",
-        refusal="the kernels take no dense mask (lengths, windows and is_causal are free)",
+        "bhst", "bool", form="broadcast", needs_whole="a bias or mask", shared=True
     )
+    dense_mask: Array | None = row("bhu", "int32", form="broadcast", flag=True, shared=True)
 
     @property
     def extents(self) -> Extents:
@@ -208,9 +208,10 @@ class Operands(Bundle):
     def is_float8(self) -> bool:
         return self.query_descale is not None
 
-    def differentiable(self) -> Self:
-        """The arrays that have a gradient, which also has this form."""
-        return self.only([name for name, row in self.rows().items() if row.differentiable])
+    def differentiable(self, options: AttentionOptions) -> Self:
+        """The arrays whose gradient is wanted, which also has this form."""
+        names = {name for name, row in self.rows().items() if row.differentiable}
+        return self.only(names if options.bias_gradient else names - {"bias"})
 
     def needs_whole(self) -> str | None:
         """Which of the arrays need whole sequences."""

@@ -56,7 +56,9 @@ def backward(
         rounded = _run(options.routes.forward, back, rounding.rounded, taken)
         operands = operands.replace(**rounded.present())
     kernel, portable = (functools.partial(x.backward, options) for x in (ffi, xla))
-    return _run(options.routes.backward, kernel, portable, operands, outputs, cotangents)
+    bundles = operands, outputs, cotangents
+    of_bias = operands.bias is not None and options.bias_gradient
+    return _run(options.routes.backward, kernel, portable, *bundles, bias_gradient=of_bias)
 
 
 def quantized(
@@ -100,8 +102,15 @@ def _with(operands: Operands, quantized: Operands) -> Operands:
     return operands.replace(**replaced)
 
 
-def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -> Bundle:
+def _run(
+    route: Route,
+    kernel: Callable,
+    portable: Callable,
+    *bundles: Bundle,
+    bias_gradient: bool = False,
+) -> Bundle:
     """`kernel` on CUDA and `portable` elsewhere, with a rule for mapped axes; or `portable` alone.
+    `bias_gradient`: among the results is a gradient of the shape of a bias.
 
     Problems without scores, some of whose arrays are empty, are left to XLA's constants.
     """
@@ -119,41 +128,32 @@ def _run(route: Route, kernel: Callable, portable: Callable, *bundles: Bundle) -
     def fold_into_batch(size, mapped, *bundles):
         name, first = next(iter(bundles[0].present().items()))
         batch = first.shape[1 if getattr(mapped[0], name) else 0]
-        fold = functools.partial(_fold, size, batch)
+        fold = functools.partial(_fold, size, batch, bias_gradient)
         results = operation(*(x.map(fold, of_x) for x, of_x in zip(bundles, mapped, strict=True)))
-        own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
-        unfolded = {
-            name: _unfold(size, batch, own.present().get(name, batch), x)
-            for name, x in results.present().items()
-        }
-        results = type(results)(**unfolded)
+        results = results.map(lambda _, x: x.reshape(size, -1, *x.shape[1:]))
         return results, jax.tree.map(lambda _: True, results)
 
     return operation(*bundles)
 
 
-def _fold(size: int, batch: int, row: Row, x: jax.Array, is_mapped: bool) -> jax.Array:
-    """[size, batch, ...] -> [size * batch, ...]; what broadcasts over the batch and has no gradient
-    stays as it is."""
+def _fold(
+    size: int, batch: int, bias_gradient: bool, row: Row, x: jax.Array, is_mapped: bool
+) -> jax.Array:
+    """[size, batch, ...] -> [size * batch, ...]. What broadcasts over the batch, and is not mapped,
+    stays as it is; only of a bias each mapped call has a copy where it has a gradient of it. Planes
+    that may serve several sequences serve those of one mapped call."""
     if row.axis("b") != 0:
         if is_mapped:
             raise NotImplementedError(f"an array of dimensions {row.dims} cannot be mapped")
         return x
     own = x.shape[1 if is_mapped else 0]
     if not is_mapped:
-        if own == 1 and row.form == "broadcast" and not row.differentiable:
+        if own == 1 and row.form == "broadcast" and not (row.differentiable and bias_gradient):
             return x
         x = jnp.broadcast_to(x[None], (size, *x.shape))
-    if own != batch:
+    if own != batch and not row.shared:
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-    return x.reshape(size * batch, *x.shape[2:])
-
-
-def _unfold(size: int, batch: int, own: int, x: jax.Array) -> jax.Array:
-    """[size * batch, ...] -> [size, own, ...], where a gradient's array may broadcast over the
-    batch."""
-    x = x.reshape(size, batch, *x.shape[1:])
-    return x if own == batch else x.sum(1, keepdims=True)
+    return x.reshape(-1, *x.shape[2:])
 
 
 FIRST_ORDER_ONLY = (

@@ -60,6 +60,7 @@ class AttentionOptions:
     forward_dtype: str | None = _of_python(None)  # FLOAT8: 16-bit operands are rounded to it first
     out_dtype: str | None = _of_python(None)  # None: query's
     return_residual: bool = _of_python(False)  # the LSE is wanted too, so it may have a cotangent
+    bias_gradient: bool = _of_python(True)  # where there is a bias, its gradient is wanted
 
     @classmethod
     def of_kernels(cls) -> tuple[str, ...]:
@@ -91,6 +92,19 @@ class VisibilityOptions:
 def num_blocks(seqlen: int) -> int:
     """Blocks of rows with a scale of their own; a sequence without rows has one too."""
     return max(-(-seqlen // BLOCK), 1)
+
+
+def padded_bias_keys(seqlen: int) -> int:
+    """Keys of a bias, whole packets of 16 bytes (padded_bias_keys in src/call/problem.h)."""
+    return -(-seqlen // 8) * 8
+
+
+def dense_mask_words(rows: int, seqlen_k: int) -> int:
+    """Words of a plane of a dense mask's table: classes of blocks of 64 rows and 16 keys, a bit for
+    each row and key in both orders, padding (DenseMaskLayout in src/attention/dense_mask.h). `rows`
+    is 1 where all rows have the same mask."""
+    classes = -(-rows // 64) * (-(-seqlen_k // 256) + 1)
+    return classes + rows * -(-seqlen_k // 32) + seqlen_k * -(-rows // 32) + 8
 
 
 def padded_keys(seqlen: int) -> int:

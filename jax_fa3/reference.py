@@ -9,7 +9,8 @@
     lse[b, i, n] = log(sum over visible j of exp(logits)), -inf where there is none
     out[b, i, n] = sum over visible j of exp(logits - lse) * value[b, j, n // group], likewise 0
 
-Arrays are 4-D as in dot_product_attention, of any dtype; results are float64.
+Arrays are 4-D as in dot_product_attention, of any dtype; results are float64. The batch of a bias
+or a mask may also divide that of the call: then each plane serves as many sequences in a row.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class Reference:
         position = np.arange(seqlen_q) + offset[:, None].astype(np.int64)  # [b, i]
         distance = np.arange(seqlen_k) - position[..., None]  # [b, i, j]
         visible = self.rows[..., None] & keys[:, None] & (-left <= distance) & (distance <= right)
-        visible = (visible & same_document)[:, None] & (True if mask is None else np.asarray(mask))
+        visible = (visible & same_document)[:, None]
+        if mask is not None:
+            visible = visible & _by_sequence(mask, batch)
         number = np.arange(seqlen_k)
         if kv_start is not None:
             visible = visible & (_by_head(kv_start, num_heads_q) <= number)
@@ -90,7 +93,7 @@ class Reference:
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             logits = self.scale * np.einsum("bind,bjnd->bnij", self.query, self.key)
             if bias is not None:
-                logits = logits + np.asarray(bias).astype(np.float64)
+                logits = logits + _by_sequence(bias, batch).astype(np.float64)
             logits = np.where(visible, logits, -np.inf)
             row_max = logits.max(-1, keepdims=True, initial=-np.inf)
             row_max = np.where(row_max == -np.inf, 0, row_max)
@@ -137,8 +140,19 @@ def _by_head(x, num_heads: int) -> np.ndarray:
     return x[..., None]
 
 
+def _by_sequence(x, batch: int) -> np.ndarray:
+    """A bias or mask with a plane for each sequence, or one for all."""
+    x = np.asarray(x)
+    if x.ndim < 4 or x.shape[0] in (1, batch):
+        return x
+    return np.repeat(x, batch // x.shape[0], axis=0)
+
+
 def _unbroadcast(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sums x over the dimensions along which an array of `shape` was broadcast."""
+    """Sums x over the dimensions along which an array of `shape` was broadcast, and the sequences
+    that shared a plane."""
     padded = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    if padded[0] not in (1, len(x)):
+        x = x.reshape(padded[0], -1, *x.shape[1:]).sum(1)
     axes = tuple(i for i, n in enumerate(padded) if n == 1)
     return x.sum(axes, keepdims=True).reshape(shape)

@@ -1,12 +1,13 @@
 """What runs each direction of a call, the kernels or XLA, decided once; and if XLA, why.
 
-Three questions, asked in this order: does the call want something no kernel does (bias, float32),
+Three questions, asked in this order: does the call want something no kernel does, such as float32,
 does this build have a kernel for its shapes, and is there a Hopper GPU. A reason is one sentence a
 user can act on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import logging
@@ -15,14 +16,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_fa3 import native
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, dtype_name
 from jax_fa3.native import KERNEL_DTYPES, Target
 from jax_fa3.operands import Operands
-from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes
+from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes, dense_mask_words
 
 logger = logging.getLogger("jax_fa3")
 
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
+MAX_DENSE_MASK_WORDS = 2**31 - 1  # of a plane, which the kernels count in 32 bits
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
 
 
@@ -31,28 +33,47 @@ class Reasons(NamedTuple):
 
     call: str | None  # no kernel of either direction
     float8: str | None  # no kernel of the forward pass in float8
+    rounding: str | None  # nor any that rounds to it, but those in 16 bits run the call
     device: str | None  # nothing to run a kernel on
 
     @property
     def first(self) -> str | None:
-        return self.call or self.float8 or self.device
+        return self.call or self.float8 or self.rounding or self.device
+
+    @property
+    def runs(self) -> str:
+        """What the call runs."""
+        if self.first is None:
+            return "the Hopper kernels"
+        if self.first == self.rounding:
+            return "its forward pass in the dtype of its inputs"
+        return "its XLA implementation"
 
 
-def decide(arguments: Arguments, options: AttentionOptions) -> Routes:
-    """The routes of a checked call. "auto" leaves the choice to the platform that the program is
-    lowered for. Raises, or logs, with the reason, where the kernels do not run the call.
+def decide(arguments: Arguments, options: AttentionOptions) -> AttentionOptions:
+    """The options of a checked call, with its routes. "auto" leaves the choice to the platform that
+    the program is lowered for. Raises, or logs, with the reason, where the kernels do not run the
+    call as it is.
     """
     if arguments.implementation == "xla":
-        return Routes("xla", "xla")
+        return dataclasses.replace(options, routes=Routes("xla", "xla"))
     reasons = reasons_of(arguments, options)
-    if reasons.first is None:
-        return Routes() if arguments.implementation is None else Routes("fa3", "fa3")
-    if arguments.implementation == "fa3":
+    if reasons.first and arguments.implementation == "fa3":
         raise NotImplementedError(
             f"implementation is 'fa3', which cannot run this call: {reasons.first}. "
-            "implementation=None or 'xla' runs it through XLA."
+            f"implementation=None runs {reasons.runs}."
         )
-    log_fallback(reasons.first)
+    if reasons.first:
+        log_fallback(reasons.runs, reasons.first)
+    if reasons.rounding and not reasons.call:
+        options = dataclasses.replace(options, forward_dtype=None)
+    routes = _routes(arguments, reasons)
+    return options if routes == options.routes else dataclasses.replace(options, routes=routes)
+
+
+def _routes(arguments: Arguments, reasons: Reasons) -> Routes:
+    if reasons.first is None:
+        return Routes() if arguments.implementation is None else Routes("fa3", "fa3")
     if reasons.call or (reasons.device and has_gpu()):
         return Routes("xla", "xla")
     return Routes("xla" if reasons.float8 else "auto", "auto")
@@ -60,14 +81,16 @@ def decide(arguments: Arguments, options: AttentionOptions) -> Routes:
 
 def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
     """Of a checked call, whose arrays may be types."""
-    call, float8 = _call_reason(arguments), None
+    call, float8, rounding = _call_reason(arguments), None, None
     planned = _planned(arguments, options)
     refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
     if call is None and not arguments.is_float8:
         call = refusal("forward") or refusal("backward")
-    if _is_float8_forward(arguments, options):
+    if options.forward_dtype is not None and not native.DENSE.isdisjoint(arguments.arrays):
+        rounding = "the float8 kernels take no bias and no dense mask"
+    elif _is_float8_forward(arguments, options):
         float8 = refusal("forward_float8")
-    return Reasons(call, float8, device_reason())
+    return Reasons(call, float8, rounding, device_reason())
 
 
 def plans(arguments: Arguments, options: AttentionOptions) -> dict[str, dict[str, Any]]:
@@ -76,7 +99,8 @@ def plans(arguments: Arguments, options: AttentionOptions) -> dict[str, dict[str
     reasons = reasons_of(arguments, options)
     if reasons.call or reasons.float8:
         return {}
-    forward = "forward_float8" if _is_float8_forward(arguments, options) else "forward"
+    in_float8 = _is_float8_forward(arguments, options) and not reasons.rounding
+    forward = "forward_float8" if in_float8 else "forward"
     found = {"forward": native.plan(forward, *_planned(arguments, options))}
     if not arguments.is_float8:
         found["backward"] = native.plan("backward", *_planned(arguments, options))
@@ -100,16 +124,36 @@ def of_visibility(implementation: str | None = None) -> Route:
 
 def _call_reason(arguments: Arguments) -> str | None:
     """What the call asks for that no kernel does."""
-    rows = arguments.Operands.rows()
-    refusals = (rows[name].refusal for name in arguments.arrays)
-    refusal = next(filter(None, refusals), None)
-    if refusal:
-        return refusal
     dtype, scale = arguments.dtype, arguments.scale
     if dtype not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
+    return _dense_reason(arguments)
+
+
+def _dense_reason(arguments: Arguments) -> str | None:
+    """What no kernel does with a bias or a dense mask."""
+    bias, mask, seqlen_k = arguments.bias, arguments.mask, arguments.extents.seqlen_k
+    if arguments.is_float8 and (bias is not None or mask is not None):
+        return f"the kernels take no bias and no dense mask with {FLOAT8} inputs"
+    if bias is not None and dtype_name(bias) != arguments.dtype:
+        return (
+            f"the kernels take a bias of query's dtype, {arguments.dtype}, not {bias.dtype}: cast "
+            "it, if its values allow"
+        )
+    if bias is not None and bias.shape[-1:] != (seqlen_k,):
+        return (
+            f"the kernels take a bias that has all keys, {seqlen_k}, not one of shape "
+            f"{tuple(bias.shape)}: broadcast its last dimension"
+        )
+    if mask is not None and arguments.extents.are_static:
+        words = dense_mask_words(mask.shape[-2] if mask.ndim > 1 else 1, seqlen_k)
+        if words > MAX_DENSE_MASK_WORDS:
+            return (
+                f"the kernels take a dense mask of at most {MAX_DENSE_MASK_WORDS} words for each "
+                f"sequence and head, and one of shape {tuple(mask.shape)} makes {words}"
+            )
     return None
 
 
@@ -161,6 +205,6 @@ def has_gpu() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def log_fallback(reason: str) -> None:
-    """Says, once for each reason, that a call runs through XLA and why."""
-    logger.warning("dot_product_attention runs its XLA implementation: %s", reason)
+def log_fallback(runs: str, reason: str) -> None:
+    """Says, once for each reason, what a call runs in place of the kernels, and why."""
+    logger.warning("dot_product_attention runs %s: %s", runs, reason)

@@ -1,15 +1,23 @@
 """Attention with its gradient: one custom_vjp, whatever runs underneath.
 
-Residuals are the operands, out and lse. `out` and `lse` carry the checkpoint name "context", so
+Residuals are the operands, out and lse, and whether a bias' gradient is wanted, which costs as much
+as the other gradients. `out` and `lse` carry the checkpoint name "context", so
 that a remat policy which saves that name keeps the forward kernel out of the backward pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import (
+    SymbolicZero,
+    custom_vjp_primal_tree_values,
+    zero_from_primal,
+)
 
 from jax_fa3 import sharding
 from jax_fa3.context_parallel.layout import vary_together
@@ -45,17 +53,33 @@ def _attention(operations, options, operands):
 
 
 def _forward(operations, options, operands):
+    """Of operands that JAX has marked as perturbed or not.
+
+    Whether the bias is perturbed stays until the backward pass as the extent of an array. It must
+    not be in the tree of the residuals: where one traced call is differentiated twice, by different
+    arguments, JAX (0.10.2) may hand the tree of the one's to the other.
+    """
+    bias = operands.bias
+    wanted = jnp.zeros(1 if bias is not None and bias.perturbed else 0)
+    operands = custom_vjp_primal_tree_values(operands)
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
-    return _asked_for(options, outputs), (operands, outputs)
+    return _asked_for(options, outputs), (operands, outputs, wanted)
 
 
 def _backward(operations, options, residuals, cotangents):
-    return (operations.backward(options, *residuals, cotangents),)
+    operands, outputs, wanted = residuals
+    if operands.bias is not None:
+        options = dataclasses.replace(options, bias_gradient=wanted.size > 0)
+    if isinstance(cotangents.lse, SymbolicZero):
+        cotangents = cotangents.replace(lse=None)
+    if isinstance(cotangents.out, SymbolicZero):
+        cotangents = cotangents.replace(out=zero_from_primal(outputs.out))
+    return (operations.backward(options, operands, outputs, cotangents),)
 
 
 def _asked_for(options: AttentionOptions, outputs: Outputs) -> Outputs:
     return outputs if options.return_residual else outputs.replace(lse=None)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)

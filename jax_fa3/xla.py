@@ -71,6 +71,7 @@ def backward(
 ) -> Operands:
     problem = _Problem(options, operands)
     query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    wants_dbias = bias is not None and options.bias_gradient
     dout, dlse = cotangents.out, cotangents.lse
     rows = problem.rows()
     b, q, h, g, _ = rows.shape
@@ -97,7 +98,7 @@ def backward(
         dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
         dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
-        dbias = None if bias is None else _sum_to_bias(dlogits, bias.shape)
+        dbias = _sum_to_bias(dlogits, bias.shape) if wants_dbias else None
         return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
 
     init = _full(query, (b, h, q, g, query.shape[-1]), 0)
@@ -108,7 +109,7 @@ def backward(
         dkey, dvalue = (jnp.where(of_keys, jnp.nan, x) for x in (dkey, dvalue))
     dquery = jnp.moveaxis(options.scale * dquery, 1, 2).reshape(query.shape).astype(query.dtype)
     dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
-    if bias is not None:
+    if wants_dbias:
         dbias = dbias.sum(0) if bias.shape[-1] == 1 else problem.join_blocks(dbias, 3)
         dbias = dbias.astype(bias.dtype)
     return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias)
@@ -126,10 +127,18 @@ class _Problem:
 
     def __init__(self, options: AttentionOptions, operands: Operands):
         self.options = options
-        self.seqlen_q, self.seqlen_k = operands.query.shape[1], operands.key.shape[1]
+        self.batch, self.seqlen_q = operands.query.shape[:2]
+        self.seqlen_k = operands.key.shape[1]
         self.num_heads_kv = operands.key.shape[2]
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
-        self.operands = mask.within_sight(operands).map(self.filled)
+        self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
+
+    def for_each_sequence(self, row, x):
+        """`x` with a plane of its own for each sequence, unless all share one."""
+        batch = self.batch
+        if not row.shared or x.shape[0] in (1, batch):
+            return x
+        return jnp.repeat(x, batch // x.shape[0], axis=0)
 
     def filled(self, row, x):
         """`x` with whole blocks along the keys, if it has any."""
@@ -281,9 +290,12 @@ def _cut(query, seqlen_k: int) -> tuple[int, int]:
 
 
 def _sum_to_bias(dlogits, shape: tuple[int, ...]):
-    """dlogits [b, h, q, g, k] of one block, summed over the dimensions that a bias broadcasts."""
+    """dlogits [b, h, q, g, k] of one block, summed over the dimensions that a bias broadcasts, and
+    over the sequences that share a plane."""
     b, h, q, g, k = dlogits.shape
     full = jnp.moveaxis(dlogits, 3, 2).reshape(b, h * g, q, k)
+    if shape[0] not in (1, b):
+        full = full.reshape(shape[0], -1, *full.shape[1:]).sum(1)
     axes = tuple(i for i, n in enumerate(shape) if n == 1)
     return full.sum(axes, keepdims=True)
 

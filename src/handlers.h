@@ -6,7 +6,8 @@
   X(jax_fa3_forward_float8) \
   X(jax_fa3_backward)       \
   X(jax_fa3_quantize)       \
-  X(jax_fa3_visibility)
+  X(jax_fa3_visibility)     \
+  X(jax_fa3_dense_mask)
 
 extern "C" {
 

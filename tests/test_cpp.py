@@ -21,12 +21,14 @@ DECODING = [
     "src/call/shape.cc",
     "src/kernels/quantize/quantize.cc",
     "src/kernels/visibility/visibility.cc",
+    "src/kernels/dense_mask/dense_mask.cc",
     "src/ffi/decode.cc",
     "src/ffi/validate.cc",
 ]
 SOURCES = {
     "plan": PLANS,
     "mask": [],
+    "dense_mask": ["src/kernels/dense_mask/dense_mask.cc", "src/call/shape.cc"],
     "prepared_value": [],
     "rotation": [],
     "decode": DECODING,

@@ -46,6 +46,7 @@ CPP_RANK = {
     "kernels/backward_dq": 5,
     "kernels/quantize": 5,
     "kernels/visibility": 5,
+    "kernels/dense_mask": 5,
     "kernels": 4,
     "ffi": 3,
     "attention": 2,

@@ -18,10 +18,11 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "forward_dtype",
     "out_dtype",
     "return_residual",
+    "bias_gradient",
 }
 # Which arrays there are: the operands say, and in the backward pass the cotangents.
-ARRAYS = ("query_lengths", "key_lengths", "query_offset", "visibility")
-NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), "has_dlse"}
+ARRAYS = ("query_lengths", "key_lengths", "query_offset", "visibility", "bias", "dense_mask")
+NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), "has_dlse", "has_dbias"}
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5), Operands())
 
@@ -89,7 +90,7 @@ def test_values_reach_the_dictionary():
     )
     present = dict.fromkeys(ARRAYS, np.zeros(1, np.int32))
     attributes = ffi.attributes(
-        options.AttentionOptions(**fields), Operands(**present), has_dlse=True
+        options.AttentionOptions(**fields), Operands(**present), has_dlse=True, has_dbias=True
     )
     assert attributes == fields | dict.fromkeys(NOT_STATIC, True)
 

@@ -90,11 +90,9 @@ def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str
     )
     given = [f"{name}={option}" for name, option in options.items() if option is not None]
     arguments = Arguments(query, key, value, **options)
-    reason = api.reason_against(arguments)
-    lines = [
-        ", ".join([shapes, *given]),
-        f"would run through XLA: {reason}" if reason else "would run on the Hopper kernels",
-    ]
+    reasons = api.reasons_against(arguments)
+    why = f": {reasons.first}" if reasons.first else ""
+    lines = [", ".join([shapes, *given]), f"would run {reasons.runs}{why}"]
     for direction, plan in route.plans(arguments, arguments.options()).items():
         named = ", ".join(f"{name}={x}" for name, x in plan.items() if name != "direction")
         lines.append(f"{direction} plan: {named}")

@@ -46,7 +46,7 @@ def backward(
     def local(sequence, operands, *rest):
         return _over(sequence, options, operands).backward(options, operands, *rest)
 
-    differentiable = operands.differentiable()
+    differentiable = operands.differentiable(options)
     results = dict(zip(differentiable.present(), differentiable.dims(), strict=True))
     bundles = (operands, outputs, cotangents)
     gradients = _divided(options, local, results, operands.needs_whole(), *bundles)

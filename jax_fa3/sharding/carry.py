@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -33,12 +34,18 @@ def distribute(operation: Operation, operands: Sequence[jax.Array]) -> Results:
 
     @call.def_vmap
     def lead(size, mapped, *operands):
-        """A mapped axis becomes a dimension of its own, which is split like any other."""
-        operands = [
-            x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
-            for x, is_mapped in zip(operands, mapped, strict=True)
+        """A mapped axis becomes a dimension of its own, which is split like any other. What is not
+        mapped is repeated, unless it broadcasts over the batch too."""
+        repeated = [
+            not is_mapped and "b" in dims
+            for dims, is_mapped in zip(operation.operands, mapped, strict=True)
         ]
-        return distribute(operation.mapped(), operands), (True,) * len(operation.results)
+        operands = [
+            jnp.broadcast_to(x[None], (size, *x.shape)) if is_repeated else x
+            for x, is_repeated in zip(operands, repeated, strict=True)
+        ]
+        of_mapped = operation.mapped(list(map(operator.or_, mapped, repeated)))
+        return distribute(of_mapped, operands), (True,) * len(operation.results)
 
     return first_order_only(call)(*operands)
 

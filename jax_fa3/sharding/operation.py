@@ -36,20 +36,24 @@ class Operation:
 
     @property
     def batch(self) -> str:
-        """The letters of the mapped axes and of the batch, which lead in every array."""
+        """The letters of the mapped axes and of the batch, which lead in query."""
         return self.operands[0].partition("b")[0] + "b"
 
-    def mapped(self) -> Operation:
-        """The operation with one more leading axis."""
+    def mapped(self, are_mapped: Sequence[bool]) -> Operation:
+        """The operation with one more leading axis, of those operands that are mapped."""
         letter = string.ascii_uppercase[len(self.batch) - 1]
+        axes = tuple(0 if is_mapped else None for is_mapped in are_mapped)
 
         def local(sequence, *operands):
-            return jax.vmap(functools.partial(self.local, sequence))(*operands)
+            return jax.vmap(functools.partial(self.local, sequence), in_axes=axes)(*operands)
 
         return dataclasses.replace(
             self,
             local=local,
-            operands=tuple(letter + dims for dims in self.operands),
+            operands=tuple(
+                letter + dims if is_mapped else dims
+                for dims, is_mapped in zip(self.operands, are_mapped, strict=True)
+            ),
             results=tuple(letter + dims for dims in self.results),
         )
 

@@ -25,7 +25,7 @@ namespace jax_fa3 {
 constexpr int kMaskBlockRows = 64;
 constexpr int kMaskBlockKeys = 16;
 
-// Where the parts of a plane are, in words of 32 bits.
+// Where the parts of a plane are, in words of 32 bits; a plane has fewer than 2^31 of them.
 struct DenseMaskLayout {
   int rows;  // seqlen_q, or 1 for all rows
   int seqlen_k;
@@ -38,10 +38,11 @@ struct DenseMaskLayout {
   JFA_HD int key_words() const { return ceil_div(seqlen_k, 32); }
   JFA_HD int row_words() const { return ceil_div(rows, 32); }
 
-  JFA_HD std::int64_t bits() const { return std::int64_t{groups()} * class_words(); }
-  JFA_HD std::int64_t columns() const { return bits() + std::int64_t{rows} * key_words(); }
-  JFA_HD std::int64_t words() const {
-    return columns() + std::int64_t{seqlen_k} * row_words() + kPadding;
+  JFA_HD int bits() const { return groups() * class_words(); }
+  JFA_HD int columns() const { return bits() + rows * key_words(); }
+  JFA_HD std::int64_t words() const {  // of any extents
+    return std::int64_t{groups()} * class_words() + std::int64_t{rows} * key_words() +
+           std::int64_t{seqlen_k} * row_words() + kPadding;
   }
 };
 
@@ -68,8 +69,7 @@ struct DenseMask {
     std::uint32_t any = 0, all = blocks;
     JFA_ROLLED
     for (; group < end && group < layout.groups(); ++group) {
-      const std::uint32_t* const line =
-          words + std::int64_t{group} * layout.class_words() + word;
+      const std::uint32_t* const line = words + group * layout.class_words() + word;
       const std::uint64_t both = line[0] | std::uint64_t{line[1]} << 32;
       const auto of_blocks = static_cast<std::uint32_t>(both >> bit);
       any |= of_blocks;
@@ -81,10 +81,10 @@ struct DenseMask {
 
   // The lines of a row and of a key, and their words from one to the next column of 32.
   JFA_HD const std::uint32_t* row_bits(int row) const {
-    return words + layout.bits() + (layout.rows == 1 ? 0 : std::int64_t{row} * layout.key_words());
+    return words + layout.bits() + (layout.rows == 1 ? 0 : row * layout.key_words());
   }
   JFA_HD const std::uint32_t* key_bits(int key) const {
-    return words + layout.columns() + std::int64_t{key} * layout.row_words();
+    return words + layout.columns() + key * layout.row_words();
   }
   JFA_HD int key_bits_step() const { return layout.rows == 1 ? 0 : 1; }
 };

@@ -29,7 +29,7 @@ struct ContiguousPrepared : Contiguous<KTile, VTile> {
   template <class Params>
   CUTE_DEVICE static void load_value(const Params& p, TransactionBarrier& full,
                                      typename VTile::Element* smem, int row, int head, int batch) {
-    load_plane<VTile>(p.value, full, kEvictLast, smem, row, head, batch);
+    load_plane<VTile>(p.value, full, kEvictLast, smem, 0, row, head, batch);
   }
 };
 

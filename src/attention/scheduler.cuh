@@ -26,6 +26,13 @@ struct WorkTile {
   int batch;
 };
 
+// The number after `index` of a static order. One of each round of the grid is the CTA's.
+CUTE_DEVICE int next_in_rounds(int index) {
+  const int grid = gridDim.x;
+  const int round = index / grid + 1;
+  return round * grid + (int(blockIdx.x) + round) % grid;
+}
+
 struct TileScheduler {
   int num_blocks;  // of one (batch, head)
   int num_heads;
@@ -37,10 +44,8 @@ struct TileScheduler {
 
   // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
   CUTE_DEVICE int next(int index) const {
-    const int grid = gridDim.x;
-    if (counter != nullptr) return grid + fetch_add(counter, 1);
-    const int round = index / grid + 1;
-    return round * grid + (int(blockIdx.x) + round) % grid;
+    if (counter != nullptr) return gridDim.x + fetch_add(counter, 1);
+    return next_in_rounds(index);
   }
 
   CUTE_DEVICE WorkTile tile(int index) const {
@@ -72,7 +77,7 @@ struct Work {
 //
 // range_of(p, work, intervals, i), i < kRanges, is what of the other sequence has to be visited;
 // [0] is what the producer loads.
-template <int kRanges>
+template <int kRanges, class Range = TileRange>
 struct WorkQueue {
   static constexpr int kStages = 2;
   using Cursor = RingCursor<kStages>;
@@ -81,7 +86,7 @@ struct WorkQueue {
     Work work;
     Intervals intervals;
     int head_kv;  // the kv head of the tile's query head
-    TileRange ranges[kRanges];
+    Range ranges[kRanges];
   };
   RingBarriers<kStages> ring;
   Slot slots[kStages];
@@ -120,7 +125,7 @@ struct WorkQueue {
   struct Load {
     WorkTile tile;
     int head_kv;
-    TileRange range;
+    Range range;
   };
   CUTE_DEVICE bool take(Cursor& cursor, Load& load) {
     wait_full(ring, cursor);
@@ -137,7 +142,7 @@ struct WorkQueue {
     wait_full(ring, cursor);
     return broadcast(slots[cursor.stage].work);
   }
-  CUTE_DEVICE TileRange range(Cursor cursor, int i) const {
+  CUTE_DEVICE Range range(Cursor cursor, int i) const {
     return broadcast(slots[cursor.stage].ranges[i]);
   }
   // Where they are: a loop that masks nothing has no registers for them.

@@ -7,8 +7,10 @@
 //   s  query rows       k  key/value heads      e  head_dim of value    n  blocks of key rows
 //   t  key rows         p  keys of a prepared value, whole blocks       w  bytes of a workspace
 //   v  words of a plane of row intervals, of x sequences and y heads    c  ends of documents
-// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; x and y are b
-// and h, or 1.
+//   r  keys of a bias, whole packets, of f sequences, g heads and q rows
+//   u  words of a plane of a dense mask, of i sequences and j heads
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; f and i
+// divide b; x is b, g, j and y are h, and q is s, or 1.
 #pragma once
 
 namespace jax_fa3 {
@@ -19,6 +21,7 @@ enum class Element {
   kFloat32,
   kInt32,
   kByte,
+  kBool,
 };
 
 struct Operand {
@@ -41,6 +44,8 @@ constexpr Operand kQueryLengths{"query_seq_lengths", "b", Element::kInt32, /*opt
 constexpr Operand kKeyLengths{"key_value_seq_lengths", "b", Element::kInt32, /*optional=*/true};
 constexpr Operand kQueryOffset{"query_offset", "b", Element::kInt32, /*optional=*/true};
 constexpr Operand kVisibility{"visibility", "xyv", Element::kInt32, /*optional=*/true};
+constexpr Operand kBias{"bias", "fgqr", Element::kInput, /*optional=*/true};
+constexpr Operand kDenseMask{"dense_mask", "iju", Element::kInt32, /*optional=*/true};
 
 constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};
@@ -50,6 +55,9 @@ constexpr Operand kQueryEnds{"cu_seqlens_q", "bc", Element::kInt32, /*optional=*
 constexpr Operand kKeyEnds{"cu_seqlens_k", "bc", Element::kInt32, /*optional=*/true};
 constexpr Operand kVisibilityOut{"visibility", "bhv", Element::kInt32};
 
+constexpr Operand kMask{"mask", "bhst", Element::kBool};
+constexpr Operand kMaskTable{"mask_table", "bhu", Element::kInt32};
+
 constexpr Operand kOut{"out", "bshe", Element::kOutput};
 constexpr Operand kLse{"lse", "bhs", Element::kFloat32};
 constexpr Operand kDOut{"dout", "bshe", Element::kOutput};
@@ -58,6 +66,7 @@ constexpr Operand kDLse{"dlse", "bhs", Element::kFloat32, /*optional=*/true};
 constexpr Operand kDQuery{"dquery", "bshd", Element::kInput};
 constexpr Operand kDKey{"dkey", "btkd", Element::kInput};
 constexpr Operand kDValue{"dvalue", "btke", Element::kInput};
+constexpr Operand kDBias{"dbias", "fgqr", Element::kInput, /*optional=*/true};
 
 constexpr Operand kQueryOut{"query_out", "bshd", Element::kOutput};
 constexpr Operand kKeyOut{"key_out", "btkd", Element::kOutput};

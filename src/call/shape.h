@@ -21,12 +21,12 @@ Status check_shape(const Shape& shape);
 // Windows are 0..kUnbounded columns a side, the static offset within +/- kMaxSeqlen.
 Status check_mask(const MaskOptions& mask);
 
-// The compiled head dims of the shape's dtype in a list of kernel keys, ascending.
-template <class Key>
-std::vector<int> compiled_head_dims(const Shape& shape, const std::vector<Key>& available) {
+// The head dims of the eligible kernels, ascending.
+template <class Key, class Eligible>
+std::vector<int> compiled_head_dims(const std::vector<Key>& available, const Eligible& eligible) {
   std::set<int> dims;
   for (const Key& key : available) {
-    if (key.dtype == shape.dtype) dims.insert(key.head_dim);
+    if (eligible(key)) dims.insert(key.head_dim);
   }
   return {dims.begin(), dims.end()};
 }
@@ -50,10 +50,10 @@ std::vector<Key> fitting_kernels(const Shape& shape, const std::vector<Key>& ava
 
 // Why no kernel of `dtype` takes the shape, and the build option that would add one.
 std::string no_kernel_message(const char* direction, const char* dtype, const Shape& shape,
-                              const std::vector<int>& head_dims);
+                              const std::vector<int>& head_dims, bool dense = false);
 inline std::string no_kernel_message(const char* direction, const Shape& shape,
-                                     const std::vector<int>& head_dims) {
-  return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims);
+                                     const std::vector<int>& head_dims, bool dense) {
+  return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims, dense);
 }
 
 // (batch, query head) pairs in a group of a kernel whose work tiles are blocks of queries, under a

@@ -105,6 +105,21 @@ CUTE_DEVICE void store_matrices(std::uint32_t address, const std::uint32_t* word
                : "memory");
 }
 
+// The same from shared memory to registers; transposed, a thread gets what it would of each matrix'
+// transpose.
+CUTE_DEVICE void load_matrices(std::uint32_t address, std::uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+CUTE_DEVICE void load_matrices_transposed(std::uint32_t address, std::uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 enum class Accumulate { kOverwrite, kAdd };
 
 // Issues C (+)= A * B for operands already partitioned (descriptors or registers) and commits

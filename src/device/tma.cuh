@@ -38,21 +38,22 @@ constexpr CUtensorMapDataType tensor_map_type() {
   return CU_TENSOR_MAP_DATA_TYPE_UINT16;
 }
 
-// The map of a dense array of Tile's elements, in boxes of one chunk of Tile's columns; extents and
-// box in elements, innermost first. Elements outside the array read as zero and are not written.
-// An empty extent becomes 1: such a map is never used to load or store.
+// The map of an array of Tile's elements, in boxes of one chunk of Tile's columns; extents and box in
+// elements, strides of all dimensions but the innermost in elements, innermost first. A stride of 0
+// has a dimension's elements be the same. Elements outside the array read as zero and are not
+// written. An empty extent becomes 1: such a map is never used to load or store.
 template <class Tile>
 Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t (&shape)[4],
-                         const cuuint32_t (&box)[4]) {
-  cuuint64_t extents[4], strides[4];  // strides in bytes
-  for (int i = 0; i < 4; ++i) {
-    extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
-    strides[i] = extents[i] * (i == 0 ? sizeof(typename Tile::Element) : strides[i - 1]);
+                         const std::int64_t (&strides)[3], const cuuint32_t (&box)[4]) {
+  cuuint64_t extents[4], byte_strides[3];
+  for (int i = 0; i < 4; ++i) extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
+  for (int i = 0; i < 3; ++i) {
+    byte_strides[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(typename Tile::Element);
   }
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
-      map, tensor_map_type<typename Tile::Element>(), 4, const_cast<void*>(data), extents, strides,
-      box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      map, tensor_map_type<typename Tile::Element>(), 4, const_cast<void*>(data), extents,
+      byte_strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
       Tile::kChunkBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
       : Tile::kChunkBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                 : CU_TENSOR_MAP_SWIZZLE_32B,
@@ -64,6 +65,17 @@ Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t 
                           std::to_string(shape[0]) + ")");
   }
   return {};
+}
+
+// The same of a dense array.
+template <class Tile>
+Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t (&shape)[4],
+                         const cuuint32_t (&box)[4]) {
+  std::int64_t strides[3];
+  for (int i = 0; i < 3; ++i) {
+    strides[i] = (shape[i] > 0 ? shape[i] : 1) * (i == 0 ? 1 : strides[i - 1]);
+  }
+  return encode_tensor_map<Tile>(map, data, shape, strides, box);
 }
 
 // A (batch, seqlen, heads, head_dim) array, in boxes of `rows` rows of one head.
@@ -113,16 +125,17 @@ CUTE_DEVICE void prefetch_tile(const CUtensorMap& map, int row, int head, int ba
   }
 }
 
-// Loads columns [col, col + kCols) of the rows of one head, of a map by make_plane_map.
+// Loads Tile's rows from `row` on and columns from `col` on of one head, of a map by
+// make_plane_map.
 template <class Tile>
 CUTE_DEVICE void load_plane(const CUtensorMap& map, TransactionBarrier& barrier,
-                            std::uint64_t cache_hint, typename Tile::Element* smem, int col,
-                            int head, int batch) {
+                            std::uint64_t cache_hint, typename Tile::Element* smem, int row,
+                            int col, int head, int batch) {
   CUTE_UNROLL
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
                                  smem + chunk * Tile::kChunkElements,
-                                 col + chunk * Tile::kChunkCols, 0, head, batch);
+                                 col + chunk * Tile::kChunkCols, row, head, batch);
   }
 }
 
@@ -142,6 +155,18 @@ CUTE_DEVICE void store_tile(const CUtensorMap& map, const typename Tile::Element
     cute::SM90_TMA_STORE_4D::copy(&map,
                                   smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
                                   col + chunk * Tile::kChunkCols, head, row, batch);
+  }
+}
+
+// The same of a map by make_plane_map, from `row` and `col` of one head.
+template <class Tile>
+CUTE_DEVICE void store_plane(const CUtensorMap& map, const typename Tile::Element* smem,
+                             int smem_row, int row, int col, int head, int batch) {
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    cute::SM90_TMA_STORE_4D::copy(&map,
+                                  smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
+                                  col + chunk * Tile::kChunkCols, row, head, batch);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/dense_mask.h"
 #include "attention/prepared_value.h"
 #include "attention/visibility.h"
 #include "call/text.h"
@@ -25,6 +26,7 @@ std::uintptr_t alignment_of(Element element) {
     case Element::kInt32:
       return kWordAlignment;
     case Element::kByte:
+    case Element::kBool:
       break;
   }
   return 1;
@@ -44,6 +46,9 @@ std::string extents_text(const Range& extents) {
 }
 
 std::int64_t num_blocks(std::int64_t rows) { return ceil_div<std::int64_t>(rows, kDescaleBlock); }
+
+// Rows or keys for a layout's arithmetic; what is longer is refused elsewhere.
+int clamped(std::int64_t n) { return static_cast<int>(std::min<std::int64_t>(n, kMaxSeqlen)); }
 
 }  // namespace
 
@@ -103,6 +108,9 @@ Status Extents::check_type(const Operand& operand, DataType got) {
     case Element::kByte:
       expected = DataType::U8;
       break;
+    case Element::kBool:
+      expected = DataType::PRED;
+      break;
   }
   if (got == expected) return {};
   return invalid_argument(concat(operand.name, " must be ", expected, ", got ", got));
@@ -115,14 +123,24 @@ void Extents::learn(char letter, std::int64_t extent) {
   if (letter != 't') return;
   if (types_.descale_each_block) extents_[index('n')] = num_blocks(extent);
   extents_[index('p')] = padded_keys(extent);
-  const auto rows = [](std::int64_t n) {
-    return static_cast<int>(std::min<std::int64_t>(n, kMaxSeqlen));
-  };
-  extents_[index('v')] = PlaneLayout{rows((*this)['s']), rows(extent)}.words();
+  extents_[index('r')] = padded_bias_keys(extent);
+  extents_[index('v')] = PlaneLayout{clamped((*this)['s']), clamped(extent)}.words();
 }
 
-// Some have a choice of two.
+std::int64_t Extents::mask_words(std::int64_t rows) const {
+  return DenseMaskLayout{clamped(rows), clamped((*this)['t'])}.words();
+}
+
+std::int64_t Extents::mask_rows() const { return (*this)['u'] == mask_words(1) ? 1 : (*this)['s']; }
+
+// Some have a choice of two, or of divisors.
 Status Extents::check_choice(const Operand& operand, char letter, std::int64_t extent) const {
+  const auto one_or_all = [&](char of_call, const char* what) -> Status {
+    const std::int64_t all = (*this)[of_call];
+    if (extent == 1 || extent == all) return {};
+    return invalid_argument(
+        concat(operand.name, " must have 1 or ", all, " ", what, ", got ", extent));
+  };
   switch (letter) {
     case 'm':
     case 'n': {
@@ -133,11 +151,25 @@ Status Extents::check_choice(const Operand& operand, char letter, std::int64_t e
                                      extent));
     }
     case 'x':
-    case 'y': {
-      const std::int64_t all = (*this)[letter == 'x' ? 'b' : 'h'];
-      if (extent == 1 || extent == all) return {};
-      return invalid_argument(concat(operand.name, " must have 1 or ", all,
-                                     letter == 'x' ? " sequences" : " heads", ", got ", extent));
+      return one_or_all('b', "sequences");
+    case 'g':
+    case 'j':
+    case 'y':
+      return one_or_all('h', "heads");
+    case 'q':
+      return one_or_all('s', "rows");
+    case 'f':
+    case 'i': {
+      const std::int64_t batch = (*this)['b'];
+      if (extent > 0 && batch % extent == 0) return {};
+      return invalid_argument(concat(operand.name, " must have a number of sequences that divides ",
+                                     batch, ", got ", extent));
+    }
+    case 'u': {
+      const std::int64_t rows = (*this)['s'], one = mask_words(1), each = mask_words(rows);
+      if (extent == one || extent == each) return {};
+      return invalid_argument(concat(operand.name, " must have ", one, " words of one row or ",
+                                     each, " of ", rows, " rows, got ", extent));
     }
     default:
       return {};

@@ -85,6 +85,15 @@ struct ArrayTable {
     return arrays;
   }
 
+  // Those, and the dense arrays that a call in 16 bits may have.
+  template <class Options>
+  static Arrays<Problem> with_index_and_dense(Arrays<Problem> arrays, const Options& options) {
+    arrays = with_index(arrays, options);
+    arrays.push_back(array<&DenseArrays::bias>(operands::kBias, options.has_bias));
+    arrays.push_back(array<&DenseArrays::mask>(operands::kDenseMask, options.has_dense_mask));
+    return arrays;
+  }
+
  protected:
   static constexpr std::uintptr_t kVisibilityAlignment = 16;  // bytes: it is read in fours of words
 
@@ -96,6 +105,10 @@ struct ArrayTable {
   template <class T>
   static T& field(Problem& problem, T IndexArrays::*member) {
     return problem.index.*member;
+  }
+  template <class T>
+  static T& field(Problem& problem, T DenseArrays::*member) {
+    return problem.dense.*member;
   }
   template <auto kMember>
   static void store(Problem& problem, void* address) {
@@ -117,12 +130,16 @@ class Extents {
   // The dtype is that of out, or of query where there is no other.
   Shape shape() const;
 
+  // Of a dense mask: 1 for all rows, or each has its own.
+  std::int64_t mask_rows() const;
+
  private:
   static std::size_t index(char letter) { return static_cast<std::size_t>(letter - 'a'); }
 
   Status check_type(const Operand& operand, xla::ffi::DataType got);
   Status check_choice(const Operand& operand, char letter, std::int64_t extent) const;
   void learn(char letter, std::int64_t extent);
+  std::int64_t mask_words(std::int64_t rows) const;
 
   Types types_;
   std::int64_t extents_[26];
@@ -149,7 +166,8 @@ Status check_count(const Arrays<Problem>& arrays, const char* side, std::size_t 
     required += !array.operand->optional;
     announced += array.operand->optional && array.present;
     present += array.present;
-    if (array.present && present > got && first_missing == nullptr) first_missing = array.operand;
+    const bool is_missing = array.operand->optional && array.present && present > got;
+    if (is_missing && first_missing == nullptr) first_missing = array.operand;
   }
   if (got == present) return {};
   return wrong_count(side, got, required, announced, first_missing);

@@ -24,7 +24,10 @@ struct Options {
   bool has_key_lengths;
   bool has_query_offset;
   bool has_visibility;
-  bool has_dlse;  // backward only
+  bool has_bias;
+  bool has_dense_mask;
+  bool has_dlse;   // backward only
+  bool has_dbias;  // backward only: its gradient is wanted
 };
 
 // The attributes of a call in 16 bits.
@@ -33,8 +36,9 @@ struct CallAttributes {
 };
 
 inline Status check_forward(const Options& options) {
-  if (!options.has_dlse) return {};
-  return invalid_argument("has_dlse must be false in the forward pass");
+  if (options.has_dlse) return invalid_argument("has_dlse must be false in the forward pass");
+  if (options.has_dbias) return invalid_argument("has_dbias must be false in the forward pass");
+  return {};
 }
 
 // What a call's options and extents say of its problem.
@@ -43,11 +47,18 @@ inline void fill_call(const Options& options, const Extents& extents, CallProble
   problem.softmax_scale = options.scale;
   problem.presence.visibility = options.has_visibility;
   problem.presence.any = options.has_visibility || options.has_query_lengths ||
-                         options.has_key_lengths || options.has_query_offset;
-  if (!options.has_visibility) return;
-  const std::int64_t words = extents['v'], heads = extents['y'];
-  problem.index.visibility_batch_stride = extents['x'] > 1 ? heads * words : 0;
-  problem.index.visibility_head_stride = heads > 1 ? words : 0;
+                         options.has_key_lengths || options.has_query_offset ||
+                         options.has_dense_mask;
+  problem.presence.dense = options.has_bias || options.has_dense_mask;
+  if (options.has_visibility) {
+    const std::int64_t words = extents['v'], heads = extents['y'];
+    problem.index.visibility_batch_stride = extents['x'] > 1 ? heads * words : 0;
+    problem.index.visibility_head_stride = heads > 1 ? words : 0;
+  }
+  if (options.has_bias) problem.dense.bias_shape = {extents['f'], extents['g'], extents['q']};
+  if (options.has_dense_mask) {
+    problem.dense.mask_shape = {extents['i'], extents['j'], extents.mask_rows()};
+  }
 }
 
 }  // namespace jax_fa3
@@ -63,7 +74,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<f
                                       xla::ffi::StructMember<bool>("has_key_lengths"),
                                       xla::ffi::StructMember<bool>("has_query_offset"),
                                       xla::ffi::StructMember<bool>("has_visibility"),
-                                      xla::ffi::StructMember<bool>("has_dlse"));
+                                      xla::ffi::StructMember<bool>("has_bias"),
+                                      xla::ffi::StructMember<bool>("has_dense_mask"),
+                                      xla::ffi::StructMember<bool>("has_dlse"),
+                                      xla::ffi::StructMember<bool>("has_dbias"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::CallAttributes,
                                       xla::ffi::StructMember<jax_fa3::Options>("options"));

@@ -2,11 +2,26 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "attention/dense_mask.h"
 #include "call/shape.h"
 #include "call/text.h"
 
 namespace jax_fa3 {
+namespace {
+
+// The kernels count the words of a plane in 32 bits.
+Status check_dense_mask(const CallProblem& problem) {
+  if (problem.dense.mask == nullptr) return {};
+  const int rows = static_cast<int>(problem.dense.mask_shape.rows);
+  const auto words = DenseMaskLayout{rows, static_cast<int>(problem.shape.seqlen_k)}.words();
+  if (words <= std::numeric_limits<std::int32_t>::max()) return {};
+  return invalid_argument(
+      concat("dense_mask must have less than 2^31 words for each sequence and head, got ", words));
+}
+
+}  // namespace
 
 Status check_device(const Device& device) {
   if (device.major == 9 && device.minor == 0) return {};
@@ -17,6 +32,7 @@ Status check_device(const Device& device) {
 Status check_call(const CallProblem& problem) {
   JFA_CHECK_OK(check_shape(problem.shape));
   JFA_CHECK_OK(check_mask(problem.mask));
+  JFA_CHECK_OK(check_dense_mask(problem));
   if (problem.softmax_scale > 0 && std::isfinite(problem.softmax_scale)) return {};
   return invalid_argument(concat("scale must be positive and finite, got ", problem.softmax_scale));
 }

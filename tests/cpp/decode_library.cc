@@ -3,6 +3,7 @@
 // looked at: XLA aligns less on a CPU.
 #include "ffi/handler.h"
 #include "kernels/backward/call.h"
+#include "kernels/dense_mask/call.h"
 #include "kernels/forward/call.h"
 #include "kernels/forward_float8/call.h"
 #include "kernels/quantize/call.h"
@@ -40,3 +41,4 @@ DECODING_HANDLER(jax_fa3_forward_float8, ForwardFloat8Call);
 DECODING_HANDLER(jax_fa3_backward, BackwardCall);
 DECODING_HANDLER(jax_fa3_quantize, QuantizeCall);
 DECODING_HANDLER(jax_fa3_visibility, VisibilityCall);
+DECODING_HANDLER(jax_fa3_dense_mask, DenseMaskCall);

@@ -4,6 +4,7 @@
 #include <deque>
 #include <vector>
 
+#include "attention/dense_mask.h"
 #include "check.h"
 #include "ffi/handler.h"
 #include "kernels/backward/call.h"
@@ -92,9 +93,11 @@ struct Call {
   Dims out{2, 100, 6, 64};
   Dims lse{2, 6, 100};
   Dims counter{1};
+  Dims dbias;  // none: no such result
   ffi::DataType lse_dtype = kF32;
   std::vector<Buffer> optionals;
-  Options options{0.125f, kUnbounded, 0, 0, 8.f, 0, false, false, false, false, false, false};
+  Options options{0.125f, kUnbounded, 0,     0,     8.f,   0,     false, false,
+                  false,  false,      false, false, false, false, false};
   std::uintptr_t query_address = 0;
   std::uintptr_t workspace_address = 0;
   bool has_lse = true;
@@ -107,18 +110,16 @@ struct Call {
   }
 
   StatusOr<BackwardProblem> backward() const {
+    std::vector<Buffer> results{{dtype, query}, {dtype, key}, {dtype, value}};
+    if (!dbias.empty()) results.push_back({dtype, dbias});
+    results.push_back({ffi::DataType::U8, {4096}, workspace_address});
     return decoded<BackwardCall>({{dtype, query, query_address},
                                   {dtype, key},
                                   {dtype, value},
                                   {dtype, out},
                                   {lse_dtype, lse},
                                   {dtype, out}},
-                                 optionals,
-                                 {{dtype, query},
-                                  {dtype, key},
-                                  {dtype, value},
-                                  {ffi::DataType::U8, {4096}, workspace_address}},
-                                 {options});
+                                 optionals, results, {options});
   }
 };
 
@@ -417,6 +418,112 @@ void decodes_row_intervals() {
   refuses({kS32, {1, 1, kWords}, 4104}, "visibility must be aligned to 16 bytes");
 }
 
+// Dense arrays, of 100 rows and 90 keys.
+constexpr std::int64_t kBiasKeys = 96;
+constexpr std::int64_t kMaskWords = 2 * 2 + 100 * 3 + 90 * 4 + 8;  // a plane with each row
+constexpr std::int64_t kMaskWordsOfOneRow = 2 + 3 + 90 + 8;
+
+bool same(const Broadcast& a, const Broadcast& b) {
+  return a.sequences == b.sequences && a.heads == b.heads && a.rows == b.rows;
+}
+
+void decodes_dense_arrays() {
+  Call call;
+  call.query[0] = call.key[0] = call.value[0] = call.out[0] = call.lse[0] = 4;
+  call.options.has_visibility = call.options.has_bias = call.options.has_dense_mask = true;
+  const auto decodes = [&](const Dims& bias, const Dims& mask, const Broadcast& bias_shape,
+                           const Broadcast& mask_shape) {
+    call.optionals = {{kS32, {1, 1, kWords}}, {call.dtype, bias}, {kS32, mask}};
+    const auto forward = call.forward();
+    CHECK_DETAIL(forward.ok(), forward.status().message());
+    const ForwardProblem& problem = forward.value();
+    CHECK(problem.index.visibility && problem.dense.bias && problem.dense.mask);
+    CHECK(problem.presence.any && problem.presence.visibility && problem.presence.dense);
+    CHECK(same(problem.dense.bias_shape, bias_shape) && same(problem.dense.mask_shape, mask_shape));
+    CHECK(validate<ForwardCall>(problem, kHopper).ok());
+
+    for (const bool has_dbias : {false, true}) {
+      call.options.has_dbias = has_dbias;
+      call.dbias = has_dbias ? bias : Dims();
+      const auto backward = call.backward();
+      CHECK_DETAIL(backward.ok(), backward.status().message());
+      const BackwardProblem& problem = backward.value();
+      CHECK((problem.dbias != nullptr) == has_dbias && problem.workspace);
+      CHECK(same(problem.dense.bias_shape, bias_shape));
+      CHECK(validate<BackwardCall>(problem, kHopper).ok());
+    }
+    call.options.has_dbias = false;
+  };
+  decodes({4, 6, 100, kBiasKeys}, {4, 6, kMaskWords}, {4, 6, 100}, {4, 6, 100});
+  decodes({1, 6, 100, kBiasKeys}, {2, 1, kMaskWords}, {1, 6, 100}, {2, 1, 100});
+  decodes({2, 1, 1, kBiasKeys}, {1, 1, kMaskWordsOfOneRow}, {2, 1, 1}, {1, 1, 1});
+
+  // A bias alone does not make tiles differ in length.
+  call.options.has_visibility = call.options.has_dense_mask = false;
+  call.optionals = {{call.dtype, {1, 1, 1, kBiasKeys}}};
+  const ForwardProblem problem = call.forward().value();
+  CHECK(problem.presence.dense && !problem.presence.any && !problem.dense.mask);
+  CHECK(!Call().forward().value().presence.dense);
+}
+
+void refuses_dense_arrays() {
+  const auto refuses = [](const Call& call, const char* part) {
+    CHECK_REFUSES(call.forward().status(), part);
+    CHECK_REFUSES(call.backward().status(), part);
+  };
+  const auto refuses_bias = [&](const Buffer& bias, const char* part) {
+    refuses(with([&](Call& c) { c.options.has_bias = true, c.optionals = {bias}; }), part);
+  };
+  constexpr auto kBF16 = ffi::DataType::BF16;
+  refuses_bias({kF32, {2, 6, 100, kBiasKeys}}, "bias must be BF16, got F32");
+  refuses_bias({kBF16, {6, 100, kBiasKeys}}, "bias must have shape [-1, -1, -1, 96]");
+  refuses_bias({kBF16, {2, 6, 100, 90}}, "got [2, 6, 100, 90]");
+  refuses_bias({kBF16, {2, 6, 100, 1}}, "got [2, 6, 100, 1]");
+  refuses_bias({kBF16, {3, 6, 100, kBiasKeys}},
+               "bias must have a number of sequences that divides 2, got 3");
+  refuses_bias({kBF16, {0, 6, 100, kBiasKeys}}, "that divides 2, got 0");
+  refuses_bias({kBF16, {2, 3, 100, kBiasKeys}}, "bias must have 1 or 6 heads, got 3");
+  refuses_bias({kBF16, {2, 6, 50, kBiasKeys}}, "bias must have 1 or 100 rows, got 50");
+  refuses_bias({kBF16, {2, 6, 100, kBiasKeys}, 4104}, "bias must be aligned to 16 bytes");
+
+  const auto refuses_mask = [&](const Buffer& mask, const char* part) {
+    refuses(with([&](Call& c) { c.options.has_dense_mask = true, c.optionals = {mask}; }), part);
+  };
+  refuses_mask({ffi::DataType::PRED, {2, 6, kMaskWords}}, "dense_mask must be S32, got PRED");
+  refuses_mask({kS32, {3, 6, kMaskWords}},
+               "dense_mask must have a number of sequences that divides 2, got 3");
+  refuses_mask({kS32, {2, 2, kMaskWords}}, "dense_mask must have 1 or 6 heads, got 2");
+  refuses_mask({kS32, {2, 6, kMaskWords + 1}},
+               "dense_mask must have 103 words of one row or 672 of 100 rows, got 673");
+  refuses_mask({kS32, {2, 6, kMaskWords}, 4098}, "dense_mask must be aligned to 4 bytes");
+
+  refuses(with([](Call& c) { c.options.has_bias = true; }), "options announce the operand bias");
+  Call call;
+  call.options.has_dbias = true;
+  CHECK_REFUSES(call.backward().status(), "has_bias must be true with has_dbias");
+  CHECK_REFUSES(call.forward().status(), "has_dbias must be false in the forward pass");
+  call.options.has_bias = true;
+  call.optionals = {{kBF16, {1, 6, 100, kBiasKeys}}};
+  CHECK_REFUSES(call.backward().status(), "options announce 1 optional results, got 0");
+  call.dbias = {1, 1, 100, kBiasKeys};
+  CHECK_REFUSES(call.backward().status(), "dbias must have shape [1, 6, 100, 96]");
+
+  Float8Call float8;
+  float8.options.has_dense_mask = true;
+  CHECK_REFUSES(float8.decode().status(), "has_dense_mask must be false in float8");
+
+  constexpr std::int64_t kLong = 1 << 18;
+  const std::int64_t words = DenseMaskLayout{kLong, kLong}.words();
+  const Call longer = with([&](Call& c) {
+    c.query[1] = c.key[1] = c.value[1] = c.out[1] = c.lse[2] = kLong;
+    c.options.has_dense_mask = true;
+    c.optionals = {{kS32, {1, 1, words}}};
+  });
+  CHECK_REFUSES(validate<ForwardCall>(longer.forward().value(), kHopper),
+                "dense_mask must have less than 2^31 words for each sequence and head");
+  CHECK_REFUSES(validate<BackwardCall>(longer.backward().value(), kHopper), "less than 2^31 words");
+}
+
 struct Making {
   VisibilityAttributes options{100,   90,    0,     0,     kUnbounded, kUnbounded,
                                false, false, false, false, false,      false};
@@ -512,6 +619,8 @@ void refuses_visibility() {
 
 int main() {
   jax_fa3::decodes_row_intervals();
+  jax_fa3::decodes_dense_arrays();
+  jax_fa3::refuses_dense_arrays();
   jax_fa3::decodes_visibility();
   jax_fa3::chunks_of_visibility();
   jax_fa3::refuses_visibility();

@@ -11,25 +11,25 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kSms = 132;
-constexpr MaskOptions kDense{};
+constexpr MaskOptions kFull{};
 constexpr MaskOptions kCausal{kUnbounded, 0, 0};
 
-const std::vector<ForwardKey> kForward = {{DType::kBF16, 64, 64, 192, 128},
-                                          {DType::kBF16, 64, 64, 128, 128},
-                                          {DType::kBF16, 96, 96, 192, 96},
-                                          {DType::kBF16, 128, 128, 192, 80},
-                                          {DType::kBF16, 128, 128, 128, 128}};
+const std::vector<ForwardKey> kForward = {
+    {DType::kBF16, 64, 64, 192, 128, false},   {DType::kBF16, 64, 64, 128, 128, false},
+    {DType::kBF16, 96, 96, 192, 96, false},    {DType::kBF16, 128, 128, 192, 80, false},
+    {DType::kBF16, 128, 128, 128, 128, false}, {DType::kBF16, 32, 32, 192, 128, true},
+    {DType::kBF16, 128, 128, 128, 96, true}};
 
-const std::vector<BackwardKey> kBackward = {{DType::kBF16, 64, 64, 128, 128, false},
-                                            {DType::kBF16, 64, 64, 128, 128, true},
-                                            {DType::kBF16, 128, 128, 64, 128, false},
-                                            {DType::kBF16, 128, 128, 64, 128, true}};
+const std::vector<BackwardKey> kBackward = {
+    {DType::kBF16, 64, 64, 128, 128, false, false},  {DType::kBF16, 64, 64, 128, 128, true, false},
+    {DType::kBF16, 128, 128, 64, 128, false, false}, {DType::kBF16, 128, 128, 64, 128, true, false},
+    {DType::kBF16, 32, 32, 128, 128, true, true},    {DType::kBF16, 128, 128, 64, 128, true, true}};
 
 Shape shape(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim) {
   return {DType::kBF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim};
 }
 
-ForwardPlan forward(const Shape& s, const MaskOptions& mask = kDense, int num_sms = kSms) {
+ForwardPlan forward(const Shape& s, const MaskOptions& mask = kFull, int num_sms = kSms) {
   const auto plan = plan_forward(s, mask, {}, kForward, num_sms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
@@ -53,7 +53,7 @@ void head_dims_round_up() {
 // row intervals, deepest first, and of the larger size where there are enough.
 void index_arrays_change_the_order() {
   const auto plan = [](const Shape& s, const IndexPresence& presence) {
-    return plan_forward(s, kDense, presence, kForward, kSms).value();
+    return plan_forward(s, kFull, presence, kForward, kSms).value();
   };
   const Shape large = shape(1, 16384, 16, 128), small = shape(1, 1024, 16, 128);
   CHECK(!plan(large, {}).by_counter && !plan(large, {}).longest_first);
@@ -80,7 +80,7 @@ void tiles_and_grid() {
   CHECK(plan.num_tiles == 6 * plan.num_m_blocks);
   CHECK(plan.grid == plan.num_tiles);
   CHECK(forward(shape(8, 16384, 16, 64)).grid == kSms);
-  CHECK(forward(shape(8, 16384, 16, 64), kDense, 78).grid == 78);
+  CHECK(forward(shape(8, 16384, 16, 64), kFull, 78).grid == 78);
 }
 
 void order_follows_the_mask() {
@@ -147,8 +147,47 @@ void workspace_layout() {
 void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
   CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
-  const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true};
+  const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true, false};
   CHECK(plan_backward(shape(1, 4096, 16, 256), {}, false, {wide}, kSms).value().key == wide);
+}
+
+// Calls with a bias or a dense mask have kernels of their own, of head dims of their own, and
+// others have none of these.
+void dense_kernels() {
+  const auto forward_key = [](int head_dim, const IndexPresence& presence) {
+    return plan_forward(shape(1, 512, 4, head_dim), kFull, presence, kForward, kSms).value().key;
+  };
+  const auto backward_key = [](int head_dim, const IndexPresence& presence, bool deterministic) {
+    const Shape s = shape(1, 512, 4, head_dim);
+    return plan_backward(s, presence, deterministic, kBackward, kSms).value().key;
+  };
+  for (const bool any : {false, true}) {
+    const IndexPresence dense{any, false, true}, other{any, false, false};
+    CHECK(forward_key(32, dense).dense && forward_key(32, dense).head_dim == 32);
+    CHECK(!forward_key(32, other).dense && forward_key(32, other).head_dim == 64);
+    CHECK(forward_key(40, dense).dense && forward_key(40, dense).head_dim == 128);
+    for (const bool deterministic : {false, true}) {
+      CHECK(backward_key(32, dense, deterministic).head_dim == 32);
+      CHECK(backward_key(32, other, deterministic).head_dim == 64);
+      CHECK(backward_key(128, dense, deterministic).dense);
+      CHECK(backward_key(128, dense, deterministic).separate_dq);
+      CHECK(!backward_key(128, other, deterministic).dense);
+    }
+  }
+  const auto plan = plan_backward(shape(1, 500, 4, 32), {false, false, true}, false, kBackward, 78);
+  CHECK(plan.value().dquery.num_tiles == 4 * 3);  // of 192 rows
+  CHECK(plan.value().num_sms == 78);
+
+  const auto refuses = [](const Status& status, const char* what) {
+    CHECK_REFUSES(status, what);
+    CHECK_REFUSES(status,
+                  "kernel with a bias or mask for bf16 head_dim=192: this build has bf16 "
+                  "head dims [32, 128] with them; rebuild");
+  };
+  const Shape s = shape(1, 1, 1, 192);
+  const IndexPresence dense{false, false, true};
+  refuses(plan_forward(s, kFull, dense, kForward, kSms).status(), "no forward");
+  refuses(plan_backward(s, dense, false, kBackward, kSms).status(), "no backward");
 }
 
 void beyond_32_bits() {
@@ -157,7 +196,7 @@ void beyond_32_bits() {
   CHECK(forward(s).num_tiles == 4 * 128 * 342);
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
-  CHECK_REFUSES(plan_forward(tiles, kDense, {}, kForward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_forward(tiles, kFull, {}, kForward, kSms).status(), "below 2^31");
   CHECK_REFUSES(plan_backward(tiles, {}, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
   CHECK_REFUSES(plan_backward(bytes, {}, false, kBackward, kSms).status(), "64-bit");
@@ -165,7 +204,7 @@ void beyond_32_bits() {
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward(s, kDense, {}, kForward, kSms).status(), part);
+    CHECK_REFUSES(plan_forward(s, kFull, {}, kForward, kSms).status(), part);
     CHECK_REFUSES(plan_backward(s, {}, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
@@ -192,7 +231,7 @@ void refusals() {
   refuses_mask({-1, 0, 0}, "window_left must be in [0, 1073741824], got -1");
   refuses_mask({0, -1, 0}, "window_right");
   refuses_mask({0, 0, -kMaxSeqlen - 1}, "query_offset");
-  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kDense, {}, kForward, 0).status(), "num_sms");
+  CHECK_REFUSES(plan_forward(shape(1, 1, 1, 64), kFull, {}, kForward, 0).status(), "num_sms");
 }
 
 const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
@@ -201,7 +240,7 @@ const std::vector<ForwardFloat8Key> kFloat8 = {{64, 64, 192, 128},
                                                {192, 128, 128, 128},
                                                {256, 256, 128, 128}};
 
-ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kDense, bool prepared = true) {
+ForwardFloat8Plan float8(const Shape& s, const MaskOptions& mask = kFull, bool prepared = true) {
   const auto plan = plan_forward_float8(s, mask, {}, prepared, kFloat8, kSms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
@@ -222,16 +261,16 @@ void float8_workspace() {
   Shape s = shape(3, 1000, 6, 80);
   s.num_heads_kv = 2;
   CHECK(float8(s).workspace_bytes == 0 && float8(s).transpose_blocks == 0);
-  CHECK(float8(s, kDense, false).workspace_bytes == 3 * 2 * 80 * 1024);
-  CHECK(float8(s, kDense, false).transpose_blocks == 3 * 2 * 2 * 8);
+  CHECK(float8(s, kFull, false).workspace_bytes == 3 * 2 * 80 * 1024);
+  CHECK(float8(s, kFull, false).transpose_blocks == 3 * 2 * 2 * 8);
   s.seqlen_k = 0;
-  CHECK(float8(s, kDense, false).workspace_bytes == 0 && float8(s).num_tiles > 0);
-  CHECK(float8(shape(0, 512, 4, 64), kDense, false).num_tiles == 0);
+  CHECK(float8(s, kFull, false).workspace_bytes == 0 && float8(s).num_tiles > 0);
+  CHECK(float8(shape(0, 512, 4, 64), kFull, false).num_tiles == 0);
 }
 
 void float8_refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
-    CHECK_REFUSES(plan_forward_float8(s, kDense, {}, false, kFloat8, kSms).status(), part);
+    CHECK_REFUSES(plan_forward_float8(s, kFull, {}, false, kFloat8, kSms).status(), part);
   };
   refuses(shape(1, 1, 1, 72), "head_dim must be a multiple of 16 for float8");
   Shape s = shape(1, 1, 1, 64);
@@ -242,9 +281,9 @@ void float8_refusals() {
   refuses(s, "head_dim_v must be a multiple of 8 in [8, 256], got 272");
   refuses(shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128), "64-bit");
   CHECK_REFUSES(
-      plan_forward_float8(shape(1, 1, 1, 256), kDense, {}, false, {kFloat8[0]}, kSms).status(),
+      plan_forward_float8(shape(1, 1, 1, 256), kFull, {}, false, {kFloat8[0]}, kSms).status(),
       "no forward kernel for e4m3 head_dim=256: this build has e4m3 head dims [64]");
-  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kDense, {}, false, kFloat8, 0).status(),
+  CHECK_REFUSES(plan_forward_float8(shape(1, 1, 1, 64), kFull, {}, false, kFloat8, 0).status(),
                 "num_sms");
 }
 
@@ -267,6 +306,7 @@ int main() {
   jax_fa3::empty_problems();
   jax_fa3::workspace_layout();
   jax_fa3::fused_dq_where_there_is_a_choice();
+  jax_fa3::dense_kernels();
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
   jax_fa3::float8_tiles();

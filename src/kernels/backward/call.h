@@ -12,11 +12,14 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
   static constexpr const char* kTarget = "jax_fa3_backward";
   using Attributes = CallAttributes;
 
-  static Status check(const Attributes&) { return {}; }
+  static Status check(const Attributes& a) {
+    if (!a.options.has_dbias || a.options.has_bias) return {};
+    return invalid_argument("has_bias must be true with has_dbias");
+  }
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    return with_index(
+    return with_index_and_dense(
         {
             array<&Problem::query>(operands::kQuery),
             array<&Problem::key>(operands::kKey),
@@ -28,11 +31,12 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
         },
         a.options);
   }
-  static Arrays<Problem> results(const Attributes&) {
+  static Arrays<Problem> results(const Attributes& a) {
     return {
         array<&Problem::dquery>(operands::kDQuery),
         array<&Problem::dkey>(operands::kDKey),
         array<&Problem::dvalue>(operands::kDValue),
+        array<&Problem::dbias>(operands::kDBias, a.options.has_dbias),
         workspace<&Problem::workspace>(kWorkspaceAlignment),
     };
   }

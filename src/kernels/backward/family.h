@@ -22,7 +22,8 @@ struct Backward {
             {"head_dim_v", key.head_dim_v},
             {"block_m", key.block_m},
             {"block_n", key.block_n},
-            {"separate_dq", key.separate_dq}};
+            {"separate_dq", key.separate_dq},
+            {"dense", key.dense}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key),

@@ -84,11 +84,10 @@ struct GradientSplitConsumer : TileConsumer<T> {
     auto tP = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dV of the step before
 
-    QueryWalk walk = this->walk();
-    do {
+    this->for_each_step([&](const auto& walk) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockM>();
       // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
-      const bool cut = __any_sync(0xffffffff, queries.cuts(walk.m));
+      const bool cut = __any_sync(0xffffffff, walk.cuts(queries));
       wait_full(shared.query_ring, cursor);
       if (cut) this->clear_query_tail(walk.m);
       this->issue_scores(T::KTile::tensor(shared.key), T::QTile::tensor(shared.query[cursor.stage]),
@@ -97,23 +96,18 @@ struct GradientSplitConsumer : TileConsumer<T> {
       if (pending) release(shared.dout_ring, cursor.before());
       pending = true;
       wait_mma<0>(tS);
-      release(shared.query_ring, cursor);
-
+      if constexpr (!T::kListed) release(shared.query_ring, cursor);
       T::Score::apply(tS);
-      if (cut) {
-        const auto& [tile, mask] = this->work();
-        T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
-                                           tile.block * T::kBlockN, walk.head());
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);
+      this->finish_scores(tS, walk, 0, cut);
+      if constexpr (T::kListed) release_by_warp(shared.query_ring, cursor);  // bias has been read
+      this->exponentiate(tS);
       give_probabilities(tS);
       convert(tS, tP);
       wait_full(shared.dout_ring, cursor);
       issue_mma<Accumulate::kAdd>(
           mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(shared.dout[cursor.stage])), tDV);
       cursor.advance();
-    } while (walk.next());
+    });
     wait_mma<0>(tDV);
     release(shared.dout_ring, cursor.before());
   }
@@ -125,11 +119,10 @@ struct GradientSplitConsumer : TileConsumer<T> {
     auto tDS = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dK of the step before
 
-    QueryWalk walk = this->walk();
-    do {
+    this->for_each_step([&](const auto& walk) {
       auto tDP = make_accumulator<typename T::MmaS, T::kBlockM>();
       wait_full(shared.query_ring, cursor);  // the statistics
-      if (queries.cuts(walk.m)) this->clear_query_tail(walk.m);
+      if (walk.cuts(queries)) this->clear_query_tail(walk.m);
       wait_full(shared.dout_ring, cursor);
       this->issue_scores(T::VTile::tensor(shared.value),
                          T::DOTile::tensor(shared.dout[cursor.stage]), Statistic::kDelta, tDP);
@@ -147,7 +140,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
       issue_mma<Accumulate::kAdd>(
           mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(shared.query[cursor.stage])), tDK);
       cursor.advance();
-    } while (walk.next());
+    });
     wait_mma<0>(tDK);
     release(shared.query_ring, cursor.before());
   }

@@ -10,7 +10,7 @@ namespace jax_fa3 {
 
 template <class Config>
 __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
-    backward_kernel(const __grid_constant__ BackwardParams p) {
+    backward_kernel(const __grid_constant__ typename BackwardTraits<Config>::Params p) {
   using T = BackwardTraits<Config>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     shared.works.ring.init(T::kConsumers + 1);
     shared.demand.init(1);
     shared.key_value_ring.init(T::kConsumers);
-    shared.query_ring.init(T::kConsumers);
+    shared.query_ring.init(T::kQueryReleases);
     shared.dout_ring.init(T::kConsumers);
     shared.handover_ring.init(kWarpgroupThreads, kWarpgroupThreads);
     shared.output_ring.init(1);

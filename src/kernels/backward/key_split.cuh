@@ -34,25 +34,23 @@ struct KeySplitConsumer : TileConsumer<T> {
         this->await_keys();
         this->template clear_tail<typename T::KTile>(shared.key);
         this->template clear_tail<typename T::VTile>(shared.value);
-        QueryWalk walk = this->walk();
-        do {
-          step(tDK, tDV, walk);
-        } while (walk.next());
+        this->for_each_step([&](const auto& walk) { step(tDK, tDV, walk); });
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;
       auto& buffers = shared.exchange.output[warpgroup];
       this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row, buffers[0]);
       this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row, buffers[1]);
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row,
+                                                                   buffers[T::kOutputBuffers - 1]);
       this->end_tile();
     }
     cute::tma_store_wait<0>();  // shared memory must outlive the last store
   }
 
   // One step of the walk.
-  template <class AccumulatorDK, class AccumulatorDV>
-  CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, const QueryWalk& walk) {
+  template <class AccumulatorDK, class AccumulatorDV, class Walk>
+  CUTE_DEVICE void step(AccumulatorDK& tDK, AccumulatorDV& tDV, const Walk& walk) {
     using namespace cute;
     typename T::MmaDV mma_dv;
     typename T::MmaDK mma_dk;
@@ -63,7 +61,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     auto tS = make_accumulator<typename T::MmaS, T::kBlockM>();
     auto tDP = make_accumulator<typename T::MmaS, T::kBlockM>();
     // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
-    const bool cut = __any_sync(0xffffffff, queries.cuts(walk.m));
+    const bool cut = __any_sync(0xffffffff, walk.cuts(queries));
     wait_full(shared.query_ring, cursor);
     if (cut) this->clear_query_tail(walk.m);
     this->issue_scores(T::KTile::row_block(shared.key, warpgroup), T::QTile::tensor(query),
@@ -74,14 +72,8 @@ struct KeySplitConsumer : TileConsumer<T> {
 
     wait_mma<1>(tS);
     T::Score::apply(tS);
-    if (cut) {
-      const auto& [tile, mask] = this->work();
-      T::Masking::mask_scores_transposed(tS, mask, this->intervals(), walk.m * T::kBlockM,
-                                         tile.block * T::kBlockN + warpgroup * kWarpgroupRows,
-                                         walk.head());
-    }
-    CUTE_UNROLL
-    for (int i = 0; i < size(tS); ++i) tS(i) = exp2_approx(tS(i) * p.softmax_scale_log2);
+    this->finish_scores(tS, walk, warpgroup * kWarpgroupRows, cut);
+    this->exponentiate(tS);
     wait_mma<0>(tDP);
     CUTE_UNROLL
     for (int i = 0; i < size(tDP); ++i) tDP(i) *= tS(i);

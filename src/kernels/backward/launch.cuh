@@ -7,6 +7,7 @@
 #include "kernels/backward/kernel.cuh"
 #include "kernels/backward/postprocess.cuh"
 #include "kernels/backward/preprocess.cuh"
+#include "kernels/backward_dbias/launch.cuh"
 #include "kernels/backward_dq/launch.cuh"
 #include "kernels/maps.cuh"
 
@@ -56,7 +57,7 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
 
   const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
   int* const tile_counters = reinterpret_cast<int*>(workspace + plan.tile_counters_offset);
-  BackwardParams p;
+  typename T::Params p;
   const CallMaps maps{s, problem.workspace};
   JFA_CHECK_OK(maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim));
   JFA_CHECK_OK(maps.of_queries<typename T::DOTile>(&p.dout, problem.dout, s.head_dim_v));
@@ -65,13 +66,14 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   JFA_CHECK_OK(maps.of_keys<typename T::DKTile>(&p.dkey, problem.dkey, s.head_dim));
   JFA_CHECK_OK(maps.of_keys<typename T::DVTile>(&p.dvalue, problem.dvalue, s.head_dim_v));
   static_cast<CommonParams&>(p) = common_params(problem);
-  p.scheduler = TileScheduler{plan.num_n_blocks,
+  static_cast<BackwardParams&>(p).scheduler = TileScheduler{plan.num_n_blocks,
                               static_cast<int>(s.num_heads_kv),
                               static_cast<int>(s.batch * s.num_heads_kv),
                               plan.heads_per_group,
                               static_cast<int>(plan.num_tiles),
                               /*last_block_first=*/false,
                               has_queries ? tile_counters : nullptr};
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
   p.num_m_blocks = plan.num_m_blocks;
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);
   p.dquery = reinterpret_cast<float*>(workspace + plan.dq_offset);
@@ -85,8 +87,14 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   if constexpr (T::kFusedDQ) {
     return launch_postprocess<Config>(plan, problem, p, stream);
   } else {
-    return launch_dquery<Config>(plan.dquery, problem, p.statistics,
-                                 plan.num_m_blocks * plan.key.block_m, tile_counters + 1, stream);
+    const int statistics_rows = plan.num_m_blocks * plan.key.block_m;
+    if constexpr (T::kListed) {
+      if (problem.dbias != nullptr) {
+        JFA_CHECK_OK(launch_dbias<Config>(plan, problem, p.statistics, statistics_rows, stream));
+      }
+    }
+    return launch_dquery<Config>(plan.dquery, problem, p.statistics, statistics_rows,
+                                 tile_counters + 1, stream);
   }
 }
 

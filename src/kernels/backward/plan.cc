@@ -61,16 +61,19 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
                                      int num_sms) {
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
-  const auto keys = fitting_kernels(shape, available, [&](const BackwardKey& key) {
-    return key.dtype == shape.dtype && (key.separate_dq || !deterministic);
-  });
+  const auto eligible = [&](const BackwardKey& key) {
+    return key.dtype == shape.dtype && key.dense == presence.dense &&
+           (key.separate_dq || !deterministic);
+  };
+  const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
-    return unimplemented(
-        no_kernel_message("backward", shape, compiled_head_dims(shape, available)));
+    return unimplemented(no_kernel_message(
+        "backward", shape, compiled_head_dims(available, eligible), presence.dense));
   }
   const BackwardKey& key = keys.front();
   BackwardPlan plan;
   plan.key = key;
+  plan.num_sms = num_sms;
   plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key.block_m);
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
   const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
@@ -106,10 +109,10 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.separate_dq ? " separate dQ" : "", " m_blocks=", plan.num_m_blocks,
-                " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
-                " tiles=", plan.num_tiles, " grid=", plan.grid,
-                " workspace=", plan.workspace_bytes);
+                plan.key.separate_dq ? " separate dQ" : "", plan.key.dense ? " dense" : "",
+                " m_blocks=", plan.num_m_blocks, " n_blocks=", plan.num_n_blocks,
+                " heads_per_group=", plan.heads_per_group, " tiles=", plan.num_tiles,
+                " grid=", plan.grid, " workspace=", plan.workspace_bytes);
 }
 
 }  // namespace jax_fa3

@@ -19,6 +19,7 @@ struct BackwardPlan {
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
   std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
+  std::int32_t num_sms;          // multiprocessors to fill, of any launch
 
   DQueryPlan dquery;  // of the separate dQ kernel; no tiles if fused
 

@@ -11,7 +11,7 @@ namespace jax_fa3 {
 // Walks the CTA's work tiles and keeps the rings of Q and dO filled for every query block of every
 // query head of a group.
 template <class T>
-CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage& shared) {
   constexpr int kStatisticsBytes = T::kBlockM * sizeof(RowStatistics);
   typename T::Works::Cursor works_cursor;
   typename T::Cursor cursor;
@@ -23,11 +23,23 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
       do {
         const int head = walk.batch_head - batch * p.num_heads;
         const int row = walk.m * T::kBlockM;
-        auto& query_full = acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes);
+        int query_bytes = T::QTile::kBytes + kStatisticsBytes;
+        if constexpr (T::kListed) {
+          const Visit visit = visit_of<T>(p, load.tile, load.range, walk);
+          if (visit == Visit::kNone) continue;
+          wait_empty(shared.query_ring, cursor);
+          shared.step[cursor.stage] = {walk.m, walk.head(), visit == Visit::kCut};
+          if (p.dense.has_bias) query_bytes += T::BiasTile::kBytes;
+        }
+        auto& query_full = acquire(shared.query_ring, cursor, query_bytes);
         load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
                                      row, head, batch);
         load_bytes(p.statistics + p.query_block(walk.batch_head, walk.m) * T::kBlockM, query_full,
                    shared.statistics[cursor.stage], kStatisticsBytes);
+        if constexpr (T::kListed) {
+          p.dense.template load_bias<typename T::BiasTile>(p.bias, query_full, shared.bias[cursor.stage],
+                                                  row, load.tile.block * T::kBlockN, head, batch);
+        }
         auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
         load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage], row,
                                       head, batch);
@@ -42,9 +54,16 @@ CUTE_DEVICE void produce(const BackwardParams& p, typename T::SharedStorage& sha
 // start of the tile before would be as good as dealt out: the next one is taken when all of the
 // tile's queries have been loaded.
 template <class T>
-CUTE_DEVICE void schedule(const BackwardParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const TileRange& queries) {
+  const auto range_of = [](const auto& p, const Work& work, const Intervals& intervals, int i) {
+    if constexpr (T::kListed) {
+      return listed_queries<T>(p, work, intervals, i);
+    } else {
+      return visible_queries<T>(p, work, intervals, i);
+    }
+  };
+  shared.works.fill(p, range_of, [&](const WorkTile& tile, const auto& queries) {
     if (!queries.empty()) {
       // Only this tile reads them, and there is room for them when the tile before is done: then
       // everybody waits.

@@ -11,7 +11,7 @@ struct TileConsumer {
   using Element = typename T::Element;
   using NamedBarrier = cutlass::arch::NamedBarrier;
 
-  const BackwardParams& p;
+  const typename T::Params& p;
   typename T::SharedStorage& shared;
   const int warpgroup;  // 0 or 1
 
@@ -19,7 +19,7 @@ struct TileConsumer {
   RingCursor<1> key_value_cursor{};
   typename T::Cursor cursor{};
 
-  TileRange queries;  // that see the tile at hand
+  decltype(typename T::Works::Load{}.range) queries;  // that see the tile at hand
 
   CUTE_DEVICE void sync_warpgroup() const {
     NamedBarrier::sync(kWarpgroupThreads, T::kWarpgroup + warpgroup);
@@ -34,7 +34,6 @@ struct TileConsumer {
   // The tile at hand. It stays in shared memory: the steps' registers are scarce.
   CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
   CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
-  CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
   // On return K and V have arrived. Not called where no query sees the tile.
   CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
   // This warpgroup's GEMMs that read them are done.
@@ -71,6 +70,57 @@ struct TileConsumer {
     sync_warpgroup();
   }
 
+  // Calls step(walk) for each step of the tile at hand, which has one at least. Of a list, step by
+  // step, when the queries have arrived.
+  template <class Step>
+  CUTE_DEVICE void for_each_step(const Step& step) const {
+    if constexpr (T::kListed) {
+      CUTE_NO_UNROLL
+      for (int i = queries.num_cut + queries.num_full; i > 0; --i) {
+        wait_full(shared.query_ring, cursor);
+        step(shared.step[cursor.stage]);
+      }
+    } else {
+      QueryWalk walk(p, work().tile, queries);
+      do {
+        step(walk);
+      } while (walk.next());
+    }
+  }
+
+  // From S^T to logits, still to be scaled: the tile's keys from `key` on.
+  template <class Walk, class Accumulator>
+  CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut) const {
+    if constexpr (T::kListed) {
+      if (p.dense.has_bias) {
+        add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
+                                                  p.dense.bias_factor);
+      }
+    }
+    if (cut) {
+      const auto& [tile, mask] = work();
+      const int row0 = walk.m * T::kBlockM, key0 = tile.block * T::kBlockN + key;
+      T::Masking::mask_scores_transposed(tSt, mask, intervals(), row0, key0, walk.head());
+      if constexpr (T::kListed) {
+        if (p.dense.has_mask) {
+          const int head = tile.head * p.heads_per_kv_head + walk.head();
+          mask_by_bits_transposed(tSt, p.dense.mask_of(tile.batch, head), row0, key0);
+        }
+      }
+    }
+  }
+
+  // P^T of logits less the LSE. A row whose bias is large and the same for all keys has an LSE as
+  // large, beside which float32 loses the scores: its weights stay finite.
+  template <class Accumulator>
+  CUTE_DEVICE void exponentiate(Accumulator& tSt) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tSt); ++i) {
+      const float log2 = tSt(i) * p.softmax_scale_log2;
+      tSt(i) = exp2_approx(T::kListed ? fminf(log2, 1.f) : log2);
+    }
+  }
+
   // Issues C = left right^T - the queries' statistic: S^T or dP^T of 64 keys against the stage's
   // queries.
   template <class Left, class Right, class Accumulator>
@@ -99,7 +149,7 @@ struct TileConsumer {
           cute::make_tensor(tC.data() + col / kThreadsPerRow,
                             cute::make_layout(cute::Int<Tile::kCols / kThreadsPerRow>{}));
       if constexpr (T::kSplitKeys) {
-        if (leads_warpgroup()) cute::tma_store_wait<1>();
+        if (leads_warpgroup()) cute::tma_store_wait<T::kOutputBuffers - 1>();
       }
       sync_warpgroup();
       store_accumulator<Tile>(tPiece, buffer, 0);

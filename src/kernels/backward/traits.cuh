@@ -9,6 +9,7 @@
 #include "device/warpgroup.cuh"
 #include "kernels/backward/config.h"
 #include "kernels/backward/statistics.cuh"
+#include "kernels/dense.cuh"
 #include "kernels/params.h"
 
 namespace jax_fa3 {
@@ -39,6 +40,8 @@ struct BackwardParams : BackwardMaps, CommonParams {
   }
 };
 
+using DenseBackwardParams = WithDense<BackwardParams>;  // boxes of bias have kBlockM rows
+
 // The query blocks of a work tile, one after another: those that see its keys, each of all the
 // query heads that share its kv head before the next. Not for a tile that no query sees. One loop
 // rather than two, and with its test at the end, so that the compiler keeps out of it what does not
@@ -62,6 +65,8 @@ struct QueryWalk {
 
   // The number of the query head among those of the tile.
   CUTE_DEVICE int head() const { return batch_head - first_head_; }
+
+  CUTE_DEVICE bool cuts(const TileRange& queries) const { return queries.cuts(m); }
 
   // False: that was the last one.
   CUTE_DEVICE bool next() {
@@ -90,8 +95,56 @@ CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
   return queries;
 }
 
+// A step of a walk of those query blocks that a dense mask lets see the tile's keys, as the producer
+// says it with the queries.
+struct ListedStep {
+  int m;
+  int head_of_tile;  // the number of the query head among those of the tile
+  bool is_cut;
+
+  CUTE_DEVICE int head() const { return head_of_tile; }
+  CUTE_DEVICE bool cuts(const TileRange&) const { return is_cut; }
+};
+
+// What of a step of a walk is visited.
+template <class T>
+CUTE_DEVICE Visit visit_of(const DenseBackwardParams& p, const WorkTile& tile,
+                           const TileRange& queries, const QueryWalk& walk) {
+  const int head = walk.batch_head - tile.batch * p.num_heads;
+  const TileClass seen = p.dense.mask_of(tile.batch, head)
+                             .classify(walk.m * T::kBlockM, T::kBlockM, tile.block * T::kBlockN,
+                                       T::kBlockN);
+  if (!seen.any) return Visit::kNone;
+  return queries.cuts(walk.m) || !seen.all ? Visit::kCut : Visit::kFull;
+}
+
+// range_of of the main kernel where steps are those of a list.
+template <class T>
+CUTE_DEVICE TileList listed_queries(const DenseBackwardParams& p, const Work& work,
+                                    const Intervals& intervals, int i) {
+  TileList list;
+  static_cast<TileRange&>(list) = visible_queries<T>(p, work, intervals, i);
+  if (list.TileRange::empty()) return list;
+  QueryWalk walk(p, work.tile, list);
+  do {
+    const Visit visit = visit_of<T>(p, work.tile, list, walk);
+    list.num_cut += visit == Visit::kCut;
+    list.num_full += visit == Visit::kFull;
+  } while (walk.next());
+  return list;
+}
+
+// Bias and what is said of a step, beside each stage of the queries.
+template <class Element, class BiasTile, int kStages>
+struct DenseStages {
+  alignas(1024) Element bias[kStages][BiasTile::kElements];
+  ListedStep step[kStages];
+};
+
 template <class Config>
 struct BackwardTraits {
+  static constexpr bool kListed = Config::kDense;  // whether steps are those of a list
+  using Params = cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
@@ -107,7 +160,8 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/true);
+  static constexpr Registers kRegisters =
+      registers_of(kConsumers, /*wide=*/!kListed);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 
@@ -117,8 +171,14 @@ struct BackwardTraits {
   using VTile = SmemTile<Element, kBlockN, kHeadDimV>;
   using PTile = SmemTile<Element, kBlockN, kBlockM>;  // dS^T: (key, query)
   // 64 rows of dK and dV on their way to global memory, all columns or half of them.
-  using DKTile = SmemTile<Element, kWarpgroupRows, kHeadDim <= 128 ? kHeadDim : kHeadDim / 2>;
-  using DVTile = SmemTile<Element, kWarpgroupRows, kHeadDimV <= 128 ? kHeadDimV : kHeadDimV / 2>;
+  // Where bias takes their room, a quarter.
+  static constexpr bool kScarce = kListed && kHeadDim > 192;
+  static constexpr int output_cols(int cols) {
+    return cols <= 128 ? cols : cols / (kScarce ? 4 : 2);
+  }
+  using DKTile = SmemTile<Element, kWarpgroupRows, output_cols(kHeadDim)>;
+  using DVTile = SmemTile<Element, kWarpgroupRows, output_cols(kHeadDimV)>;
+  using BiasTile = SmemTile<Element, kBlockM, kBlockN>;
 
   using MmaS = MmaSS<Element, kBlockM, Major::K, Major::K>;
   using Statistics = StatisticTile<kBlockM>;
@@ -145,18 +205,19 @@ struct BackwardTraits {
 
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
-  static constexpr int kHandoverStages = 2;
-  using Works = WorkQueue<1>;
+  static constexpr int kHandoverStages = kScarce ? 1 : 2;
+  using Works = WorkQueue<1, cute::conditional_t<kListed, TileList, TileRange>>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
   // What consumers write: `output` is dK and dV on their way, each warpgroup's; of both at once
-  // where a warpgroup has both.
+  // where a warpgroup has both and there is room.
+  static constexpr int kOutputBuffers = kListed ? 1 : 2;
   static constexpr int kOutputElements = cute::max(DKTile::kElements, DVTile::kElements);
   struct KeySplitExchange {
     // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
     alignas(1024) Element dscores[2][kFusedDQ ? PTile::kElements : 8];
-    alignas(1024) Element output[2][2][kOutputElements];
+    alignas(1024) Element output[2][kOutputBuffers][kOutputElements];
   };
   union GradientSplitExchange {
     // P^T, four floats of each thread together
@@ -165,7 +226,16 @@ struct BackwardTraits {
   };
   using Exchange = cute::conditional_t<kSplitKeys, KeySplitExchange, GradientSplitExchange>;
 
-  struct SharedStorage {
+  // Done with a stage of Q: each warpgroup; or each warp of the one that is done when it has read
+    // the bias.
+  static constexpr int kQueryReleases =
+      kListed && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
+
+  struct Nothing {};
+  using Dense =
+      cute::conditional_t<kListed, DenseStages<Element, BiasTile, kStages>, Nothing>;
+
+  struct SharedStorage : Dense {
     // What is small comes first: compute-sanitizer takes the zero strides of `constants` and
     // `statistics` for longer reads, which would leave the allocation from its end.
     StatisticConstant constants[2];  // by Statistic

@@ -16,7 +16,7 @@ template <class T>
 struct DQueryConsumer {
   using NamedBarrier = cutlass::arch::NamedBarrier;
 
-  const DQueryParams& p;
+  const typename T::Params& p;
   typename T::SharedStorage& shared;
   const int warpgroup;
 
@@ -32,10 +32,6 @@ struct DQueryConsumer {
     for (Work work; !(work = shared.works.read(works_cursor)).none();) {
       const auto& [tile, mask] = work;
       const int row = tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
-      // What the producer loads, and what of it this warpgroup's rows see.
-      const TileRange loaded = shared.works.range(works_cursor, 0);
-      const TileRange keys = shared.works.range(works_cursor, 1 + warpgroup);
-
       bool active[2];  // rows that exist and see a key
       float negative_lse_log2[2], negative_delta[2];
       CUTE_UNROLL
@@ -55,12 +51,23 @@ struct DQueryConsumer {
       auto tDQ = make_accumulator<typename T::MmaDQ, T::kHeadDim>();
       clear(tDQ);
       wait_full(shared.query_ring[warpgroup], query_cursor);
-      if (keys.empty()) {
-        skip(loaded.end - loaded.begin);
+      const auto attend = [&](const auto& keys) {
+        this->attend(tDQ, work, keys, row, negative_lse_log2, negative_delta);
+      };
+      if constexpr (T::kListed) {
+        const TileList keys = shared.works.range(works_cursor, 0);
+        if (!keys.empty()) attend(keys);
       } else {
-        skip(loaded.end - keys.end);
-        attend(tDQ, mask, keys, row, negative_lse_log2, negative_delta);
-        skip(keys.begin - loaded.begin);
+        // What the producer loads, and what of it this warpgroup's rows see.
+        const TileRange loaded = shared.works.range(works_cursor, 0);
+        const TileRange keys = shared.works.range(works_cursor, 1 + warpgroup);
+        if (keys.empty()) {
+          skip(loaded.end - loaded.begin);
+        } else {
+          skip(loaded.end - keys.end);
+          attend(keys);
+          skip(keys.begin - loaded.begin);
+        }
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tDQ); ++i) {
@@ -75,9 +82,9 @@ struct DQueryConsumer {
     }
   }
 
-  // Adds the gradient by way of the keys [begin, end) that this warpgroup's rows see.
-  template <class AccumulatorDQ>
-  CUTE_DEVICE void attend(AccumulatorDQ& tDQ, const Mask& mask, const TileRange& keys, int row,
+  // Adds the gradient by way of the keys that this warpgroup's rows see.
+  template <class AccumulatorDQ, class Keys>
+  CUTE_DEVICE void attend(AccumulatorDQ& tDQ, const Work& work, const Keys& keys, int row,
                           const float (&negative_lse_log2)[2], const float (&negative_delta)[2]) {
     using namespace cute;
     typename T::MmaS mma_s;
@@ -86,9 +93,7 @@ struct DQueryConsumer {
     const auto tDPrDO = operand_a(mma_s, T::DOTile::row_block(shared.dout, warpgroup));
     auto tDS = make_operand_a<typename T::Element, T::kBlockN>();
 
-    clear_key_tail(mask, keys.end - 1);
-    CUTE_NO_UNROLL
-    for (int n = keys.end - 1; n >= keys.begin; --n) {
+    const auto step = [&](int n, bool is_cut, bool is_first) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
       auto tDP = make_accumulator<typename T::MmaS, T::kBlockN>();
       const auto key = key_cursor.stage;
@@ -101,18 +106,32 @@ struct DQueryConsumer {
           mma_s, tDPrDO, operand_b(mma_s, T::VTile::tensor(shared.value[value_cursor.stage])), tDP);
 
       wait_mma<2>(tDQ);
-      if (n != keys.end - 1) release_key();
+      if (!is_first) release_key();
       wait_mma<1>(tS);
       T::Score::apply(tS);
+      if constexpr (T::kListed) {
+        if (p.dense.has_bias) {
+          add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
+                                         warpgroup * kWarpgroupRows, p.dense.bias_factor);
+        }
+      }
       // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.
-      if (__any_sync(0xffffffff, keys.cuts(n))) {
-        T::Masking::mask_scores(tS, mask, shared.works.intervals(works_cursor), row,
+      if (__any_sync(0xffffffff, is_cut)) {
+        T::Masking::mask_scores(tS, work.mask, shared.works.intervals(works_cursor), row,
                                 n * T::kBlockN);
+        if constexpr (T::kListed) {
+          if (p.dense.has_mask) {
+            mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row,
+                         n * T::kBlockN);
+          }
+        }
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        tS(i) =
-            exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+        const float log2 =
+            fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]);
+        // Of rows with a large bias: backward/tile_consumer.cuh.
+        tS(i) = exp2_approx(T::kListed ? fminf(log2, 1.f) : log2);
       }
       wait_mma<0>(tDP);
       release_value();
@@ -123,6 +142,19 @@ struct DQueryConsumer {
       convert(tDP, tDS);
       issue_mma<Accumulate::kAdd>(mma_dq, tDS,
                                   operand_b(mma_dq, T::KTile::transposed(shared.key[key])), tDQ);
+    };
+    if constexpr (T::kListed) {
+      CUTE_NO_UNROLL
+      for (int i = 0; i < keys.num_cut + keys.num_full; ++i) {
+        wait_full(shared.key_ring, key_cursor);
+        const int n = shared.key_tile[key_cursor.stage];
+        if (i == 0) clear_key_tail(work.mask, n);  // the right-most tile, if it has rows to clear
+        step(n, i < keys.num_cut, i == 0);
+      }
+    } else {
+      clear_key_tail(work.mask, keys.end - 1);
+      CUTE_NO_UNROLL
+      for (int n = keys.end - 1; n >= keys.begin; --n) step(n, keys.cuts(n), n == keys.end - 1);
     }
     wait_mma<0>(tDQ);
     release_key();
@@ -133,7 +165,11 @@ struct DQueryConsumer {
     used_cursor.advance();
   }
   CUTE_DEVICE void release_value() {
-    release(shared.value_ring, value_cursor);
+    if constexpr (T::kListed) {
+      release_by_warp(shared.value_ring, value_cursor);
+    } else {
+      release(shared.value_ring, value_cursor);
+    }
     value_cursor.advance();
   }
   // Passes over key tiles that the other warpgroup's rows see and none of this one's does.

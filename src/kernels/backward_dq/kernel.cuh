@@ -11,7 +11,7 @@ namespace jax_fa3 {
 
 template <class Config>
 __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
-    dquery_kernel(const __grid_constant__ DQueryParams p) {
+    dquery_kernel(const __grid_constant__ typename DQueryTraits<Config>::Params p) {
   using T = DQueryTraits<Config>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
     shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
     shared.key_ring.init(T::kConsumers);
-    shared.value_ring.init(T::kConsumers);
+    shared.value_ring.init(T::kValueReleases);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -30,7 +30,11 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     if (threadIdx.x == 0) produce_for_dquery<T>(p, shared);
-    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
+    if constexpr (T::kListed) {
+      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, listed_keys<T>);
+    } else {
+      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();
     DQueryConsumer<T>{p, shared, warpgroup - 1}.run();

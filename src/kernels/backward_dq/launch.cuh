@@ -15,7 +15,7 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
   using T = DQueryTraits<Config>;
   const Shape& s = problem.shape;
   const CallMaps maps{s, problem.workspace};
-  DQueryParams p;
+  typename T::Params p;
   JFA_CHECK_OK(
       maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim, kWarpgroupRows));
   JFA_CHECK_OK(
@@ -26,14 +26,16 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
       maps.of_queries<typename T::QTile>(&p.dquery, problem.dquery, s.head_dim, kWarpgroupRows));
   static_cast<CommonParams&>(p) = common_params(problem);
   // Tiles differ in length, and the CTAs at work should share keys.
-  const bool grouped = problem.mask.window_right < kUnbounded || problem.presence.visibility;
-  p.scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
+  const bool grouped = problem.mask.window_right < kUnbounded || problem.presence.visibility ||
+                       problem.presence.dense;
+  static_cast<DQueryParams&>(p).scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
                               p.num_heads,
                               static_cast<int>(s.batch * s.num_heads_q),
                               grouped ? plan.heads_per_group : 1,
                               static_cast<int>(plan.num_tiles),
                               /*last_block_first=*/grouped,
                               counter};
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;
   return launch_kernel("dquery_kernel", dquery_kernel<Config>, dim3(plan.grid), T::kThreads,

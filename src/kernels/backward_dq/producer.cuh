@@ -6,7 +6,8 @@
 namespace jax_fa3 {
 
 template <class T>
-CUTE_DEVICE void produce_for_dquery(const DQueryParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
+                                    typename T::SharedStorage& shared) {
   RingCursor<1> query_cursor;
   typename T::Works::Cursor works_cursor;
   RingCursor<T::kKeyStages> key_cursor;
@@ -15,7 +16,6 @@ CUTE_DEVICE void produce_for_dquery(const DQueryParams& p, typename T::SharedSto
   for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
     const WorkTile tile = load.tile;
     const int head_kv = load.head_kv;
-    const TileRange keys = load.range;
     const int row = tile.block * T::kBlockM;
 
     const auto load_queries = [&] {
@@ -30,18 +30,39 @@ CUTE_DEVICE void produce_for_dquery(const DQueryParams& p, typename T::SharedSto
       }
       query_cursor.advance();
     };
-    if (keys.empty()) load_queries();  // nobody reads them, but the rings stay in step
-    CUTE_NO_UNROLL
-    for (int n = keys.end - 1; n >= keys.begin; --n) {
+    if (load.range.empty()) load_queries();  // nobody reads them, but the rings stay in step
+    const auto load_keys = [&](int n, bool is_first) {
+      int value_bytes = T::VTile::kBytes;
+      if constexpr (T::kListed) {
+        wait_empty(shared.key_ring, key_cursor);
+        shared.key_tile[key_cursor.stage] = n;
+        if (p.dense.has_bias) value_bytes += T::BiasTile::kBytes;
+      }
       auto& key_full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
       T::Source::load_key(p, key_full, shared.key[key_cursor.stage], n * T::kBlockN, head_kv,
                           tile.batch);
       key_cursor.advance();
-      if (n == keys.end - 1) load_queries();  // after the first K, which does not wait for them
-      auto& value_full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
+      if (is_first) load_queries();  // after the first K, which does not wait for them
+      auto& value_full = acquire(shared.value_ring, value_cursor, value_bytes);
       T::Source::load_value(p, value_full, shared.value[value_cursor.stage], n * T::kBlockN,
                             head_kv, tile.batch);
+      if constexpr (T::kListed) {
+        p.dense.template load_bias<typename T::BiasTile>(p.bias, value_full, shared.bias[value_cursor.stage],
+                                                row, n * T::kBlockN, tile.head, tile.batch);
+      }
       value_cursor.advance();
+    };
+    if constexpr (T::kListed) {
+      bool is_first = true;
+      typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+      while (walk.next()) {
+        load_keys(walk.n, is_first);
+        is_first = false;
+      }
+    } else {
+      const TileRange keys = load.range;
+      CUTE_NO_UNROLL
+      for (int n = keys.end - 1; n >= keys.begin; --n) load_keys(n, n == keys.end - 1);
     }
   }
 }

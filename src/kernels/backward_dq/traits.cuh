@@ -11,6 +11,7 @@
 #include "device/pipeline.cuh"
 #include "device/warpgroup.cuh"
 #include "kernels/backward_dq/plan.h"
+#include "kernels/dense.cuh"
 #include "kernels/params.h"
 
 namespace jax_fa3 {
@@ -29,24 +30,31 @@ struct DQueryParams : DQueryMaps, CommonParams {
   const RowStatistics* statistics;  // [b, h_q, statistics_rows]
 };
 
+using DenseDQueryParams = WithDense<DQueryParams>;  // boxes of bias have kBlockM rows
+
 template <class Config>
 struct DQueryTraits {
-  using Params = DQueryParams;
+  static constexpr bool kListed = Config::kDense;  // whether key tiles are those of a list
+  using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = dquery_block_m(kHeadDim);
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
-  // As many keys as registers hold of S and dP beside dQ and the dS before.
-  static constexpr int kBlockN = kConsumers == 2 && kHeadDim <= 128 ? 96 : 64;
+  // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of keys
+  // and bias.
+  static constexpr int kBlockN = kListed && kHeadDim > 192               ? 32
+                                 : kConsumers == 2 && kHeadDim <= 128 ? 96
+                                                                      : 64;
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, kHeadDim > 192);
+  static constexpr Registers kRegisters = registers_of(kConsumers, kHeadDim > 192 && !kListed);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
   using KTile = SmemTile<Element, kBlockN, kHeadDim>;
   using VTile = SmemTile<Element, kBlockN, kHeadDimV>;
+  using BiasTile = SmemTile<Element, kBlockM, kBlockN>;
 
   // S = Q K^T, dP = dO V^T, dQ += dS K with dS from registers.
   using MmaS = MmaSS<Element, kBlockN, Major::K, Major::K>;
@@ -58,16 +66,26 @@ struct DQueryTraits {
   static_assert(Score::kIsLinear, "dS is made of P and dP alone");
 
   // V is used early in a step and K to its end: K has a stage more where there is no room for two
-  // of both.
+  // of both. Bias is beside V.
   static constexpr int kFreeBytes = 226 * 1024 - QTile::kBytes - DOTile::kBytes;
-  static constexpr int kPairs = kFreeBytes / (KTile::kBytes + VTile::kBytes);
+  static constexpr int kValueBytes = VTile::kBytes + (kListed ? BiasTile::kBytes : 0);
+  static constexpr int kPairs = kFreeBytes / (KTile::kBytes + kValueBytes);
   static constexpr int kValueStages = kPairs < 4 ? kPairs : 4;
   static constexpr int kKeyStages = kValueStages == 1 ? 2 : kValueStages;
-  static_assert(kKeyStages * KTile::kBytes + kValueStages * VTile::kBytes <= kFreeBytes);
+  static_assert(kKeyStages * KTile::kBytes + kValueStages * kValueBytes <= kFreeBytes);
 
-  using Works = WorkQueue<1 + kConsumers>;
+  using Works = cute::conditional_t<kListed, WorkQueue<1, TileList>, WorkQueue<1 + kConsumers>>;
+  using Walk = KeyWalk<kBlockM, kBlockN>;
+  // Done with a stage of V: each warpgroup, or each warp, which reads bias by itself.
+  static constexpr int kValueReleases = kConsumers * (kListed ? kWarpgroupThreads / 32 : 1);
 
-  struct SharedStorage {
+  struct DenseStages {
+    alignas(1024) Element bias[kValueStages][BiasTile::kElements];
+    int key_tile[kKeyStages];  // its number
+  };
+  struct Nothing {};
+
+  struct SharedStorage : cute::conditional_t<kListed, DenseStages, Nothing> {
     alignas(1024) Element query[QTile::kElements];  // in the end dQ
     alignas(1024) Element dout[DOTile::kElements];
     alignas(1024) Element key[kKeyStages][KTile::kElements];

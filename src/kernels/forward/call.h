@@ -19,7 +19,7 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    return with_index(
+    return with_index_and_dense(
         {
             array<&Problem::query>(operands::kQuery),
             array<&Problem::key>(operands::kKey),

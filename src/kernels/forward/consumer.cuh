@@ -55,21 +55,29 @@ struct ForwardConsumer {
         free_staged_output();
         skip(loaded.end - loaded.begin, loaded.end - loaded.begin - 1);
       }
-      const int first_row = row + thread_row();
-      const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
-      float lse[2];
-      if (!intervals().is_valid) softmax.poison();
-      softmax.finish(tO, exists, lse);
-      store_lse(lse, tile, first_row);
-      store_output(tO, tile, row);
-      query_cursor.advance();
-      output_is_staged = true;
-      if constexpr (T::kQueryStages == 1) free_staged_output();
-      // Not before the barriers of store_output: by then every warp has read it.
-      release(shared.works.ring, works_cursor);
-      works_cursor.advance();
+      finish_tile(tO, softmax, work, row);
     }
     tma_store_wait<0>();  // shared memory must outlive the last store
+  }
+
+  // From sums to the tile's outputs, and on to the next tile.
+  template <class AccumulatorO>
+  CUTE_DEVICE void finish_tile(AccumulatorO& tO, typename T::Softmax& softmax, const Work& work,
+                               int row) {
+    const auto& [tile, mask] = work;
+    const int first_row = row + thread_row();
+    const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
+    float lse[2];
+    if (!intervals().is_valid) softmax.poison();
+    softmax.finish(tO, exists, lse);
+    store_lse(lse, tile, first_row);
+    store_output(tO, tile, row);
+    query_cursor.advance();
+    output_is_staged = true;
+    if constexpr (T::kQueryStages == 1) free_staged_output();
+    // Not before the barriers of store_output: by then every warp has read it.
+    release(shared.works.ring, works_cursor);
+    works_cursor.advance();
   }
 
   // O, and the sums and maxima of its rows, by way of the keys that they see.

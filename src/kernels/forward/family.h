@@ -24,7 +24,8 @@ struct Forward {
   static Fields describe(const Key& key) {
     return {{"direction", kName},       {"dtype", to_string(key.dtype)},
             {"head_dim", key.head_dim}, {"head_dim_v", key.head_dim_v},
-            {"block_m", key.block_m},   {"block_n", key.block_n}};
+            {"block_m", key.block_m},   {"block_n", key.block_n},
+            {"dense", key.dense}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key), describe_order(plan)});

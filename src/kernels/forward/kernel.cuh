@@ -4,6 +4,7 @@
 // forward_float8/ for 8.
 #pragma once
 
+#include "kernels/forward/dense.cuh"
 #include "kernels/forward/producer.cuh"
 
 namespace jax_fa3 {
@@ -18,7 +19,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     prefetch_maps({&p.query, &p.key, &p.value, &p.out});
     shared.works.ring.init(T::kConsumers + 1);
     for (auto& ring : shared.query_ring) ring.init(1);
-    shared.key_ring.init(T::kConsumers);
+    shared.key_ring.init(T::kKeyReleases);
     shared.value_ring.init(T::kConsumers);
     cutlass::arch::fence_barrier_init();
   }
@@ -28,8 +29,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
-    if (threadIdx.x == 0) produce<T>(p, shared);
-    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
+    if constexpr (T::kListed) {
+      if (threadIdx.x == 0) produce_listed<T>(p, shared);
+      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, listed_keys<T>);
+    } else {
+      if (threadIdx.x == 0) produce<T>(p, shared);
+      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();
     Consumer{p, shared, warpgroup - 1}.run();

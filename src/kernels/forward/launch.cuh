@@ -30,12 +30,12 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
 
 template <class Config>
 Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
-  using T = ForwardTraits<Config>;
+  using T = TraitsOf<Config>;
   const Shape& s = problem.shape;
   if (plan.num_tiles == 0) return {};
 
   const CallMaps maps{s, problem.out};
-  ForwardParams p;
+  typename T::Params p;
   JFA_CHECK_OK(
       maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim, kWarpgroupRows));
   JFA_CHECK_OK(maps.of_keys<typename T::KTile>(&p.key, problem.key, s.head_dim));
@@ -43,8 +43,11 @@ Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t st
   JFA_CHECK_OK(
       maps.of_queries<typename T::OTile>(&p.out, problem.out, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
-  return launch_kernel("forward_kernel", forward_kernel<T, ForwardConsumer<T>>, dim3(plan.grid),
-                       T::kThreads, sizeof(typename T::SharedStorage), stream, p);
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.out));
+  using Consumer =
+      cute::conditional_t<T::kListed, DenseForwardConsumer<T>, ForwardConsumer<T>>;
+  return launch_kernel("forward_kernel", forward_kernel<T, Consumer>, dim3(plan.grid), T::kThreads,
+                       sizeof(typename T::SharedStorage), stream, p);
 }
 
 }  // namespace jax_fa3

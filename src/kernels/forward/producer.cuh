@@ -7,6 +7,21 @@
 
 namespace jax_fa3 {
 
+// Each warpgroup's rows by themselves: they load as soon as it is done with its last ones, while the
+// others still finish.
+template <class T>
+CUTE_DEVICE void load_queries(const typename T::Params& p, typename T::SharedStorage& shared,
+                              typename T::QueryCursor& cursor, const WorkTile& tile) {
+  CUTE_NO_UNROLL
+  for (int w = 0; w < T::kConsumers; ++w) {
+    auto& full = acquire(shared.query_ring[w], cursor, T::QTile::kBytes / T::kConsumers);
+    load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query[cursor.stage],
+                                 w * kWarpgroupRows, tile.block * T::kBlockM + w * kWarpgroupRows,
+                                 tile.head, tile.batch);
+  }
+  cursor.advance();
+}
+
 template <class T>
 CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage& shared) {
   typename T::QueryCursor query_cursor;
@@ -17,20 +32,6 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
     const WorkTile tile = load.tile;
     const int head_kv = load.head_kv;
     const TileRange keys = load.range;
-    const int row = tile.block * T::kBlockM;
-
-    // Each warpgroup's rows by themselves: they load as soon as it is done with its last ones,
-    // while the others still finish.
-    const auto load_queries = [&] {
-      CUTE_NO_UNROLL
-      for (int w = 0; w < T::kConsumers; ++w) {
-        auto& full = acquire(shared.query_ring[w], query_cursor, T::QTile::kBytes / T::kConsumers);
-        load_rows<typename T::QTile>(p.query, full, kEvictFirst, shared.query[query_cursor.stage],
-                                     w * kWarpgroupRows, row + w * kWarpgroupRows, tile.head,
-                                     tile.batch);
-      }
-      query_cursor.advance();
-    };
 
     // Right to left, in the order of use: a K tile is needed one step ahead of its V tile. One
     // place for each load, or the addresses of all copies would not fit the producer's registers.
@@ -42,7 +43,8 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
                             tile.batch);
         key_cursor.advance();
       }
-      if (n == keys.end - 1) load_queries();  // after the first K, which does not wait for them
+      // After the first K, which does not wait for them.
+      if (n == keys.end - 1) load_queries<T>(p, shared, query_cursor, tile);
       if (n < keys.end - 1) {
         auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
         T::Source::load_value(p, full, shared.value[value_cursor.stage], (n + 1) * T::kBlockN,

@@ -79,9 +79,10 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
                          std::max(tiles / warpgroups, most * lone_share(model)));
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
-  // Row intervals make them differ in ways that are not known here.
+  // Row intervals and dense masks make them differ in ways that are not known here.
+  const bool differ = presence.visibility || (presence.dense && presence.any);
   order.longest_first = order.num_m_blocks > 1 &&
-                        (presence.visibility ||
+                        (differ ||
                          (options.window_right < kUnbounded && cycles.back() > cycles.front()));
   order.by_counter = order.longest_first || presence.any;
   order.heads_per_group = order.longest_first ? query_heads_per_group(shape) : 1;

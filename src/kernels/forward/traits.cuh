@@ -52,8 +52,10 @@ struct ForwardOperands {
   using Masking = RowIntervals;
   using Softmax = OnlineSoftmax<0, false>;
 
+  static constexpr int kKeyBytes = KTile::kBytes;          // of a stage
   static constexpr int kValueElements = VTile::kElements;  // of a stage
   static constexpr bool kPingPong = true;                  // warpgroups issue products in turns
+  static constexpr bool kWide = kHeadDimV > 192;           // consumers need all registers
 };
 
 // Stages of K and V that fit shared memory beside `used` bytes, up to four.
@@ -74,7 +76,7 @@ struct ForwardLayout : Operands {
   // Roles: warpgroup 0 produces, the others consume 64 query rows each.
   static constexpr int kConsumers = Operands::kBlockM / kWarpgroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, Operands::kHeadDimV > 192);
+  static constexpr Registers kRegisters = registers_of(kConsumers, Operands::kWide);
 
   // Shared memory, in order: two stages of K and V. Then a second Q, which loads a whole tile
   // ahead, if K and V keep three stages, or as many as one Q and an O of its own would leave them;
@@ -85,7 +87,7 @@ struct ForwardLayout : Operands {
   template <int kQueries, bool kOutput>
   static constexpr int kStagesBeside = key_value_stages(kQueries* QTile::kBytes +
                                                             (kOutput ? OTile::kBytes : 0),
-                                                        KTile::kBytes + kValueBytes);
+                                                        Operands::kKeyBytes + kValueBytes);
   static constexpr bool kWideOutput = OTile::kBytes > QTile::kBytes;
   static constexpr int kLeft = kStagesBeside<2, kWideOutput>;
   static constexpr int kQueryStages =
@@ -100,7 +102,12 @@ struct ForwardLayout : Operands {
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
-  struct SharedStorage {
+  // Warpgroups arrive when they are done with a stage of K.
+  static constexpr int kKeyReleases = kConsumers;
+  static constexpr bool kListed = false;  // whether key tiles are those of a list
+
+  template <class Works>
+  struct Storage {
     using Output = typename OTile::Element;
 
     alignas(1024) typename QTile::Element query[kQueryStages][QTile::kElements];
@@ -117,6 +124,7 @@ struct ForwardLayout : Operands {
       return kOwnOutput ? own_output : reinterpret_cast<Output*>(query[stage]);
     }
   };
+  using SharedStorage = Storage<Works>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
   // Named barriers: who arrives, who waits.

@@ -17,7 +17,11 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
   static constexpr const char* kTarget = "jax_fa3_forward_float8";
   using Attributes = ForwardFloat8Attributes;
 
-  static Status check(const Attributes& a) { return check_forward(a.options); }
+  static Status check(const Attributes& a) {
+    JFA_CHECK_OK(check_forward(a.options));
+    if (!a.options.has_bias && !a.options.has_dense_mask) return {};
+    return invalid_argument("has_bias and has_dense_mask must be false in float8");
+  }
   static Types types(const Attributes&) {
     return {Types::DataType::F8E4M3FN, /*output=*/Types::kAny16Bit};
   }

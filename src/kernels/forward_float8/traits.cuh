@@ -35,6 +35,8 @@ struct ForwardFloat8Operands {
   using VTile = SmemTile<Element, kHeadDimV, kBlockN>;        // V^T, prepared
   using OTile = SmemTile<std::uint16_t, kBlockM, kHeadDimV>;  // bits of bf16 or fp16
 
+  static constexpr int kKeyBytes = KTile::kBytes;  // of a stage
+
   // A stage of value is V^T and, behind it, rows of ones: as many as a product has at least.
   static constexpr int kSumRows = 8;
   static constexpr int kValueElements = VTile::kElements + kSumRows * kBlockN;
@@ -45,6 +47,7 @@ struct ForwardFloat8Operands {
   // three warpgroups share them.
   static constexpr bool kOverlap = kHeadDimV > 64 && kHeadDimV <= 128;
   static constexpr bool kPingPong = kOverlap;
+  static constexpr bool kWide = kHeadDimV > 192;
   // Key tiles that the tensor cores sum, where products overlap; elsewhere it is one. Of four,
   // every second value of 1 would come out wrong by up to 0.6 %; of two, the speed is 1 % less.
   static constexpr int kTilesOfSum = 3;

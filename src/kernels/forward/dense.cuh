@@ -1,0 +1,213 @@
+// The forward kernel of calls with a dense bias or mask. A stage of K has its tile of bias beside it,
+// which is added to the scores before anything else sees them; key tiles are those of a list
+// (kernels/dense.cuh), which all warpgroups visit whole.
+#pragma once
+
+#include "kernels/dense.cuh"
+#include "kernels/forward/consumer.cuh"
+#include "kernels/forward/producer.cuh"
+
+namespace jax_fa3 {
+
+using DenseForwardParams = WithDense<ForwardParams>;  // boxes of bias have kBlockM rows
+
+template <class Config>
+struct DenseForwardOperands : ForwardOperands<Config> {
+  using Base = ForwardOperands<Config>;
+  using Params = DenseForwardParams;
+  using BiasTile = SmemTile<typename Base::Element, Base::kBlockM, Base::kBlockN>;
+
+  static constexpr int kKeyBytes = Base::KTile::kBytes + BiasTile::kBytes;
+  static constexpr bool kWide = false;  // the walk of a list needs some, too
+};
+
+template <class Config>
+struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
+  using Base = ForwardLayout<DenseForwardOperands<Config>>;
+  using typename Base::BiasTile;
+  using Works = WorkQueue<1, TileList>;
+  using Walk = KeyWalk<Base::kBlockM, Base::kBlockN>;
+
+  struct SharedStorage : Base::template Storage<Works> {
+    alignas(1024) typename Base::Element bias[Base::kStages][BiasTile::kElements];
+    int key_tile[Base::kStages];  // its number
+    Walk walk;                    // the producer's, which has few registers
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  // Warps read bias by themselves.
+  static constexpr int kKeyReleases = Base::kConsumers * kWarpgroupThreads / 32;
+  static constexpr bool kListed = true;
+};
+
+// As produce, with the tiles of a list.
+template <class T>
+CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedStorage& shared) {
+  const int bias_bytes = p.dense.has_bias ? T::BiasTile::kBytes : 0;
+  typename T::QueryCursor query_cursor;
+  typename T::Works::Cursor works_cursor;
+  typename T::Cursor key_cursor, value_cursor;
+
+  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+    const WorkTile tile = load.tile;
+    const int row = tile.block * T::kBlockM;
+    auto& walk = shared.walk;
+    walk = typename T::Walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+    int value_tile = -1;  // whose V is yet to be loaded
+    bool more, queries_loaded = false;
+    do {
+      more = walk.next();
+      if (more) {
+        wait_empty(shared.key_ring, key_cursor);
+        shared.key_tile[key_cursor.stage] = walk.n;
+        auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes + bias_bytes);
+        T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN,
+                            load.head_kv, tile.batch);
+        p.dense.template load_bias<typename T::BiasTile>(p.bias, full, shared.bias[key_cursor.stage], row,
+                                                walk.n * T::kBlockN, tile.head, tile.batch);
+        key_cursor.advance();
+      }
+      if (!queries_loaded) {
+        load_queries<T>(p, shared, query_cursor, tile);
+        queries_loaded = true;
+      }
+      if (value_tile >= 0) {
+        auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
+        T::Source::load_value(p, full, shared.value[value_cursor.stage], value_tile * T::kBlockN,
+                              load.head_kv, tile.batch);
+        value_cursor.advance();
+      }
+      value_tile = walk.n;
+    } while (more);
+  }
+}
+
+template <class T>
+struct DenseForwardConsumer : ForwardConsumer<T> {
+  using Base = ForwardConsumer<T>;
+  using Base::key_cursor;
+  using Base::p;
+  using Base::query_cursor;
+  using Base::shared;
+  using Base::value_cursor;
+  using Base::warpgroup;
+  using Base::works_cursor;
+
+  // The work tiles one after another, as ForwardConsumer::run.
+  CUTE_DEVICE void run() {
+    using namespace cute;
+    if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
+    for (Work work; !(work = shared.works.read(works_cursor)).none();) {
+      const int row = work.tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
+      const TileList keys = shared.works.range(works_cursor, 0);
+
+      auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
+      clear(tO);
+      typename T::Softmax softmax{p.rescale_threshold};
+      wait_full(shared.query_ring[warpgroup], query_cursor);
+      if (!keys.empty()) {
+        attend(tO, softmax, work, keys, row);
+      } else {
+        if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+        this->free_staged_output();
+      }
+      this->finish_tile(tO, softmax, work, row);
+    }
+    tma_store_wait<0>();  // shared memory must outlive the last store
+  }
+
+  // As ForwardConsumer::attend, the cut tiles first and then the full ones.
+  template <class AccumulatorO>
+  CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Work& work,
+                          const TileList& keys, int row) {
+    typename T::MmaS mma_s;
+    typename T::MmaO mma_o;
+    using namespace cute;
+    const auto tSrQ =
+        operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
+    auto tP = make_operand_a<typename T::Element, T::kBlockN>();
+    const float scale_log2 = p.softmax_scale_log2;
+
+    const auto issue_scores = [&](auto& tS) {
+      wait_full(shared.key_ring, key_cursor);
+      const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
+      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, operand_b(mma_s, sK), tS);
+    };
+    // From products to logits, still to be scaled; then the stage of K and bias is free.
+    const auto finish_scores = [&](auto& tS, auto masked) {
+      if (p.dense.has_bias) {
+        add_bias<typename T::BiasTile>(tS, shared.bias[key_cursor.stage],
+                                       warpgroup * kWarpgroupRows, p.dense.bias_factor);
+      }
+      const int key = shared.key_tile[key_cursor.stage] * T::kBlockN;
+      release_by_warp(shared.key_ring, key_cursor);
+      key_cursor.advance();
+      if constexpr (decltype(masked)::value) {
+        T::Masking::mask_scores(tS, work.mask, this->intervals(), row, key);
+        if (p.dense.has_mask) {
+          mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row, key);
+        }
+      }
+    };
+    const auto issue_output = [&] {
+      wait_full(shared.value_ring, value_cursor);
+      const auto sVt = T::VTile::transposed(shared.value[value_cursor.stage]);
+      issue_mma<Accumulate::kAdd>(mma_o, tP, operand_b(mma_o, sVt), tO);
+    };
+    const auto finish_output = [&] {
+      wait_mma<0>(tO);
+      release(shared.value_ring, value_cursor);
+      value_cursor.advance();
+    };
+
+    {
+      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
+      issue_scores(tS);
+      this->free_staged_output();  // not before: nobody needs that stage yet
+      wait_mma<0>(tS);
+      const int n = shared.key_tile[key_cursor.stage];
+      if (keys.num_cut > 0) {
+        finish_scores(tS, true_type{});
+      } else {
+        finish_scores(tS, false_type{});
+      }
+      softmax.begin(tS, scale_log2);  // O is zero: no rescale
+      convert(tS, tP);
+      this->clear_value_tail(work.mask, n);  // the right-most tile, if it has rows to clear
+    }
+
+    const auto step = [&](auto masked) {
+      auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
+      this->take_turn();
+      issue_scores(tS);
+      issue_output();
+      this->pass_turn();
+      wait_mma<1>(tS);
+      finish_scores(tS, masked);
+      const bool rescale = softmax.update(tS, scale_log2);
+      finish_output();
+      convert(tS, tP);
+      if (rescale) softmax.rescale(tO);
+    };
+    for (int i = 1; i < keys.num_cut; ++i) step(true_type{});
+    for (int i = keys.num_cut > 0 ? 0 : 1; i < keys.num_full; ++i) step(false_type{});
+
+    if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
+    issue_output();
+    finish_output();
+  }
+};
+
+// A Config's traits, without building those of the other kind.
+template <class Config, bool kDense = Config::kDense>
+struct TraitsChoice {
+  using Type = ForwardTraits<Config>;
+};
+template <class Config>
+struct TraitsChoice<Config, true> {
+  using Type = DenseForwardTraits<Config>;
+};
+template <class Config>
+using TraitsOf = typename TraitsChoice<Config>::Type;
+
+}  // namespace jax_fa3
