@@ -38,7 +38,7 @@ def test_complexes_are_mapped(names):
 
 
 def test_t5_buckets(names):
-    """Four of the nearest quarter, a shared one, and the last one, on either side."""
+    """Up to 7 each distance has its own, farther ones share, and 16 more are for keys behind."""
     distance = jnp.array([0, 1, -1, 7, -7, 8, -8, 11, -12, 127, -127, 5000, -5000])
     want = [0, 17, 1, 23, 7, 24, 8, 24, 9, 31, 15, 31, 15]
     assert names["bucket"](distance).tolist() == want
