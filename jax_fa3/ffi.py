@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
@@ -167,7 +168,8 @@ def _as_kernels_take(operands: Operands) -> Operands:
     bias, mask = operands.bias, operands.mask
     if bias is not None:
         missing = padded_bias_keys(bias.shape[3]) - bias.shape[3]
-        bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, missing)]) if missing else bias
+        if missing:
+            bias = lax.pad(bias, bias.dtype.type(0), [(0, 0, 0)] * 3 + [(0, missing, 0)])
     if mask is None:
         return operands.replace(bias=bias)
     seqlen_k = operands.extents.seqlen_k

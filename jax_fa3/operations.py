@@ -130,7 +130,13 @@ def _run(
         batch = first.shape[1 if getattr(mapped[0], name) else 0]
         fold = functools.partial(_fold, size, batch, bias_gradient)
         results = operation(*(x.map(fold, of_x) for x, of_x in zip(bundles, mapped, strict=True)))
-        results = results.map(lambda _, x: x.reshape(size, -1, *x.shape[1:]))
+        own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
+        own = own.present()  # a gradient of a bias has as many planes as that
+        unfolded = {
+            name: x.reshape(size, own.get(name, batch), *x.shape[1:])
+            for name, x in results.present().items()
+        }
+        results = type(results)(**unfolded)
         return results, jax.tree.map(lambda _: True, results)
 
     return operation(*bundles)
@@ -153,7 +159,7 @@ def _fold(
         x = jnp.broadcast_to(x[None], (size, *x.shape))
     if own != batch and not row.shared:
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(size * x.shape[1], *x.shape[2:])
 
 
 FIRST_ORDER_ONLY = (

@@ -28,6 +28,7 @@ TARGETS = (
     "jax_fa3_backward",
     "jax_fa3_quantize",
     "jax_fa3_visibility",
+    "jax_fa3_dense_mask",
 )
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
@@ -74,6 +75,41 @@ def test_sixteen_bit_inputs(attend, case, forward_dtype, mapped):
     jax.block_until_ready(jax.jit(run)(*operands))
 
 
+DENSE = [  # the shapes of a bias and a mask in calls of 200 rows, 301 keys and 4 heads
+    ((2, 4, 200, 301), None),
+    ((1, 4, 1, 301), (2, 1, 1, 301)),
+    ((1, 1, 200, 301), (1, 4, 200, 1)),
+    (None, (1, 1, 200, 301)),
+]
+
+
+@pytest.mark.parametrize(("bias", "mask"), DENSE, ids=str)
+@pytest.mark.parametrize("axes", (None, (0, None, None), (0, 0, 0), (None, 0, None)), ids=str)
+def test_biases_and_masks(attend, bias, mask, axes):
+    """With and without the bias' gradient; `axes` of query, bias and mask, mapped or not."""
+    case = Case(seqlen_q=200, seqlen_k=301, heads_q=4, heads_kv=2, offset=(3, 120))
+    query, *keys, dout, dlse = map(jnp.asarray, case.inputs())
+    dense = [
+        None if shape is None else jnp.ones(shape, dtype)
+        for shape, dtype in ((bias, query.dtype), (mask, bool))
+    ]
+
+    def run(query, bias, mask):
+        call = functools.partial(attend, **case.options, **case.index_arrays)
+        _, vjp = jax.vjp(lambda *x: call(*x, bias, mask), query, *keys)
+        of_all = jax.vjp(lambda *x: call(*x, mask), query, *keys, bias)[1]
+        return vjp((dout, dlse)), of_all((dout, dlse))
+
+    x = [query, *dense]
+    if axes is not None:
+        repeated = zip(x, axes, strict=True)
+        x = [a if axis is None or a is None else jnp.stack([a] * 3) for a, axis in repeated]
+        axes = [axis if a is not None else None for a, axis in zip(x, axes, strict=True)]
+        run = jax.vmap(run, in_axes=axes) if any(axis == 0 for axis in axes) else run
+    _, gradients = jax.block_until_ready(jax.jit(run)(*x))
+    assert bias is None or gradients[3].shape[-4:] == bias
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("granularity", ("block", "head"))
 @pytest.mark.parametrize("prepare", (False, True), ids=("plain", "prepared"))
@@ -106,6 +142,19 @@ def test_table_of_visibility(handlers, monkeypatch, seqlen, bytes_less):
         return
     with pytest.raises(Exception, match="workspace must have .* bytes"):
         jax.block_until_ready(call(sources))
+
+
+@pytest.mark.parametrize("shape", ((2, 3, 65, 100), (2, 1, 1, 257), (1, 1, 64, 4096), (1, 1, 0, 5)))
+@pytest.mark.parametrize("words_less", (0, 1), ids=("whole", "short"))
+def test_table_of_a_mask(handlers, monkeypatch, shape, words_less):
+    words = ffi.dense_mask_words
+    monkeypatch.setattr(ffi, "dense_mask_words", lambda *n: words(*n) - words_less)
+    call = jax.jit(functools.partial(ffi.dense_mask))  # traced anew
+    if not words_less:
+        jax.block_until_ready(call(jnp.zeros(shape, bool)))
+        return
+    with pytest.raises(Exception, match="mask_table must have .* words"):
+        jax.block_until_ready(call(jnp.zeros(shape, bool)))
 
 
 def test_a_refusal_arrives(attend, monkeypatch):

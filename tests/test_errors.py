@@ -192,8 +192,11 @@ VALUES = [
 SMALL = array(2, 16, 4, 12), array(2, 24, 2, 12)
 LARGE = array(2, 16, 4, 264), array(2, 24, 2, 264)
 NO_KERNEL = [
-    (dict(bias=np.zeros((2, 4, 16, 24), "float32")), ["implementation", "fa3", "bias"]),
-    (dict(mask=np.ones((2, 4, 16, 24), bool)), ["implementation", "fa3", "mask"]),
+    (
+        dict(bias=np.zeros((2, 4, 16, 24), "float32")),
+        ["implementation", "fa3", "bias", "bfloat16", "float32", "cast"],
+    ),
+    (dict(bias=np.zeros((2, 4, 16, 1), Q.dtype)), ["implementation", "fa3", "bias", "24", "last"]),
     (
         dict(query=Q.astype("float32"), key=K.astype("float32"), value=K.astype("float32")),
         ["implementation", "fa3", "float32", "bfloat16"],

@@ -27,7 +27,10 @@ DEFAULTS = {
     "has_key_lengths": "false",
     "has_query_offset": "false",
     "has_visibility": "false",
+    "has_bias": "false",
+    "has_dense_mask": "false",
     "has_dlse": "false",
+    "has_dbias": "false",
 }
 CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
 
@@ -58,7 +61,7 @@ def custom_calls(text):
             target, body, operand_types, results = call.groups()
             config = re.search(r"mhlo\.backend_config = \{(?:options = \{(.*?)\})?(.*?)\}", body)
             text = "".join(group or "" for group in config.groups())
-            attributes = dict(item.split(" = ") for item in text.split(", "))
+            attributes = dict(item.split(" = ") for item in text.split(", ") if item)
             found.append(
                 (
                     target,
@@ -103,7 +106,7 @@ def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
         call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
-        plan = native.module().backward_plan(*call, False, False, deterministic, 132)
+        plan = native.module().backward_plan(*call, False, False, False, deterministic, 132)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,
@@ -400,7 +403,7 @@ def test_other_platforms_get_no_custom_call(platform):
         (dict(implementation="xla"), "bfloat16"),
         ({}, "float32"),
         (dict(bias=jnp.zeros((1, 1, 40, 48))), "bfloat16"),
-        (dict(mask=jnp.ones((1, 1, 40, 48), bool)), "bfloat16"),
+        (dict(mask=jnp.ones((1, 1, 40, 48), bool)), "float32"),
     ],
     ids=["xla", "float32", "bias", "mask"],
 )

@@ -74,11 +74,12 @@ def _kernels() -> list[str]:
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
-        tiles[kernel["direction"], kernel["dtype"], kernel["head_dim"]][tile] = None
+        family = kernel["direction"] + " dense" * kernel.get("dense", False)
+        tiles[family, kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [
-        f"{direction:<14} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
-        for (direction, dtype, head_dim), names in tiles.items()
+        f"{family:<14} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
+        for (family, dtype, head_dim), names in tiles.items()
     ]
     return rows
 
