@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
-#include "kernels/backward/plan.h"
 #include "kernels/backward_dbias/kernel.cuh"
 #include "kernels/maps.cuh"
 
@@ -24,8 +23,8 @@ inline Status clear_dbias(const BackwardProblem& problem, cudaStream_t stream) {
 // Writes all of problem.dbias. `statistics` has `statistics_rows` rows for each head. Called before
 // dQ is made, whose memory holds the sums of slices until then.
 template <class Config>
-Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
-                    const RowStatistics* statistics, int statistics_rows, cudaStream_t stream) {
+Status launch_dbias(const BackwardProblem& problem, const RowStatistics* statistics,
+                    int statistics_rows, int num_sms, cudaStream_t stream) {
   using T = DBiasTraits<Config>;
   using Element = typename T::Element;
   const Shape& s = problem.shape;
@@ -34,7 +33,7 @@ Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
 
   const std::int64_t dquery_bytes =
       s.batch * s.seqlen_q * s.num_heads_q * s.head_dim * std::int64_t{sizeof(Element)};
-  const auto work = divide_dbias(problem, T::kBlockN, plan.num_sms, dquery_bytes);
+  const auto work = divide_dbias(problem, T::kBlockN, num_sms, dquery_bytes);
   if (!work.ok()) return work.status();
   if (work.value().num_tiles == 0) return {};  // no keys
 
@@ -56,7 +55,7 @@ Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
   p.partial_sums = p.work.num_slices > 1 ? static_cast<float4*>(problem.dquery) : nullptr;
 
   JFA_CHECK_OK(launch_kernel("dbias_kernel", dbias_kernel<Config>,
-                             dim3(std::min(p.work.num_items(), plan.num_sms)), T::kThreads,
+                             dim3(std::min(p.work.num_items(), num_sms)), T::kThreads,
                              sizeof(typename T::SharedStorage), stream, p));
   if (p.partial_sums == nullptr) return {};
   return launch_kernel("dbias_combine_kernel", dbias_combine_kernel<Config>, dim3(p.work.num_tiles),
