@@ -11,6 +11,7 @@
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
+#   make bench-bias   biases and boolean masks, beside cuDNN, XLA and tokamax
 #   make bench-float8  the forward pass in float8, in bfloat16 and in cuDNN's float8
 #   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
 #   make bench-accuracy   errors on inputs with outliers, on any machine
@@ -53,7 +54,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -96,6 +97,9 @@ bench-variety: gpu-module
 
 bench-packed: gpu-module
 	$(GPU_PYTHON) -m benchmarks.packed
+
+bench-bias: gpu-module
+	$(GPU_PYTHON) -m benchmarks.bias
 
 bench-float8: gpu-module
 	$(GPU_PYTHON) -m benchmarks.float8

@@ -167,8 +167,8 @@ def dot_product_attention(
       key: (B, S, K, H) or (S, K, H), of query's dtype.
       value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
         is then the output's.
-      bias: floating, broadcastable to (B, N, T, S); added to the scaled scores. The kernels take one
-        of query's dtype whose last dimension is S; its gradient is made where it is asked for.
+      bias: floating, broadcastable to (B, N, T, S); added to the scaled scores. The kernels take a
+        bias of query's dtype whose last dimension is S. Its gradient is made where it is asked for.
       mask: bool, broadcastable to (B, N, T, S); True where a row sees a key.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       is_causal: row i sees keys j <= i + query_offset (top-left aligned, whatever T and S).
@@ -193,8 +193,8 @@ def dot_product_attention(
         such as the collectives of a ring; 0 to 131.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
         rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
-        inputs' type, at the inputs as float8 rounded them, and straight-through. With a bias or a
-        mask nothing is rounded, unless through XLA.
+        inputs' type, at the inputs as float8 rounded them, and straight-through. With a bias or
+        mask the kernels run it in the inputs' type.
       query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
         positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
         inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.

@@ -14,6 +14,7 @@ import oracle
 from case import Case
 from jax_fa3 import dot_product_attention
 from oracle import Results
+from transforms import assert_near
 
 BIAS_DIMS = tuple("".join(x) + "s" for x in itertools.product("b1", "h1", "t1"))
 MASK_DIMS = tuple("".join(x) for x in itertools.product("b1", "h1", "t1", "s1"))
@@ -161,10 +162,11 @@ class Dense(Case):
 
 
 def _without_leading_ones(x):
+    """But with its last dimension."""
     if x is None:
         return None
-    leading = next((i for i, n in enumerate(x.shape) if n > 1), len(x.shape))
-    return x.reshape(x.shape[leading:])
+    first = next((i for i, n in enumerate(x.shape[:-1]) if n > 1), len(x.shape) - 1)
+    return x.reshape(x.shape[first:])
 
 
 SIZES = (
@@ -175,6 +177,9 @@ HEAD_DIMS = (  # of query and key, and of value
     (8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160),
     (192, 192), (256, 256), (32, 16), (24, 64), (40, 72), (128, 96), (192, 128), (64, 256),
 )  # fmt: skip
+
+
+NUMBERS = 384  # of random problems
 
 
 def random_case(number):
@@ -193,7 +198,7 @@ def random_case(number):
         ends = np.sort(rng.integers(0, seqlen_q + 1, 6))
         return tuple(np.diff(ends, prepend=0).tolist())
 
-    fold = pick(None, None, None, 2)
+    fold = pick(None, None, 2)
     batch = (fold or 1) * pick(1, 2, 3)
     seqlen_q, seqlen_k = pick(*SIZES)
     extra = pick(None, None, "documents", "intervals", "chunk")
@@ -212,7 +217,7 @@ def random_case(number):
     bias = BIAS_DIMS[number // 3 % len(BIAS_DIMS)]
     mask = MASK_DIMS[number // 2 % len(MASK_DIMS)]
     if fold:
-        bias, mask = (x.replace("b", pick("b", "g")) for x in (bias, mask))
+        bias, mask = (x.replace("b", pick("b", "g", "g")) for x in (bias, mask))
     return Dense(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -227,13 +232,13 @@ def random_case(number):
         offset=pick(None, int(rng.integers(-99, 300)), lengths(150)),
         query_lengths=pick(None, None, None, lengths(seqlen_q)),
         key_lengths=pick(None, None, None, lengths(seqlen_k)),
-        scale=pick(None, None, None, None, 0.05, -0.3, 0.0),
+        scale=pick(*[None] * 7, 0.05, -0.3, 0.0),
         deterministic=pick(None, None, False, True),
         bias=None if number % 3 == 1 else bias,
         bias_values=pick(*BIAS_VALUES),
         mask=None if number % 3 == 0 else mask,
         mask_values=pick(*MASK_VALUES),
-        wants_dbias=number % 3 != 1 and pick(True, True, True, False),
+        wants_dbias=pick(True, True, True, False),
         is_short=fold is None and pick(False, True),
         fold=fold,
         **options,
@@ -248,7 +253,8 @@ def compile_call(implementation, case):
         def attend(query, key, value, bias=bias):
             return case.attend(implementation.name, query, key, value, bias, mask, index)
 
-        differentiated = (query, key, value, bias) if case.wants_dbias else (query, key, value)
+        wants_dbias = case.wants_dbias and bias is not None
+        differentiated = (query, key, value, bias) if wants_dbias else (query, key, value)
         (out, lse), vjp = jax.vjp(attend, *differentiated)
         return out, lse, *vjp((dout, dlse))
 
@@ -280,3 +286,128 @@ def check(implementation, case):
     except Exception as error:
         error.add_note(case.name)
         raise
+
+
+SAID = [  # (case, dimensions of a mask that says the same)
+    (Case(seqlen_q=q, seqlen_k=k, head_dim=head_dim, heads_q=4, **options), dims)
+    for head_dim, (q, k) in (
+        (32, (200, 333)),
+        (64, (257, 257)),
+        (128, (130, 300)),
+        (256, (65, 190)),
+    )
+    for options, dims in (
+        (dict(causal=True, offset=k - q), "11ts"),
+        (dict(causal=True, offset=(k - q, -30)), "b1ts"),
+        (dict(window=(40, 20), offset=50), "11ts"),
+        (dict(key_lengths=(k, k // 3)), "b11s"),
+        (dict(query_lengths=(q // 2, q)), "b1t1"),
+        (dict(intervals="head", causal=True), "bhts"),
+    )
+]
+
+
+HIDDEN = [
+    Dense(
+        seqlen_q=q, seqlen_k=k, heads_q=4, head_dim=head_dim, mask=dims, mask_values=values,
+    )
+    for head_dim, q, k in ((64, 200, 333), (96, 130, 129), (128, 257, 300))
+    for dims, values in (("b1ts", "rows"), ("bhts", "few"), ("11ts", "blocks"), ("b11s", "half"))
+]  # fmt: skip
+
+ASKED = [
+    Dense(seqlen_q=200, seqlen_k=333, heads_q=4, head_dim=head_dim, bias=dims, **options)
+    for head_dim, dims in ((32, "1hts"), (64, "bhts"), (128, "11ts"), (192, "b11s"), (256, "1h1s"))
+    for options in (dict(), dict(mask="b11s", causal=True, key_lengths=(333, 100)))
+]
+
+ALONE = [
+    Dense(batch=1, seqlen_q=65, seqlen_k=100, head_dim=head_dim, bias="1hts", mask="1h1s")
+    for head_dim in (32, 128)
+]
+
+
+def check_said_by_a_mask(implementation, case, dims):
+    """Arguments and the mask that means the same: both near the oracle, and near each other."""
+    mask = case.sees
+    for axis, letter in enumerate(dims):
+        assert letter != "1" or (mask == mask.take([0], axis)).all(), "the mask has no such form"
+        mask = mask.take([0], axis) if letter == "1" else mask
+    inputs = case.inputs()
+    by_mask = run_alone(implementation, inputs, mask=mask, scale=case.scale)
+    contract.compare(case, inputs, by_mask)
+    assert_alike(by_mask, implementation.run(case, inputs))
+
+
+def check_bias_that_hides(implementation, case):
+    """-inf in a bias hides as False in a mask does, rows that see nothing among them."""
+    hides = np.where(case.mask_array, 0, -np.inf).astype(case.dtype)
+    inputs = case.inputs()
+    by_bias = run_alone(implementation, inputs, bias=hides)
+    assert not np.any(by_bias.dbias[hides == -np.inf])
+    by_mask = run_alone(implementation, inputs, mask=case.mask_array)
+    assert_alike(by_bias, by_mask)
+
+
+def check_what_is_asked_for(implementation, case):
+    """The other gradients have the same bits whether a bias' is wanted or not; a bias' has them
+    where it is wanted alone."""
+    inputs = case.inputs()
+    arrays = (*inputs, case.bias_array, case.mask_array, case.index_arrays)
+
+    def bits(wants_dbias):
+        asked = dataclasses.replace(case, wants_dbias=wants_dbias)
+        executable = compile_call(implementation, asked)
+        implementation.prepare(executable)
+        return [np.asarray(x).tobytes() for x in executable(*arrays)]
+
+    with_dbias = bits(True)
+    assert bits(False) == with_dbias[:-1]
+
+    def results(query, key, value, dout, dlse, bias, mask, index):
+        def attend(bias):
+            return case.attend(implementation.name, query, key, value, bias, mask, index)
+
+        return jax.vjp(attend, bias)[1]((dout, dlse))[0]
+
+    executable = jax.jit(results).lower(*arrays).compile()
+    implementation.prepare(executable)
+    assert np.asarray(executable(*arrays)).tobytes() == with_dbias[-1]
+
+
+def check_without_a_batch(implementation, case):
+    """The bits of a batch of one."""
+    assert case.batch == 1
+    bias, mask, inputs = case.bias_array, case.mask_array, case.inputs()
+    want = run_alone(implementation, inputs, bias, mask)
+    got = run_alone(implementation, [x[0] for x in inputs], bias[0], mask[0])
+    for (name, x), (_, y) in zip(got.items(), want.items(), strict=True):
+        assert x.tobytes() == y.tobytes(), name
+
+
+def run_alone(implementation, inputs, bias=None, mask=None, **options):
+    """Results of a bias and a mask as they are, with no other arrays."""
+
+    def results(query, key, value, dout, dlse, bias, mask):
+        def attend(*x):
+            return dot_product_attention(
+                *x, mask=mask, return_residual=True, implementation=implementation.name, **options
+            )
+
+        differentiated = (query, key, value) if bias is None else (query, key, value, bias)
+        (out, lse), vjp = jax.vjp(attend, *differentiated)
+        return out, lse, *vjp((dout, dlse))
+
+    operands = (*inputs, bias, mask)
+    executable = jax.jit(results).lower(*operands).compile()
+    implementation.prepare(executable)
+    return Results(*map(np.asarray, executable(*operands)))
+
+
+def assert_alike(got, want):
+    """Near each other, and -inf at the same places of the LSE; a bias' gradient, where one of them
+    has none, apart."""
+    np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(want.lse))
+    for name in ("out", "lse", "dquery", "dkey", "dvalue"):
+        x, y = (np.where(np.isneginf(z), 0, z) for z in (getattr(got, name), getattr(want, name)))
+        assert_near(x, y)

@@ -28,7 +28,7 @@ DECODING = [
 SOURCES = {
     "plan": PLANS,
     "mask": [],
-    "dense_mask": ["src/kernels/dense_mask/dense_mask.cc", "src/call/shape.cc"],
+    "dense_mask": [],
     "prepared_value": [],
     "rotation": [],
     "decode": DECODING,

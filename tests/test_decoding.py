@@ -160,6 +160,19 @@ def test_table_of_visibility(handlers, monkeypatch, seqlen, bytes_less):
         jax.block_until_ready(call(sources))
 
 
+@pytest.mark.parametrize("shape", ((2, 3, 65, 100), (2, 1, 1, 257), (1, 1, 64, 4096), (1, 1, 0, 5)))
+@pytest.mark.parametrize("words_less", (0, 1), ids=("whole", "short"))
+def test_table_of_a_mask(handlers, monkeypatch, shape, words_less):
+    words = ffi.dense_mask_words
+    monkeypatch.setattr(ffi, "dense_mask_words", lambda *n: words(*n) - words_less)
+    call = jax.jit(functools.partial(ffi.dense_mask))  # traced anew
+    if not words_less:
+        jax.block_until_ready(call(jnp.zeros(shape, bool)))
+        return
+    with pytest.raises(Exception, match="mask_table must have .* words"):
+        jax.block_until_ready(call(jnp.zeros(shape, bool)))
+
+
 def test_a_refusal_arrives(attend, monkeypatch):
     """That what decodes is what was sent: of other scales the call fails."""
     x = quantised(CASES[0])

@@ -44,6 +44,7 @@ CPP_RANK = {
     "kernels/backward": 6,
     "kernels/forward": 5,
     "kernels/backward_dq": 5,
+    "kernels/backward_dbias": 5,
     "kernels/quantize": 5,
     "kernels/visibility": 5,
     "kernels/dense_mask": 5,

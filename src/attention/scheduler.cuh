@@ -26,10 +26,9 @@ struct WorkTile {
   int batch;
 };
 
-// The number after `index` of a static order. One of each round of the grid is the CTA's.
-CUTE_DEVICE int next_in_rounds(int index) {
+// What this CTA takes in a round of a static order.
+CUTE_DEVICE int number_in_round(int round) {
   const int grid = gridDim.x;
-  const int round = index / grid + 1;
   return round * grid + (int(blockIdx.x) + round) % grid;
 }
 
@@ -44,8 +43,8 @@ struct TileScheduler {
 
   // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
   CUTE_DEVICE int next(int index) const {
-    if (counter != nullptr) return gridDim.x + fetch_add(counter, 1);
-    return next_in_rounds(index);
+    if (counter != nullptr) return int(gridDim.x) + fetch_add(counter, 1);
+    return number_in_round(index / int(gridDim.x) + 1);
   }
 
   CUTE_DEVICE WorkTile tile(int index) const {

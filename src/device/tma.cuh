@@ -38,9 +38,9 @@ constexpr CUtensorMapDataType tensor_map_type() {
   return CU_TENSOR_MAP_DATA_TYPE_UINT16;
 }
 
-// The map of an array of Tile's elements, in boxes of one chunk of Tile's columns; extents and box in
-// elements, strides of all dimensions but the innermost in elements, innermost first. A stride of 0
-// has a dimension's elements be the same. Elements outside the array read as zero and are not
+// The map of an array of Tile's elements, in boxes of one chunk of Tile's columns; extents and box
+// in elements, strides of all dimensions but the innermost in elements, innermost first. A stride
+// of 0 has a dimension's elements be the same. Elements outside the array read as zero and are not
 // written. An empty extent becomes 1: such a map is never used to load or store.
 template <class Tile>
 Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t (&shape)[4],

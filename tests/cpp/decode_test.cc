@@ -1,6 +1,7 @@
 // From buffers to a Problem on the host: what decode and validate take and what they refuse.
 #include "ffi/decode.h"
 
+#include <algorithm>
 #include <deque>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "check.h"
 #include "ffi/handler.h"
 #include "kernels/backward/call.h"
+#include "kernels/dense_mask/call.h"
 #include "kernels/forward/call.h"
 #include "kernels/forward_float8/call.h"
 #include "kernels/quantize/call.h"
@@ -614,10 +616,77 @@ void refuses_visibility() {
   refuses([](C& c) { c.workspace_address = 4104; }, "workspace must be aligned to 16 bytes");
 }
 
+// A mask of 65 rows and 300 keys: two groups of classes, lines of ten words and of three.
+struct MaskTable {
+  ffi::DataType dtype = ffi::DataType::PRED;
+  Dims mask{2, 3, 65, 300};
+  Dims table{2, 3, 2 * 3 + 65 * 10 + 300 * 3 + 8};
+  std::uintptr_t mask_address = 0;
+  std::uintptr_t table_address = 0;
+
+  StatusOr<DenseMaskProblem> decode() const {
+    return decoded<DenseMaskCall>({{dtype, mask, mask_address}}, {}, {{kS32, table, table_address}},
+                                  {});
+  }
+};
+
+void decodes_dense_mask() {
+  MaskTable call;
+  call.table_address = 4100;
+  const auto problem = call.decode();
+  CHECK_DETAIL(problem.ok(), problem.status().message());
+  const Shape& shape = problem.value().shape;
+  CHECK(shape.batch == 2 && shape.num_heads_q == 3);
+  CHECK(shape.seqlen_q == 65 && shape.seqlen_k == 300);
+  CHECK(problem.value().mask && problem.value().table && problem.value().words == call.table[2]);
+  CHECK(validate<DenseMaskCall>(problem.value(), kHopper).ok());
+}
+
+void refuses_dense_mask() {
+  const auto refuses = [](const auto& change, const char* part) {
+    MaskTable call;
+    change(call);
+    const auto problem = call.decode();
+    CHECK_REFUSES(
+        problem.ok() ? validate<DenseMaskCall>(problem.value(), kHopper) : problem.status(), part);
+  };
+  using C = MaskTable;
+  refuses([](C& c) { c.dtype = ffi::DataType::U8; }, "mask must be PRED, got U8");
+  refuses([](C& c) { c.mask = {3, 65, 300}; }, "mask must have shape [-1, -1, -1, -1]");
+  refuses([](C& c) { c.table[1] = 1; }, "mask_table must have shape [2, 3, -1]");
+  refuses([](C& c) { --c.table[2]; },
+          "mask_table must have 321 words of one row or 1564 of 65 rows, got 1563");
+  refuses([](C& c) { c.table[2] = 321; },
+          "mask_table must have 1564 words of a plane for 65 rows and 300 keys, got 321");
+
+  const auto refuses_extents = [&](int rows, int keys, const char* part) {
+    refuses(
+        [&](C& c) {
+          c.mask = {2, 3, rows, keys};
+          c.table[2] = DenseMaskLayout{1, std::min(keys, kMaxSeqlen)}.words();
+        },
+        part);
+  };
+  refuses_extents(kMaxSeqlen + 1, 300, "the mask's rows must be in [0, 268435456], got 268435457");
+  refuses_extents(65, kMaxSeqlen + 1, "the mask's keys must be in [0, 268435456], got 268435457");
+  refuses_extents(1 << 18, 1 << 18,
+                  "words of a plane of mask_table must be in [0, 2147483647], got 4299");
+  refuses(
+      [](C& c) {
+        c.mask = {1 << 16, 1 << 15, 1, 1};
+        c.table = {1 << 16, 1 << 15, 2 + 1 + 1 + 8};
+      },
+      "batch * heads * blocks must be below 2^31");
+  refuses([](C& c) { c.mask_address = 4104; }, "mask must be aligned to 16 bytes");
+  refuses([](C& c) { c.table_address = 4098; }, "mask_table must be aligned to 4 bytes");
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
 int main() {
+  jax_fa3::decodes_dense_mask();
+  jax_fa3::refuses_dense_mask();
   jax_fa3::decodes_row_intervals();
   jax_fa3::decodes_dense_arrays();
   jax_fa3::refuses_dense_arrays();

@@ -1,9 +1,12 @@
 // Planning: which tile, in which order, how much workspace, and what is refused.
 #include "kernels/backward/plan.h"
 
+#include <set>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
+#include "kernels/backward_dbias/plan.h"
 #include "kernels/forward/plan.h"
 #include "kernels/forward_float8/plan.h"
 
@@ -190,6 +193,49 @@ void dense_kernels() {
   refuses(plan_backward(s, dense, false, kBackward, kSms).status(), "no backward");
 }
 
+BiasWork divide(const Shape& s, const Broadcast& bias, std::int64_t scratch_bytes = 1LL << 40) {
+  CallProblem problem;
+  problem.shape = s;
+  problem.dense.bias_shape = bias;
+  const auto work =
+      divide_dbias(problem, dbias_block_n(static_cast<int>(s.head_dim)), kSms, scratch_bytes);
+  CHECK_DETAIL(work.ok(), work.status().message());
+  return work.value();
+}
+
+void dbias_tiles_cover_the_bias() {
+  const BiasWork all = divide(shape(6, 300, 4, 64), {3, 4, 300});
+  CHECK(all.num_tiles == 3 * 4 * 3 * 3 && all.num_steps == 2);
+  std::set<std::tuple<int, int, int, int>> blocks;
+  for (int item = 0; item < all.num_tiles; ++item) {
+    const BiasBlock block = all.tile(item, 128);
+    CHECK(block.row % 128 == 0 && block.row < 300 && block.key % 128 == 0 && block.key < 300);
+    CHECK(block.head < 4 && block.plane < 3);
+    blocks.insert({block.row, block.key, block.head, block.plane});
+  }
+  CHECK(static_cast<int>(blocks.size()) == all.num_tiles);
+
+  // What is shared is walked instead.
+  const BiasWork one = divide(shape(6, 300, 4, 256), {1, 1, 1});
+  CHECK(one.num_tiles == 5 && one.num_steps == 6 * 4 * 3 && one.shares_rows);
+}
+
+void dbias_slices() {
+  // A pair bias has too few tiles for the CTAs: slices fill whole rounds of them.
+  const Shape pair = shape(384, 384, 4, 32);
+  const Broadcast shared{1, 4, 384};
+  const BiasWork sliced = divide(pair, shared);
+  CHECK(sliced.num_tiles == 36 && sliced.num_slices == 11 && sliced.slice_steps == 35);
+  CHECK((sliced.num_slices - 1) * sliced.slice_steps < sliced.num_steps);
+  CHECK(divide(pair, shared, 0).num_slices == 1);
+  const std::int64_t bytes = 36 * 128 * 128 * 4;
+  CHECK(divide(pair, shared, 3 * bytes).num_slices == 3);
+  CHECK(divide(pair, shared, 3 * bytes - 1).num_slices == 2);
+  // Where sequences share nothing there is nothing to slice, and many tiles need no slices.
+  CHECK(divide(pair, {384, 4, 384}).num_slices == 1);
+  CHECK(divide(shape(8, 2048, 16, 64), {1, 16, 2048}).num_slices == 1);
+}
+
 void beyond_32_bits() {
   const Shape s = shape(4, 65536, 128, 128);  // 2^32 elements
   CHECK(backward(s).workspace_bytes > 4 * (std::int64_t{1} << 32));
@@ -307,6 +353,8 @@ int main() {
   jax_fa3::workspace_layout();
   jax_fa3::fused_dq_where_there_is_a_choice();
   jax_fa3::dense_kernels();
+  jax_fa3::dbias_tiles_cover_the_bias();
+  jax_fa3::dbias_slices();
   jax_fa3::beyond_32_bits();
   jax_fa3::refusals();
   jax_fa3::float8_tiles();

@@ -24,6 +24,7 @@ import jax
 from kernels import for_kernels
 
 import contract
+import dense
 from cases import PACKED, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
@@ -41,6 +42,20 @@ CASES = [
         dict(head_dim=256, causal=True, deterministic=True, dtype="float16"),
         dict(head_dim=248, window=(0, 70)),
         dict(head_dim=192, head_dim_v=128, causal=True),
+    )
+]
+DENSE = [
+    dense.Dense(**(dict(batch=2, seqlen_q=130, seqlen_k=197, heads_kv=1) | options))
+    for options in (
+        dict(head_dim=32, bias="1hts"),
+        dict(head_dim=64, bias="bhts", mask="b11s", causal=True),
+        dict(head_dim=96, mask="1hts", mask_values="blocks", dtype="float16"),
+        dict(head_dim=128, bias="11ts", mask="b1ts", mask_values="few", key_lengths=(197, 60)),
+        dict(head_dim=128, bias="b11s", bias_values="rows", query_lengths=(1, 130)),
+        dict(head_dim=192, head_dim_v=128, bias="1hts", mask="11t1", mask_values="rows"),
+        dict(head_dim=192, mask="111s", seqlen_q=1),
+        dict(head_dim=256, bias="1h1s", mask="bhts", window=(60, 20), dtype="float16"),
+        dict(head_dim=64, bias="ghts", mask="g11s", batch=4, fold=2, intervals="any"),
     )
 ]
 FLOAT8 = [
@@ -71,6 +86,13 @@ def contracts(cases):
         print(case.name, flush=True)
 
 
+def dense_arrays():
+    kernels = contract.Implementation("fa3")
+    for case in DENSE:
+        dense.check(kernels, case)
+        print(case.name, flush=True)
+
+
 def float8():
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in ROUNDED:
@@ -86,7 +108,8 @@ def float8():
 
 
 PARTS = dict(
-    dense=functools.partial(contracts, CASES),
+    plain=functools.partial(contracts, CASES),
+    dense=dense_arrays,
     packed=functools.partial(contracts, [for_kernels(case) for case in PACKED[::10]]),
     float8=float8,
 )

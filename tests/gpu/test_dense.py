@@ -1,15 +1,63 @@
-"""Biases and dense masks on the kernels: random problems of all kinds, and what they must share with
-the arguments that say the same."""
+"""Biases and dense masks on the kernels: random problems of all kinds, and what they must have in
+common with the arguments that say the same."""
 
+import ml_dtypes
+import numpy as np
 import pytest
 from kernels import KERNELS
 
 import dense
+from case import Case
 
-RANDOM, IN_A_TEST = 384, 4
+IN_A_TEST = 4
+REPEATED = (5, 22, 41, 72, 98, 131)
 
 
-@pytest.mark.parametrize("first", range(0, RANDOM, IN_A_TEST))
+@pytest.mark.parametrize("first", range(0, dense.NUMBERS, IN_A_TEST))
 def test_random_problems(first):
     for number in range(first, first + IN_A_TEST):
         dense.check(KERNELS, dense.random_case(number))
+
+
+@pytest.mark.parametrize("number", REPEATED)
+def test_repeats_bit_by_bit(number):
+    first, *others = dense.run(KERNELS, dense.random_case(number), times=40)
+    for again in others:
+        for (name, x), (_, y) in zip(again.items(), first.items(), strict=True):
+            assert x.tobytes() == y.tobytes(), name
+
+
+@pytest.mark.parametrize(("case", "dims"), dense.SAID, ids=lambda x: getattr(x, "name", x))
+def test_arguments_said_by_a_mask(case, dims):
+    dense.check_said_by_a_mask(KERNELS, case, dims)
+
+
+@pytest.mark.parametrize("case", dense.HIDDEN, ids=lambda case: case.name)
+def test_a_bias_hides_as_a_mask_does(case):
+    dense.check_bias_that_hides(KERNELS, case)
+
+
+@pytest.mark.parametrize("case", dense.ASKED, ids=lambda case: case.name)
+def test_what_is_asked_for(case):
+    dense.check_what_is_asked_for(KERNELS, case)
+
+
+@pytest.mark.parametrize("case", dense.ALONE, ids=lambda case: case.name)
+def test_without_a_batch(case):
+    dense.check_without_a_batch(KERNELS, case)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_a_bias_below_float32(head_dim):
+    """Whose score in base 2 is no finite float32 number: it counts as -inf."""
+    case = Case(seqlen_q=140, seqlen_k=200, head_dim=head_dim)
+    lowest = ml_dtypes.finfo("bfloat16").min
+    bias = np.zeros((1, 2, 140, 200), "bfloat16")
+    bias[:, :, ::3] = lowest  # whole rows
+    bias[:, 1, :, 50:120] = lowest
+    got = dense.run_alone(KERNELS, case.inputs(), bias=bias)
+    hidden = np.where(bias == lowest, -np.inf, 0).astype("bfloat16")
+    want = dense.run_alone(KERNELS, case.inputs(), bias=hidden)
+    for (name, x), (_, y) in zip(got.items(), want.items(), strict=True):
+        assert x.tobytes() == y.tobytes(), name
+    assert np.isneginf(got.lse[:, ::3]).all() and not np.any(got.out[:, ::3])

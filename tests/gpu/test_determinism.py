@@ -17,11 +17,14 @@ from jax_fa3 import dot_product_attention
 REPEATS = 1_000
 HEADS = ((4, 4), (8, 2), (4, 1))
 DOCUMENTS = np.repeat([3, 1, 2, 0], (300, 150, 401, 49)).astype(np.int32)
+RANDOM = np.random.default_rng(0)
+PAIRS = RANDOM.standard_normal((1, 1, 900, 900), np.float32).astype("bfloat16")
 MASKS = (
     dict(),
     dict(is_causal=True),
     dict(local_window_size=(150, 70)),
     dict(is_causal=True, query_segment_ids=np.stack([DOCUMENTS] * 2)),
+    dict(bias=PAIRS, mask=RANDOM.random((2, 1, 900, 900)) < 0.5),  # dbias: a sum over all heads
 )
 
 
@@ -58,10 +61,10 @@ def inputs(seed, batch, seqlen, heads_q, heads_kv, head_dim, head_dim_v):
     ]
 
 
-def attention(query, key, value, dout, **options):
-    """out, lse and the three gradients."""
+def attention(query, key, value, dout, bias=None, **options):
+    """out, lse and the gradients."""
     call = functools.partial(dot_product_attention, return_residual=True, **options)
-    (out, lse), vjp = jax.vjp(call, query, key, value)
+    (out, lse), vjp = jax.vjp(call, query, key, value, bias)
     return out, lse, *vjp((dout, jnp.sin(lse)))
 
 

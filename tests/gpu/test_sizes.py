@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import contract
+import oracle
 from cases import Case
 from jax_fa3 import dot_product_attention
 from oracle import Results
@@ -173,6 +174,53 @@ def test_dense_medium_length(head_dim, dtype):
         same = case.reference(on_device, dtype, xp=jnp)
     for (name, x), (_, s) in zip(exact.items(), same.items(), strict=True):
         contract.tolerance.check(name, np.asarray(got[name]), np.asarray(x), np.asarray(s))
+
+
+@one_at_a_time
+def test_many_pairs():
+    """bias, dbias and mask above 2^31 elements; some heads are compared, the oracle on the GPU."""
+    batch, heads, seqlen, head_dim = 5, 8, 8200, 64
+    assert batch * heads * seqlen**2 > 1 << 31
+    of_bias, of_mask, of_dlse, *keys = jax.random.split(jax.random.key(0), 7)
+    inputs = [jax.random.normal(k, (batch, seqlen, heads, head_dim), jnp.bfloat16) for k in keys]
+    inputs.append(jax.random.normal(of_dlse, (batch, seqlen, heads)))
+    bias = jax.random.normal(of_bias, (batch, heads, seqlen, seqlen), jnp.bfloat16)
+    mask = jax.random.bernoulli(of_mask, shape=bias.shape)
+
+    @jax.jit
+    def run(query, key, value, dout, dlse, bias, mask):
+        def attend(query, key, value, bias):
+            return dot_product_attention(
+                query, key, value, bias, mask, return_residual=True, implementation="fa3"
+            )
+
+        (out, lse), vjp = jax.vjp(attend, query, key, value, bias)
+        return dict(Results(out, lse, *vjp((dout, dlse))).items())
+
+    results = run(*inputs, bias, mask)
+    assert all_finite(results)
+    everything = np.ones((1, seqlen), bool)
+    for b, h in ((0, 0), (3, 6), (3, 7), (batch - 1, heads - 1)):
+        one, plane = np.s_[b : b + 1, :, h : h + 1], np.s_[b : b + 1, h : h + 1]
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            exact, same = (
+                oracle.attention(
+                    *(x[one] for x in inputs),
+                    sees=mask[plane],
+                    query_used=everything,
+                    key_used=everything,
+                    scale=head_dim**-0.5,
+                    bias=bias[plane],
+                    precision=precision,
+                    xp=jnp,
+                )
+                for precision in ("exact", "bfloat16")
+            )
+        for (name, x), (_, s) in zip(exact.items(), same.items(), strict=True):
+            got = results[name][plane if name == "dbias" else one]
+            contract.tolerance.check(
+                f"{name} of head {h} of {b}", *(np.asarray(y) for y in (got, x, s))
+            )
 
 
 @one_at_a_time

@@ -1,5 +1,5 @@
 // Plan and problem become tensor maps, kernel parameters and three launches: row statistics, the
-// main kernel, and dQ, made or only rounded.
+// main kernel, and dQ, made or only rounded; before dQ dBias, where it is wanted.
 #pragma once
 
 #include "device/launch.cuh"
@@ -52,10 +52,11 @@ template <class Config>
 Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
   using T = BackwardTraits<Config>;
   const Shape& s = problem.shape;
+  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
+  if (problem.dbias != nullptr && !has_queries) JFA_CHECK_OK(clear_dbias(problem, stream));
   if (s.batch == 0) return {};
   auto* const workspace = static_cast<unsigned char*>(problem.workspace);
 
-  const bool has_queries = s.batch * s.num_heads_q * s.seqlen_q > 0;
   int* const tile_counters = reinterpret_cast<int*>(workspace + plan.tile_counters_offset);
   typename T::Params p;
   const CallMaps maps{s, problem.workspace};
@@ -66,13 +67,14 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   JFA_CHECK_OK(maps.of_keys<typename T::DKTile>(&p.dkey, problem.dkey, s.head_dim));
   JFA_CHECK_OK(maps.of_keys<typename T::DVTile>(&p.dvalue, problem.dvalue, s.head_dim_v));
   static_cast<CommonParams&>(p) = common_params(problem);
-  static_cast<BackwardParams&>(p).scheduler = TileScheduler{plan.num_n_blocks,
-                              static_cast<int>(s.num_heads_kv),
-                              static_cast<int>(s.batch * s.num_heads_kv),
-                              plan.heads_per_group,
-                              static_cast<int>(plan.num_tiles),
-                              /*last_block_first=*/false,
-                              has_queries ? tile_counters : nullptr};
+  static_cast<BackwardParams&>(p).scheduler =
+      TileScheduler{plan.num_n_blocks,
+                    static_cast<int>(s.num_heads_kv),
+                    static_cast<int>(s.batch * s.num_heads_kv),
+                    plan.heads_per_group,
+                    static_cast<int>(plan.num_tiles),
+                    /*last_block_first=*/false,
+                    has_queries ? tile_counters : nullptr};
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
   p.num_m_blocks = plan.num_m_blocks;
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);
@@ -90,7 +92,8 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
     const int statistics_rows = plan.num_m_blocks * plan.key.block_m;
     if constexpr (T::kListed) {
       if (problem.dbias != nullptr) {
-        JFA_CHECK_OK(launch_dbias<Config>(plan, problem, p.statistics, statistics_rows, stream));
+        JFA_CHECK_OK(
+            launch_dbias<Config>(problem, p.statistics, statistics_rows, plan.num_sms, stream));
       }
     }
     return launch_dquery<Config>(plan.dquery, problem, p.statistics, statistics_rows,

@@ -195,7 +195,7 @@ struct BackwardTraits {
   static constexpr bool kSplitRowsDQ = kBlockM == 128;
   static constexpr int kColsDQ = kSplitRowsDQ || kHeadDim < 128 ? 64 : kHeadDim / 2;
   static constexpr int kOverlap = kSplitRowsDQ ? 0 : 2 * kColsDQ - kHeadDim;
-  static_assert(!kSplitRowsDQ || kHeadDim == 64);
+  static_assert(!kSplitRowsDQ || kHeadDim <= 64);
   using MmaDQ = MmaSS<Element, kColsDQ, Major::MN, Major::MN>;
   static constexpr int kFirstColDQ = kSplitRowsDQ ? 0 : kHeadDim - kColsDQ;  // of warpgroup 1
   static_assert(!kFusedDQ || kFirstColDQ % KTile::kChunkCols == 0);

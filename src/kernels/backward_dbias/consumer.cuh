@@ -75,17 +75,23 @@ struct DBiasConsumer {
       negative_lse_log2[r] = negative_lse * p.softmax_scale_log2;
       negative_delta[r] = RowStatistics::sum(statistics.negative_delta);
     }
-    if (cut) mask_scores(tS, active, negative_lse_log2);
-    CUTE_UNROLL
-    for (int i = 0; i < size(tS); ++i) {
-      tS(i) =
-          exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+    const auto probability = [&](int i) {
+      return exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+    };
+    if (cut) {
+      mask_scores(tS, active);
+      CUTE_UNROLL
+      for (int i = 0; i < size(tS); ++i) tS(i) = tS(i) == -INFINITY ? 0.f : probability(i);
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < size(tS); ++i) tS(i) = probability(i);
     }
     wait_mma<0>(tDP);
     release_by_warp(shared.dout_ring, cursor);
     cursor.advance();
 
-    // Of pairs that are not seen dP may be anything, NaN included, and P = 0 does not stop NaN.
+    // Of pairs that are not seen dP and the statistics may be anything, NaN included, and P = 0
+    // does not stop NaN.
     CUTE_UNROLL
     for (int i = 0; i < size(tDP); ++i) tDP(i) += negative_delta[accumulator_row(i)];
     if (cut) {
@@ -98,25 +104,24 @@ struct DBiasConsumer {
     for (int i = 0; i < size(tDP); ++i) tDB(i) = fmaf(tS(i), tDP(i), tDB(i));
   }
 
-  // Sets to -inf what is not seen, and all of rows that are not there: their S and their statistics
-  // may be anything.
+  // Sets to -inf what is not seen, and all of rows that are not `active`, or not there.
   template <class Accumulator>
-  CUTE_DEVICE void mask_scores(Accumulator& tS, bool (&active)[2], float (&negative_lse_log2)[2]) {
+  CUTE_DEVICE void mask_scores(Accumulator& tS, const bool (&active)[2]) {
     const int row = step().row + warpgroup * kWarpgroupRows;
     Intervals intervals;
     intervals.plane = step().plane;
-    T::Masking::mask_scores(tS, step().mask, intervals, row, step().key);
+    T::Masking::mask_scores(tS, step().mask, intervals, row, step().tile.key);
     if (p.dense.has_mask) {
-      mask_by_bits(tS, p.dense.mask_of(step().batch, step().head), row, step().key);
+      mask_by_bits(tS, p.dense.mask_of(step().batch, step().head), row, step().tile.key);
     }
+    bool takes_part[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      active[r] = active[r] && row + thread_row() + 8 * r < p.statistics_rows;
-      if (!active[r]) negative_lse_log2[r] = RowStatistics::kNoGradient;
+      takes_part[r] = active[r] && row + thread_row() + 8 * r < p.statistics_rows;
     }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
-      if (!active[accumulator_row(i)]) tS(i) = -INFINITY;
+      if (!takes_part[accumulator_row(i)]) tS(i) = -INFINITY;
     }
   }
 
@@ -125,14 +130,13 @@ struct DBiasConsumer {
   CUTE_DEVICE void finish(Accumulator& tDB) {
     wait_full(shared.bias_ring, bias_cursor);
     if (p.partial_sums != nullptr) {
-      float4* const sums = partial_sums<T>(p, step().head_kv, warpgroup);
+      float4* const sums = partial_sums<T>(p, step().item, warpgroup);
       CUTE_UNROLL
       for (int i = 0; i < T::kThreadFloats; i += 4) {
         sums[i / 4 * kWarpgroupThreads] = {tDB(i), tDB(i + 1), tDB(i + 2), tDB(i + 3)};
       }
     } else {
-      store_dbias<T>(tDB, p, {step().row, step().key, step().head, step().batch},
-                     shared.bias[bias_cursor.stage], warpgroup);
+      store_dbias<T>(tDB, p, step().tile, shared.bias[bias_cursor.stage], warpgroup);
     }
     release_by_warp(shared.bias_ring, bias_cursor);
     bias_cursor.advance();

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(2 * kWarpgroupThreads)
       tDB(i + 3) += four.w;
     }
   }
-  store_dbias<T>(tDB, p, p.work.tile(tile, T::kBlockM, T::kBlockN), buffer, warpgroup);
+  store_dbias<T>(tDB, p, p.work.tile(tile, T::kBlockN), buffer, warpgroup);
 }
 
 }  // namespace jax_fa3

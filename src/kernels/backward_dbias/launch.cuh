@@ -5,32 +5,39 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
-#include "kernels/backward/plan.h"
 #include "kernels/backward_dbias/kernel.cuh"
 #include "kernels/maps.cuh"
 
 namespace jax_fa3 {
 
+// Instead of launch_dbias where there are no queries.
+inline Status clear_dbias(const BackwardProblem& problem, cudaStream_t stream) {
+  const Broadcast& bias = problem.dense.bias_shape;
+  const std::int64_t elements =
+      bias.sequences * bias.heads * bias.rows * padded_bias_keys(problem.shape.seqlen_k);
+  constexpr std::int64_t kElementBytes = 2;
+  return cuda_status(cudaMemsetAsync(problem.dbias, 0, elements * kElementBytes, stream),
+                     "cudaMemsetAsync of dBias");
+}
+
 // Writes all of problem.dbias. `statistics` has `statistics_rows` rows for each head. Called before
 // dQ is made, whose memory holds the sums of slices until then.
 template <class Config>
-Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
-                    const RowStatistics* statistics, int statistics_rows, cudaStream_t stream) {
+Status launch_dbias(const BackwardProblem& problem, const RowStatistics* statistics,
+                    int statistics_rows, int num_sms, cudaStream_t stream) {
   using T = DBiasTraits<Config>;
   using Element = typename T::Element;
   const Shape& s = problem.shape;
   const Broadcast& bias = problem.dense.bias_shape;
   const std::int64_t keys = padded_bias_keys(s.seqlen_k);
 
-  DBiasParams p;
-  BiasWork& work = p.work;
-  JFA_CHECK_OK(make_bias_extents(&work, problem, T::kBlockN));
-  const auto num_tiles = count_tiles(bias.sequences, bias.heads,
-                                     std::int64_t{work.row_blocks} * work.key_blocks);
-  if (!num_tiles.ok()) return num_tiles.status();
-  work.num_tiles = static_cast<int>(num_tiles.value());
-  if (work.num_tiles == 0) return {};
+  const std::int64_t dquery_bytes =
+      s.batch * s.seqlen_q * s.num_heads_q * s.head_dim * std::int64_t{sizeof(Element)};
+  const auto work = divide_dbias(problem, T::kBlockN, num_sms, dquery_bytes);
+  if (!work.ok()) return work.status();
+  if (work.value().num_tiles == 0) return {};  // no keys
 
+  DBiasParams p;
   const CallMaps maps{s, problem.dbias};
   JFA_CHECK_OK(maps.of_queries<typename T::QTile>(&p.query, problem.query, s.head_dim));
   JFA_CHECK_OK(maps.of_queries<typename T::DOTile>(&p.dout, problem.dout, s.head_dim_v));
@@ -44,18 +51,14 @@ Status launch_dbias(const BackwardPlan& plan, const BackwardProblem& problem,
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;
 
-  constexpr std::int64_t kTileBytes = T::BiasTile::kElements * sizeof(float);
-  const std::int64_t dquery_bytes =
-      s.batch * s.seqlen_q * s.num_heads_q * s.head_dim * std::int64_t{sizeof(Element)};
-  work.num_slices = choose_bias_slices(work.num_tiles, work.num_steps(), plan.num_sms,
-                                       dquery_bytes / (kTileBytes * work.num_tiles));
-  p.partial_sums = work.num_slices > 1 ? static_cast<float4*>(problem.dquery) : nullptr;
+  p.work = work.value();
+  p.partial_sums = p.work.num_slices > 1 ? static_cast<float4*>(problem.dquery) : nullptr;
 
   JFA_CHECK_OK(launch_kernel("dbias_kernel", dbias_kernel<Config>,
-                             dim3(std::min(work.num_items(), plan.num_sms)), T::kThreads,
+                             dim3(std::min(p.work.num_items(), num_sms)), T::kThreads,
                              sizeof(typename T::SharedStorage), stream, p));
   if (p.partial_sums == nullptr) return {};
-  return launch_kernel("dbias_combine_kernel", dbias_combine_kernel<Config>, dim3(work.num_tiles),
+  return launch_kernel("dbias_combine_kernel", dbias_combine_kernel<Config>, dim3(p.work.num_tiles),
                        T::kConsumers * kWarpgroupThreads, 0, stream, p);
 }
 

@@ -9,17 +9,17 @@ namespace jax_fa3 {
 // Of the producer's warpgroup, another one than the producer's.
 constexpr int kSchedulingWarp = 1;
 
-// What step `index` of a tile is, but for its kind: rows innermost, then heads, then sequences.
+// Fills in what is known of step `index` of a tile, but for its kind: rows innermost, then heads,
+// then sequences.
 template <class T>
-CUTE_DEVICE Visit look_at_step(const DBiasParams& p, const BiasBlock& tile, int index,
-                               BiasStep& step) {
+CUTE_DEVICE Visit look_at_step(const DBiasParams& p, int index, BiasStep& step) {
   const BiasWork& work = p.work;
+  const BiasBlock& tile = step.tile;
   const int head_index = index / work.shared_row_blocks;
-  step.row = tile.row + index % work.shared_row_blocks * T::kBlockM;
-  step.key = tile.key;
+  step.batch = tile.plane * work.shared_sequences + head_index / work.shared_heads;
   step.head = tile.head + head_index % work.shared_heads;
   step.head_kv = step.head / p.heads_per_kv_head;
-  step.batch = tile.plane * work.shared_sequences + head_index / work.shared_heads;
+  step.row = tile.row + index % work.shared_row_blocks * T::kBlockM;
 
   step.mask = make_mask(p.mask, p.index, step.batch, p.seqlen_q, p.seqlen_k);
   const PlaneLayout layout{p.seqlen_q, p.seqlen_k};
@@ -29,56 +29,63 @@ CUTE_DEVICE Visit look_at_step(const DBiasParams& p, const BiasBlock& tile, int 
   const int row_end = step.row + T::kBlockM;
   const Bounds seen = intervals.of_rows(layout, step.row, row_end);
   const TileRange keys = step.mask.key_tiles(step.row, row_end, T::kBlockN, seen);
-  const int n = step.key / T::kBlockN;
+  const int n = tile.key / T::kBlockN;
   if (n < keys.begin || n >= keys.end) return Visit::kNone;
-  const Visit visit = visit_of<T::kBlockM, T::kBlockN>(p.dense.mask_of(step.batch, step.head), keys,
-                                                       step.row, n);
+  const Visit visit =
+      visit_of<T::kBlockM, T::kBlockN>(p.dense.mask_of(step.batch, step.head), keys, step.row, n);
   // The block in which a sequence ends counts as cut: the rows behind may hold anything.
   return visit == Visit::kFull && row_end > step.mask.query_length ? Visit::kCut : visit;
 }
 
-// The scheduling warp. Each lane looks at a step of its own: they all wait for memory together, and
-// those that nobody sees, most of them under some masks, cost little.
+// The scheduling warp. Each lane looks at a step of its own, of this item or of one of the next:
+// they all wait for memory together, and steps that add nothing, most of them under some masks,
+// cost little.
 template <class T>
 CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStorage& shared) {
+  const BiasWork& work = p.work;
   const int lane = threadIdx.x % 32;
   RingCursor<T::kSteps> cursor;
-  // All lanes call it, and one of them has the step.
-  const auto tell = [&](const BiasStep& step, int from) {
-    if (lane == from) {
-      wait_empty(shared.step_ring, cursor);
-      shared.steps[cursor.stage] = step;
-      shared.step_ring.full[cursor.stage].arrive();
-    }
-    cursor.advance();
+  const auto tell = [&](const BiasStep& step) {
+    wait_empty(shared.step_ring, cursor);
+    shared.steps[cursor.stage] = step;
+    shared.step_ring.full[cursor.stage].arrive();
   };
 
-  BiasStep step{};
-  for (int item = blockIdx.x; item < p.work.num_items(); item = next_in_rounds(item)) {
-    const BiasBlock tile = p.work.tile(item, T::kBlockM, T::kBlockN);
-    const int slice = item / p.work.num_tiles;
-    const int end = p.work.first_step(slice + 1);
+  int round = 0, index = lane;  // of the CTA's items, and of the item's steps
+  while (true) {
+    round += index / work.slice_steps;
+    index %= work.slice_steps;
+    const int item = number_in_round(round);
+    const bool exists = item < work.num_items();
+    if (!__any_sync(0xffffffff, exists)) break;
+
+    BiasStep step{};
+    Visit visit = Visit::kNone;
+    if (exists) {
+      step.item = item;
+      step.tile = work.tile(item, T::kBlockN);
+      const int of_tile = item / work.num_tiles * work.slice_steps + index;
+      if (of_tile < work.num_steps) visit = look_at_step<T>(p, of_tile, step);
+    }
+    const auto visits = __ballot_sync(0xffffffff, visit != Visit::kNone);
+    const auto ends = __ballot_sync(0xffffffff, exists && index == work.slice_steps - 1);
     CUTE_NO_UNROLL
-    for (int first = p.work.first_step(slice); first < end; first += 32) {
-      const int index = first + lane;
-      const Visit visit = index < end ? look_at_step<T>(p, tile, index, step) : Visit::kNone;
-      step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
-      CUTE_NO_UNROLL
-      for (auto seen = __ballot_sync(0xffffffff, visit != Visit::kNone); seen != 0;
-           seen &= seen - 1) {
-        tell(step, __ffs(seen) - 1);
+    for (auto left = visits | ends; left != 0; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      if (visits >> from & 1) {
+        step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
+        if (lane == from) tell(step);
+        cursor.advance();
+      }
+      if (ends >> from & 1) {
+        step.kind = BiasStep::kEnd;
+        if (lane == from) tell(step);
+        cursor.advance();
       }
     }
-    step.kind = BiasStep::kEnd;
-    step.batch = tile.plane;
-    step.head = tile.head;
-    step.head_kv = item;
-    step.row = tile.row;
-    step.key = tile.key;
-    tell(step, 0);
+    index += 32;
   }
-  step.kind = BiasStep::kStop;
-  tell(step, 0);
+  if (lane == 0) tell({BiasStep::kStop});
 }
 
 // The producer thread, which keeps the rings filled, across work tiles too.
@@ -93,8 +100,7 @@ CUTE_DEVICE void produce_for_dbias(const DBiasParams& p, typename T::SharedStora
     auto& full = acquire(shared.bias_ring, bias_cursor, T::BiasTile::kBytes);
     // Rows that are the same are those of the first block, which has no fewer than any other.
     load_plane<typename T::BiasTile>(p.bias, full, kEvictFirst, shared.bias[bias_cursor.stage],
-                                     p.work.shares_rows ? 0 : step.row, step.key, step.head,
-                                     step.batch / p.work.shared_sequences);
+                                     step.tile.row, step.tile.key, step.tile.head, step.tile.plane);
   };
   while (true) {
     wait_full(shared.step_ring, step_cursor);
@@ -111,7 +117,7 @@ CUTE_DEVICE void produce_for_dbias(const DBiasParams& p, typename T::SharedStora
       auto& query_full = acquire(shared.query_ring, cursor, T::kQueryBytes);
       load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
                                    step.row, step.head, step.batch);
-      T::Source::load_key(p, query_full, shared.key[cursor.stage], step.key, step.head_kv,
+      T::Source::load_key(p, query_full, shared.key[cursor.stage], step.tile.key, step.head_kv,
                           step.batch);
       if (!has_bias) load_bias(step);  // after the first Q and K, which do not wait for it
       has_bias = true;
@@ -121,7 +127,7 @@ CUTE_DEVICE void produce_for_dbias(const DBiasParams& p, typename T::SharedStora
       auto& dout_full = acquire(shared.dout_ring, cursor, T::kDOutBytes + statistics_bytes);
       load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage],
                                     step.row, step.head, step.batch);
-      T::Source::load_value(p, dout_full, shared.value[cursor.stage], step.key, step.head_kv,
+      T::Source::load_value(p, dout_full, shared.value[cursor.stage], step.tile.key, step.head_kv,
                             step.batch);
       const std::int64_t head = std::int64_t{step.batch} * p.num_heads + step.head;
       load_bytes(p.statistics + head * p.statistics_rows + step.row, dout_full,

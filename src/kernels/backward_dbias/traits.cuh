@@ -1,5 +1,5 @@
 // Everything that the dBias kernel makes of a backward Config: tiles, MMAs, shared memory, thread
-// roles; and how its work is numbered.
+// roles.
 #pragma once
 
 #include "attention/kv.cuh"
@@ -15,35 +15,6 @@
 #include "kernels/params.h"
 
 namespace jax_fa3 {
-
-// A tile of the bias. Of a bias with one row for all, `row` is 0 and the tile has all rows.
-struct BiasBlock {
-  int row;
-  int key;
-  int head;   // of the bias: 0 where heads share values
-  int plane;  // of the bias, which some sequences share
-};
-
-// The work, in items: a slice of what is added up in a tile. Items of one slice are next to each
-// other, and of these the tiles of one plane, so that CTAs are at the same queries and keys at the
-// same time, which L2 then has.
-struct BiasWork : BiasExtents {
-  int num_tiles;
-  int num_slices;
-
-  JFA_HD int num_items() const { return num_tiles * num_slices; }
-
-  CUTE_DEVICE BiasBlock tile(int item, int block_m, int block_n) const {
-    const int block = item % num_tiles / key_blocks;
-    const int head_plane = block / row_blocks;
-    return {block % row_blocks * block_m, item % key_blocks * block_n, head_plane % num_heads,
-            head_plane / num_heads};
-  }
-  // The first step of an item's slice, and so the end of the one before.
-  CUTE_DEVICE int first_step(int slice) const {
-    return static_cast<int>(std::int64_t{num_steps()} * slice / num_slices);
-  }
-};
 
 // What the kernel is launched with. Tensor maps travel by value.
 struct DBiasMaps {
@@ -72,11 +43,13 @@ struct BiasStep {
     kStop,  // there are no more items
   };
   Kind kind;
-  int batch;    // at the end of an item: the bias' plane
-  int head;     // of query; at the end: the bias'
-  int head_kv;  // of K and V; at the end: the item's number
+  int item;
+  BiasBlock tile;
+  // Of a pair only.
+  int batch;
+  int head;  // of query
+  int head_kv;
   int row;
-  int key;
   Mask mask;           // of the sequence
   const Plane* plane;  // its row intervals, or null
 };
@@ -96,7 +69,7 @@ struct DBiasTraits {
   static_assert(kBlockM == kDBiasBlockM);
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/false);
+  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/kBlockN > 64);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;
@@ -145,8 +118,8 @@ struct DBiasTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
   enum NamedBarrier : std::uint32_t {
-    kWarpgroup = 0,             // + w: all of consumer w, 128 threads
-    kRowSums = kConsumers,      // both consumers
+    kWarpgroup = 0,         // + w: all of consumer w, 128 threads
+    kRowSums = kConsumers,  // both consumers
   };
 };
 

@@ -1,5 +1,5 @@
-// The table of a mask in one pass over it: a thread block makes all of the table that is of 128 rows
-// and 256 keys.
+// The table of a mask in one pass over it: a thread block makes all of the table that is of 128
+// rows and 256 keys.
 //
 // First threads pack bytes to bits, in shared memory. What takes the time is memory, so each asks
 // for all its bytes before it looks at any. It loads from multiples of 16 bytes, wherever rows
@@ -14,6 +14,7 @@ namespace jax_fa3 {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 KB of the mask are on their way
 constexpr int kRows = kMaskTileRows;
 constexpr int kKeys = kMaskTileKeys;
 constexpr int kGroups = kRows / kMaskBlockRows;
@@ -106,8 +107,8 @@ struct Lines {
   __device__ void store(int row, int packet, std::uint32_t bits) {
     reinterpret_cast<std::uint16_t*>(words[row])[packet] = static_cast<std::uint16_t>(bits);
   }
-  // 32 keys of a row that begins at bit `begin` of its line. Keys behind the row's last may have any
-  // bit. Of the words that are read, what no packet has is shifted out.
+  // 32 keys of a row that begins at bit `begin` of its line. Keys behind the row's last may have
+  // any bit. Of the words that are read, what no packet has is shifted out.
   __device__ std::uint32_t bits(int row, int word, unsigned begin) const {
     return __funnelshift_r(words[row][word], words[row][word + 1], begin);
   }
@@ -275,7 +276,7 @@ __device__ void write_classes(const Params& p, const Tile& tile,
   if (tile.last_keys && word + 1 < p.class_words) line[word + 1] = kClassesOfNothing;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) dense_mask_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) dense_mask_kernel(const Params p) {
   __shared__ Lines lines;
   __shared__ std::uint8_t classes[kGroups][kKeyWords];
   const Tile tile = tile_of(p, blockIdx.x);
