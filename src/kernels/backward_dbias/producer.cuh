@@ -9,11 +9,13 @@ namespace jax_fa3 {
 // Of the producer's warpgroup, another one than the producer's.
 constexpr int kSchedulingWarp = 1;
 
-// Fills in what is known of step `index` of a tile, but for its kind: rows innermost, then heads,
-// then sequences.
+// What of step `index` of an item's tile is to be visited: rows innermost, then heads, then
+// sequences. Fills in the step, but for its kind.
 template <class T>
-CUTE_DEVICE Visit look_at_step(const DBiasParams& p, int index, BiasStep& step) {
+CUTE_DEVICE Visit look_at_step(const DBiasParams& p, int item, int index, BiasStep& step) {
   const BiasWork& work = p.work;
+  step.item = item;
+  step.tile = work.tile(item, T::kBlockN);
   const BiasBlock& tile = step.tile;
   const int head_index = index / work.shared_row_blocks;
   step.batch = tile.plane * work.shared_sequences + head_index / work.shared_heads;
@@ -39,16 +41,21 @@ CUTE_DEVICE Visit look_at_step(const DBiasParams& p, int index, BiasStep& step) 
 
 // The scheduling warp. Each lane looks at a step of its own, of this item or of one of the next:
 // they all wait for memory together, and steps that add nothing, most of them under some masks,
-// cost little.
+// cost little. What it saw a lane looks up again when it is its turn to tell: registers are few.
 template <class T>
 CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStorage& shared) {
   const BiasWork& work = p.work;
   const int lane = threadIdx.x % 32;
   RingCursor<T::kSteps> cursor;
-  const auto tell = [&](const BiasStep& step) {
-    wait_empty(shared.step_ring, cursor);
-    shared.steps[cursor.stage] = step;
-    shared.step_ring.full[cursor.stage].arrive();
+  // One lane after another: two that waited for a stage at a time would take its phases for one.
+  const auto tell = [&](bool my_turn, const auto& fill) {
+    if (my_turn) {
+      wait_empty(shared.step_ring, cursor);
+      fill(shared.steps[cursor.stage]);
+      shared.step_ring.full[cursor.stage].arrive();
+    }
+    __syncwarp();
+    cursor.advance();
   };
 
   int round = 0, index = lane;  // of the CTA's items, and of the item's steps
@@ -59,33 +66,33 @@ CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStor
     const bool exists = item < work.num_items();
     if (!__any_sync(0xffffffff, exists)) break;
 
-    BiasStep step{};
-    Visit visit = Visit::kNone;
-    if (exists) {
-      step.item = item;
-      step.tile = work.tile(item, T::kBlockN);
-      const int of_tile = item / work.num_tiles * work.slice_steps + index;
-      if (of_tile < work.num_steps) visit = look_at_step<T>(p, of_tile, step);
-    }
+    const int of_tile = item / work.num_tiles * work.slice_steps + index;
+    BiasStep seen;
+    const Visit visit = exists && of_tile < work.num_steps
+                            ? look_at_step<T>(p, item, of_tile, seen)
+                            : Visit::kNone;
     const auto visits = __ballot_sync(0xffffffff, visit != Visit::kNone);
     const auto ends = __ballot_sync(0xffffffff, exists && index == work.slice_steps - 1);
     CUTE_NO_UNROLL
     for (auto left = visits | ends; left != 0; left &= left - 1) {
       const int from = __ffs(left) - 1;
       if (visits >> from & 1) {
-        step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
-        if (lane == from) tell(step);
-        cursor.advance();
+        tell(lane == from, [&](BiasStep& step) {
+          look_at_step<T>(p, item, of_tile, step);
+          step.kind = visit == Visit::kFull ? BiasStep::kFull : BiasStep::kCut;
+        });
       }
       if (ends >> from & 1) {
-        step.kind = BiasStep::kEnd;
-        if (lane == from) tell(step);
-        cursor.advance();
+        tell(lane == from, [&](BiasStep& step) {
+          step.kind = BiasStep::kEnd;
+          step.item = item;
+          step.tile = work.tile(item, T::kBlockN);
+        });
       }
     }
     index += 32;
   }
-  if (lane == 0) tell({BiasStep::kStop});
+  tell(lane == 0, [](BiasStep& step) { step.kind = BiasStep::kStop; });
 }
 
 // The producer thread, which keeps the rings filled, across work tiles too.

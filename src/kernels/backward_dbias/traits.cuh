@@ -69,7 +69,7 @@ struct DBiasTraits {
   static_assert(kBlockM == kDBiasBlockM);
 
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/kBlockN > 64);
+  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/false);
 
   using QTile = SmemTile<Element, kBlockM, kHeadDim>;
   using DOTile = SmemTile<Element, kBlockM, kHeadDimV>;

@@ -54,7 +54,8 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
     };
     if constexpr (T::kListed) {
       bool is_first = true;
-      typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+      auto& walk = shared.walk;
+      walk = typename T::Walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
       while (walk.next()) {
         load_keys(walk.n, is_first);
         is_first = false;

@@ -82,6 +82,7 @@ struct DQueryTraits {
   struct DenseStages {
     alignas(1024) Element bias[kValueStages][BiasTile::kElements];
     int key_tile[kKeyStages];  // its number
+    Walk walk;                 // the producer's, which has few registers
   };
   struct Nothing {};
 
