@@ -62,6 +62,18 @@ struct TileScheduler {
 // Of the producer's warpgroup, in another warp than the producer.
 constexpr int kSchedulingThread = 32;
 
+// What a warp reads from shared memory, in uniform registers, where reductions of a warp end.
+template <class Words>
+CUTE_DEVICE Words broadcast(const Words& shared) {
+  Words words = shared;
+  CUTE_UNROLL
+  for (int i = 0; i < int(sizeof(Words) / sizeof(int)); ++i) {
+    auto& word = reinterpret_cast<unsigned*>(&words)[i];
+    word = __reduce_or_sync(0xffffffff, word);
+  }
+  return words;
+}
+
 // A work tile with its sequence's mask.
 struct Work {
   WorkTile tile;
@@ -135,8 +147,17 @@ struct WorkQueue {
     cursor.advance();
     return true;
   }
-  // For whole warps: in uniform registers, where reductions of a warp end. A stage may be released
-  // only behind a barrier of the warpgroup.
+  // The same for a producer that is a warp.
+  CUTE_DEVICE bool take_by_warp(Cursor& cursor, Load& load) {
+    wait_full(ring, cursor);
+    const Slot& slot = slots[cursor.stage];
+    if (slot.work.none()) return false;
+    load = {slot.work.tile, slot.head_kv, slot.ranges[0]};
+    release_by_warp(ring, cursor);
+    cursor.advance();
+    return true;
+  }
+  // For whole warps. A stage may be released only behind a barrier of the warpgroup.
   CUTE_DEVICE Work read(Cursor cursor) {
     wait_full(ring, cursor);
     return broadcast(slots[cursor.stage].work);
@@ -152,17 +173,6 @@ struct WorkQueue {
  private:
   // What has been written is read again from where it is: the thread has few registers.
   CUTE_DEVICE static void leave_in_memory() { asm volatile("" ::: "memory"); }
-
-  template <class Words>
-  CUTE_DEVICE static Words broadcast(const Words& shared) {
-    Words words = shared;
-    CUTE_UNROLL
-    for (int i = 0; i < int(sizeof(Words) / sizeof(int)); ++i) {
-      auto& word = reinterpret_cast<unsigned*>(&words)[i];
-      word = __reduce_or_sync(0xffffffff, word);
-    }
-    return words;
-  }
 };
 
 // range_of of the kernels whose tiles are blocks of queries: [0] is what the block sees of the

@@ -2,8 +2,8 @@
 // those kernels visit.
 //
 // Their work tiles do not visit a range but what of it the mask lets them see: first the tiles that
-// have to ask the mask, then those that every row sees whole. The scheduling thread counts them, the
-// producer walks them, and says with each stage which tile it holds.
+// have to ask the mask, then those that every row sees whole. The producer walks them, and says how
+// many there are with the queries, and with each stage which tile it holds.
 #pragma once
 
 #include "attention/bias.cuh"
@@ -126,14 +126,6 @@ Status set_dense(Params* p, const CallProblem& problem, const void* some_address
   return {};
 }
 
-// What of a range of tiles is visited.
-struct TileList : TileRange {
-  int num_cut = 0;   // have to ask the mask
-  int num_full = 0;  // all rows see all keys
-
-  CUTE_DEVICE bool empty() const { return num_cut + num_full == 0; }
-};
-
 enum class Visit { kNone, kCut, kFull };
 
 // Of tile `n` of a range of key tiles.
@@ -144,48 +136,67 @@ CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int ro
   return range.cuts(n) || !seen.all ? Visit::kCut : Visit::kFull;
 }
 
-// The key tiles of kRows rows from `row`, right to left: the cut ones, then the full ones.
+// How many tiles a walk visits of either kind.
+struct TileCounts {
+  int cut = 0;
+  int full = 0;
+
+  CUTE_DEVICE bool empty() const { return cut + full == 0; }
+};
+
+// The key tiles of kRows rows from `row`, right to left: the cut ones, then the full ones. A warp
+// walks together: each lane looks at a tile of its own, so that all wait for memory at once.
 template <int kRows, int kKeys>
 struct KeyWalk {
-  DenseMask mask;
-  TileRange range;
-  int row;
-  Visit pass = Visit::kCut;
-  int n;
+  int n;  // the tile at hand
 
   CUTE_DEVICE KeyWalk(const DenseMask& mask, const TileRange& range, int row)
-      : mask(mask), range(range), row(row), n(range.end) {}
+      : mask_(mask), range_(range), row_(row), first_(range.end - 1 + kLanes) {}
 
   // False: that was the last one.
   CUTE_DEVICE bool next() {
-    while (true) {
-      if (--n < range.begin) {
-        if (pass == Visit::kFull) return false;
-        pass = Visit::kFull;
-        n = range.end;
+    while (left_ == 0) {
+      first_ -= kLanes;
+      if (first_ < range_.begin) {
+        if (pass_ == Visit::kFull) return false;
+        pass_ = Visit::kFull;
+        first_ = range_.end - 1 + kLanes;
         continue;
       }
-      if (visit_of<kRows, kKeys>(mask, range, row, n) == pass) return true;
+      left_ = __ballot_sync(0xffffffff, look(first_) == pass_);
     }
+    n = first_ - (__ffs(left_) - 1);
+    left_ &= left_ - 1;
+    return true;
   }
-};
 
-// range_of of the kernels whose tiles are blocks of queries.
-template <class T>
-CUTE_DEVICE TileList listed_keys(const typename T::Params& p, const Work& work,
-                                 const Intervals& intervals, int) {
-  const WorkTile& tile = work.tile;
-  const int row = tile.block * T::kBlockM;
-  TileList list;
-  static_cast<TileRange&>(list) = visible_keys<T>(p, work, intervals, 0);
-  const DenseMask mask = p.dense.mask_of(tile.batch, tile.head);
-  CUTE_NO_UNROLL
-  for (int n = list.begin; n < list.end; ++n) {
-    const Visit visit = visit_of<T::kBlockM, T::kBlockN>(mask, list, row, n);
-    list.num_cut += visit == Visit::kCut;
-    list.num_full += visit == Visit::kFull;
+  // Of all of a walk that has not begun.
+  CUTE_DEVICE TileCounts count() const {
+    TileCounts counts;
+    CUTE_NO_UNROLL
+    for (int first = range_.end - 1; first >= range_.begin; first -= kLanes) {
+      const Visit visit = look(first);
+      counts.cut += __popc(__ballot_sync(0xffffffff, visit == Visit::kCut));
+      counts.full += __popc(__ballot_sync(0xffffffff, visit == Visit::kFull));
+    }
+    return counts;
   }
-  return list;
-}
+
+ private:
+  static constexpr int kLanes = 32;
+
+  // This lane's, of the tiles that go left from `first`.
+  CUTE_DEVICE Visit look(int first) const {
+    const int tile = first - int(threadIdx.x) % kLanes;
+    return tile < range_.begin ? Visit::kNone : visit_of<kRows, kKeys>(mask_, range_, row_, tile);
+  }
+
+  const DenseMask mask_;
+  const TileRange range_;
+  const int row_;
+  Visit pass_ = Visit::kCut;
+  int first_;          // of the tiles that the lanes have looked at
+  unsigned left_ = 0;  // of these, to be visited
+};
 
 }  // namespace jax_fa3

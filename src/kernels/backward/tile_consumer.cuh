@@ -76,7 +76,7 @@ struct TileConsumer {
   CUTE_DEVICE void for_each_step(const Step& step) const {
     if constexpr (T::kListed) {
       CUTE_NO_UNROLL
-      for (int i = queries.num_cut + queries.num_full; i > 0; --i) {
+      for (int i = queries.num_steps; i > 0; --i) {
         wait_full(shared.query_ring, cursor);
         step(shared.step[cursor.stage]);
       }

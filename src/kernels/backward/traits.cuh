@@ -118,18 +118,28 @@ CUTE_DEVICE Visit visit_of(const DenseBackwardParams& p, const WorkTile& tile,
   return queries.cuts(walk.m) || !seen.all ? Visit::kCut : Visit::kFull;
 }
 
+// The steps of a list, and where the first and the last of them are.
+struct StepList : TileRange {
+  int num_steps = 0;
+
+  CUTE_DEVICE bool empty() const { return num_steps == 0; }
+};
+
 // range_of of the main kernel where steps are those of a list.
 template <class T>
-CUTE_DEVICE TileList listed_queries(const DenseBackwardParams& p, const Work& work,
+CUTE_DEVICE StepList listed_queries(const DenseBackwardParams& p, const Work& work,
                                     const Intervals& intervals, int i) {
-  TileList list;
-  static_cast<TileRange&>(list) = visible_queries<T>(p, work, intervals, i);
-  if (list.TileRange::empty()) return list;
-  QueryWalk walk(p, work.tile, list);
+  const TileRange range = visible_queries<T>(p, work, intervals, i);
+  StepList list{range};
+  if (range.empty()) return list;
+  list.begin = range.end;
+  list.end = range.begin;
+  QueryWalk walk(p, work.tile, range);
   do {
-    const Visit visit = visit_of<T>(p, work.tile, list, walk);
-    list.num_cut += visit == Visit::kCut;
-    list.num_full += visit == Visit::kFull;
+    if (visit_of<T>(p, work.tile, range, walk) == Visit::kNone) continue;
+    ++list.num_steps;
+    list.begin = min(list.begin, walk.m);
+    list.end = max(list.end, walk.m + 1);
   } while (walk.next());
   return list;
 }
@@ -206,7 +216,7 @@ struct BackwardTraits {
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
   static constexpr int kHandoverStages = kScarce ? 1 : 2;
-  using Works = WorkQueue<1, cute::conditional_t<kListed, TileList, TileRange>>;
+  using Works = WorkQueue<1, cute::conditional_t<kListed, StepList, TileRange>>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 

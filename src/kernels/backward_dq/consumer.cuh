@@ -55,7 +55,7 @@ struct DQueryConsumer {
         this->attend(tDQ, work, keys, row, negative_lse_log2, negative_delta);
       };
       if constexpr (T::kListed) {
-        const TileList keys = shared.works.range(works_cursor, 0);
+        const TileCounts keys = broadcast(shared.counts);
         if (!keys.empty()) attend(keys);
       } else {
         // What the producer loads, and what of it this warpgroup's rows see.
@@ -145,11 +145,11 @@ struct DQueryConsumer {
     };
     if constexpr (T::kListed) {
       CUTE_NO_UNROLL
-      for (int i = 0; i < keys.num_cut + keys.num_full; ++i) {
+      for (int i = 0; i < keys.cut + keys.full; ++i) {
         wait_full(shared.key_ring, key_cursor);
         const int n = shared.key_tile[key_cursor.stage];
         if (i == 0) clear_key_tail(work.mask, n);  // the right-most tile, if it has rows to clear
-        step(n, i < keys.num_cut, i == 0);
+        step(n, i < keys.cut, i == 0);
       }
     } else {
       clear_key_tail(work.mask, keys.end - 1);

@@ -29,12 +29,9 @@ __global__ void __launch_bounds__(DQueryTraits<Config>::kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
-    if (threadIdx.x == 0) produce_for_dquery<T>(p, shared);
-    if constexpr (T::kListed) {
-      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, listed_keys<T>);
-    } else {
-      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
-    }
+    // A list is walked by a warp.
+    if (threadIdx.x < (T::kListed ? 32 : 1)) produce_for_dquery<T>(p, shared);
+    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();
     DQueryConsumer<T>{p, shared, warpgroup - 1}.run();

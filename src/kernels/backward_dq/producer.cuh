@@ -1,4 +1,5 @@
-// The dQ kernel's producer: one thread that walks the CTA's work tiles and keeps the rings filled.
+// The dQ kernel's producer, which walks the CTA's work tiles and keeps the rings filled: one thread, or
+// of a list a warp, whose first lane loads.
 #pragma once
 
 #include "kernels/backward_dq/traits.cuh"
@@ -13,7 +14,11 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
   RingCursor<T::kKeyStages> key_cursor;
   RingCursor<T::kValueStages> value_cursor;
 
-  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+  const auto take = [&](typename T::Works::Load& load) {
+    return T::kListed ? shared.works.take_by_warp(works_cursor, load)
+                      : shared.works.take(works_cursor, load);
+  };
+  for (typename T::Works::Load load; take(load);) {
     const WorkTile tile = load.tile;
     const int head_kv = load.head_kv;
     const int row = tile.block * T::kBlockM;
@@ -30,7 +35,6 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       }
       query_cursor.advance();
     };
-    if (load.range.empty()) load_queries();  // nobody reads them, but the rings stay in step
     const auto load_keys = [&](int n, bool is_first) {
       int value_bytes = T::VTile::kBytes;
       if constexpr (T::kListed) {
@@ -47,21 +51,28 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       T::Source::load_value(p, value_full, shared.value[value_cursor.stage], n * T::kBlockN,
                             head_kv, tile.batch);
       if constexpr (T::kListed) {
-        p.dense.template load_bias<typename T::BiasTile>(p.bias, value_full, shared.bias[value_cursor.stage],
-                                                row, n * T::kBlockN, tile.head, tile.batch);
+        p.dense.template load_bias<typename T::BiasTile>(
+            p.bias, value_full, shared.bias[value_cursor.stage], row, n * T::kBlockN, tile.head,
+            tile.batch);
       }
       value_cursor.advance();
     };
+    // Without keys nobody reads the queries, but the rings stay in step.
     if constexpr (T::kListed) {
-      bool is_first = true;
-      auto& walk = shared.walk;
-      walk = typename T::Walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
-      while (walk.next()) {
-        load_keys(walk.n, is_first);
-        is_first = false;
+      const bool loads = threadIdx.x == 0;
+      typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+      const TileCounts counts = walk.count();
+      if (loads) {
+        for (int w = 0; w < T::kConsumers; ++w) wait_empty(shared.query_ring[w], query_cursor);
+        shared.counts = counts;
+        if (counts.empty()) load_queries();
+      }
+      for (bool is_first = true; walk.next(); is_first = false) {
+        if (loads) load_keys(walk.n, is_first);
       }
     } else {
       const TileRange keys = load.range;
+      if (keys.empty()) load_queries();
       CUTE_NO_UNROLL
       for (int n = keys.end - 1; n >= keys.begin; --n) load_keys(n, n == keys.end - 1);
     }

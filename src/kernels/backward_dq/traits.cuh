@@ -74,7 +74,7 @@ struct DQueryTraits {
   static constexpr int kKeyStages = kValueStages == 1 ? 2 : kValueStages;
   static_assert(kKeyStages * KTile::kBytes + kValueStages * kValueBytes <= kFreeBytes);
 
-  using Works = cute::conditional_t<kListed, WorkQueue<1, TileList>, WorkQueue<1 + kConsumers>>;
+  using Works = WorkQueue<kListed ? 1 : 1 + kConsumers>;
   using Walk = KeyWalk<kBlockM, kBlockN>;
   // Done with a stage of V: each warpgroup, or each warp, which reads bias by itself.
   static constexpr int kValueReleases = kConsumers * (kListed ? kWarpgroupThreads / 32 : 1);
@@ -82,7 +82,7 @@ struct DQueryTraits {
   struct DenseStages {
     alignas(1024) Element bias[kValueStages][BiasTile::kElements];
     int key_tile[kKeyStages];  // its number
-    Walk walk;                 // the producer's, which has few registers
+    TileCounts counts;
   };
   struct Nothing {};
 

@@ -25,13 +25,13 @@ template <class Config>
 struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   using Base = ForwardLayout<DenseForwardOperands<Config>>;
   using typename Base::BiasTile;
-  using Works = WorkQueue<1, TileList>;
+  using Works = WorkQueue<1>;
   using Walk = KeyWalk<Base::kBlockM, Base::kBlockN>;
 
   struct SharedStorage : Base::template Storage<Works> {
     alignas(1024) typename Base::Element bias[Base::kStages][BiasTile::kElements];
     int key_tile[Base::kStages];  // its number
-    Walk walk;                    // the producer's, which has few registers
+    TileCounts counts[Base::kQueryStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -40,38 +40,42 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   static constexpr bool kListed = true;
 };
 
-// As produce, with the tiles of a list.
+// As produce, with the tiles of a list. A warp walks it, and its first lane loads.
 template <class T>
 CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedStorage& shared) {
+  const bool loads = threadIdx.x == 0;
   const int bias_bytes = p.dense.has_bias ? T::BiasTile::kBytes : 0;
   typename T::QueryCursor query_cursor;
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
-  for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
+  for (typename T::Works::Load load; shared.works.take_by_warp(works_cursor, load);) {
     const WorkTile tile = load.tile;
     const int row = tile.block * T::kBlockM;
-    auto& walk = shared.walk;
-    walk = typename T::Walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+    typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
+    const TileCounts counts = walk.count();
     int value_tile = -1;  // whose V is yet to be loaded
     bool more, queries_loaded = false;
     do {
       more = walk.next();
-      if (more) {
+      if (more && loads) {
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = walk.n;
         auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes + bias_bytes);
         T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN,
                             load.head_kv, tile.batch);
-        p.dense.template load_bias<typename T::BiasTile>(p.bias, full, shared.bias[key_cursor.stage], row,
-                                                walk.n * T::kBlockN, tile.head, tile.batch);
+        p.dense.template load_bias<typename T::BiasTile>(
+            p.bias, full, shared.bias[key_cursor.stage], row, walk.n * T::kBlockN, tile.head,
+            tile.batch);
         key_cursor.advance();
       }
-      if (!queries_loaded) {
+      if (!queries_loaded && loads) {
+        for (int w = 0; w < T::kConsumers; ++w) wait_empty(shared.query_ring[w], query_cursor);
+        shared.counts[query_cursor.stage] = counts;
         load_queries<T>(p, shared, query_cursor, tile);
         queries_loaded = true;
       }
-      if (value_tile >= 0) {
+      if (value_tile >= 0 && loads) {
         auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
         T::Source::load_value(p, full, shared.value[value_cursor.stage], value_tile * T::kBlockN,
                               load.head_kv, tile.batch);
@@ -99,12 +103,11 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
     for (Work work; !(work = shared.works.read(works_cursor)).none();) {
       const int row = work.tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
-      const TileList keys = shared.works.range(works_cursor, 0);
-
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
       typename T::Softmax softmax{p.rescale_threshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
+      const TileCounts keys = broadcast(shared.counts[query_cursor.stage]);
       if (!keys.empty()) {
         attend(tO, softmax, work, keys, row);
       } else {
@@ -119,7 +122,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
   // As ForwardConsumer::attend, the cut tiles first and then the full ones.
   template <class AccumulatorO>
   CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Work& work,
-                          const TileList& keys, int row) {
+                          const TileCounts& keys, int row) {
     typename T::MmaS mma_s;
     typename T::MmaO mma_o;
     using namespace cute;
@@ -166,7 +169,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       this->free_staged_output();  // not before: nobody needs that stage yet
       wait_mma<0>(tS);
       const int n = shared.key_tile[key_cursor.stage];
-      if (keys.num_cut > 0) {
+      if (keys.cut > 0) {
         finish_scores(tS, true_type{});
       } else {
         finish_scores(tS, false_type{});
@@ -189,8 +192,8 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);
     };
-    for (int i = 1; i < keys.num_cut; ++i) step(true_type{});
-    for (int i = keys.num_cut > 0 ? 0 : 1; i < keys.num_full; ++i) step(false_type{});
+    for (int i = 1; i < keys.cut; ++i) step(true_type{});
+    for (int i = keys.cut > 0 ? 0 : 1; i < keys.full; ++i) step(false_type{});
 
     if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
     issue_output();

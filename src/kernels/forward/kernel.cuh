@@ -30,12 +30,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     if constexpr (T::kListed) {
-      if (threadIdx.x == 0) produce_listed<T>(p, shared);
-      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, listed_keys<T>);
+      if (threadIdx.x < 32) produce_listed<T>(p, shared);
     } else {
       if (threadIdx.x == 0) produce<T>(p, shared);
-      if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
     }
+    if (threadIdx.x == kSchedulingThread) shared.works.fill(p, visible_keys<T>);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();
     Consumer{p, shared, warpgroup - 1}.run();
