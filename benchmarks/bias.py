@@ -95,8 +95,8 @@ def ours(problem: Dense, mode: str) -> Function:
 
 
 def plain(problem: Dense, mode: str) -> Function:
-    options, _ = problem.said
-    return partial(our_attention(), **options)
+    said, _ = problem.said
+    return partial(our_attention(), **said)
 
 
 def by_xla(problem: Dense, mode: str) -> Function:

@@ -30,7 +30,7 @@ class Dense(Case):
     With `fold` the call is mapped by jax.vmap over parts of the batch, that many; then g stands for
     one of each part, and an array whose first letter is 1 is not mapped.
 
-    Values of a bias: "normal"; "strong", eight times as large; "low", -1e4 here and there, and
+    Values of a bias: "normal"; "strong", eight times as large; "low", -3000 here and there, and
     "holes", -inf; "rows", -inf in whole rows.
     Values of a mask: so many of True; "blocks", all or nothing for 64 rows and 48 keys at a time;
     "rows", False in whole rows.
@@ -65,7 +65,7 @@ class Dense(Case):
         if self.bias_values == "strong":
             bias *= 8
         if self.bias_values in ("low", "holes"):
-            low = -1e4 if self.bias_values == "low" else -np.inf
+            low = -3e3 if self.bias_values == "low" else -np.inf
             bias[rng.random(shape) < 0.2] = low
         if self.bias_values == "rows":
             bias[rng.random(shape[:3]) < 0.2] = -np.inf
