@@ -1,8 +1,8 @@
 """Attention with its gradient: one custom_vjp, whatever runs underneath.
 
-Residuals are the operands, out and lse, and whether a bias' gradient is wanted, which is dear. `out`
-and `lse` carry the checkpoint name "context", so that a remat policy which saves that name keeps the
-forward kernel out of the backward pass.
+Residuals are the operands, out and lse, and whether a bias' gradient is wanted. `out` and `lse`
+carry the checkpoint name "context", so that a remat policy which saves that name keeps the forward
+kernel out of the backward pass.
 """
 
 from __future__ import annotations
