@@ -62,8 +62,8 @@ def test_divided_attention_has_the_records_arguments(strategy):
 
 
 def test_rows_name_arguments():
-    """Every argument that is an array has a row, and every row an argument, unless the package makes
-    the array."""
+    """Every argument that is an array has a row, and every row an argument, or else an array that
+    the package makes."""
     rows = Operands.rows()
     named = {row.argument or name for name, row in rows.items()} - {"prepared_value", "dense_mask"}
     assert named <= RECORD.keys()
