@@ -1,8 +1,8 @@
 """Attention with its gradient: one custom_vjp, whatever runs underneath.
 
-Residuals are the operands, out and lse, and whether a bias' gradient is wanted, which costs as much
-as the other gradients. `out` and `lse` carry the checkpoint name "context", so
-that a remat policy which saves that name keeps the forward kernel out of the backward pass.
+Residuals are the operands, out and lse, and whether a bias' gradient is wanted. `out` and `lse`
+carry the checkpoint name "context", so that a remat policy which saves that name keeps the forward
+kernel out of the backward pass.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _forward(operations, options, operands):
     arguments, JAX (0.10.2) may hand the tree of the one's to the other.
     """
     bias = operands.bias
-    wanted = jnp.zeros(1 if bias is not None and bias.perturbed else 0)
+    wanted = None if bias is None else jnp.zeros(1 if bias.perturbed else 0)
     operands = custom_vjp_primal_tree_values(operands)
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
@@ -69,7 +69,7 @@ def _forward(operations, options, operands):
 
 def _backward(operations, options, residuals, cotangents):
     operands, outputs, wanted = residuals
-    if operands.bias is not None:
+    if wanted is not None:
         options = dataclasses.replace(options, bias_gradient=wanted.size > 0)
     if isinstance(cotangents.lse, SymbolicZero):
         cotangents = cotangents.replace(lse=None)

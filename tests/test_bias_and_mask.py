@@ -132,6 +132,16 @@ def test_small_head_dims_have_kernels_of_their_own(head_dim):
         assert [plan["dense"] for plan in plans.values()] == [bool(arrays)] * 2
 
 
+def test_a_mask_makes_tiles_differ():
+    """So they are handed out one by one, deepest rows first; those with a bias alone are equal."""
+    x = operands(seqlen_q=500, seqlen_k=44)
+    for name, dtype, differ in (("bias", "bfloat16", False), ("mask", "bool", True)):
+        arguments = route.Arguments(*x, **{name: jax.ShapeDtypeStruct((44,), dtype)})
+        forward = route.plans(arguments, arguments.options())["forward"]
+        assert forward["dense"]
+        assert (forward["longest_first"], forward["by_counter"]) == (differ, differ)
+
+
 # What stands between a bias and jax.grad.
 WRAPPERS = {
     "plain": lambda f: f,
@@ -347,7 +357,9 @@ def test_the_kernels_are_required(monkeypatch, capsys):
         "jax_fa3_forward",
     ]
     jax_fa3.doctor(*x[:3], bias=x[3], mask=x[4])
-    assert "would run the Hopper kernels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bias bfloat16[1, 4, 40, 44], mask bool[2, 1, 1, 44]" in said
+    assert "would run the Hopper kernels" in said
 
 
 @both_kinds

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jax_fa3 import api, native, route
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
@@ -85,15 +85,15 @@ def _kernels() -> list[str]:
 
 
 def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str]:
-    shapes = ", ".join(
-        f"{name} {x.dtype}{list(x.shape)}"
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
-    given = [f"{name}={option}" for name, option in options.items() if option is not None]
     arguments = Arguments(query, key, value, **options)
+    given = [
+        f"{name} {x.dtype}{list(x.shape)}" if is_array(x) else f"{name}={x}"
+        for name, x in (dict(query=query, key=key, value=value) | options).items()
+        if x is not None
+    ]
     reasons = api.reasons_against(arguments)
     why = f": {reasons.first}" if reasons.first else ""
-    lines = [", ".join([shapes, *given]), f"would run {reasons.runs}{why}"]
+    lines = [", ".join(given), f"would run {reasons.runs}{why}"]
     for direction, plan in route.plans(arguments, arguments.options()).items():
         named = ", ".join(f"{name}={x}" for name, x in plan.items() if name != "direction")
         lines.append(f"{direction} plan: {named}")
