@@ -144,56 +144,63 @@ struct TileCounts {
   CUTE_DEVICE bool empty() const { return cut + full == 0; }
 };
 
-// The key tiles of kRows rows from `row`, right to left: the cut ones, then the full ones. A warp
-// walks together: each lane looks at a tile of its own, so that all wait for memory at once.
+// Rows that walk key tiles, kRows of them: what the lanes of a producer's warp have in shared memory,
+// since they have few registers. Each looks at a tile of its own, so that all wait for memory at
+// once.
 template <int kRows, int kKeys>
-struct KeyWalk {
-  int n;  // the tile at hand
+struct WalkingRows {
+  DenseMask mask;
+  TileRange range;
+  int row;
 
-  CUTE_DEVICE KeyWalk(const DenseMask& mask, const TileRange& range, int row)
-      : mask_(mask), range_(range), row_(row), first_(range.end - 1 + kLanes) {}
+  static constexpr int kLanes = 32;
 
-  // False: that was the last one.
-  CUTE_DEVICE bool next() {
-    while (left_ == 0) {
-      first_ -= kLanes;
-      if (first_ < range_.begin) {
-        if (pass_ == Visit::kFull) return false;
-        pass_ = Visit::kFull;
-        first_ = range_.end - 1 + kLanes;
-        continue;
-      }
-      left_ = __ballot_sync(0xffffffff, look(first_) == pass_);
-    }
-    n = first_ - (__ffs(left_) - 1);
-    left_ &= left_ - 1;
-    return true;
+  // This lane's tile, of those that go left from `first`.
+  CUTE_DEVICE Visit look(int first) const {
+    const int tile = first - int(threadIdx.x) % kLanes;
+    return tile < range.begin ? Visit::kNone : visit_of<kRows, kKeys>(mask, range, row, tile);
   }
 
-  // Of all of a walk that has not begun.
   CUTE_DEVICE TileCounts count() const {
     TileCounts counts;
     CUTE_NO_UNROLL
-    for (int first = range_.end - 1; first >= range_.begin; first -= kLanes) {
+    for (int first = range.end - 1; first >= range.begin; first -= kLanes) {
       const Visit visit = look(first);
       counts.cut += __popc(__ballot_sync(0xffffffff, visit == Visit::kCut));
       counts.full += __popc(__ballot_sync(0xffffffff, visit == Visit::kFull));
     }
     return counts;
   }
+};
 
- private:
-  static constexpr int kLanes = 32;
+// Their key tiles, right to left: the cut ones, then the full ones. A warp walks together.
+template <class Rows>
+struct KeyWalk {
+  int n;  // the tile at hand
 
-  // This lane's, of the tiles that go left from `first`.
-  CUTE_DEVICE Visit look(int first) const {
-    const int tile = first - int(threadIdx.x) % kLanes;
-    return tile < range_.begin ? Visit::kNone : visit_of<kRows, kKeys>(mask_, range_, row_, tile);
+  CUTE_DEVICE explicit KeyWalk(const Rows& rows) : rows_(rows), first_(start()) {}
+
+  // False: that was the last one.
+  CUTE_DEVICE bool next() {
+    while (left_ == 0) {
+      first_ -= Rows::kLanes;
+      if (first_ < rows_.range.begin) {
+        if (pass_ == Visit::kFull) return false;
+        pass_ = Visit::kFull;
+        first_ = start();
+        continue;
+      }
+      left_ = __ballot_sync(0xffffffff, rows_.look(first_) == pass_);
+    }
+    n = first_ - (__ffs(left_) - 1);
+    left_ &= left_ - 1;
+    return true;
   }
 
-  const DenseMask mask_;
-  const TileRange range_;
-  const int row_;
+ private:
+  CUTE_DEVICE int start() const { return rows_.range.end - 1 + Rows::kLanes; }
+
+  const Rows& rows_;
   Visit pass_ = Visit::kCut;
   int first_;          // of the tiles that the lanes have looked at
   unsigned left_ = 0;  // of these, to be visited

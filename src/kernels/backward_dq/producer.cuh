@@ -60,13 +60,15 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
     // Without keys nobody reads the queries, but the rings stay in step.
     if constexpr (T::kListed) {
       const bool loads = threadIdx.x == 0;
-      typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
-      const TileCounts counts = walk.count();
+      if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), load.range, row};
+      __syncwarp();
+      const TileCounts counts = shared.rows.count();
       if (loads) {
         for (int w = 0; w < T::kConsumers; ++w) wait_empty(shared.query_ring[w], query_cursor);
         shared.counts = counts;
         if (counts.empty()) load_queries();
       }
+      KeyWalk walk(shared.rows);
       for (bool is_first = true; walk.next(); is_first = false) {
         if (loads) load_keys(walk.n, is_first);
       }

@@ -75,7 +75,7 @@ struct DQueryTraits {
   static_assert(kKeyStages * KTile::kBytes + kValueStages * kValueBytes <= kFreeBytes);
 
   using Works = WorkQueue<kListed ? 1 : 1 + kConsumers>;
-  using Walk = KeyWalk<kBlockM, kBlockN>;
+  using Rows = WalkingRows<kBlockM, kBlockN>;
   // Done with a stage of V: each warpgroup, or each warp, which reads bias by itself.
   static constexpr int kValueReleases = kConsumers * (kListed ? kWarpgroupThreads / 32 : 1);
 
@@ -83,6 +83,7 @@ struct DQueryTraits {
     alignas(1024) Element bias[kValueStages][BiasTile::kElements];
     int key_tile[kKeyStages];  // its number
     TileCounts counts;
+    Rows rows;  // the producer's
   };
   struct Nothing {};
 

@@ -26,12 +26,13 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   using Base = ForwardLayout<DenseForwardOperands<Config>>;
   using typename Base::BiasTile;
   using Works = WorkQueue<1>;
-  using Walk = KeyWalk<Base::kBlockM, Base::kBlockN>;
+  using Rows = WalkingRows<Base::kBlockM, Base::kBlockN>;
 
   struct SharedStorage : Base::template Storage<Works> {
     alignas(1024) typename Base::Element bias[Base::kStages][BiasTile::kElements];
     int key_tile[Base::kStages];  // its number
     TileCounts counts[Base::kQueryStages];
+    Rows rows;  // the producer's
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -52,8 +53,10 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
   for (typename T::Works::Load load; shared.works.take_by_warp(works_cursor, load);) {
     const WorkTile tile = load.tile;
     const int row = tile.block * T::kBlockM;
-    typename T::Walk walk(p.dense.mask_of(tile.batch, tile.head), load.range, row);
-    const TileCounts counts = walk.count();
+    if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), load.range, row};
+    __syncwarp();
+    const TileCounts counts = shared.rows.count();
+    KeyWalk walk(shared.rows);
     int value_tile = -1;  // whose V is yet to be loaded
     bool more, queries_loaded = false;
     do {
