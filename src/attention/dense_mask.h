@@ -2,8 +2,8 @@
 // it) with a plane for each (sequence, head) of the mask. A plane has, one after the other,
 //
 //   classes  [rows / 64, up][class_words]  of each block of 64 rows and 16 keys two bits: whether
-//                                          any pair of it is seen, and whether all are; the block of
-//                                          keys 16 i is in word i / 16, from bit 2 (i % 16)
+//                                          any pair of it is seen, and whether all are; the block
+//                                          of keys 16 i is in word i / 16, from bit 2 (i % 16)
 //   bits     [rows][key_words]             of each row a bit for each key, the first the lowest
 //   columns  [seqlen_k][row_words]         of each key a bit for each row
 //   padding  [kPadding]

@@ -42,8 +42,8 @@ struct IndexArrays {
 };
 
 // An array with a value for each pair of a row and a key, that may be the same for several
-// sequences, for all heads and for all rows: as many sequences in a row as there are for each of its
-// planes share one.
+// sequences, for all heads and for all rows: as many sequences in a row as there are for each of
+// its planes share one.
 struct Broadcast {
   std::int64_t sequences = 1;  // of batch, which it divides
   std::int64_t heads = 1;      // 1 or num_heads_q

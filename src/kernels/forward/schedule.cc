@@ -81,9 +81,9 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   // Row intervals and dense masks make them differ in ways that are not known here.
   const bool differ = presence.visibility || (presence.dense && presence.any);
-  order.longest_first = order.num_m_blocks > 1 &&
-                        (differ ||
-                         (options.window_right < kUnbounded && cycles.back() > cycles.front()));
+  order.longest_first =
+      order.num_m_blocks > 1 &&
+      (differ || (options.window_right < kUnbounded && cycles.back() > cycles.front()));
   order.by_counter = order.longest_first || presence.any;
   order.heads_per_group = order.longest_first ? query_heads_per_group(shape) : 1;
   return Schedule{order, makespan(order, cycles)};
