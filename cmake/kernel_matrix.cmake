@@ -7,49 +7,58 @@
 # Forward rows:  head_dim head_dim_v block_m block_n dense
 # Backward rows: head_dim head_dim_v block_m block_n separate_dq dense
 # Float8 rows:   head_dim head_dim_v block_m block_n
-# separate_dq: dQ has a kernel of its own; dense: for calls with a bias or a dense mask, and no others
-# (config.h of both families).
+# separate_dq: dQ has a kernel of its own (kernels/backward/config.h); dense: the calls that it is for
+# (call/types.h).
 # The planner weighs a head dim's rows against each other: forward by their makespan, backward the
 # first that is deterministic if need be.
 
 set(JAX_FA3_FAMILIES forward forward_float8 backward)
 
 set(JAX_FA3_FORWARD_TILES
-  " 64  64 192 128 false"
-  " 64  64 128 128 false"
-  " 96  96 192  96 false"
-  "128 128 192  80 false"
-  "128 128 128 128 false"
-  "192 128 192  80 false"
-  "192 128 128 128 false"
-  "192 192 128  80 false"
-  "256 256 128  64 false"
-  " 32  32 192 128 true"
-  " 64  64 192 128 true"
-  " 96  96 192  96 true"
-  "128 128 192  80 true"
-  "192 128 128  80 true"
-  "192 192 128  80 true"
-  "256 256 128  64 true"
+  " 64  64 192 128 Dense::kNone"
+  " 64  64 128 128 Dense::kNone"
+  " 96  96 192  96 Dense::kNone"
+  "128 128 192  80 Dense::kNone"
+  "128 128 128 128 Dense::kNone"
+  "192 128 192  80 Dense::kNone"
+  "192 128 128 128 Dense::kNone"
+  "192 192 128  80 Dense::kNone"
+  "256 256 128  64 Dense::kNone"
+  " 64  64 192 128 Dense::kMask"
+  " 96  96 192  96 Dense::kMask"
+  "128 128 192  80 Dense::kMask"
+  "192 128 192  80 Dense::kMask"
+  "192 192 128  80 Dense::kMask"
+  "256 256 128  64 Dense::kMask"
+  " 32  32 192 128 Dense::kBias"
+  " 64  64 192 128 Dense::kBias"
+  " 96  96 192  96 Dense::kBias"
+  "128 128 128 128 Dense::kBias"
+  "192 128 128  64 Dense::kBias"
+  "192 192 128  64 Dense::kBias"
+  "256 256 128  64 Dense::kBias"
 )
 
 set(JAX_FA3_BACKWARD_TILES
-  " 64  64 128 128 false false"
-  " 64  64 128 128 true  false"
-  " 96  96  64 128 false false"
-  " 96  96  64 128 true  false"
-  "128 128  64 128 false false"
-  "128 128  64 128 true  false"
-  "192 128  64  64 true  false"
-  "192 192  64  64 true  false"
-  "256 256  64  64 true  false"
-  " 32  32 128 128 true  true"
-  " 64  64 128 128 true  true"
-  " 96  96  64 128 true  true"
-  "128 128  64 128 true  true"
-  "192 128  64  64 true  true"
-  "192 192  64  64 true  true"
-  "256 256  64  64 true  true"
+  " 64  64 128 128 false Dense::kNone"
+  " 64  64 128 128 true  Dense::kNone"
+  " 96  96  64 128 false Dense::kNone"
+  " 96  96  64 128 true  Dense::kNone"
+  "128 128  64 128 false Dense::kNone"
+  "128 128  64 128 true  Dense::kNone"
+  "192 128  64  64 true  Dense::kNone"
+  "192 192  64  64 true  Dense::kNone"
+  "256 256  64  64 true  Dense::kNone"
+  " 64  64 128 128 false Dense::kMask"
+  " 96  96  64 128 false Dense::kMask"
+  "128 128  64 128 false Dense::kMask"
+  " 32  32 128 128 true  Dense::kBias"
+  " 64  64 128 128 true  Dense::kBias"
+  " 96  96  64 128 true  Dense::kBias"
+  "128 128  64 128 true  Dense::kBias"
+  "192 128  64  64 true  Dense::kBias"
+  "192 192  64  64 true  Dense::kBias"
+  "256 256  64  64 true  Dense::kBias"
 )
 
 set(JAX_FA3_FORWARD_FLOAT8_TILES

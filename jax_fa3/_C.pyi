@@ -27,7 +27,7 @@ def forward_plan(
     window_right: int,
     has_index_arrays: bool,
     has_visibility: bool,
-    has_dense: bool,
+    dense: str,
     num_sms: int,
 ) -> dict[str, Any]:
     """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
@@ -61,7 +61,7 @@ def backward_plan(
     head_dim_v: int,
     has_index_arrays: bool,
     has_visibility: bool,
-    has_dense: bool,
+    dense: str,
     deterministic: bool,
     num_sms: int,
 ) -> dict[str, Any]:

@@ -55,7 +55,7 @@ KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 # Arrays with which work tiles differ in length, and those for which there are kernels of their own.
 HIDING = {name for name, row in Operands.rows().items() if row.counts} | {"visibility", "mask"}
-DENSE = {"bias", "mask"}
+DENSE = "bias", "mask"  # those for a bias take a mask too
 
 Target = Literal["forward", "forward_float8", "backward"]
 
@@ -89,7 +89,7 @@ def plan(
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
     call = KERNEL_DTYPES[dtype], *extents
-    presence = *presence, not arrays.isdisjoint(DENSE)
+    presence = *presence, next((name for name in DENSE if name in arrays), "none")
     if target == "forward":
         return _remembered(target, *call, *options.window, *presence, NUM_SMS)
     return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)

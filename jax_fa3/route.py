@@ -86,7 +86,7 @@ def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
     refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
     if call is None and not arguments.is_float8:
         call = refusal("forward") or refusal("backward")
-    if options.forward_dtype is not None and not native.DENSE.isdisjoint(arguments.arrays):
+    if options.forward_dtype is not None and arguments.arrays.keys() & set(native.DENSE):
         rounding = "the float8 kernels take no bias and no dense mask"
     elif _is_float8_forward(arguments, options):
         float8 = refusal("forward_float8")

@@ -121,15 +121,16 @@ def test_the_bias_alone():
 
 @pytest.mark.parametrize("head_dim", [16, 32, 40])
 def test_small_head_dims_have_kernels_of_their_own(head_dim):
-    """Of 32 for dense calls alone."""
+    """Of 32 for a bias alone."""
     x = operands(head_dim=head_dim)
     bias, _ = bias_and_mask((1, 1, 1, 48))
     for arrays, compiled in (((), 64), ((bias,), 32 if head_dim <= 32 else 64)):
+        dense = "bias" if arrays else "none"
         assert "jax_fa3_forward" in lower(dot_product_attention, *x, *arrays)
         arguments = route.Arguments(*x, *arrays)
         plans = route.plans(arguments, arguments.options())
         assert [plan["head_dim"] for plan in plans.values()] == [compiled] * 2
-        assert [plan["dense"] for plan in plans.values()] == [bool(arrays)] * 2
+        assert [plan["dense"] for plan in plans.values()] == [dense] * 2
 
 
 def test_a_mask_makes_tiles_differ():
@@ -138,7 +139,7 @@ def test_a_mask_makes_tiles_differ():
     for name, dtype, differ in (("bias", "bfloat16", False), ("mask", "bool", True)):
         arguments = route.Arguments(*x, **{name: jax.ShapeDtypeStruct((44,), dtype)})
         forward = route.plans(arguments, arguments.options())["forward"]
-        assert forward["dense"]
+        assert forward["dense"] == name
         assert (forward["longest_first"], forward["by_counter"]) == (differ, differ)
 
 
@@ -343,7 +344,7 @@ def test_forward_dtype_is_left_out(name, caplog, monkeypatch, capsys):
     jax_fa3.doctor(*x, **given)
     said = capsys.readouterr().out
     assert f"would run its forward pass in the dtype of its inputs: {reason}" in said
-    assert "forward plan: dtype=bf16, head_dim=64" in said and "dense=True" in said
+    assert "forward plan: dtype=bf16, head_dim=64" in said and "dense=bias" in said
 
 
 def test_the_kernels_are_required(monkeypatch, capsys):

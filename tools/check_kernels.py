@@ -22,7 +22,8 @@ MAX_SPILL = 64  # bytes of spill stores per kernel
 BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
 MAIN_KERNEL = re.compile(r"\d(forward|backward|dquery)_kernelI")
 CONFIG = re.compile(
-    r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)((?:Lb[01]E)*)"
+    r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)"
+    r"(?:Lb([01])E)?(?:LNS_5DenseE(\d)E)?"
 )
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -55,9 +56,8 @@ class Kernel:
         head_dim, head_dim_v, block_m, block_n, *promote = re.findall(r"\d+", config.group(2))
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
-        *separate_dq, dense = re.findall(r"[01]", config.group(3)) or ["0"]
-        options = ", separate dQ" if separate_dq == ["1"] else ""
-        options += ", dense" if dense == "1" else ""
+        options = ", separate dQ" if config.group(3) == "1" else ""
+        options += {"1": ", mask", "2": ", bias"}.get(config.group(4), "")
         options += f", promote {promote[0]}" if promote else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
 

@@ -18,6 +18,7 @@ from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments, is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
+FOR_DENSE = {"none": "", "mask": " mask", "bias": " bias"}  # the calls that a kernel is for
 
 
 def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:
@@ -74,7 +75,7 @@ def _kernels() -> list[str]:
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
-        family = kernel["direction"] + " dense" * kernel.get("dense", False)
+        family = kernel["direction"] + FOR_DENSE[kernel.get("dense", "none")]
         tiles[family, kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [

@@ -66,7 +66,7 @@ constexpr std::int64_t padded_bias_keys(std::int64_t seqlen_k) { return (seqlen_
 struct IndexPresence {
   bool any = false;
   bool visibility = false;
-  bool dense = false;
+  Dense dense = Dense::kNone;
 };
 
 // What a call of either direction has.

@@ -17,6 +17,13 @@ enum class DType : std::int32_t { kBF16 = 0, kFP16 = 1 };
 
 constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "bf16" : "fp16"; }
 
+// Which dense arrays a call has, and a kernel takes. Those for a bias take a mask beside it.
+enum class Dense : std::int32_t { kNone = 0, kMask = 1, kBias = 2 };
+
+constexpr const char* to_string(Dense dense) {
+  return dense == Dense::kBias ? "bias" : dense == Dense::kMask ? "mask" : "none";
+}
+
 // Row and column arithmetic is int32. With sequence lengths and offsets below kMaxSeqlen in
 // magnitude, row + offset +/- kUnbounded neither overflows nor meets a real column.
 constexpr std::int32_t kMaxSeqlen = 1 << 28;  // tokens

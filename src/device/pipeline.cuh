@@ -68,7 +68,8 @@ CUTE_DEVICE void release(RingBarriers<kStages>& ring, RingCursor<kStages> cursor
   if (threadIdx.x % 128 == 0) ring.empty[cursor.stage].arrive();
 }
 
-// The same where threads have read the stage themselves: each warp arrives when all of its own have.
+// The same where threads have read the stage themselves: each warp arrives when all of its own
+// have.
 template <int kStages>
 CUTE_DEVICE void release_by_warp(RingBarriers<kStages>& ring, RingCursor<kStages> cursor) {
   __syncwarp();

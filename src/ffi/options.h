@@ -49,7 +49,9 @@ inline void fill_call(const Options& options, const Extents& extents, CallProble
   problem.presence.any = options.has_visibility || options.has_query_lengths ||
                          options.has_key_lengths || options.has_query_offset ||
                          options.has_dense_mask;
-  problem.presence.dense = options.has_bias || options.has_dense_mask;
+  problem.presence.dense = options.has_bias         ? Dense::kBias
+                           : options.has_dense_mask ? Dense::kMask
+                                                    : Dense::kNone;
   if (options.has_visibility) {
     const std::int64_t words = extents['v'], heads = extents['y'];
     problem.index.visibility_batch_stride = extents['x'] > 1 ? heads * words : 0;

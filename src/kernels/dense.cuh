@@ -103,13 +103,15 @@ struct WithDense : Params {
   DenseScheduler scheduler;  // in place of the one in Params
 };
 
-// What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its direction
-// are, which is already there. Sequences or heads that share a bias go together, so that L2 has its
-// tiles.
+// What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its
+// direction are, which is already there. Sequences or heads that share a bias go together, so that
+// L2 has its tiles.
 template <class Traits, class Params>
 Status set_dense(Params* p, const CallProblem& problem, const void* some_address) {
   constexpr std::int64_t kMostTogether = 64;
-  JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem, some_address));
+  if constexpr (Traits::kTakesBias) {
+    JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem, some_address));
+  }
   p->dense = dense_params(problem);
   DenseScheduler& scheduler = p->scheduler;
   static_cast<TileScheduler&>(scheduler) = p->Base::scheduler;
@@ -118,10 +120,9 @@ Status set_dense(Params* p, const CallProblem& problem, const void* some_address
   const bool heads_share = p->dense.has_bias && bias.heads == 1;
   scheduler.batch_innermost = sequences_share;
   if (sequences_share || heads_share) {
-    const std::int64_t sharing = (sequences_share ? problem.shape.batch : 1) *
-                                 (heads_share ? scheduler.num_heads : 1);
-    scheduler.heads_per_group =
-        static_cast<int>(sharing < kMostTogether ? sharing : kMostTogether);
+    const std::int64_t sharing =
+        (sequences_share ? problem.shape.batch : 1) * (heads_share ? scheduler.num_heads : 1);
+    scheduler.heads_per_group = static_cast<int>(sharing < kMostTogether ? sharing : kMostTogether);
   }
   return {};
 }
@@ -144,9 +145,9 @@ struct TileCounts {
   CUTE_DEVICE bool empty() const { return cut + full == 0; }
 };
 
-// Rows that walk key tiles, kRows of them: what the lanes of a producer's warp have in shared memory,
-// since they have few registers. Each looks at a tile of its own, so that all wait for memory at
-// once.
+// Rows that walk key tiles, kRows of them: what the lanes of a producer's warp have in shared
+// memory, since they have few registers. Each looks at a tile of its own, so that all wait for
+// memory at once.
 template <int kRows, int kKeys>
 struct WalkingRows {
   DenseMask mask;

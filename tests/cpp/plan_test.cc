@@ -17,16 +17,19 @@ constexpr int kSms = 132;
 constexpr MaskOptions kFull{};
 constexpr MaskOptions kCausal{kUnbounded, 0, 0};
 
+constexpr Dense kNone = Dense::kNone, kMask = Dense::kMask, kBias = Dense::kBias;
+
 const std::vector<ForwardKey> kForward = {
-    {DType::kBF16, 64, 64, 192, 128, false},   {DType::kBF16, 64, 64, 128, 128, false},
-    {DType::kBF16, 96, 96, 192, 96, false},    {DType::kBF16, 128, 128, 192, 80, false},
-    {DType::kBF16, 128, 128, 128, 128, false}, {DType::kBF16, 32, 32, 192, 128, true},
-    {DType::kBF16, 128, 128, 128, 96, true}};
+    {DType::kBF16, 64, 64, 192, 128, kNone},   {DType::kBF16, 64, 64, 128, 128, kNone},
+    {DType::kBF16, 96, 96, 192, 96, kNone},    {DType::kBF16, 128, 128, 192, 80, kNone},
+    {DType::kBF16, 128, 128, 128, 128, kNone}, {DType::kBF16, 128, 128, 192, 80, kMask},
+    {DType::kBF16, 32, 32, 192, 128, kBias},   {DType::kBF16, 128, 128, 128, 96, kBias}};
 
 const std::vector<BackwardKey> kBackward = {
-    {DType::kBF16, 64, 64, 128, 128, false, false},  {DType::kBF16, 64, 64, 128, 128, true, false},
-    {DType::kBF16, 128, 128, 64, 128, false, false}, {DType::kBF16, 128, 128, 64, 128, true, false},
-    {DType::kBF16, 32, 32, 128, 128, true, true},    {DType::kBF16, 128, 128, 64, 128, true, true}};
+    {DType::kBF16, 64, 64, 128, 128, false, kNone},  {DType::kBF16, 64, 64, 128, 128, true, kNone},
+    {DType::kBF16, 128, 128, 64, 128, false, kNone}, {DType::kBF16, 128, 128, 64, 128, true, kNone},
+    {DType::kBF16, 128, 128, 64, 128, false, kMask}, {DType::kBF16, 32, 32, 128, 128, true, kBias},
+    {DType::kBF16, 128, 128, 64, 128, true, kBias}};
 
 Shape shape(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim) {
   return {DType::kBF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim};
@@ -150,12 +153,12 @@ void workspace_layout() {
 void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
   CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
-  const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true, false};
+  const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true, kNone};
   CHECK(plan_backward(shape(1, 4096, 16, 256), {}, false, {wide}, kSms).value().key == wide);
 }
 
 // Calls with a bias or a dense mask have kernels of their own, of head dims of their own, and
-// others have none of these.
+// others have none of these. A mask takes those of a bias where it has none.
 void dense_kernels() {
   const auto forward_key = [](int head_dim, const IndexPresence& presence) {
     return plan_forward(shape(1, 512, 4, head_dim), kFull, presence, kForward, kSms).value().key;
@@ -165,19 +168,24 @@ void dense_kernels() {
     return plan_backward(s, presence, deterministic, kBackward, kSms).value().key;
   };
   for (const bool any : {false, true}) {
-    const IndexPresence dense{any, false, true}, other{any, false, false};
-    CHECK(forward_key(32, dense).dense && forward_key(32, dense).head_dim == 32);
-    CHECK(!forward_key(32, other).dense && forward_key(32, other).head_dim == 64);
-    CHECK(forward_key(40, dense).dense && forward_key(40, dense).head_dim == 128);
+    const IndexPresence bias{any, false, kBias}, mask{any, false, kMask};
+    const IndexPresence other{any, false, kNone};
+    CHECK(forward_key(32, bias).dense == kBias && forward_key(32, bias).head_dim == 32);
+    CHECK(forward_key(32, other).dense == kNone && forward_key(32, other).head_dim == 64);
+    CHECK(forward_key(32, mask).dense == kMask && forward_key(32, mask).head_dim == 128);
+    CHECK(forward_key(40, bias).dense == kBias && forward_key(40, bias).head_dim == 128);
     for (const bool deterministic : {false, true}) {
-      CHECK(backward_key(32, dense, deterministic).head_dim == 32);
+      CHECK(backward_key(32, bias, deterministic).head_dim == 32);
       CHECK(backward_key(32, other, deterministic).head_dim == 64);
-      CHECK(backward_key(128, dense, deterministic).dense);
-      CHECK(backward_key(128, dense, deterministic).separate_dq);
-      CHECK(!backward_key(128, other, deterministic).dense);
+      CHECK(backward_key(128, bias, deterministic).dense == kBias);
+      CHECK(backward_key(128, bias, deterministic).separate_dq);
+      CHECK(backward_key(128, mask, deterministic).separate_dq == deterministic);
+      CHECK(backward_key(128, mask, deterministic).dense == (deterministic ? kBias : kMask));
+      CHECK(backward_key(128, other, deterministic).dense == kNone);
     }
   }
-  const auto plan = plan_backward(shape(1, 500, 4, 32), {false, false, true}, false, kBackward, 78);
+  const auto plan =
+      plan_backward(shape(1, 500, 4, 32), {false, false, kBias}, false, kBackward, 78);
   CHECK(plan.value().dquery.num_tiles == 4 * 3);  // of 192 rows
   CHECK(plan.value().num_sms == 78);
 
@@ -188,7 +196,7 @@ void dense_kernels() {
                   "head dims [32, 128] with them; rebuild");
   };
   const Shape s = shape(1, 1, 1, 192);
-  const IndexPresence dense{false, false, true};
+  const IndexPresence dense{false, false, kBias};
   refuses(plan_forward(s, kFull, dense, kForward, kSms).status(), "no forward");
   refuses(plan_backward(s, dense, false, kBackward, kSms).status(), "no backward");
 }

@@ -13,7 +13,7 @@ struct BackwardKey {
   int block_m;       // query rows of a step of the main loop
   int block_n;       // key rows of a work tile
   bool separate_dq;  // dQ by a kernel of its own: deterministic, no float32 workspace
-  bool dense;        // takes a bias and a dense mask
+  Dense dense;       // the dense arrays that it takes
 };
 
 constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
@@ -23,7 +23,7 @@ constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
 }
 
 template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_,
-          bool kSeparateDQ_, bool kDense_>
+          bool kSeparateDQ_, Dense kDense_>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -31,7 +31,7 @@ struct BackwardConfig {
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr bool kSeparateDQ = kSeparateDQ_;
-  static constexpr bool kDense = kDense_;
+  static constexpr Dense kDense = kDense_;
   static constexpr BackwardKey kKey{kDType,  kHeadDim,    kHeadDimV, kBlockM,
                                     kBlockN, kSeparateDQ, kDense};
 };

@@ -96,10 +96,11 @@ struct GradientSplitConsumer : TileConsumer<T> {
       if (pending) release(shared.dout_ring, cursor.before());
       pending = true;
       wait_mma<0>(tS);
-      if constexpr (!T::kListed) release(shared.query_ring, cursor);
+      if constexpr (!T::kTakesBias) release(shared.query_ring, cursor);
       T::Score::apply(tS);
       this->finish_scores(tS, walk, 0, cut);
-      if constexpr (T::kListed) release_by_warp(shared.query_ring, cursor);  // bias has been read
+      if constexpr (T::kTakesBias)
+        release_by_warp(shared.query_ring, cursor);  // bias has been read
       this->exponentiate(tS);
       give_probabilities(tS);
       convert(tS, tP);

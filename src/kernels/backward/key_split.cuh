@@ -114,8 +114,8 @@ struct KeySplitConsumer : TileConsumer<T> {
   }
 
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
-  template <class AccumulatorDQ>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const QueryWalk& walk) const {
+  template <class AccumulatorDQ, class Walk>
+  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const Walk& walk) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
     float* const base = p.dquery + p.query_block(walk.batch_head, walk.m) * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +

@@ -62,13 +62,16 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   JFA_CHECK_OK(check_shape(shape));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const auto eligible = [&](const BackwardKey& key) {
-    return key.dtype == shape.dtype && key.dense == presence.dense &&
-           (key.separate_dq || !deterministic);
+    // Those for a bias make dQ by itself, and do so for masks where there is no other kernel.
+    const bool takes = key.dense == presence.dense ||
+                       (presence.dense == Dense::kMask && key.dense == Dense::kBias);
+    return key.dtype == shape.dtype && takes && (key.separate_dq || !deterministic);
   };
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
-    return unimplemented(no_kernel_message(
-        "backward", shape, compiled_head_dims(available, eligible), presence.dense));
+    return unimplemented(no_kernel_message("backward", shape,
+                                           compiled_head_dims(available, eligible),
+                                           presence.dense != Dense::kNone));
   }
   const BackwardKey& key = keys.front();
   BackwardPlan plan;
@@ -109,7 +112,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.separate_dq ? " separate dQ" : "", plan.key.dense ? " dense" : "",
+                plan.key.separate_dq ? " separate dQ" : "", " dense=", to_string(plan.key.dense),
                 " m_blocks=", plan.num_m_blocks, " n_blocks=", plan.num_n_blocks,
                 " heads_per_group=", plan.heads_per_group, " tiles=", plan.num_tiles,
                 " grid=", plan.grid, " workspace=", plan.workspace_bytes);

@@ -17,33 +17,43 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
   typename T::Cursor cursor;
 
   for (typename T::Works::Load load; shared.works.take(works_cursor, load);) {
-    if (!load.range.empty()) {
+    const auto load_step = [&](const QueryWalk& walk, int bias_bytes) {
       const int batch = load.tile.batch;
+      const int head = walk.batch_head - batch * p.num_heads;
+      const int row = walk.m * T::kBlockM;
+      auto& query_full =
+          acquire(shared.query_ring, cursor, T::QTile::kBytes + kStatisticsBytes + bias_bytes);
+      load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage], row,
+                                   head, batch);
+      load_bytes(p.statistics + p.query_block(walk.batch_head, walk.m) * T::kBlockM, query_full,
+                 shared.statistics[cursor.stage], kStatisticsBytes);
+      if constexpr (T::kTakesBias) {
+        p.dense.template load_bias<typename T::BiasTile>(p.bias, query_full,
+                                                         shared.bias[cursor.stage], row,
+                                                         load.tile.block * T::kBlockN, head, batch);
+      }
+      auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
+      load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage], row,
+                                    head, batch);
+      cursor.advance();
+    };
+    if (load.range.empty()) {
+    } else if constexpr (T::kListed) {
+      const int bias_bytes = T::kTakesBias && p.dense.has_bias ? T::BiasTile::kBytes : 0;
+      auto& steps = shared.producer_walk;
+      steps.begin(p, load.tile, load.range);
+      do {
+        const Visit visit = steps.look();
+        if (visit == Visit::kNone) continue;
+        const QueryWalk& walk = steps.walk;
+        wait_empty(shared.query_ring, cursor);
+        shared.step[cursor.stage] = {walk.batch_head, walk.m, walk.head(), visit == Visit::kCut};
+        load_step(walk, bias_bytes);
+      } while (steps.walk.next());
+    } else {
       QueryWalk walk(p, load.tile, load.range);
       do {
-        const int head = walk.batch_head - batch * p.num_heads;
-        const int row = walk.m * T::kBlockM;
-        int query_bytes = T::QTile::kBytes + kStatisticsBytes;
-        if constexpr (T::kListed) {
-          const Visit visit = visit_of<T>(p, load.tile, load.range, walk);
-          if (visit == Visit::kNone) continue;
-          wait_empty(shared.query_ring, cursor);
-          shared.step[cursor.stage] = {walk.m, walk.head(), visit == Visit::kCut};
-          if (p.dense.has_bias) query_bytes += T::BiasTile::kBytes;
-        }
-        auto& query_full = acquire(shared.query_ring, cursor, query_bytes);
-        load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage],
-                                     row, head, batch);
-        load_bytes(p.statistics + p.query_block(walk.batch_head, walk.m) * T::kBlockM, query_full,
-                   shared.statistics[cursor.stage], kStatisticsBytes);
-        if constexpr (T::kListed) {
-          p.dense.template load_bias<typename T::BiasTile>(p.bias, query_full, shared.bias[cursor.stage],
-                                                  row, load.tile.block * T::kBlockN, head, batch);
-        }
-        auto& dout_full = acquire(shared.dout_ring, cursor, T::DOTile::kBytes);
-        load_tile<typename T::DOTile>(p.dout, dout_full, kEvictLast, shared.dout[cursor.stage], row,
-                                      head, batch);
-        cursor.advance();
+        load_step(walk, 0);
       } while (walk.next());
     }
     shared.demand.full[0].arrive();
@@ -56,9 +66,9 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
 template <class T>
 CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  const auto range_of = [](const auto& p, const Work& work, const Intervals& intervals, int i) {
+  const auto range_of = [&](const auto& p, const Work& work, const Intervals& intervals, int i) {
     if constexpr (T::kListed) {
-      return listed_queries<T>(p, work, intervals, i);
+      return listed_queries<T>(p, work, intervals, shared.scheduler_walk);
     } else {
       return visible_queries<T>(p, work, intervals, i);
     }

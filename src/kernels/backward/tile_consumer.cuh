@@ -91,7 +91,7 @@ struct TileConsumer {
   // From S^T to logits, still to be scaled: the tile's keys from `key` on.
   template <class Walk, class Accumulator>
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut) const {
-    if constexpr (T::kListed) {
+    if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
                                                   p.dense.bias_factor);
@@ -117,7 +117,7 @@ struct TileConsumer {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tSt); ++i) {
       const float log2 = tSt(i) * p.softmax_scale_log2;
-      tSt(i) = exp2_approx(T::kListed ? fminf(log2, 1.f) : log2);
+      tSt(i) = exp2_approx(T::kTakesBias ? fminf(log2, 1.f) : log2);
     }
   }
 

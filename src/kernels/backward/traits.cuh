@@ -78,7 +78,7 @@ struct QueryWalk {
   }
 
  private:
-  const int first_head_, last_head_, direction_, end_;
+  int first_head_, last_head_, direction_, end_;
 };
 
 // range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
@@ -95,28 +95,42 @@ CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
   return queries;
 }
 
-// A step of a walk of those query blocks that a dense mask lets see the tile's keys, as the producer
-// says it with the queries.
+// A step of a walk of those query blocks that a dense mask lets see the tile's keys, as the
+// producer says it with the queries.
 struct ListedStep {
-  int m;
+  int batch_head, m;
   int head_of_tile;  // the number of the query head among those of the tile
-  bool is_cut;
+  int is_cut;
 
   CUTE_DEVICE int head() const { return head_of_tile; }
   CUTE_DEVICE bool cuts(const TileRange&) const { return is_cut; }
 };
 
-// What of a step of a walk is visited.
-template <class T>
-CUTE_DEVICE Visit visit_of(const DenseBackwardParams& p, const WorkTile& tile,
-                           const TileRange& queries, const QueryWalk& walk) {
-  const int head = walk.batch_head - tile.batch * p.num_heads;
-  const TileClass seen = p.dense.mask_of(tile.batch, head)
-                             .classify(walk.m * T::kBlockM, T::kBlockM, tile.block * T::kBlockN,
-                                       T::kBlockN);
-  if (!seen.any) return Visit::kNone;
-  return queries.cuts(walk.m) || !seen.all ? Visit::kCut : Visit::kFull;
-}
+// A walk of which some steps are visited. It is in shared memory: the threads that look at all
+// steps have few registers.
+template <int kRows, int kKeys>
+struct ListedWalk {
+  QueryWalk walk;
+  TileRange queries;
+  DenseMask mask;                 // of the tile's first query head
+  std::int64_t mask_head_stride;  // words
+  int key;
+
+  CUTE_DEVICE void begin(const DenseBackwardParams& p, const WorkTile& tile,
+                         const TileRange& range) {
+    walk = QueryWalk(p, tile, range);
+    queries = range;
+    mask = p.dense.mask_of(tile.batch, tile.head * p.heads_per_kv_head);
+    mask_head_stride = p.dense.has_mask ? p.dense.mask_head_stride : 0;
+    key = tile.block * kKeys;
+  }
+  CUTE_DEVICE Visit look() const {
+    const DenseMask of_head{mask.words + walk.head() * mask_head_stride, mask.layout};
+    const TileClass seen = of_head.classify(walk.m * kRows, kRows, key, kKeys);
+    if (!seen.any) return Visit::kNone;
+    return queries.cuts(walk.m) || !seen.all ? Visit::kCut : Visit::kFull;
+  }
+};
 
 // The steps of a list, and where the first and the last of them are.
 struct StepList : TileRange {
@@ -128,32 +142,37 @@ struct StepList : TileRange {
 // range_of of the main kernel where steps are those of a list.
 template <class T>
 CUTE_DEVICE StepList listed_queries(const DenseBackwardParams& p, const Work& work,
-                                    const Intervals& intervals, int i) {
-  const TileRange range = visible_queries<T>(p, work, intervals, i);
+                                    const Intervals& intervals, typename T::Walk& steps) {
+  const TileRange range = visible_queries<T>(p, work, intervals, 0);
   StepList list{range};
   if (range.empty()) return list;
   list.begin = range.end;
   list.end = range.begin;
-  QueryWalk walk(p, work.tile, range);
+  steps.begin(p, work.tile, range);
   do {
-    if (visit_of<T>(p, work.tile, range, walk) == Visit::kNone) continue;
+    if (steps.look() == Visit::kNone) continue;
     ++list.num_steps;
-    list.begin = min(list.begin, walk.m);
-    list.end = max(list.end, walk.m + 1);
-  } while (walk.next());
+    list.begin = min(list.begin, steps.walk.m);
+    list.end = max(list.end, steps.walk.m + 1);
+  } while (steps.walk.next());
   return list;
 }
 
-// Bias and what is said of a step, beside each stage of the queries.
-template <class Element, class BiasTile, int kStages>
-struct DenseStages {
-  alignas(1024) Element bias[kStages][BiasTile::kElements];
+// What is said of a step, beside each stage of the queries; and bias.
+template <class Walk, int kStages>
+struct ListedStages {
   ListedStep step[kStages];
+  Walk scheduler_walk, producer_walk;
+};
+template <class Walk, int kStages, class BiasTile>
+struct BiasStages : ListedStages<Walk, kStages> {
+  alignas(1024) typename BiasTile::Element bias[kStages][BiasTile::kElements];
 };
 
 template <class Config>
 struct BackwardTraits {
-  static constexpr bool kListed = Config::kDense;  // whether steps are those of a list
+  static constexpr bool kListed = Config::kDense != Dense::kNone;  // steps are those of a list
+  static constexpr bool kTakesBias = Config::kDense == Dense::kBias;
   using Params = cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
@@ -170,8 +189,7 @@ struct BackwardTraits {
   static constexpr int kConsumers = 2;
   static constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
-  static constexpr Registers kRegisters =
-      registers_of(kConsumers, /*wide=*/!kListed);
+  static constexpr Registers kRegisters = registers_of(kConsumers, /*wide=*/!kListed);
   static_assert(kBlockN == (kSplitKeys ? 128 : 64));
   static_assert(kBlockM == 64 || (kBlockM == 128 && kSplitKeys));
 
@@ -182,7 +200,7 @@ struct BackwardTraits {
   using PTile = SmemTile<Element, kBlockN, kBlockM>;  // dS^T: (key, query)
   // 64 rows of dK and dV on their way to global memory, all columns or half of them.
   // Where bias takes their room, a quarter.
-  static constexpr bool kScarce = kListed && kHeadDim > 192;
+  static constexpr bool kScarce = kTakesBias && kHeadDim > 192;
   static constexpr int output_cols(int cols) {
     return cols <= 128 ? cols : cols / (kScarce ? 4 : 2);
   }
@@ -222,7 +240,7 @@ struct BackwardTraits {
 
   // What consumers write: `output` is dK and dV on their way, each warpgroup's; of both at once
   // where a warpgroup has both and there is room.
-  static constexpr int kOutputBuffers = kListed ? 1 : 2;
+  static constexpr int kOutputBuffers = kTakesBias ? 1 : 2;
   static constexpr int kOutputElements = cute::max(DKTile::kElements, DVTile::kElements);
   struct KeySplitExchange {
     // Two buffers: a warpgroup writes the next step's while the other still reads this one's.
@@ -237,15 +255,17 @@ struct BackwardTraits {
   using Exchange = cute::conditional_t<kSplitKeys, KeySplitExchange, GradientSplitExchange>;
 
   // Done with a stage of Q: each warpgroup; or each warp of the one that is done when it has read
-    // the bias.
+  // the bias.
   static constexpr int kQueryReleases =
-      kListed && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
+      kTakesBias && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
 
+  using Walk = ListedWalk<kBlockM, kBlockN>;
   struct Nothing {};
-  using Dense =
-      cute::conditional_t<kListed, DenseStages<Element, BiasTile, kStages>, Nothing>;
+  using DenseStages =
+      cute::conditional_t<kTakesBias, BiasStages<Walk, kStages, BiasTile>,
+                          cute::conditional_t<kListed, ListedStages<Walk, kStages>, Nothing>>;
 
-  struct SharedStorage : Dense {
+  struct SharedStorage : DenseStages {
     // What is small comes first: compute-sanitizer takes the zero strides of `constants` and
     // `statistics` for longer reads, which would leave the allocation from its end.
     StatisticConstant constants[2];  // by Statistic

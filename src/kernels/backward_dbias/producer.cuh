@@ -68,9 +68,8 @@ CUTE_DEVICE void schedule_for_dbias(const DBiasParams& p, typename T::SharedStor
 
     const int of_tile = item / work.num_tiles * work.slice_steps + index;
     BiasStep seen;
-    const Visit visit = exists && of_tile < work.num_steps
-                            ? look_at_step<T>(p, item, of_tile, seen)
-                            : Visit::kNone;
+    const Visit visit =
+        exists && of_tile < work.num_steps ? look_at_step<T>(p, item, of_tile, seen) : Visit::kNone;
     const auto visits = __ballot_sync(0xffffffff, visit != Visit::kNone);
     const auto ends = __ballot_sync(0xffffffff, exists && index == work.slice_steps - 1);
     CUTE_NO_UNROLL

@@ -121,15 +121,13 @@ struct DQueryConsumer {
                                 n * T::kBlockN);
         if constexpr (T::kListed) {
           if (p.dense.has_mask) {
-            mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row,
-                         n * T::kBlockN);
+            mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row, n * T::kBlockN);
           }
         }
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        const float log2 =
-            fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]);
+        const float log2 = fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]);
         // Of rows with a large bias: backward/tile_consumer.cuh.
         tS(i) = exp2_approx(T::kListed ? fminf(log2, 1.f) : log2);
       }

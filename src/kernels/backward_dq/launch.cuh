@@ -27,14 +27,14 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
   static_cast<CommonParams&>(p) = common_params(problem);
   // Tiles differ in length, and the CTAs at work should share keys.
   const bool grouped = problem.mask.window_right < kUnbounded || problem.presence.visibility ||
-                       problem.presence.dense;
+                       problem.presence.dense != Dense::kNone;
   static_cast<DQueryParams&>(p).scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
-                              p.num_heads,
-                              static_cast<int>(s.batch * s.num_heads_q),
-                              grouped ? plan.heads_per_group : 1,
-                              static_cast<int>(plan.num_tiles),
-                              /*last_block_first=*/grouped,
-                              counter};
+                                                          p.num_heads,
+                                                          static_cast<int>(s.batch * s.num_heads_q),
+                                                          grouped ? plan.heads_per_group : 1,
+                                                          static_cast<int>(plan.num_tiles),
+                                                          /*last_block_first=*/grouped,
+                                                          counter};
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;

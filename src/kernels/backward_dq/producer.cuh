@@ -1,5 +1,5 @@
-// The dQ kernel's producer, which walks the CTA's work tiles and keeps the rings filled: one thread, or
-// of a list a warp, whose first lane loads.
+// The dQ kernel's producer, which walks the CTA's work tiles and keeps the rings filled: one
+// thread, or of a list a warp, whose first lane loads.
 #pragma once
 
 #include "kernels/backward_dq/traits.cuh"
@@ -51,9 +51,9 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       T::Source::load_value(p, value_full, shared.value[value_cursor.stage], n * T::kBlockN,
                             head_kv, tile.batch);
       if constexpr (T::kListed) {
-        p.dense.template load_bias<typename T::BiasTile>(
-            p.bias, value_full, shared.bias[value_cursor.stage], row, n * T::kBlockN, tile.head,
-            tile.batch);
+        p.dense.template load_bias<typename T::BiasTile>(p.bias, value_full,
+                                                         shared.bias[value_cursor.stage], row,
+                                                         n * T::kBlockN, tile.head, tile.batch);
       }
       value_cursor.advance();
     };

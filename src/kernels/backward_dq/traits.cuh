@@ -34,16 +34,17 @@ using DenseDQueryParams = WithDense<DQueryParams>;  // boxes of bias have kBlock
 
 template <class Config>
 struct DQueryTraits {
-  static constexpr bool kListed = Config::kDense;  // whether key tiles are those of a list
+  static constexpr bool kListed = Config::kDense != Dense::kNone;  // key tiles are those of a list
+  static constexpr bool kTakesBias = kListed;
   using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
   static constexpr int kBlockM = dquery_block_m(kHeadDim);
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
-  // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of keys
-  // and bias.
-  static constexpr int kBlockN = kListed && kHeadDim > 192               ? 32
+  // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of
+  // keys and bias.
+  static constexpr int kBlockN = kTakesBias && kHeadDim > 192         ? 32
                                  : kConsumers == 2 && kHeadDim <= 128 ? 96
                                                                       : 64;
 

@@ -12,7 +12,7 @@ struct ForwardKey {
   int head_dim_v;
   int block_m;  // query rows of a work tile, 64 per consumer warpgroup
   int block_n;  // key rows of a tile of the main loop
-  bool dense;   // takes a bias and a dense mask
+  Dense dense;  // the dense arrays that it takes
 };
 
 constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
@@ -20,14 +20,14 @@ constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
          a.block_m == b.block_m && a.block_n == b.block_n && a.dense == b.dense;
 }
 
-template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, bool kDense_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, Dense kDense_>
 struct ForwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
-  static constexpr bool kDense = kDense_;
+  static constexpr Dense kDense = kDense_;
   static constexpr ForwardKey kKey{kDType, kHeadDim, kHeadDimV, kBlockM, kBlockN, kDense};
 };
 

@@ -1,4 +1,4 @@
-// The forward kernel of calls with a dense bias or mask. A stage of K has its tile of bias beside it,
+// The forward kernels of calls with a dense bias or mask. Beside K a stage has its tile of bias,
 // which is added to the scores before anything else sees them; key tiles are those of a list
 // (kernels/dense.cuh), which all warpgroups visit whole.
 #pragma once
@@ -17,7 +17,10 @@ struct DenseForwardOperands : ForwardOperands<Config> {
   using Params = DenseForwardParams;
   using BiasTile = SmemTile<typename Base::Element, Base::kBlockM, Base::kBlockN>;
 
-  static constexpr int kKeyBytes = Base::KTile::kBytes + BiasTile::kBytes;
+  static constexpr bool kTakesBias = Config::kDense == Dense::kBias;
+  static constexpr int kBiasElements = kTakesBias ? BiasTile::kElements : 0;  // of a stage
+  static constexpr int kKeyBytes =
+      Base::KTile::kBytes + kBiasElements * int(sizeof(typename Base::Element));
   static constexpr bool kWide = false;  // the walk of a list needs some, too
 };
 
@@ -29,7 +32,7 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   using Rows = WalkingRows<Base::kBlockM, Base::kBlockN>;
 
   struct SharedStorage : Base::template Storage<Works> {
-    alignas(1024) typename Base::Element bias[Base::kStages][BiasTile::kElements];
+    alignas(1024) typename Base::Element bias[Base::kStages][cute::max(Base::kBiasElements, 8)];
     int key_tile[Base::kStages];  // its number
     TileCounts counts[Base::kQueryStages];
     Rows rows;  // the producer's
@@ -45,7 +48,6 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
 template <class T>
 CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedStorage& shared) {
   const bool loads = threadIdx.x == 0;
-  const int bias_bytes = p.dense.has_bias ? T::BiasTile::kBytes : 0;
   typename T::QueryCursor query_cursor;
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
@@ -64,12 +66,14 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
       if (more && loads) {
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = walk.n;
-        auto& full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes + bias_bytes);
+        auto& full = acquire(shared.key_ring, key_cursor, T::kKeyBytes);
         T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN,
                             load.head_kv, tile.batch);
-        p.dense.template load_bias<typename T::BiasTile>(
-            p.bias, full, shared.bias[key_cursor.stage], row, walk.n * T::kBlockN, tile.head,
-            tile.batch);
+        if constexpr (T::kTakesBias) {
+          p.dense.template load_bias<typename T::BiasTile>(
+              p.bias, full, shared.bias[key_cursor.stage], row, walk.n * T::kBlockN, tile.head,
+              tile.batch);
+        }
         key_cursor.advance();
       }
       if (!queries_loaded && loads) {
@@ -141,7 +145,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     };
     // From products to logits, still to be scaled; then the stage of K and bias is free.
     const auto finish_scores = [&](auto& tS, auto masked) {
-      if (p.dense.has_bias) {
+      if constexpr (T::kTakesBias) {
         add_bias<typename T::BiasTile>(tS, shared.bias[key_cursor.stage],
                                        warpgroup * kWarpgroupRows, p.dense.bias_factor);
       }
@@ -205,7 +209,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
 };
 
 // A Config's traits, without building those of the other kind.
-template <class Config, bool kDense = Config::kDense>
+template <class Config, bool kIsDense = Config::kDense != Dense::kNone>
 struct TraitsChoice {
   using Type = ForwardTraits<Config>;
 };

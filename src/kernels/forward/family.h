@@ -22,10 +22,10 @@ struct Forward {
   static Status launch(const Plan& plan, const Problem& problem, CUstream_st* stream);
 
   static Fields describe(const Key& key) {
-    return {{"direction", kName},       {"dtype", to_string(key.dtype)},
-            {"head_dim", key.head_dim}, {"head_dim_v", key.head_dim_v},
-            {"block_m", key.block_m},   {"block_n", key.block_n},
-            {"dense", key.dense}};
+    return {{"direction", kName},           {"dtype", to_string(key.dtype)},
+            {"head_dim", key.head_dim},     {"head_dim_v", key.head_dim_v},
+            {"block_m", key.block_m},       {"block_n", key.block_n},
+            {"dense", to_string(key.dense)}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key), describe_order(plan)});

@@ -7,8 +7,8 @@
 
 namespace jax_fa3 {
 
-// Each warpgroup's rows by themselves: they load as soon as it is done with its last ones, while the
-// others still finish.
+// Each warpgroup's rows by themselves: they load as soon as it is done with its last ones, while
+// the others still finish.
 template <class T>
 CUTE_DEVICE void load_queries(const typename T::Params& p, typename T::SharedStorage& shared,
                               typename T::QueryCursor& cursor, const WorkTile& tile) {
