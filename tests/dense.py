@@ -274,12 +274,14 @@ def run(implementation, case, times=1):
 
 
 def check(implementation, case):
-    """Near the oracle, zero where it must be, and the same bits again."""
+    """Near the oracle, zero where it must be, and the same bits again; of dQ with a bias, or where
+    they are asked for."""
     try:
         got, again = run(implementation, case, times=2)
         for name, x in got.items():
             assert x.dtype == ("float32" if name == "lse" else case.dtype), name
-            assert x.tobytes() == getattr(again, name).tobytes(), f"{name} has other bits again"
+            if name != "dquery" or case.bias is not None or case.deterministic:
+                assert x.tobytes() == getattr(again, name).tobytes(), f"{name} has other bits again"
         contract.compare(case, contract.spoil_padding(case, case.inputs()), got)
         if got.dbias is not None:
             assert not np.any(got.dbias[~case.met(case.sees)]), "dbias is not zero where it must be"

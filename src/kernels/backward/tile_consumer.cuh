@@ -78,7 +78,8 @@ struct TileConsumer {
       CUTE_NO_UNROLL
       for (int i = queries.num_steps; i > 0; --i) {
         wait_full(shared.query_ring, cursor);
-        step(shared.step[cursor.stage]);
+        const ListedStep listed = shared.step[cursor.stage];  // it changes when the stage is free
+        step(listed);
       }
     } else {
       QueryWalk walk(p, work().tile, queries);
