@@ -35,7 +35,9 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
     alignas(1024) typename Base::Element bias[Base::kStages][cute::max(Base::kBiasElements, 8)];
     int key_tile[Base::kStages];  // its number
     TileCounts counts[Base::kQueryStages];
-    Rows rows;  // the producer's
+    // The producer's, which has few registers.
+    typename Works::Load load;
+    Rows rows;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -52,10 +54,13 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
   typename T::Works::Cursor works_cursor;
   typename T::Cursor key_cursor, value_cursor;
 
+  const auto& [tile, head_kv, range] = shared.load;
+  const int& row = shared.rows.row;
   for (typename T::Works::Load load; shared.works.take_by_warp(works_cursor, load);) {
-    const WorkTile tile = load.tile;
-    const int row = tile.block * T::kBlockM;
-    if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), load.range, row};
+    if (loads) {
+      shared.load = load;
+      shared.rows = {p.dense.mask_of(tile.batch, tile.head), range, tile.block * T::kBlockM};
+    }
     __syncwarp();
     const TileCounts counts = shared.rows.count();
     KeyWalk walk(shared.rows);
@@ -67,8 +72,8 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = walk.n;
         auto& full = acquire(shared.key_ring, key_cursor, T::kKeyBytes);
-        T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN,
-                            load.head_kv, tile.batch);
+        T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN, head_kv,
+                            tile.batch);
         if constexpr (T::kTakesBias) {
           p.dense.template load_bias<typename T::BiasTile>(
               p.bias, full, shared.bias[key_cursor.stage], row, walk.n * T::kBlockN, tile.head,
@@ -85,7 +90,7 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
       if (value_tile >= 0 && loads) {
         auto& full = acquire(shared.value_ring, value_cursor, T::VTile::kBytes);
         T::Source::load_value(p, full, shared.value[value_cursor.stage], value_tile * T::kBlockN,
-                              load.head_kv, tile.batch);
+                              head_kv, tile.batch);
         value_cursor.advance();
       }
       value_tile = walk.n;
