@@ -158,15 +158,15 @@ CUTE_DEVICE StepList listed_queries(const DenseBackwardParams& p, const Work& wo
   return list;
 }
 
-// What is said of a step, beside each stage of the queries; and bias.
+// Beside each stage of the queries: bias, and what is said of the step.
+template <class BiasTile, int kStages>
+struct BiasStages {
+  alignas(1024) typename BiasTile::Element bias[kStages][BiasTile::kElements];
+};
 template <class Walk, int kStages>
 struct ListedStages {
   ListedStep step[kStages];
   Walk scheduler_walk, producer_walk;
-};
-template <class Walk, int kStages, class BiasTile>
-struct BiasStages : ListedStages<Walk, kStages> {
-  alignas(1024) typename BiasTile::Element bias[kStages][BiasTile::kElements];
 };
 
 template <class Config>
@@ -260,12 +260,11 @@ struct BackwardTraits {
       kTakesBias && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
 
   using Walk = ListedWalk<kBlockM, kBlockN>;
+  template <int>
   struct Nothing {};
-  using DenseStages =
-      cute::conditional_t<kTakesBias, BiasStages<Walk, kStages, BiasTile>,
-                          cute::conditional_t<kListed, ListedStages<Walk, kStages>, Nothing>>;
 
-  struct SharedStorage : DenseStages {
+  struct SharedStorage : cute::conditional_t<kTakesBias, BiasStages<BiasTile, kStages>, Nothing<0>>,
+                         cute::conditional_t<kListed, ListedStages<Walk, kStages>, Nothing<1>> {
     // What is small comes first: compute-sanitizer takes the zero strides of `constants` and
     // `statistics` for longer reads, which would leave the allocation from its end.
     StatisticConstant constants[2];  // by Statistic
