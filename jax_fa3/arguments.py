@@ -19,6 +19,8 @@ from jax_fa3 import score
 from jax_fa3.operands import Extents, Operands, Sources
 from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
 
+NO_ID = -1  # what no row may have for an id
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arguments:
@@ -194,8 +196,9 @@ def as_array(name: str, x: Any) -> jax.Array | np.ndarray:
 
 
 def as_int32(name: str, x: Any) -> Any:
-    """Of an int64 array, such as NumPy makes of Python integers; the values of a traced one are not
-    known here, and it is cast."""
+    """Of an int64 array, such as NumPy makes of Python integers. The values of a traced one are not
+    known here: positions and lengths beyond int32 become its nearest number, which is as far behind
+    all rows; ids, of which none may become another, a negative one, which breaks their rule."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=x.sharding)
     limits = np.iinfo(np.int32)
@@ -204,7 +207,11 @@ def as_int32(name: str, x: Any) -> Any:
         wrong = values[(values < limits.min) | (values > limits.max)]
         if wrong.size:
             raise ValueError(f"{name} has a value {wrong[0]}; expected values that fit int32")
-    return x.astype(jnp.int32)
+        return x.astype(jnp.int32)
+    fitting = jnp.clip(x, limits.min, limits.max)
+    if name in Sources.rows() and Sources.rows()[name].identifies:
+        fitting = jnp.where(fitting == x, x, NO_ID)
+    return fitting.astype(jnp.int32)
 
 
 def values_of(x: Any) -> np.ndarray | None:

@@ -192,7 +192,7 @@ def _runs_of_keys(ids: Array, of_keys: Array) -> tuple[Array, Array, Array]:
     is_valid = _are_in_order(ids) & _are_in_order(of_keys)
     # Zeros behind the ids count as the greatest, so that the array never falls.
     behind = (of_keys == 0) & (lax.cummax(of_keys, axis=1) > 0)
-    of_keys, used = jnp.where(behind, MOST, of_keys), (~behind).sum(1, keepdims=True)
+    of_keys, used = jnp.where(behind, MOST, of_keys), (~behind).sum(1, jnp.int32, keepdims=True)
     return _count(of_keys, ids - 1), jnp.minimum(_count(of_keys, ids), used), is_valid
 
 

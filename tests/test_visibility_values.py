@@ -1,0 +1,70 @@
+"""What arrays that say which keys a row sees turn out to hold at run time: numbers that int32 does
+not have, documents that break their rule."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_fa3
+import visibility
+from jax_fa3 import dot_product_attention
+
+FAR = (1 << 32) + 2  # 2 where its upper half is cut off
+SEQLEN = 20
+RNG = np.random.default_rng(3)
+X = [RNG.standard_normal((2, SEQLEN, 2, 32), np.float32) for _ in range(3)]
+IDS = np.repeat([[1, 2], [3, 4]], 10, axis=1)
+
+
+def rows_of(value):
+    return np.full((2, SEQLEN), value)
+
+
+# ---- int64, which a program may have under jax_enable_x64
+
+FAR_VALUES = [  # (far values, int32 values of the same meaning)
+    (dict(kv_end=rows_of(FAR)), dict(kv_end=rows_of(SEQLEN))),
+    (dict(kv_end=rows_of(-FAR)), dict(kv_end=rows_of(0))),
+    (dict(kv_start=rows_of(-FAR)), dict(kv_start=rows_of(0))),
+    (dict(kv_start=rows_of(FAR)), dict(kv_start=rows_of(SEQLEN))),
+    (dict(query_seq_lengths=np.array([FAR, 3])), dict(query_seq_lengths=np.array([SEQLEN, 3]))),
+    (dict(key_value_seq_lengths=np.array([FAR, 3])), dict(key_value_seq_lengths=[SEQLEN, 3])),
+    (dict(query_offset=np.array([FAR, -FAR])), dict(query_offset=np.array([99, -99]))),
+]
+
+
+@pytest.mark.parametrize(
+    ("far", "near"), FAR_VALUES, ids=[f"{n}{i}" for i, (x, _) in enumerate(FAR_VALUES) for n in x]
+)
+def test_traced_numbers_beyond_int32_keep_their_meaning(far, near):
+    attend = functools.partial(dot_product_attention, *X, is_causal=True, return_residual=True)
+    with jax.enable_x64(True):
+        got = jax.jit(lambda told: attend(**told))(far)
+    near = {name: np.asarray(x, np.int32) for name, x in near.items()}
+    for x, y in zip(got, attend(**near), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["query_segment_ids", "key_value_segment_ids"])
+def test_traced_ids_beyond_int32_break_their_rule(name):
+    """Those of the first sequence fit."""
+    told = dict(query_segment_ids=IDS)
+    told |= {name: np.where(IDS == 4, FAR, IDS)}
+    with jax.enable_x64(True):
+        out = jax.jit(lambda told: dot_product_attention(*X, **told))(told)
+    assert not np.isnan(out[0]).any() and np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("kind", visibility.KINDS)
+def test_a_table_is_int32_in_a_program_of_64_bits(kind):
+    seqlen_q, seqlen_k, sources = visibility.random_problem(np.random.default_rng(1), kind)
+    arrays = {name: x for name, x in sources.items() if isinstance(x, np.ndarray)}
+    static = {name: x for name, x in sources.items() if name not in arrays}
+    static |= dict(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    with jax.enable_x64(True):
+        made = jax.jit(lambda arrays: jax_fa3.make_visibility(**arrays, **static))(arrays)
+    assert made.table.dtype == jnp.int32
+    np.testing.assert_array_equal(made.table, visibility.model(seqlen_q, seqlen_k, **sources))
