@@ -47,7 +47,8 @@ def flash_attention_varlen(
         output's.
       cu_seqlens_q: int32 (D + 1,): document d has the rows from cu_seqlens_q[d] to
         cu_seqlens_q[d + 1]. Documents may be empty; for a fixed number of them, repeat the last
-        value. Rows behind the last document are padding.
+        value. Rows behind the last document are padding. Entries are at least 0, do not fall, and
+        are at most Q: values that are known raise, others give NaN in all results.
       cu_seqlens_k: the same of keys. None, or the same object as cu_seqlens_q: the documents of
         query.
       max_seqlen_q, max_seqlen_k: ints, as flash-attn's callers have them, and without effect.
@@ -56,7 +57,8 @@ def flash_attention_varlen(
         row sees all of them.
       window_size: (left, right) columns around that position, both ends included; -1 is off.
       visibility: what `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)` gives, made once
-        for many calls: it says where documents are, and cu_seqlens are only checked. With
+        for many calls: it says where documents are, and cu_seqlens are only checked, as far as
+        their values are known. With
         cu_seqlens_k it has causal and the window too, those of this call.
       deterministic, return_residual, implementation, sm_margin, forward_dtype: as in
         `dot_product_attention`.

@@ -205,6 +205,21 @@ BAD_TABLES = [
         ValueError,
         ["cu_seqlens_q is 3 at position 2", "before"],
     ),
+    (
+        dict(cu_seqlens_q=[[0, 4], [0, 5]], seqlen_q=4),
+        ValueError,
+        ["cu_seqlens_q is 5 at position 1 of batch entry 1", "at most 4", "rows"],
+    ),
+    (
+        dict(cu_seqlens_q=[0, 4], cu_seqlens_k=[0, 7], seqlen_q=4, seqlen_k=6),
+        ValueError,
+        ["cu_seqlens_k is 7 at position 1", "at most 6", "keys"],
+    ),
+    (
+        dict(cu_seqlens_q=[0, 4], seqlen_q=4, seqlen_k=3),
+        ValueError,
+        ["cu_seqlens_q is 4 at position 1", "at most 3", "keys"],
+    ),
     (dict(cu_seqlens_q=[0, 4], seqlen_q=4, window=3), ValueError, ["window is 3", "pair"]),
     (
         dict(cu_seqlens_q=[0, 4], seqlen_q=4, window=(-2, 0)),
@@ -237,6 +252,12 @@ BAD_VARLEN = [
     ),
     (dict(cu_seqlens_q=[0, 16.0]), TypeError, ["cu_seqlens_q", "float"]),
     (dict(cu_seqlens_q=[0, 9, 7]), ValueError, ["cu_seqlens_q is 7 at position 2"]),
+    (dict(cu_seqlens_q=[0, 9, 17]), ValueError, ["cu_seqlens_q is 17 at position 2", "16"]),
+    (
+        dict(cu_seqlens_k=[0, 20], key=X[:15], value=X[:15]),
+        ValueError,
+        ["cu_seqlens_k is 20 at position 1", "15, the number of keys"],
+    ),
     (dict(max_seqlen_q=1.5), TypeError, ["max_seqlen_q", "1.5", "int"]),
     (dict(window_size=4), ValueError, ["window_size is 4", "pair"]),
     (dict(causal=None), TypeError, ["causal", "None", "bool"]),

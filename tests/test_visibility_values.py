@@ -68,3 +68,55 @@ def test_a_table_is_int32_in_a_program_of_64_bits(kind):
         made = jax.jit(lambda arrays: jax_fa3.make_visibility(**arrays, **static))(arrays)
     assert made.table.dtype == jnp.int32
     np.testing.assert_array_equal(made.table, visibility.model(seqlen_q, seqlen_k, **sources))
+
+
+# ---- documents
+
+LEGAL = np.array([0, 12, 20, 20], np.int32)
+BROKEN = [[0, 12, 9, 20], [-1, 12, 20, 20], [0, 12, 20, 21]]
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_traced_documents_that_break_their_rule_give_nan(implementation, is_self):
+    """In every row of the output and the log-sum-exp, and in the gradients."""
+
+    @jax.jit
+    def results(cu_seqlens_q, cu_seqlens_k, *x):
+        def attend(*x):
+            return jax_fa3.flash_attention_varlen(
+                *x,
+                cu_seqlens_q,
+                None if is_self else cu_seqlens_k,
+                causal=True,
+                window_size=(6, -1),
+                return_residual=True,
+                implementation=implementation,
+            )
+
+        outputs, vjp = jax.vjp(attend, *x)
+        return *outputs, *vjp(jax.tree.map(jnp.ones_like, outputs))
+
+    x = [a[0].astype("bfloat16") for a in X]
+    for got in results(LEGAL, LEGAL, *x):
+        assert np.isfinite(np.asarray(got, np.float32)).all()
+    for broken in np.array(BROKEN, np.int32):
+        for told in [(broken, LEGAL), (LEGAL, broken)][: 1 if is_self else 2]:
+            for got in results(*told, *x):
+                assert np.isnan(np.asarray(got, np.float32)).all()
+
+
+def test_documents_of_a_batch_break_their_rule_one_by_one():
+    ends = np.array([[0, 12, 20], [0, 12, 9]], np.int32)
+    make = functools.partial(jax_fa3.make_visibility, seqlen_q=SEQLEN)
+
+    def call(ends):
+        return dot_product_attention(*X, visibility=make(cu_seqlens_q=ends))
+
+    def mapped(ends):
+        tables = jax.vmap(lambda x: make(cu_seqlens_q=x))(ends)
+        tables = jax.tree.map(lambda x: x[:, 0], tables)
+        return dot_product_attention(*X, visibility=tables)
+
+    for out in (jax.jit(call)(ends), jax.jit(mapped)(ends)):
+        assert not np.isnan(out[0]).any() and np.isnan(out[1]).all()

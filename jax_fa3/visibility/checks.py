@@ -1,6 +1,7 @@
 """Is what tells which keys a row sees legal: segment ids, intervals, chunks, documents.
 
-Values are checked where they are known; ids that a traced array turns out to have wrong give NaN.
+Values are checked where they are known; ids and documents that a traced array turns out to have wrong
+give NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
 from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
 from jax_fa3.visibility.table import Visibility
 
+DOCUMENTS = ("cu_seqlens_q", "cu_seqlens_k")
 BY_HEAD = ("kv_start", "kv_end")
 OFF = -1  # a side of a window, as flash-attn has it
 
@@ -78,8 +80,13 @@ def check_sources(
     seqlen_k = _agreed("seqlen_k", seqlen_k, of_keys)
     _check_extents(sources)
     check_ids(sources, seqlen_q, seqlen_k)
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        _check_documents(name, sources.get(name))
+    documents = {name: sources[name] for name in DOCUMENTS if name in sources}
+    for name, x in documents.items():
+        _check_documents(name, x)
+    for x, what, seqlen in (("q", "rows", seqlen_q), ("k", "keys", seqlen_k)):
+        name = f"cu_seqlens_{x}"
+        name = name if name in documents else "cu_seqlens_q"  # keys have the documents of rows
+        _check_ends(name, documents.get(name), what, seqlen)
     if sources.keys() >= {"cu_seqlens_q", "cu_seqlens_k"}:
         count_q, count_k = (sources[f"cu_seqlens_{x}"].shape[-1] for x in "qk")
         if count_q != count_k:
@@ -280,6 +287,13 @@ def _check_documents(name: str, cu_seqlens: Any) -> None:
     rows = _by_row(cu_seqlens)
     falls = np.diff(rows, axis=1, prepend=0) < 0
     _raise_at(name, rows, falls, "expected at least 0, and no less than the entry before")
+
+
+def _check_ends(name: str, cu_seqlens: Any, what: str, seqlen: int) -> None:
+    """Documents end at the last row, or key, or before."""
+    if cu_seqlens is not None:
+        rows = _by_row(cu_seqlens)
+        _raise_at(name, rows, rows > seqlen, f"expected at most {seqlen}, the number of {what}")
 
 
 def _by_row(x: Any) -> np.ndarray:

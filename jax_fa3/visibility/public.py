@@ -48,7 +48,7 @@ def make_visibility(
       query_offset: as in `dot_product_attention`, for attention_chunk, with which alone it goes.
       cu_seqlens_q: int32 (C,) or (B, C): document d has the query rows from cu_seqlens_q[d] to
         cu_seqlens_q[d + 1]; its rows see keys of the same document. Padded by repeating the last
-        value. Needs seqlen_q.
+        value. Entries are at least 0, do not fall, and are at most seqlen_q. Needs seqlen_q.
       cu_seqlens_k: the same of keys, by default cu_seqlens_q; needs seqlen_k.
       causal, window: of documents, with cu_seqlens alone: row i of q in a document sees keys up to
         i + k - q of its k; window is (left, right) around that position, both ends included, -1
@@ -61,8 +61,9 @@ def make_visibility(
       scan, and be mapped by jax.vmap.
 
     Raises:
-      ValueError: shapes or values do not fit; ids whose values are known that are no runs. Ids that
-        turn out so at run time give NaN in the calls that have them.
+      ValueError: shapes or values do not fit; ids whose values are known that are no runs, and
+        documents that fall or go past the rows. What turns out so at run time gives NaN in the
+        calls that have it.
       TypeError: a wrong dtype, or an array where a Python value must stand.
 
     Example:

@@ -14,8 +14,8 @@ next; then the rows that may see a key are an interval too.
                   reach into the group of keys, (NONE, NONE, 0, 0) without any
     rows_end      the number of rows up to the last that sees something; keys_end likewise
 
-Ids that break their rule make a plane that is not valid: every row sees everything, and the call
-gives NaN.
+Ids and documents that break their rule make a plane that is not valid: every row sees everything,
+and the call gives NaN.
 """
 
 from __future__ import annotations
@@ -134,6 +134,43 @@ def make(options: VisibilityOptions, sources: Sources) -> Operands:
     ]
     parts = [jnp.stack([x.astype(jnp.int32) for x in plane], -1), rows, of_rows, of_keys, keys]
     return Operands(visibility=jnp.concatenate([_part(x) for x in parts], -1))
+
+
+def with_legal_documents(
+    options: VisibilityOptions, sources: Sources, tables: Operands
+) -> Operands:
+    """Tables that were made of such sources, with planes that are not valid where documents break
+    their rule: those begin at 0 or later, do not fall, and end at the last row and key."""
+    if sources.cu_seqlens_q is None:
+        return tables
+    is_valid = _are_documents(sources.cu_seqlens_q, options.seqlen_q)
+    is_valid &= _are_documents(sources.cu_seqlens_k, options.seqlen_k)
+    made = jnp.where(is_valid[:, None, None], tables.visibility, _not_valid(options))
+    return Operands(visibility=made)
+
+
+def _are_documents(cu_seqlens: Array, seqlen: int) -> Array:
+    """bool [batch], of [batch, count]."""
+    falls = cu_seqlens[:, 1:] < cu_seqlens[:, :-1]
+    return (cu_seqlens[:, 0] >= 0) & ~falls.any(1) & (cu_seqlens[:, -1] <= seqlen)
+
+
+def _not_valid(options: VisibilityOptions) -> Array:
+    """A plane that is not valid, int32 [1, 1, words]."""
+    rows, keys = options.seqlen_q, options.seqlen_k
+    parts = [
+        (1, (MONOTONE, rows, keys, 0)),
+        (rows, (0, keys)),
+        (groups(rows), (0, 0, keys, keys)),
+        (groups(keys), (0, 0, rows, rows)),
+        (keys, (0, rows)),
+    ]
+    # Of numbers, not of a constant array, which custom_partitioning does not take.
+    words = [
+        _part(jnp.stack([jnp.full((1, 1, count), word, jnp.int32) for word in entry], -1))
+        for count, entry in parts
+    ]
+    return jnp.concatenate(words, -1)
 
 
 def _intervals(options: VisibilityOptions, sources: Sources) -> tuple[Array, Array, Array]:
