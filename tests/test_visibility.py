@@ -274,6 +274,47 @@ def test_vmap_of_tables():
     assert_near(got[1], direct(query[1], key[1], value[1], ids[0]))
 
 
+@pytest.mark.parametrize("heads", [None, 2, 4])
+def test_vmap_of_one_table_over_calls_without_a_batch(heads):
+    """A table of a batch, each of whose planes is mapped to a call of 3-D inputs; with gradients."""
+    query, key, value, ids, start = told_operands()
+    start = np.repeat(start, 2, 1) if heads == 4 else start
+    told = dict(query_segment_ids=ids) | ({} if heads is None else dict(kv_start=start))
+    table = jax.jit(jax_fa3.make_visibility)(**told)
+    assert table.table.shape[:2] == (2, heads or 1)
+
+    def results(attend, query, key, value):
+        out, vjp = jax.vjp(attend, query, key, value)
+        return out, *vjp(out)
+
+    def with_table(*x):
+        attend = functools.partial(dot_product_attention, is_causal=True)
+        return jax.vmap(lambda table, *x: attend(*x, visibility=table))(table, *x)
+
+    def direct(*x):
+        return dot_product_attention(*x, is_causal=True, **told)
+
+    x = query, key, value
+    want = run(functools.partial(results, direct), *x)
+    assert_near(run(functools.partial(results, with_table), *x), want)
+    twice = jax.vmap(with_table, in_axes=1, out_axes=1)
+    got = run(twice, *(np.stack([a, a], 1) for a in x))
+    assert_near(got[:, 1], want[0])
+
+
+def test_vmap_of_tables_of_documents():
+    rng = np.random.default_rng(8)
+    x = [normal(rng, 2, 60, heads) for heads in (4, 2, 2)]
+    ends = np.array([[0, 20, 60], [0, 35, 50]], np.int32)
+    table = jax_fa3.make_visibility(cu_seqlens_q=ends, seqlen_q=60)
+    attend = functools.partial(jax_fa3.flash_attention_varlen, causal=True)
+
+    def call(table, *x):
+        return attend(*x, visibility=table)
+
+    assert_near(jax.vmap(call)(table, *x, ends), jax.vmap(attend)(*x, ends))
+
+
 @pytest.mark.parametrize("policy", [None, "context"])
 @pytest.mark.parametrize("made_before", [False, True])
 def test_scan_of_remat(made_before, policy):

@@ -84,6 +84,36 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         ValueError,
         ["visibility", "(1, 2, 1,", "(batch, heads, words)"],
     ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x[0], TABLE)),
+        ValueError,
+        ["visibility", "(1, 76)", "(heads, words) with query of 3 dimensions"],
+    ),
+    (  # as a tree of parameters is cast
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x.astype("bfloat16"), TABLE)),
+        TypeError,
+        ["visibility.table has dtype bfloat16", "int32"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x[..., 1:], TABLE)),
+        ValueError,
+        ["visibility has a table of shape (2, 1, 75)", "(batch, heads, 76)", "16 query rows"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x.ravel()[:76], TABLE)),
+        ValueError,
+        ["visibility has a table of shape (76,)", "(batch, heads, 76)"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(str, TABLE)),
+        TypeError,
+        ["visibility has a table that is a str", "int32 array"],
+    ),
     (SELF, dict(visibility=ONES), TypeError, ["visibility", "ndarray", "make_visibility"]),
     (
         SELF,

@@ -1,7 +1,7 @@
 """Is what tells which keys a row sees legal: segment ids, intervals, chunks, documents.
 
-Values are checked where they are known; ids and documents that a traced array turns out to have wrong
-give NaN.
+Values are checked where they are known; ids and documents that a traced array turns out to have
+wrong give NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax_fa3.arguments import Arguments, values_of
 from jax_fa3.operands import Sources
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
 from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
+from jax_fa3.visibility.layout import Layout
 from jax_fa3.visibility.table import Visibility
 
 DOCUMENTS = ("cu_seqlens_q", "cu_seqlens_k")
@@ -174,20 +175,40 @@ def _check_visibility(arguments: Arguments) -> None:
             f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
             f"{n.seqlen_k} like query and key"
         )
-    if visibility.table.ndim != 3:
+    _check_table(visibility)
+    *batch, heads, _ = visibility.table.shape
+    if len(batch) > 1 or not batch and arguments.query.ndim == 4:
+        forms = ("(batch, heads, words)", "(heads, words) with query of 3 dimensions")
         raise ValueError(
-            f"visibility has a table of shape {shape_of(visibility.table)}; expected (batch, "
-            "heads, words): what jax.vmap made is for jax.vmap to map"
+            f"visibility has a table of shape {shape_of(visibility.table)}; expected "
+            f"{one_of(forms)}: what jax.vmap made is for jax.vmap to map"
         )
-    batch, heads, _ = visibility.table.shape
-    if batch not in (1, n.batch):
+    if batch and batch[0] not in (1, n.batch):
         raise ValueError(
-            f"visibility has batch = {batch}; expected {one_of(_some(1, n.batch))} like query"
+            f"visibility has batch = {batch[0]}; expected {one_of(_some(1, n.batch))} like query"
         )
     if heads not in (1, n.num_heads_q, n.num_heads_kv):
         raise ValueError(
             f"visibility has {heads} heads; expected "
             f"{one_of(_some(1, n.num_heads_q, n.num_heads_kv))} like query or key"
+        )
+
+
+def _check_table(visibility: Visibility) -> None:
+    """Its table is one that make_visibility may have made, as far as its type tells."""
+    table, options = visibility.table, visibility.options
+    if not (hasattr(table, "shape") and hasattr(table, "dtype")):
+        raise TypeError(
+            f"visibility has a table that is a {type(table).__name__}; expected the int32 array "
+            "that jax_fa3.make_visibility gives"
+        )
+    check_dtype("visibility.table", table, ("int32",))
+    words = Layout.of(options.seqlen_q, options.seqlen_k).words
+    if len(table.shape) < 2 or table.shape[-1] != words:
+        raise ValueError(
+            f"visibility has a table of shape {shape_of(table)}; expected (batch, heads, {words}), "
+            f"as jax_fa3.make_visibility gives for {options.seqlen_q} query rows and "
+            f"{options.seqlen_k} keys"
         )
 
 

@@ -125,6 +125,7 @@ def of_call(arguments: Arguments) -> jax.Array:
     """The table of a checked call that has one, for one head or all query heads."""
     if arguments.visibility is not None:
         made = arguments.visibility.table
+        made = made if made.ndim == 3 else made[None]  # a plane of each head, as jax.vmap maps it
     else:
         offset, n = arguments.query_offset, arguments.extents
         chunk = _chunk(arguments.attention_chunk)
