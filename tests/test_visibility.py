@@ -276,7 +276,7 @@ def test_vmap_of_tables():
 
 @pytest.mark.parametrize("heads", [None, 2, 4])
 def test_vmap_of_one_table_over_calls_without_a_batch(heads):
-    """A table of a batch, each of whose planes is mapped to a call of 3-D inputs; with gradients."""
+    """A table of a batch, each of whose planes goes to a call of 3-D inputs; and gradients."""
     query, key, value, ids, start = told_operands()
     start = np.repeat(start, 2, 1) if heads == 4 else start
     told = dict(query_segment_ids=ids) | ({} if heads is None else dict(kv_start=start))
@@ -369,6 +369,45 @@ def test_export():
     assert all(f"@jax_fa3_{name}" in exported.mlir_module() for name in names)
     again = jax.export.deserialize(exported.serialize())
     assert_near(again.call(*x), run(gradient, *x))
+
+
+def test_export_of_a_program_with_a_table():
+    """As an argument and as a result, each with options that are not the defaults."""
+    x = told_operands()[:3]
+    ends = np.array([0, 9, 20], np.int32)
+    make = functools.partial(
+        jax_fa3.make_visibility,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        attention_chunk=16,
+        query_offset=-3,
+        window=(7, 2),
+        seqlen_q=20,
+        seqlen_k=20,
+    )
+
+    def call(visibility, *x):
+        return dot_product_attention(*x, visibility=visibility)
+
+    exported = [
+        jax.export.deserialize(jax.export.export(jax.jit(f))(*y).serialize())
+        for f, y in ((make, ()), (call, (make(), *x)))
+    ]
+    table = exported[0].call()
+    assert isinstance(table, jax_fa3.Visibility) and table.options == make().options
+    np.testing.assert_array_equal(table.table, make().table)
+    assert_near(exported[1].call(table, *x), call(make(), *x))
+
+
+def test_a_table_is_shown_by_its_type(capsys):
+    table = jax_fa3.make_visibility(IDS)
+    types = jax.eval_shape(jax_fa3.make_visibility, IDS)
+    assert repr(table) == repr(types)
+    assert "table=int32[2, 1, 92], options=VisibilityOptions(seqlen_q=20," in repr(table)
+    assert "table=None" in repr(jax.tree.map(lambda _: None, table))
+    x = jax.ShapeDtypeStruct((2, 20, 4, 64), "bfloat16")
+    jax_fa3.doctor(x, visibility=table)
+    assert f"visibility={table}" in capsys.readouterr().out
 
 
 def test_export_of_any_batch():

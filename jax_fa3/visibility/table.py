@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -41,11 +43,35 @@ MOST = np.iinfo(np.int32).max
 class Visibility:
     """Which keys each row sees, as the kernels read it; `make_visibility` makes it.
 
-    A pytree: it may be an argument of jax.jit, be mapped by jax.vmap and be closed over by a scan.
+    A pytree: it may be an argument of jax.jit and of what jax.export serializes, be mapped by
+    jax.vmap and be closed over by a scan.
     """
 
     table: Array  # int32 (B or 1, heads or 1, words)
     options: VisibilityOptions
+
+    def __repr__(self) -> str:
+        """Of arrays the types alone: a table has many words."""
+        x = self.table
+        table = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+        return f"Visibility(table={table}, options={self.options})"
+
+
+def _options_to_bytes(of_tree: tuple[VisibilityOptions]) -> bytes:
+    (options,) = of_tree
+    return json.dumps(dataclasses.asdict(options)).encode()
+
+
+def _options_from_bytes(data: bytes) -> tuple[VisibilityOptions]:
+    return (VisibilityOptions(**json.loads(data)),)
+
+
+jax.export.register_pytree_node_serialization(
+    Visibility,
+    serialized_name="jax_fa3.Visibility",
+    serialize_auxdata=_options_to_bytes,
+    deserialize_auxdata=_options_from_bytes,
+)
 
 
 class Plane:
