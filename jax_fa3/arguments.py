@@ -92,6 +92,20 @@ class Arguments:
         """Whether a table of visibility is to be made for the call."""
         return bool(self.sources) or self.attention_chunk is not None
 
+    @property
+    def source_of_visibility(self) -> str:
+        """The first argument of which a table of visibility is to be made, where one is."""
+        return next((name for name in self.sources if name != "query_offset"), "attention_chunk")
+
+    @property
+    def needs_whole(self) -> str | None:
+        """The first argument given with which sequences cannot stay divided."""
+        if self.makes_visibility:
+            return self.source_of_visibility
+        rows = self.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.needs_whole]
+        return next((name for name in names if getattr(self, name, None) is not None), None)
+
     def _type_of_visibility(self) -> jax.ShapeDtypeStruct | None:
         if not self.makes_visibility and self.visibility is None:
             return None
@@ -102,8 +116,9 @@ class Arguments:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
-        counts = {name: made.get(name, getattr(self, name)) for name in self._count_names()}
-        made |= {name: as_int32(name, x) for name, x in counts.items() if is_int64(x)}
+        counts = {name: getattr(self, name) for name in self._count_names()}
+        counts = {name: x for name, x in counts.items() if name in made or is_int64(x)}
+        made |= {name: as_indices(name, x) for name, x in counts.items()}
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
@@ -193,6 +208,14 @@ def as_array(name: str, x: Any) -> jax.Array | np.ndarray:
         return np.asarray(x, np.int64) if _is_ints(x) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def as_indices(name: str, x: Any) -> Any:
+    """An argument whose values are integers as an array, int32 if it was int64 or has no values."""
+    if not is_array(x):
+        x = as_array(name, x)
+        x = x if x.size else np.asarray(x, np.int32)  # of [] alone the dtype is not known
+    return as_int32(name, x) if is_int64(x) else x
 
 
 def as_int32(name: str, x: Any) -> Any:

@@ -472,8 +472,20 @@ def test_split_sequences_are_gathered(kind):
 def test_a_strategy_for_split_sequences_raises(kind):
     x = np.zeros((2, 32, 4, 16), "bfloat16")
     ids = np.ones((2, 32), np.int32)
-    with pytest.raises(ValueError, match="'ring'; expected 'auto' with segment ids or key interv"):
-        dot_product_attention(x, x, x, query_segment_ids=ids, sequence_parallel="ring")
+    given = dict(
+        query_segment_ids=ids,
+        kv_end=ids,
+        attention_chunk=4,
+        visibility=jax_fa3.make_visibility(ids),
+        mask=np.ones((32, 32), bool),
+    )
+    for name, value in given.items():
+        wrong = f"'ring'; expected 'auto' with {name}, which needs whole sequences"
+        with pytest.raises(ValueError, match=wrong):
+            dot_product_attention(x, x, x, **{name: value}, sequence_parallel="ring")
+    with pytest.raises(ValueError, match="'ring'; expected 'auto' with attention_chunk, which"):
+        told = dict(attention_chunk=4, query_offset=jnp.zeros(2, jnp.int32))
+        dot_product_attention(x, x, x, **told, sequence_parallel="ring")
     mesh = mesh_of(kind, seq=4)
     with jax.set_mesh(mesh), pytest.raises(Exception, match="'error'; expected whole sequences"):
         call = functools.partial(dot_product_attention, sequence_parallel="error")
@@ -489,8 +501,26 @@ def test_context_parallelism_raises(strategy):
         return public.attention(arguments, strategy, "seq")
 
     mapped = jax.shard_map(call, mesh=mesh_of(seq=2), in_specs=P(None, "seq"), out_specs=PART)
-    with pytest.raises(ValueError, match="visibility is given; expected whole sequences with segm"):
+    with pytest.raises(ValueError, match="query_segment_ids is given; expected whole sequences"):
         jax.eval_shape(mapped, x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_context_parallelism_says_what_it_does_not_take(strategy):
+    words = {
+        "query_segment_ids": "expected whole sequences with it: call jax_fa3.dot_product_attention",
+        "visibility": "expected whole sequences",
+        "attention_chunk": "expected whole sequences",
+        "bias": "expected whole sequences",
+        "query_descale": "expected bfloat16, float16 or float32 inputs",
+        "sequence_parallel": "expected dot_product_attention with it",
+    }
+    x = jnp.zeros((1, 8, 4, 16), "bfloat16")
+    for name, expected in words.items():
+        with pytest.raises(TypeError, match=f"{strategy}_attention takes no {name}; {expected}"):
+            STRATEGIES[strategy](x, x, x, axis_name="seq", **{name: None})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
+        STRATEGIES[strategy](x, x, x, axis_name="seq", dropout=0.1)
 
 
 def test_varlen_with_a_table_made_before():

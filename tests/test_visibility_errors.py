@@ -73,6 +73,9 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         ["kv_start", "(2, 3, 16)", "(2, 4, 16)", "(2, 2, 16)"],
     ),
     (SELF, dict(kv_end=np.zeros((16,), np.int32)), ValueError, ["kv_end", "(16,)", "(2, 16)"]),
+    (SELF, dict(kv_end=[]), ValueError, ["kv_end has shape (0,)", "(2, 16)"]),
+    (SELF, dict(query_segment_ids=[[]]), ValueError, ["query_segment_ids", "(1, 0)", "(2, 16)"]),
+    (SELF, dict(query_seq_lengths=[]), ValueError, ["query_seq_lengths", "(0,)", "(2,)"]),
     (SELF, dict(kv_end=7), ValueError, ["kv_end", "()", "(2, 16)"]),
     (SELF, dict(attention_chunk=0), ValueError, ["attention_chunk", "0", "at least 1"]),
     (SELF, dict(attention_chunk=1.5), TypeError, ["attention_chunk", "1.5", "int"]),
@@ -196,6 +199,8 @@ BAD_TABLES = [
     ({}, ValueError, ["None", "expected", "kv_start"]),
     (dict(kv_end=ONES), ValueError, ["seqlen_k is None", "expected an int"]),
     (dict(cu_seqlens_q=[0, 4]), ValueError, ["seqlen_q is None"]),
+    (dict(cu_seqlens_q=[], seqlen_q=4), ValueError, ["cu_seqlens_q has no entries", "one more"]),
+    (dict(query_segment_ids=[], seqlen_q=4), ValueError, ["query_segment_ids has 0 entries", "4"]),
     (dict(attention_chunk=4, seqlen_q=9), ValueError, ["seqlen_k is None"]),
     (
         dict(query_segment_ids=ONES, seqlen_q=15),
@@ -282,6 +287,21 @@ BAD_VARLEN = [
     ),
     (dict(cu_seqlens_q=[0, 16.0]), TypeError, ["cu_seqlens_q", "float"]),
     (dict(cu_seqlens_q=[0, 9, 7]), ValueError, ["cu_seqlens_q is 7 at position 2"]),
+    (dict(softmax_scale="1"), TypeError, ["softmax_scale is '1'", "Python number"]),
+    (dict(softmax_scale=np.inf), ValueError, ["softmax_scale is inf", "finite"]),
+    (
+        dict(cu_seqlens_q=[[0, 16]]),
+        ValueError,
+        ["cu_seqlens_q has shape (1, 2)", "(documents + 1,)"],
+    ),
+    (
+        dict(cu_seqlens_q=[]),
+        ValueError,
+        ["cu_seqlens_q has shape (0,)", "(documents + 1,)", "int32"],
+    ),
+    (dict(cu_seqlens_k=[[]]), ValueError, ["cu_seqlens_k has shape (1, 0)", "(documents + 1,)"]),
+    (dict(cu_seqlens_q=16), ValueError, ["cu_seqlens_q has shape ()", "(documents + 1,)"]),
+    (dict(cu_seqlens_q=None), TypeError, ["cu_seqlens_q is a NoneType", "expected an array"]),
     (dict(cu_seqlens_q=[0, 9, 17]), ValueError, ["cu_seqlens_q is 17 at position 2", "16"]),
     (
         dict(cu_seqlens_k=[0, 20], key=X[:15], value=X[:15]),
@@ -292,7 +312,7 @@ BAD_VARLEN = [
     (dict(window_size=4), ValueError, ["window_size is 4", "pair"]),
     (dict(causal=None), TypeError, ["causal", "None", "bool"]),
     (dict(query=None), TypeError, ["query is None"]),
-    (dict(key=X[:, 0]), ValueError, ["key has 2 dimensions"]),
+    (dict(key=X[:, 0]), ValueError, ["key has shape (16, 32)", "(rows, heads, head_dim)"]),
     (dict(query=X[:8]), ValueError, ["cu_seqlens_k is None", "8", "16"]),
     (
         dict(
@@ -325,3 +345,4 @@ def test_bad_varlen(change, error, words):
         jax_fa3.flash_attention_varlen(**good | change)
     message = str(raised.value)
     assert all(word in message for word in words) and "expected" in message, message
+    assert "batch" not in message and " scale" not in message, message

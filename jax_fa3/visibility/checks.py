@@ -164,10 +164,9 @@ def _check_visibility(arguments: Arguments) -> None:
             "gives"
         )
     if arguments.makes_visibility:
-        name = next(iter(arguments.sources), "attention_chunk")
         raise ValueError(
-            f"visibility is given and so is {name}; expected one of them: make_visibility takes "
-            "such arguments"
+            f"visibility is given and so is {arguments.source_of_visibility}; expected one of "
+            "them: make_visibility takes such arguments"
         )
     made = visibility.options.seqlen_q, visibility.options.seqlen_k
     if made != (n.seqlen_q, n.seqlen_k):
@@ -265,7 +264,7 @@ def _check_extents(sources: dict[str, Any]) -> None:
 def _check_runs(name: str, ids: Any) -> None:
     """Every id but 0 stands in one run."""
     rows = _by_row(ids)
-    _raise_at(name, rows, rows < 0, "expected at least 0")
+    _raise_at(name, ids, rows < 0, "expected at least 0")
     for b, row in enumerate(rows):
         starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 1))
         order = np.argsort(row[starts], kind="stable")
@@ -274,8 +273,8 @@ def _check_runs(name: str, ids: Any) -> None:
         if again.size:
             at = starts[again.min()]
             raise ValueError(
-                f"{name} is {row[at]} at position {at} of batch entry {b}, as before another id; "
-                "expected each id but 0 in one run of neighbours"
+                f"{name} is {row[at]} at {_place(ids, b, at)}, as before another id; expected "
+                " each id but 0 in one run of neighbours"
             )
 
 
@@ -284,16 +283,16 @@ def _check_order(name: str, ids: Any) -> None:
     rows = _by_row(ids)
     before = np.maximum.accumulate(rows, axis=1) if rows.size else rows
     gap = np.maximum.accumulate((rows == 0) & (before > 0), axis=1) if rows.size else rows
-    _raise_at(name, rows, rows < 0, "expected at least 0")
+    _raise_at(name, ids, rows < 0, "expected at least 0")
     _raise_at(
         name,
-        rows,
+        ids,
         (rows > 0) & (rows < before),
         "after a greater one; expected ids that do not fall",
     )
     _raise_at(
         name,
-        rows,
+        ids,
         (rows > 0) & gap.astype(bool),
         "after a 0 that follows other ids; expected zeros before and behind all ids only",
     )
@@ -307,14 +306,14 @@ def _check_documents(name: str, cu_seqlens: Any) -> None:
         raise ValueError(f"{name} has no entries; expected one more than documents")
     rows = _by_row(cu_seqlens)
     falls = np.diff(rows, axis=1, prepend=0) < 0
-    _raise_at(name, rows, falls, "expected at least 0, and no less than the entry before")
+    _raise_at(name, cu_seqlens, falls, "expected at least 0, and no less than the entry before")
 
 
 def _check_ends(name: str, cu_seqlens: Any, what: str, seqlen: int) -> None:
     """Documents end at the last row, or key, or before."""
     if cu_seqlens is not None:
-        rows = _by_row(cu_seqlens)
-        _raise_at(name, rows, rows > seqlen, f"expected at most {seqlen}, the number of {what}")
+        expected = f"expected at most {seqlen}, the number of {what}"
+        _raise_at(name, cu_seqlens, _by_row(cu_seqlens) > seqlen, expected)
 
 
 def _by_row(x: Any) -> np.ndarray:
@@ -323,12 +322,16 @@ def _by_row(x: Any) -> np.ndarray:
     return np.zeros((0, x.shape[-1]), np.int32) if values is None else np.atleast_2d(values)
 
 
-def _raise_at(name: str, rows: np.ndarray, wrong: np.ndarray, expected: str) -> None:
-    """Raises for the first wrong element."""
+def _raise_at(name: str, x: Any, wrong: np.ndarray, expected: str) -> None:
+    """Raises for the first element of `x` that is wrong, of those that _by_row has."""
     found = np.argwhere(wrong)
     if found.size:
         b, i = found[0]
-        raise ValueError(f"{name} is {rows[b, i]} at position {i} of batch entry {b}; {expected}")
+        raise ValueError(f"{name} is {_by_row(x)[b, i]} at {_place(x, b, i)}; {expected}")
+
+
+def _place(x: Any, b: int, i: int) -> str:
+    return f"position {i}" + (f" of batch entry {b}" if x.ndim > 1 else "")
 
 
 def _some(*numbers: int) -> tuple[str, ...]:

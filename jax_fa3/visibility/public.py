@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import Arguments, as_array, as_int32, is_array, is_int64
+from jax_fa3.arguments import Arguments, as_indices, is_array
 from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
@@ -162,9 +162,3 @@ def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array
 
 def _chunk(attention_chunk: int | None) -> int:
     return min(int(attention_chunk or 0), UNBOUNDED)
-
-
-def as_indices(name: str, x: Any) -> Any:
-    """An argument as an array, int32 if it was int64."""
-    x = as_array(name, x) if not is_array(x) else x
-    return as_int32(name, x) if is_int64(x) else x
