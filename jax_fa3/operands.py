@@ -183,7 +183,7 @@ class Operands(Bundle):
         "int32",
         form="broadcast",
         flag=True,
-        needs_whole="segment ids or key intervals",
+        needs_whole="segment ids, key intervals, chunks or documents",
     )
     bias: Array | None = row(
         "bhst",

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 import visibility
 from jax_fa3 import dot_product_attention
+from meshes import both_kinds, mesh_of, place, run
 
 FAR = (1 << 32) + 2  # 2 where its upper half is cut off
 SEQLEN = 20
@@ -120,3 +122,19 @@ def test_documents_of_a_batch_break_their_rule_one_by_one():
 
     for out in (jax.jit(call)(ends), jax.jit(mapped)(ends)):
         assert not np.isnan(out[0]).any() and np.isnan(out[1]).all()
+
+
+@both_kinds
+def test_documents_on_a_mesh_break_their_rule_one_by_one(kind):
+    mesh = mesh_of(kind, data=2, model=2)
+    ends = np.array([[0, 12, 20], [0, 12, 9]], np.int32)
+
+    def call(ends, *x):
+        table = jax_fa3.make_visibility(cu_seqlens_q=ends, seqlen_q=SEQLEN)
+        return dot_product_attention(*x, visibility=table)
+
+    heads = P("data", None, "model")
+    with jax.set_mesh(mesh):
+        out = run(call, *place(mesh, (ends, *X), (P("data"), heads, heads, heads)))
+    out = np.asarray(out)
+    assert not np.isnan(out[0]).any() and np.isnan(out[1]).all()
