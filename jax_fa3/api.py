@@ -173,7 +173,8 @@ def dot_product_attention(
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       is_causal: row i sees keys j <= i + query_offset (top-left aligned, whatever T and S).
       query_seq_lengths: int32 (B,); rows from there on are padding. 3-D inputs: (1,) or ().
-        These, the next and query_offset may be int64 where all values fit int32.
+        These, the next, query_offset, ids and ends of intervals may be int64 where all values fit
+        int32; traced values that do not fit are clamped to it, traced ids illegal.
       key_value_seq_lengths: int32 (B,); keys from there on are padding. 3-D inputs: (1,) or ().
       local_window_size: (left, right), or one int for both: row i sees keys j with
         i + query_offset - left <= j <= i + query_offset + right, both ends included.

@@ -19,6 +19,8 @@ from jax_fa3 import score
 from jax_fa3.operands import Extents, Operands, Sources
 from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
 
+NO_ID = -1  # what no row may have for an id
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arguments:
@@ -90,6 +92,20 @@ class Arguments:
         """Whether a table of visibility is to be made for the call."""
         return bool(self.sources) or self.attention_chunk is not None
 
+    @property
+    def source_of_visibility(self) -> str:
+        """The first argument of which a table of visibility is to be made, where one is."""
+        return next((name for name in self.sources if name != "query_offset"), "attention_chunk")
+
+    @property
+    def needs_whole(self) -> str | None:
+        """The first argument given with which sequences cannot stay divided."""
+        if self.makes_visibility:
+            return self.source_of_visibility
+        rows = self.Operands.rows().items()
+        names = [row.argument or name for name, row in rows if row.needs_whole]
+        return next((name for name in names if getattr(self, name, None) is not None), None)
+
     def _type_of_visibility(self) -> jax.ShapeDtypeStruct | None:
         if not self.makes_visibility and self.visibility is None:
             return None
@@ -100,8 +116,9 @@ class Arguments:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
-        counts = {name: made.get(name, getattr(self, name)) for name in self._count_names()}
-        made |= {name: as_int32(name, x) for name, x in counts.items() if is_int64(x)}
+        counts = {name: getattr(self, name) for name in self._count_names()}
+        counts = {name: x for name, x in counts.items() if name in made or is_int64(x)}
+        made |= {name: as_indices(name, x) for name, x in counts.items()}
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
@@ -193,9 +210,18 @@ def as_array(name: str, x: Any) -> jax.Array | np.ndarray:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
 
 
+def as_indices(name: str, x: Any) -> Any:
+    """An argument whose values are integers as an array, int32 if it was int64 or has no values."""
+    if not is_array(x):
+        x = as_array(name, x)
+        x = x if x.size else np.asarray(x, np.int32)  # of [] alone the dtype is not known
+    return as_int32(name, x) if is_int64(x) else x
+
+
 def as_int32(name: str, x: Any) -> Any:
-    """Of an int64 array, such as NumPy makes of Python integers; the values of a traced one are not
-    known here, and it is cast."""
+    """Of an int64 array, such as NumPy makes of Python integers. The values of a traced one are not
+    known here: positions and lengths beyond int32 become its nearest number, which is as far behind
+    all rows; ids, of which none may become another, a negative one, which breaks their rule."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=x.sharding)
     limits = np.iinfo(np.int32)
@@ -204,7 +230,11 @@ def as_int32(name: str, x: Any) -> Any:
         wrong = values[(values < limits.min) | (values > limits.max)]
         if wrong.size:
             raise ValueError(f"{name} has a value {wrong[0]}; expected values that fit int32")
-    return x.astype(jnp.int32)
+        return x.astype(jnp.int32)
+    fitting = jnp.clip(x, limits.min, limits.max)
+    if name in Sources.rows() and Sources.rows()[name].identifies:
+        fitting = jnp.where(fitting == x, x, NO_ID)
+    return fitting.astype(jnp.int32)
 
 
 def values_of(x: Any) -> np.ndarray | None:

@@ -54,6 +54,7 @@ class Row:
     differentiable: bool = False
     flag: bool = False  # the kernels' options say whether it is there, as has_<field>
     needs_whole: str | None = None  # what to call it where sequences cannot stay divided with it
+    identifies: bool = False  # its values are ids, of which only equality or order matters
     shared: bool = False  # its batch may divide the call's: planes serve several sequences
 
     def sizes(self, extents: Extents) -> tuple[int, ...]:
@@ -182,7 +183,7 @@ class Operands(Bundle):
         "int32",
         form="broadcast",
         flag=True,
-        needs_whole="segment ids or key intervals",
+        needs_whole="segment ids, key intervals, chunks or documents",
     )
     bias: Array | None = row(
         "bhst",
@@ -233,8 +234,8 @@ class Outputs(Bundle):
 class Sources(Bundle):
     """The arrays of which a table of visibility is made; `cu_seqlens` come together."""
 
-    query_segment_ids: Array | None = row("bs", "int32")
-    key_value_segment_ids: Array | None = row("bt", "int32")
+    query_segment_ids: Array | None = row("bs", "int32", identifies=True)
+    key_value_segment_ids: Array | None = row("bt", "int32", identifies=True)
     kv_start: Array | None = row("bhs", "int32")
     kv_end: Array | None = row("bhs", "int32")
     cu_seqlens_q: Array | None = row("bc", "int32")

@@ -78,7 +78,8 @@ def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> Op
     """A table of visibility."""
     kernel, portable = (functools.partial(x, options) for x in (ffi.visibility, table.make))
     has_pairs = options.seqlen_q and options.seqlen_k
-    return _run(route if has_pairs else "xla", kernel, portable, sources)
+    tables = _run(route if has_pairs else "xla", kernel, portable, sources)
+    return table.with_legal_documents(options, sources, tables)
 
 
 def _rounding_forward(options: AttentionOptions, operands: Operands) -> Outputs:

@@ -178,31 +178,28 @@ def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
 
 def check_sequence_parallel(arguments: Arguments) -> None:
     """Only sequences that may be divided have a choice of how."""
-    rows = arguments.Operands.rows()
-    whole = next(filter(None, (rows[name].needs_whole for name in arguments.arrays)), None)
-    if arguments.is_float8:
-        whole = FLOAT8_INPUTS
+    whole = FLOAT8_INPUTS if arguments.is_float8 else arguments.needs_whole
     if arguments.sequence_parallel != "auto" and whole:
         raise ValueError(
             f"sequence_parallel is {arguments.sequence_parallel!r}; expected 'auto' with {whole}, "
-            "which need whole sequences"
+            f"which need{'' if arguments.is_float8 else 's'} whole sequences"
         )
 
 
-def check_scale(scale: Any) -> None:
+def check_scale(scale: Any, name: str = "scale") -> None:
     """A finite Python number: the scale is compiled into the call."""
     if scale is None:
         return
     if isinstance(scale, jax.core.Tracer):
         raise TypeError(
-            "scale is a traced array; expected a Python number (multiply query by a traced scale)"
+            f"{name} is a traced array; expected a Python number (multiply query by a traced scale)"
         )
     if not isinstance(scale, numbers.Real) and (
         getattr(scale, "shape", None) != () or scale.dtype.kind not in "fiu"
     ):
-        raise TypeError(f"scale is {scale!r}; expected a Python number")
+        raise TypeError(f"{name} is {scale!r}; expected a Python number")
     if not abs(float(scale)) <= FLOAT32_MAX:
-        raise ValueError(f"scale is {float(scale)}; expected a finite float32 number")
+        raise ValueError(f"{name} is {float(scale)}; expected a finite float32 number")
 
 
 def check_flag(name: str, x: Any) -> None:

@@ -9,7 +9,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, route, validate
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, as_indices
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import FLOAT8, UNBOUNDED
 from jax_fa3.visibility import checks, public
@@ -47,7 +47,8 @@ def flash_attention_varlen(
         output's.
       cu_seqlens_q: int32 (D + 1,): document d has the rows from cu_seqlens_q[d] to
         cu_seqlens_q[d + 1]. Documents may be empty; for a fixed number of them, repeat the last
-        value. Rows behind the last document are padding.
+        value. Rows behind the last document are padding. Entries are at least 0, do not fall, and
+        are at most Q: values that are known raise, others give NaN in all results.
       cu_seqlens_k: the same of keys. None, or the same object as cu_seqlens_q: the documents of
         query.
       max_seqlen_q, max_seqlen_k: ints, as flash-attn's callers have them, and without effect.
@@ -56,7 +57,8 @@ def flash_attention_varlen(
         row sees all of them.
       window_size: (left, right) columns around that position, both ends included; -1 is off.
       visibility: what `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)` gives, made once
-        for many calls: it says where documents are, and cu_seqlens are only checked. With
+        for many calls: it says where documents are, and cu_seqlens are only checked, as far as
+        their values are known. With
         cu_seqlens_k it has causal and the window too, those of this call.
       deterministic, return_residual, implementation, sm_margin, forward_dtype: as in
         `dot_product_attention`.
@@ -89,17 +91,20 @@ def flash_attention_varlen(
         sm_margin=sm_margin,
         forward_dtype=forward_dtype,
     ).with_arrays()
-    validate.check_heads(arguments.query, arguments.key, arguments.value, (*DTYPES, FLOAT8))
-    if arguments.query.ndim != 3:
-        shape = tuple(arguments.query.shape)
-        raise ValueError(f"query has shape {shape}; expected (rows, heads, head_dim)")
+    tensors = {name: getattr(arguments, name) for name in ("query", "key", "value")}
+    for name, x in tensors.items():
+        if x is not None and x.ndim != 3:
+            shape = tuple(x.shape)
+            raise ValueError(f"{name} has shape {shape}; expected (rows, heads, head_dim)")
+    validate.check_heads(*tensors.values(), (*DTYPES, FLOAT8))
+    validate.check_scale(softmax_scale, "softmax_scale")
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
-    documents = dict(cu_seqlens_q=cu_seqlens_q)
+    documents = dict(cu_seqlens_q=_as_ends("cu_seqlens_q", cu_seqlens_q))
     in_tables = [window]  # windows that a given table may have
     seqlens = arguments.query.shape[0], arguments.key.shape[0]
     if not is_self:
-        documents["cu_seqlens_k"] = cu_seqlens_k
+        documents["cu_seqlens_k"] = _as_ends("cu_seqlens_k", cu_seqlens_k)
     else:
         if seqlens[0] != seqlens[1]:
             raise ValueError(
@@ -115,9 +120,17 @@ def flash_attention_varlen(
         made = public.of_sources(documents, window=window, seqlens=seqlens, how=how)
         visibility = dataclasses.replace(made, table=public.named(made.table))
     else:
-        given = {name: public.as_indices(name, x) for name, x in documents.items()}
-        checks.check_sources(given, *seqlens)
+        checks.check_sources(documents, *seqlens)
     if isinstance(visibility, Visibility) and visibility.options.window not in in_tables:
         got, *expected = map(checks.window_text, (visibility.options.window, *in_tables))
         raise ValueError(f"visibility was made with {got}; expected {' or '.join(expected)}")
     return api.attention(dataclasses.replace(arguments, visibility=visibility))
+
+
+def _as_ends(name: str, x: ArrayLike) -> jax.Array:
+    """cu_seqlens as a one-dimensional array."""
+    x = as_indices(name, x)
+    if x.ndim != 1 or not x.size:
+        shape = tuple(x.shape)
+        raise ValueError(f"{name} has shape {shape}; expected (documents + 1,), int32")
+    return x

@@ -274,6 +274,47 @@ def test_vmap_of_tables():
     assert_near(got[1], direct(query[1], key[1], value[1], ids[0]))
 
 
+@pytest.mark.parametrize("heads", [None, 2, 4])
+def test_vmap_of_one_table_over_calls_without_a_batch(heads):
+    """A table of a batch, each of whose planes goes to a call of 3-D inputs; and gradients."""
+    query, key, value, ids, start = told_operands()
+    start = np.repeat(start, 2, 1) if heads == 4 else start
+    told = dict(query_segment_ids=ids) | ({} if heads is None else dict(kv_start=start))
+    table = jax.jit(jax_fa3.make_visibility)(**told)
+    assert table.table.shape[:2] == (2, heads or 1)
+
+    def results(attend, query, key, value):
+        out, vjp = jax.vjp(attend, query, key, value)
+        return out, *vjp(out)
+
+    def with_table(*x):
+        attend = functools.partial(dot_product_attention, is_causal=True)
+        return jax.vmap(lambda table, *x: attend(*x, visibility=table))(table, *x)
+
+    def direct(*x):
+        return dot_product_attention(*x, is_causal=True, **told)
+
+    x = query, key, value
+    want = run(functools.partial(results, direct), *x)
+    assert_near(run(functools.partial(results, with_table), *x), want)
+    twice = jax.vmap(with_table, in_axes=1, out_axes=1)
+    got = run(twice, *(np.stack([a, a], 1) for a in x))
+    assert_near(got[:, 1], want[0])
+
+
+def test_vmap_of_tables_of_documents():
+    rng = np.random.default_rng(8)
+    x = [normal(rng, 2, 60, heads) for heads in (4, 2, 2)]
+    ends = np.array([[0, 20, 60], [0, 35, 50]], np.int32)
+    table = jax_fa3.make_visibility(cu_seqlens_q=ends, seqlen_q=60)
+    attend = functools.partial(jax_fa3.flash_attention_varlen, causal=True)
+
+    def call(table, *x):
+        return attend(*x, visibility=table)
+
+    assert_near(jax.vmap(call)(table, *x, ends), jax.vmap(attend)(*x, ends))
+
+
 @pytest.mark.parametrize("policy", [None, "context"])
 @pytest.mark.parametrize("made_before", [False, True])
 def test_scan_of_remat(made_before, policy):
@@ -328,6 +369,45 @@ def test_export():
     assert all(f"@jax_fa3_{name}" in exported.mlir_module() for name in names)
     again = jax.export.deserialize(exported.serialize())
     assert_near(again.call(*x), run(gradient, *x))
+
+
+def test_export_of_a_program_with_a_table():
+    """As an argument and as a result, each with options that are not the defaults."""
+    x = told_operands()[:3]
+    ends = np.array([0, 9, 20], np.int32)
+    make = functools.partial(
+        jax_fa3.make_visibility,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        attention_chunk=16,
+        query_offset=-3,
+        window=(7, 2),
+        seqlen_q=20,
+        seqlen_k=20,
+    )
+
+    def call(visibility, *x):
+        return dot_product_attention(*x, visibility=visibility)
+
+    exported = [
+        jax.export.deserialize(jax.export.export(jax.jit(f))(*y).serialize())
+        for f, y in ((make, ()), (call, (make(), *x)))
+    ]
+    table = exported[0].call()
+    assert isinstance(table, jax_fa3.Visibility) and table.options == make().options
+    np.testing.assert_array_equal(table.table, make().table)
+    assert_near(exported[1].call(table, *x), call(make(), *x))
+
+
+def test_a_table_is_shown_by_its_type(capsys):
+    table = jax_fa3.make_visibility(IDS)
+    types = jax.eval_shape(jax_fa3.make_visibility, IDS)
+    assert repr(table) == repr(types)
+    assert "table=int32[2, 1, 92], options=VisibilityOptions(seqlen_q=20," in repr(table)
+    assert "table=None" in repr(jax.tree.map(lambda _: None, table))
+    x = jax.ShapeDtypeStruct((2, 20, 4, 64), "bfloat16")
+    jax_fa3.doctor(x, visibility=table)
+    assert f"visibility={table}" in capsys.readouterr().out
 
 
 def test_export_of_any_batch():
@@ -392,8 +472,20 @@ def test_split_sequences_are_gathered(kind):
 def test_a_strategy_for_split_sequences_raises(kind):
     x = np.zeros((2, 32, 4, 16), "bfloat16")
     ids = np.ones((2, 32), np.int32)
-    with pytest.raises(ValueError, match="'ring'; expected 'auto' with segment ids or key interv"):
-        dot_product_attention(x, x, x, query_segment_ids=ids, sequence_parallel="ring")
+    given = dict(
+        query_segment_ids=ids,
+        kv_end=ids,
+        attention_chunk=4,
+        visibility=jax_fa3.make_visibility(ids),
+        mask=np.ones((32, 32), bool),
+    )
+    for name, value in given.items():
+        wrong = f"'ring'; expected 'auto' with {name}, which needs whole sequences"
+        with pytest.raises(ValueError, match=wrong):
+            dot_product_attention(x, x, x, **{name: value}, sequence_parallel="ring")
+    with pytest.raises(ValueError, match="'ring'; expected 'auto' with attention_chunk, which"):
+        told = dict(attention_chunk=4, query_offset=jnp.zeros(2, jnp.int32))
+        dot_product_attention(x, x, x, **told, sequence_parallel="ring")
     mesh = mesh_of(kind, seq=4)
     with jax.set_mesh(mesh), pytest.raises(Exception, match="'error'; expected whole sequences"):
         call = functools.partial(dot_product_attention, sequence_parallel="error")
@@ -409,8 +501,26 @@ def test_context_parallelism_raises(strategy):
         return public.attention(arguments, strategy, "seq")
 
     mapped = jax.shard_map(call, mesh=mesh_of(seq=2), in_specs=P(None, "seq"), out_specs=PART)
-    with pytest.raises(ValueError, match="visibility is given; expected whole sequences with segm"):
+    with pytest.raises(ValueError, match="query_segment_ids is given; expected whole sequences"):
         jax.eval_shape(mapped, x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_context_parallelism_says_what_it_does_not_take(strategy):
+    words = {
+        "query_segment_ids": "expected whole sequences with it: call jax_fa3.dot_product_attention",
+        "visibility": "expected whole sequences",
+        "attention_chunk": "expected whole sequences",
+        "bias": "expected whole sequences",
+        "query_descale": "expected bfloat16, float16 or float32 inputs",
+        "sequence_parallel": "expected dot_product_attention with it",
+    }
+    x = jnp.zeros((1, 8, 4, 16), "bfloat16")
+    for name, expected in words.items():
+        with pytest.raises(TypeError, match=f"{strategy}_attention takes no {name}; {expected}"):
+            STRATEGIES[strategy](x, x, x, axis_name="seq", **{name: None})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
+        STRATEGIES[strategy](x, x, x, axis_name="seq", dropout=0.1)
 
 
 def test_varlen_with_a_table_made_before():

@@ -73,6 +73,9 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         ["kv_start", "(2, 3, 16)", "(2, 4, 16)", "(2, 2, 16)"],
     ),
     (SELF, dict(kv_end=np.zeros((16,), np.int32)), ValueError, ["kv_end", "(16,)", "(2, 16)"]),
+    (SELF, dict(kv_end=[]), ValueError, ["kv_end has shape (0,)", "(2, 16)"]),
+    (SELF, dict(query_segment_ids=[[]]), ValueError, ["query_segment_ids", "(1, 0)", "(2, 16)"]),
+    (SELF, dict(query_seq_lengths=[]), ValueError, ["query_seq_lengths", "(0,)", "(2,)"]),
     (SELF, dict(kv_end=7), ValueError, ["kv_end", "()", "(2, 16)"]),
     (SELF, dict(attention_chunk=0), ValueError, ["attention_chunk", "0", "at least 1"]),
     (SELF, dict(attention_chunk=1.5), TypeError, ["attention_chunk", "1.5", "int"]),
@@ -83,6 +86,36 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         dict(visibility=jax.vmap(jax_fa3.make_visibility)(ONES[None])),
         ValueError,
         ["visibility", "(1, 2, 1,", "(batch, heads, words)"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x[0], TABLE)),
+        ValueError,
+        ["visibility", "(1, 76)", "(heads, words) with query of 3 dimensions"],
+    ),
+    (  # as a tree of parameters is cast
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x.astype("bfloat16"), TABLE)),
+        TypeError,
+        ["visibility.table has dtype bfloat16", "int32"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x[..., 1:], TABLE)),
+        ValueError,
+        ["visibility has a table of shape (2, 1, 75)", "(batch, heads, 76)", "16 query rows"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(lambda x: x.ravel()[:76], TABLE)),
+        ValueError,
+        ["visibility has a table of shape (76,)", "(batch, heads, 76)"],
+    ),
+    (
+        SELF,
+        dict(visibility=jax.tree.map(str, TABLE)),
+        TypeError,
+        ["visibility has a table that is a str", "int32 array"],
     ),
     (SELF, dict(visibility=ONES), TypeError, ["visibility", "ndarray", "make_visibility"]),
     (
@@ -166,6 +199,8 @@ BAD_TABLES = [
     ({}, ValueError, ["None", "expected", "kv_start"]),
     (dict(kv_end=ONES), ValueError, ["seqlen_k is None", "expected an int"]),
     (dict(cu_seqlens_q=[0, 4]), ValueError, ["seqlen_q is None"]),
+    (dict(cu_seqlens_q=[], seqlen_q=4), ValueError, ["cu_seqlens_q has no entries", "one more"]),
+    (dict(query_segment_ids=[], seqlen_q=4), ValueError, ["query_segment_ids has 0 entries", "4"]),
     (dict(attention_chunk=4, seqlen_q=9), ValueError, ["seqlen_k is None"]),
     (
         dict(query_segment_ids=ONES, seqlen_q=15),
@@ -205,6 +240,21 @@ BAD_TABLES = [
         ValueError,
         ["cu_seqlens_q is 3 at position 2", "before"],
     ),
+    (
+        dict(cu_seqlens_q=[[0, 4], [0, 5]], seqlen_q=4),
+        ValueError,
+        ["cu_seqlens_q is 5 at position 1 of batch entry 1", "at most 4", "rows"],
+    ),
+    (
+        dict(cu_seqlens_q=[0, 4], cu_seqlens_k=[0, 7], seqlen_q=4, seqlen_k=6),
+        ValueError,
+        ["cu_seqlens_k is 7 at position 1", "at most 6", "keys"],
+    ),
+    (
+        dict(cu_seqlens_q=[0, 4], seqlen_q=4, seqlen_k=3),
+        ValueError,
+        ["cu_seqlens_q is 4 at position 1", "at most 3", "keys"],
+    ),
     (dict(cu_seqlens_q=[0, 4], seqlen_q=4, window=3), ValueError, ["window is 3", "pair"]),
     (
         dict(cu_seqlens_q=[0, 4], seqlen_q=4, window=(-2, 0)),
@@ -237,11 +287,32 @@ BAD_VARLEN = [
     ),
     (dict(cu_seqlens_q=[0, 16.0]), TypeError, ["cu_seqlens_q", "float"]),
     (dict(cu_seqlens_q=[0, 9, 7]), ValueError, ["cu_seqlens_q is 7 at position 2"]),
+    (dict(softmax_scale="1"), TypeError, ["softmax_scale is '1'", "Python number"]),
+    (dict(softmax_scale=np.inf), ValueError, ["softmax_scale is inf", "finite"]),
+    (
+        dict(cu_seqlens_q=[[0, 16]]),
+        ValueError,
+        ["cu_seqlens_q has shape (1, 2)", "(documents + 1,)"],
+    ),
+    (
+        dict(cu_seqlens_q=[]),
+        ValueError,
+        ["cu_seqlens_q has shape (0,)", "(documents + 1,)", "int32"],
+    ),
+    (dict(cu_seqlens_k=[[]]), ValueError, ["cu_seqlens_k has shape (1, 0)", "(documents + 1,)"]),
+    (dict(cu_seqlens_q=16), ValueError, ["cu_seqlens_q has shape ()", "(documents + 1,)"]),
+    (dict(cu_seqlens_q=None), TypeError, ["cu_seqlens_q is a NoneType", "expected an array"]),
+    (dict(cu_seqlens_q=[0, 9, 17]), ValueError, ["cu_seqlens_q is 17 at position 2", "16"]),
+    (
+        dict(cu_seqlens_k=[0, 20], key=X[:15], value=X[:15]),
+        ValueError,
+        ["cu_seqlens_k is 20 at position 1", "15, the number of keys"],
+    ),
     (dict(max_seqlen_q=1.5), TypeError, ["max_seqlen_q", "1.5", "int"]),
     (dict(window_size=4), ValueError, ["window_size is 4", "pair"]),
     (dict(causal=None), TypeError, ["causal", "None", "bool"]),
     (dict(query=None), TypeError, ["query is None"]),
-    (dict(key=X[:, 0]), ValueError, ["key has 2 dimensions"]),
+    (dict(key=X[:, 0]), ValueError, ["key has shape (16, 32)", "(rows, heads, head_dim)"]),
     (dict(query=X[:8]), ValueError, ["cu_seqlens_k is None", "8", "16"]),
     (
         dict(
@@ -274,3 +345,4 @@ def test_bad_varlen(change, error, words):
         jax_fa3.flash_attention_varlen(**good | change)
     message = str(raised.value)
     assert all(word in message for word in words) and "expected" in message, message
+    assert "batch" not in message and " scale" not in message, message

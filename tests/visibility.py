@@ -52,7 +52,7 @@ def _of_head(x, h, heads):
 
 def _plane(seqlen_q, seqlen_k, sources):
     intervals = [(0, seqlen_k)] * seqlen_q
-    is_valid = _is_valid(sources)
+    is_valid = _is_valid(sources) and _are_documents(seqlen_q, seqlen_k, sources)
     if is_valid:
         intervals = [_interval(i, seqlen_q, seqlen_k, sources) for i in range(seqlen_q)]
     greatest, greatests = (0, 0), []
@@ -140,6 +140,18 @@ def _is_valid(sources):
     return all(map(_is_in_order, (ids, of_keys)))
 
 
+def _are_documents(seqlen_q, seqlen_k, sources):
+    cu_q = sources.get("cu_seqlens_q")
+    if cu_q is None:
+        return True
+    cu_k = sources.get("cu_seqlens_k")
+    cu_k = cu_q if cu_k is None else cu_k
+    return all(
+        list(cu) == sorted(cu) and 0 <= cu[0] and cu[-1] <= n
+        for cu, n in ((cu_q, seqlen_q), (cu_k, seqlen_k))
+    )
+
+
 def _is_in_order(ids):
     last, gap = 0, False
     for a in ids:
@@ -198,6 +210,8 @@ KINDS = (
     "all",
     "broken ids",
     "broken ids of both",
+    "broken documents",
+    "broken documents of both",
 )
 
 
@@ -219,11 +233,18 @@ def random_problem(rng, kind, most=200):
         name = rng.choice(["query_segment_ids", "key_value_segment_ids"])
         at = rng.integers(0, sources[name].shape[1])
         sources[name][rng.integers(BATCH), at] = rng.integers(-1, 9)
-    if kind in ("documents", "documents of both", "all"):
+    if "documents" in kind or kind == "all":
         count = int(rng.integers(1, 8))
-        sources["cu_seqlens_q"] = _stacked(rng, batch, cu_seqlens, seqlen_q, count)
-        if kind == "documents of both":
+        of_both = kind.endswith("documents of both")
+        rows = seqlen_q if of_both else min(seqlen_q, seqlen_k)
+        batch = (BATCH,) if kind.startswith("broken") else batch
+        sources["cu_seqlens_q"] = _stacked(rng, batch, cu_seqlens, rows, count)
+        if of_both:
             sources["cu_seqlens_k"] = _stacked(rng, batch, cu_seqlens, seqlen_k, count)
+        if kind.startswith("broken"):
+            x = sources["cu_seqlens_k" if of_both and rng.integers(2) else "cu_seqlens_q"]
+            entries = rng.integers(BATCH, size=3), rng.integers(count + 1, size=3)
+            x[entries] = rng.choice([-1, 0, 3, rows, 2 * rows, 1 << 30], 3)
         sources["causal"] = bool(rng.integers(2))
         sources["window"] = tuple(int(n) for n in rng.integers(-1, 30, 2))
     if kind in ("intervals", "start", "end", "all"):

@@ -5,7 +5,11 @@ Each is `dot_product_attention` of the whole sequence, given and returning each 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -18,8 +22,38 @@ from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.vjp import attend
 
 LAYOUTS = ("contiguous", "zigzag")
+INSTEAD = (
+    "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
+    "of jax.shard_map, which gathers a sequence that arrives split; a divided one has is_causal, "
+    "local_window_size, query_offset and lengths alone"
+)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _of_divided(function: Function) -> Function:
+    """The function, which says why it lacks what dot_product_attention has."""
+    known = inspect.signature(function).parameters
+    names = {field.name for field in dataclasses.fields(Arguments)} - known.keys()
+
+    @functools.wraps(function)
+    def checked(*arguments, **keywords):
+        for name in keywords:
+            if name in names:
+                raise TypeError(f"{function.__name__} takes no {name}; {_instead(name)}")
+        return function(*arguments, **keywords)
+
+    return cast(Function, checked)
+
+
+def _instead(name: str) -> str:
+    if name == "sequence_parallel":
+        return "expected dot_product_attention with it: the function is such a choice"
+    if name.endswith("_descale") or name == "value_is_prepared":
+        return "expected bfloat16, float16 or float32 inputs: forward_dtype finds scales by itself"
+    return INSTEAD
+
+
+@_of_divided
 def ring_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -68,7 +102,9 @@ def ring_attention(
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
         layout "zigzag" with an odd number of rows.
-      TypeError, NotImplementedError: as in `dot_product_attention`.
+      TypeError: also for a bias, mask, segment ids, intervals, chunks or a table of visibility,
+        which need whole sequences.
+      NotImplementedError: as in `dot_product_attention`.
 
     Numerics:
       Partial results are rounded to the input dtype by the kernels and merged in float32: the error
@@ -92,6 +128,7 @@ def ring_attention(
     return _attend("ring", **locals())
 
 
+@_of_divided
 def allgather_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -129,6 +166,7 @@ def allgather_attention(
     return _attend("allgather", **locals())
 
 
+@_of_divided
 def ulysses_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -181,6 +219,8 @@ def attention(
 ) -> Any:
     """The attention of these arguments by one of the strategies."""
     size = _axis_size(f"{strategy}_attention", axis_name)
+    if arguments.needs_whole:
+        raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
     options, operands = api.prepare(arguments)
     _check_layout(layout, size, query=operands.query, key=operands.key)
     # A device's part of the work goes through sharding, which divides batch and heads where their

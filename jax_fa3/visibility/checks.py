@@ -1,6 +1,7 @@
 """Is what tells which keys a row sees legal: segment ids, intervals, chunks, documents.
 
-Values are checked where they are known; ids that a traced array turns out to have wrong give NaN.
+Values are checked where they are known; ids and documents that a traced array turns out to have
+wrong give NaN.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from jax_fa3.arguments import Arguments, values_of
 from jax_fa3.operands import Sources
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
 from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
+from jax_fa3.visibility.layout import Layout
 from jax_fa3.visibility.table import Visibility
 
+DOCUMENTS = ("cu_seqlens_q", "cu_seqlens_k")
 BY_HEAD = ("kv_start", "kv_end")
 OFF = -1  # a side of a window, as flash-attn has it
 
@@ -78,8 +81,13 @@ def check_sources(
     seqlen_k = _agreed("seqlen_k", seqlen_k, of_keys)
     _check_extents(sources)
     check_ids(sources, seqlen_q, seqlen_k)
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        _check_documents(name, sources.get(name))
+    documents = {name: sources[name] for name in DOCUMENTS if name in sources}
+    for name, x in documents.items():
+        _check_documents(name, x)
+    for x, what, seqlen in (("q", "rows", seqlen_q), ("k", "keys", seqlen_k)):
+        name = f"cu_seqlens_{x}"
+        name = name if name in documents else "cu_seqlens_q"  # keys have the documents of rows
+        _check_ends(name, documents.get(name), what, seqlen)
     if sources.keys() >= {"cu_seqlens_q", "cu_seqlens_k"}:
         count_q, count_k = (sources[f"cu_seqlens_{x}"].shape[-1] for x in "qk")
         if count_q != count_k:
@@ -156,10 +164,9 @@ def _check_visibility(arguments: Arguments) -> None:
             "gives"
         )
     if arguments.makes_visibility:
-        name = next(iter(arguments.sources), "attention_chunk")
         raise ValueError(
-            f"visibility is given and so is {name}; expected one of them: make_visibility takes "
-            "such arguments"
+            f"visibility is given and so is {arguments.source_of_visibility}; expected one of "
+            "them: make_visibility takes such arguments"
         )
     made = visibility.options.seqlen_q, visibility.options.seqlen_k
     if made != (n.seqlen_q, n.seqlen_k):
@@ -167,20 +174,40 @@ def _check_visibility(arguments: Arguments) -> None:
             f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
             f"{n.seqlen_k} like query and key"
         )
-    if visibility.table.ndim != 3:
+    _check_table(visibility)
+    *batch, heads, _ = visibility.table.shape
+    if len(batch) > 1 or not batch and arguments.query.ndim == 4:
+        forms = ("(batch, heads, words)", "(heads, words) with query of 3 dimensions")
         raise ValueError(
-            f"visibility has a table of shape {shape_of(visibility.table)}; expected (batch, "
-            "heads, words): what jax.vmap made is for jax.vmap to map"
+            f"visibility has a table of shape {shape_of(visibility.table)}; expected "
+            f"{one_of(forms)}: what jax.vmap made is for jax.vmap to map"
         )
-    batch, heads, _ = visibility.table.shape
-    if batch not in (1, n.batch):
+    if batch and batch[0] not in (1, n.batch):
         raise ValueError(
-            f"visibility has batch = {batch}; expected {one_of(_some(1, n.batch))} like query"
+            f"visibility has batch = {batch[0]}; expected {one_of(_some(1, n.batch))} like query"
         )
     if heads not in (1, n.num_heads_q, n.num_heads_kv):
         raise ValueError(
             f"visibility has {heads} heads; expected "
             f"{one_of(_some(1, n.num_heads_q, n.num_heads_kv))} like query or key"
+        )
+
+
+def _check_table(visibility: Visibility) -> None:
+    """Its table is one that make_visibility may have made, as far as its type tells."""
+    table, options = visibility.table, visibility.options
+    if not (hasattr(table, "shape") and hasattr(table, "dtype")):
+        raise TypeError(
+            f"visibility has a table that is a {type(table).__name__}; expected the int32 array "
+            "that jax_fa3.make_visibility gives"
+        )
+    check_dtype("visibility.table", table, ("int32",))
+    words = Layout.of(options.seqlen_q, options.seqlen_k).words
+    if len(table.shape) < 2 or table.shape[-1] != words:
+        raise ValueError(
+            f"visibility has a table of shape {shape_of(table)}; expected (batch, heads, {words}), "
+            f"as jax_fa3.make_visibility gives for {options.seqlen_q} query rows and "
+            f"{options.seqlen_k} keys"
         )
 
 
@@ -237,7 +264,7 @@ def _check_extents(sources: dict[str, Any]) -> None:
 def _check_runs(name: str, ids: Any) -> None:
     """Every id but 0 stands in one run."""
     rows = _by_row(ids)
-    _raise_at(name, rows, rows < 0, "expected at least 0")
+    _raise_at(name, ids, rows < 0, "expected at least 0")
     for b, row in enumerate(rows):
         starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 1))
         order = np.argsort(row[starts], kind="stable")
@@ -246,8 +273,8 @@ def _check_runs(name: str, ids: Any) -> None:
         if again.size:
             at = starts[again.min()]
             raise ValueError(
-                f"{name} is {row[at]} at position {at} of batch entry {b}, as before another id; "
-                "expected each id but 0 in one run of neighbours"
+                f"{name} is {row[at]} at {_place(ids, b, at)}, as before another id; expected "
+                " each id but 0 in one run of neighbours"
             )
 
 
@@ -256,16 +283,16 @@ def _check_order(name: str, ids: Any) -> None:
     rows = _by_row(ids)
     before = np.maximum.accumulate(rows, axis=1) if rows.size else rows
     gap = np.maximum.accumulate((rows == 0) & (before > 0), axis=1) if rows.size else rows
-    _raise_at(name, rows, rows < 0, "expected at least 0")
+    _raise_at(name, ids, rows < 0, "expected at least 0")
     _raise_at(
         name,
-        rows,
+        ids,
         (rows > 0) & (rows < before),
         "after a greater one; expected ids that do not fall",
     )
     _raise_at(
         name,
-        rows,
+        ids,
         (rows > 0) & gap.astype(bool),
         "after a 0 that follows other ids; expected zeros before and behind all ids only",
     )
@@ -279,7 +306,14 @@ def _check_documents(name: str, cu_seqlens: Any) -> None:
         raise ValueError(f"{name} has no entries; expected one more than documents")
     rows = _by_row(cu_seqlens)
     falls = np.diff(rows, axis=1, prepend=0) < 0
-    _raise_at(name, rows, falls, "expected at least 0, and no less than the entry before")
+    _raise_at(name, cu_seqlens, falls, "expected at least 0, and no less than the entry before")
+
+
+def _check_ends(name: str, cu_seqlens: Any, what: str, seqlen: int) -> None:
+    """Documents end at the last row, or key, or before."""
+    if cu_seqlens is not None:
+        expected = f"expected at most {seqlen}, the number of {what}"
+        _raise_at(name, cu_seqlens, _by_row(cu_seqlens) > seqlen, expected)
 
 
 def _by_row(x: Any) -> np.ndarray:
@@ -288,12 +322,16 @@ def _by_row(x: Any) -> np.ndarray:
     return np.zeros((0, x.shape[-1]), np.int32) if values is None else np.atleast_2d(values)
 
 
-def _raise_at(name: str, rows: np.ndarray, wrong: np.ndarray, expected: str) -> None:
-    """Raises for the first wrong element."""
+def _raise_at(name: str, x: Any, wrong: np.ndarray, expected: str) -> None:
+    """Raises for the first element of `x` that is wrong, of those that _by_row has."""
     found = np.argwhere(wrong)
     if found.size:
         b, i = found[0]
-        raise ValueError(f"{name} is {rows[b, i]} at position {i} of batch entry {b}; {expected}")
+        raise ValueError(f"{name} is {_by_row(x)[b, i]} at {_place(x, b, i)}; {expected}")
+
+
+def _place(x: Any, b: int, i: int) -> str:
+    return f"position {i}" + (f" of batch entry {b}" if x.ndim > 1 else "")
 
 
 def _some(*numbers: int) -> tuple[str, ...]:

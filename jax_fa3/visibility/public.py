@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import Arguments, as_array, as_int32, is_array, is_int64
+from jax_fa3.arguments import Arguments, as_indices, is_array
 from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
@@ -48,7 +48,7 @@ def make_visibility(
       query_offset: as in `dot_product_attention`, for attention_chunk, with which alone it goes.
       cu_seqlens_q: int32 (C,) or (B, C): document d has the query rows from cu_seqlens_q[d] to
         cu_seqlens_q[d + 1]; its rows see keys of the same document. Padded by repeating the last
-        value. Needs seqlen_q.
+        value. Entries are at least 0, do not fall, and are at most seqlen_q. Needs seqlen_q.
       cu_seqlens_k: the same of keys, by default cu_seqlens_q; needs seqlen_k.
       causal, window: of documents, with cu_seqlens alone: row i of q in a document sees keys up to
         i + k - q of its k; window is (left, right) around that position, both ends included, -1
@@ -61,8 +61,9 @@ def make_visibility(
       scan, and be mapped by jax.vmap.
 
     Raises:
-      ValueError: shapes or values do not fit; ids whose values are known that are no runs. Ids that
-        turn out so at run time give NaN in the calls that have them.
+      ValueError: shapes or values do not fit; ids whose values are known that are no runs, and
+        documents that fall or go past the rows. What turns out so at run time gives NaN in the
+        calls that have it.
       TypeError: a wrong dtype, or an array where a Python value must stand.
 
     Example:
@@ -124,6 +125,7 @@ def of_call(arguments: Arguments) -> jax.Array:
     """The table of a checked call that has one, for one head or all query heads."""
     if arguments.visibility is not None:
         made = arguments.visibility.table
+        made = made if made.ndim == 3 else made[None]  # a plane of each head, as jax.vmap maps it
     else:
         offset, n = arguments.query_offset, arguments.extents
         chunk = _chunk(arguments.attention_chunk)
@@ -160,9 +162,3 @@ def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array
 
 def _chunk(attention_chunk: int | None) -> int:
     return min(int(attention_chunk or 0), UNBOUNDED)
-
-
-def as_indices(name: str, x: Any) -> Any:
-    """An argument as an array, int32 if it was int64."""
-    x = as_array(name, x) if not is_array(x) else x
-    return as_int32(name, x) if is_int64(x) else x

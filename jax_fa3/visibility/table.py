@@ -14,17 +14,19 @@ next; then the rows that may see a key are an interval too.
                   reach into the group of keys, (NONE, NONE, 0, 0) without any
     rows_end      the number of rows up to the last that sees something; keys_end likewise
 
-Ids that break their rule make a plane that is not valid: every row sees everything, and the call
-gives NaN.
+Ids and documents that break their rule make a plane that is not valid: every row sees everything,
+and the call gives NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -41,11 +43,35 @@ MOST = np.iinfo(np.int32).max
 class Visibility:
     """Which keys each row sees, as the kernels read it; `make_visibility` makes it.
 
-    A pytree: it may be an argument of jax.jit, be mapped by jax.vmap and be closed over by a scan.
+    A pytree: it may be an argument of jax.jit and of what jax.export serializes, be mapped by
+    jax.vmap and be closed over by a scan.
     """
 
     table: Array  # int32 (B or 1, heads or 1, words)
     options: VisibilityOptions
+
+    def __repr__(self) -> str:
+        """Of arrays the types alone: a table has many words."""
+        x = self.table
+        table = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+        return f"Visibility(table={table}, options={self.options})"
+
+
+def _options_to_bytes(of_tree: tuple[VisibilityOptions]) -> bytes:
+    (options,) = of_tree
+    return json.dumps(dataclasses.asdict(options)).encode()
+
+
+def _options_from_bytes(data: bytes) -> tuple[VisibilityOptions]:
+    return (VisibilityOptions(**json.loads(data)),)
+
+
+jax.export.register_pytree_node_serialization(
+    Visibility,
+    serialized_name="jax_fa3.Visibility",
+    serialize_auxdata=_options_to_bytes,
+    deserialize_auxdata=_options_from_bytes,
+)
 
 
 class Plane:
@@ -136,6 +162,43 @@ def make(options: VisibilityOptions, sources: Sources) -> Operands:
     return Operands(visibility=jnp.concatenate([_part(x) for x in parts], -1))
 
 
+def with_legal_documents(
+    options: VisibilityOptions, sources: Sources, tables: Operands
+) -> Operands:
+    """Tables that were made of such sources, with planes that are not valid where documents break
+    their rule: those begin at 0 or later, do not fall, and end at the last row and key."""
+    if sources.cu_seqlens_q is None:
+        return tables
+    is_valid = _are_documents(sources.cu_seqlens_q, options.seqlen_q)
+    is_valid &= _are_documents(sources.cu_seqlens_k, options.seqlen_k)
+    made = jnp.where(is_valid[:, None, None], tables.visibility, _not_valid(options))
+    return Operands(visibility=made)
+
+
+def _are_documents(cu_seqlens: Array, seqlen: int) -> Array:
+    """bool [batch], of [batch, count]."""
+    falls = cu_seqlens[:, 1:] < cu_seqlens[:, :-1]
+    return (cu_seqlens[:, 0] >= 0) & ~falls.any(1) & (cu_seqlens[:, -1] <= seqlen)
+
+
+def _not_valid(options: VisibilityOptions) -> Array:
+    """A plane that is not valid, int32 [1, 1, words]."""
+    rows, keys = options.seqlen_q, options.seqlen_k
+    parts = [
+        (1, (MONOTONE, rows, keys, 0)),
+        (rows, (0, keys)),
+        (groups(rows), (0, 0, keys, keys)),
+        (groups(keys), (0, 0, rows, rows)),
+        (keys, (0, rows)),
+    ]
+    # Of numbers, not of a constant array, which custom_partitioning does not take.
+    words = [
+        _part(jnp.stack([jnp.full((1, 1, count), word, jnp.int32) for word in entry], -1))
+        for count, entry in parts
+    ]
+    return jnp.concatenate(words, -1)
+
+
 def _intervals(options: VisibilityOptions, sources: Sources) -> tuple[Array, Array, Array]:
     """(begin, end) of the keys that rows see, [batch, heads, seqlen_q], both within the keys, and
     whether the ids keep their rule, [batch, heads]."""
@@ -192,7 +255,7 @@ def _runs_of_keys(ids: Array, of_keys: Array) -> tuple[Array, Array, Array]:
     is_valid = _are_in_order(ids) & _are_in_order(of_keys)
     # Zeros behind the ids count as the greatest, so that the array never falls.
     behind = (of_keys == 0) & (lax.cummax(of_keys, axis=1) > 0)
-    of_keys, used = jnp.where(behind, MOST, of_keys), (~behind).sum(1, keepdims=True)
+    of_keys, used = jnp.where(behind, MOST, of_keys), (~behind).sum(1, jnp.int32, keepdims=True)
     return _count(of_keys, ids - 1), jnp.minimum(_count(of_keys, ids), used), is_valid
 
 
