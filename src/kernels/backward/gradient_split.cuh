@@ -84,7 +84,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
     auto tP = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dV of the step before
 
-    this->for_each_step([&](const auto& walk) {
+    const auto step = [&](const auto& walk) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockM>();
       // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
       const bool cut = __any_sync(0xffffffff, walk.cuts(queries));
@@ -108,7 +108,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
       issue_mma<Accumulate::kAdd>(
           mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(shared.dout[cursor.stage])), tDV);
       cursor.advance();
-    });
+    };
+    this->for_each_step(step);
     wait_mma<0>(tDV);
     release(shared.dout_ring, cursor.before());
   }
@@ -120,7 +121,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
     auto tDS = make_operand_a<Element, T::kBlockM>();
     bool pending = false;  // dK of the step before
 
-    this->for_each_step([&](const auto& walk) {
+    const auto step = [&](const auto& walk) {
       auto tDP = make_accumulator<typename T::MmaS, T::kBlockM>();
       wait_full(shared.query_ring, cursor);  // the statistics
       if (walk.cuts(queries)) this->clear_query_tail(walk.m);
@@ -141,7 +142,8 @@ struct GradientSplitConsumer : TileConsumer<T> {
       issue_mma<Accumulate::kAdd>(
           mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(shared.query[cursor.stage])), tDK);
       cursor.advance();
-    });
+    };
+    this->for_each_step(step);
     wait_mma<0>(tDK);
     release(shared.query_ring, cursor.before());
   }

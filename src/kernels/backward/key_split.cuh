@@ -34,7 +34,14 @@ struct KeySplitConsumer : TileConsumer<T> {
         this->await_keys();
         this->template clear_tail<typename T::KTile>(shared.key);
         this->template clear_tail<typename T::VTile>(shared.value);
-        this->for_each_step([&](const auto& walk) { step(tDK, tDV, walk); });
+        if constexpr (T::kListed) {
+          this->for_each_listed_step([&](const auto& listed) { step(tDK, tDV, listed); });
+        } else {
+          QueryWalk walk = this->walk();
+          do {
+            step(tDK, tDV, walk);
+          } while (walk.next());
+        }
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;

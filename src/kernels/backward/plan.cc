@@ -87,7 +87,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 
   const auto dq_tiles = count_tiles(
       shape.batch, shape.num_heads_q,
-      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim)));
+      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim, key.dense)));
   if (!dq_tiles.ok()) return dq_tiles.status();
   plan.dquery.num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dquery.grid =

@@ -70,19 +70,24 @@ struct TileConsumer {
     sync_warpgroup();
   }
 
-  // Calls step(walk) for each step of the tile at hand, which has one at least. Of a list, step by
-  // step, when the queries have arrived.
+  // The steps of the tile at hand, which has one at least: a walk, or those of a list, for which
+  // step(listed) is called when their queries have arrived.
+  template <class Step>
+  CUTE_DEVICE void for_each_listed_step(const Step& step) const {
+    CUTE_NO_UNROLL
+    for (int i = queries.num_steps; i > 0; --i) {
+      wait_full(shared.query_ring, cursor);
+      const ListedStep listed = shared.step[cursor.stage];  // it changes when the stage is free
+      step(listed);
+    }
+  }
+  CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
   template <class Step>
   CUTE_DEVICE void for_each_step(const Step& step) const {
     if constexpr (T::kListed) {
-      CUTE_NO_UNROLL
-      for (int i = queries.num_steps; i > 0; --i) {
-        wait_full(shared.query_ring, cursor);
-        const ListedStep listed = shared.step[cursor.stage];  // it changes when the stage is free
-        step(listed);
-      }
+      for_each_listed_step(step);
     } else {
-      QueryWalk walk(p, work().tile, queries);
+      QueryWalk walk = this->walk();
       do {
         step(walk);
       } while (walk.next());

@@ -3,11 +3,15 @@
 
 #include <cstdint>
 
+#include "call/types.h"
+
 namespace jax_fa3 {
 
 // Query rows of a work tile, 64 for each consumer warpgroup: three of them where their accumulators
-// fit the registers.
-constexpr int dquery_block_m(int head_dim) { return head_dim <= 96 ? 192 : 128; }
+// fit the registers, with a bias up to a smaller head_dim.
+constexpr int dquery_block_m(int head_dim, Dense dense) {
+  return head_dim <= (dense == Dense::kNone ? 96 : 64) ? 192 : 128;
+}
 
 struct DQueryPlan {
   std::int32_t heads_per_group;  // (batch, query head) pairs whose K and V are in use at once

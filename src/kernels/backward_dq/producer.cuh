@@ -6,6 +6,19 @@
 
 namespace jax_fa3 {
 
+// What has been taken, where there is room for it: a warp that walks a list has few registers.
+template <class T>
+CUTE_DEVICE const auto& taken(typename T::SharedStorage& shared,
+                              const typename T::Works::Load& load) {
+  if constexpr (T::kListed) {
+    if (threadIdx.x == 0) shared.load = load;
+    __syncwarp();
+    return shared.load;
+  } else {
+    return load;
+  }
+}
+
 template <class T>
 CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
                                     typename T::SharedStorage& shared) {
@@ -19,8 +32,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
                       : shared.works.take(works_cursor, load);
   };
   for (typename T::Works::Load load; take(load);) {
-    const WorkTile tile = load.tile;
-    const int head_kv = load.head_kv;
+    const auto& [tile, head_kv, range] = taken<T>(shared, load);
     const int row = tile.block * T::kBlockM;
 
     const auto load_queries = [&] {
@@ -60,7 +72,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
     // Without keys nobody reads the queries, but the rings stay in step.
     if constexpr (T::kListed) {
       const bool loads = threadIdx.x == 0;
-      if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), load.range, row};
+      if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), range, row};
       __syncwarp();
       const TileCounts counts = shared.rows.count();
       if (loads) {
@@ -73,7 +85,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
         if (loads) load_keys(walk.n, is_first);
       }
     } else {
-      const TileRange keys = load.range;
+      const TileRange keys = range;
       if (keys.empty()) load_queries();
       CUTE_NO_UNROLL
       for (int n = keys.end - 1; n >= keys.begin; --n) load_keys(n, n == keys.end - 1);

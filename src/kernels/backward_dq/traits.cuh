@@ -40,7 +40,7 @@ struct DQueryTraits {
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
-  static constexpr int kBlockM = dquery_block_m(kHeadDim);
+  static constexpr int kBlockM = dquery_block_m(kHeadDim, Config::kDense);
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of
   // keys and bias.
@@ -84,7 +84,9 @@ struct DQueryTraits {
     alignas(1024) Element bias[kValueStages][BiasTile::kElements];
     int key_tile[kKeyStages];  // its number
     TileCounts counts;
-    Rows rows;  // the producer's
+    // The producer's, which has few registers.
+    typename Works::Load load;
+    Rows rows;
   };
   struct Nothing {};
 
