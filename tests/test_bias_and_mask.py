@@ -105,7 +105,7 @@ def test_backward(wanted):
     assert args == [QUERY, KEY, KEY, QUERY, "2x4x40xf32", QUERY, PADDED, TABLE]
     assert results[:-1] == [QUERY, KEY, KEY] + [PADDED] * wanted
     plan = native.module().backward_plan(
-        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, True, False, 132
+        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", False, 132
     )
     assert results[-1] == f"{plan['workspace_bytes']}xui8"
     assert ("slice" in operations_of(text)) == wanted
@@ -344,7 +344,7 @@ def test_forward_dtype_is_left_out(name, caplog, monkeypatch, capsys):
     jax_fa3.doctor(*x, **given)
     said = capsys.readouterr().out
     assert f"would run its forward pass in the dtype of its inputs: {reason}" in said
-    assert "forward plan: dtype=bf16, head_dim=64" in said and "dense=bias" in said
+    assert "forward plan: dtype=bf16, head_dim=64" in said and f"dense={name}" in said
 
 
 def test_the_kernels_are_required(monkeypatch, capsys):
