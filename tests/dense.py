@@ -102,12 +102,10 @@ class Dense(Case):
 
     @property
     def spoiled_bias(self):
-        """NaN where nobody is allowed to see what a value stands for, but in rows that see nothing:
-        there it may reach the gradients of the keys."""
+        """NaN where nobody is allowed to see what a value stands for."""
         if self.bias is None:
             return None
-        stays = self.allowed | ~self.sees.any(-1, keepdims=True)
-        return np.where(self.met(stays), self.bias_array, np.nan).astype(self.dtype)
+        return np.where(self.met(self.allowed), self.bias_array, np.nan).astype(self.dtype)
 
     def met(self, sees):
         """Of each value of the bias, whether some row sees a key that it stands for."""
