@@ -4,61 +4,69 @@
 # A family is a folder of src/kernels with a family.h. Its rows are its Config's arguments, each for
 # every dtype of the family, which comes first where there are several.
 #
-# Forward rows:  head_dim head_dim_v block_m block_n dense
-# Backward rows: head_dim head_dim_v block_m block_n separate_dq dense
+# Forward rows:  head_dim head_dim_v block_m block_n variant
+# Backward rows: head_dim head_dim_v block_m block_n separate_dq variant
 # Float8 rows:   head_dim head_dim_v block_m block_n
-# separate_dq: dQ has a kernel of its own (kernels/backward/config.h); dense: the calls that it is for
-# (call/types.h).
+# separate_dq: dQ has a kernel of its own (kernels/backward/config.h); variant: the calls that it is
+# for (call/types.h).
 # The planner weighs a head dim's rows against each other: forward by their makespan, backward the
 # first that is deterministic if need be.
 
 set(JAX_FA3_FAMILIES forward forward_float8 backward)
 
 set(JAX_FA3_FORWARD_TILES
-  " 64  64 192 128 Dense::kNone"
-  " 64  64 128 128 Dense::kNone"
-  " 96  96 192  96 Dense::kNone"
-  "128 128 192  80 Dense::kNone"
-  "128 128 128 128 Dense::kNone"
-  "192 128 192  80 Dense::kNone"
-  "192 128 128 128 Dense::kNone"
-  "192 192 128  80 Dense::kNone"
-  "256 256 128  64 Dense::kNone"
-  " 64  64 192 128 Dense::kMask"
-  " 96  96 192  96 Dense::kMask"
-  "128 128 192  80 Dense::kMask"
-  "192 128 192  80 Dense::kMask"
-  "192 192 128  80 Dense::kMask"
-  "256 256 128  64 Dense::kMask"
-  " 32  32 192 128 Dense::kBias"
-  " 64  64 192 128 Dense::kBias"
-  " 96  96 192  96 Dense::kBias"
-  "128 128 128 128 Dense::kBias"
-  "192 128 128  64 Dense::kBias"
-  "192 192 128  64 Dense::kBias"
-  "256 256 128  64 Dense::kBias"
+  " 64  64 192 128 Variant::kPlain"
+  " 64  64 128 128 Variant::kPlain"
+  " 96  96 192  96 Variant::kPlain"
+  "128 128 192  80 Variant::kPlain"
+  "128 128 128 128 Variant::kPlain"
+  "192 128 192  80 Variant::kPlain"
+  "192 128 128 128 Variant::kPlain"
+  "192 192 128  80 Variant::kPlain"
+  "256 256 128  64 Variant::kPlain"
+  " 64  64 192 128 Variant::kMask"
+  " 96  96 192  96 Variant::kMask"
+  "128 128 128 128 Variant::kMask"
+  "192 128 192  80 Variant::kMask"
+  "192 192 128  80 Variant::kMask"
+  "256 256 128  64 Variant::kMask"
+  " 32  32 192 128 Variant::kBias"
+  " 64  64 192 128 Variant::kBias"
+  " 96  96 192  96 Variant::kBias"
+  "128 128 128 128 Variant::kBias"
+  "192 128 128  64 Variant::kBias"
+  "192 192 128  64 Variant::kBias"
+  "256 256 128  64 Variant::kBias"
+  "128 128 192  80 Variant::kSoftcap"
+  "256 256 128  64 Variant::kSoftcap"
+  "128 128 192  80 Variant::kAlibi"
 )
 
 set(JAX_FA3_BACKWARD_TILES
-  " 64  64 128 128 false Dense::kNone"
-  " 64  64 128 128 true  Dense::kNone"
-  " 96  96  64 128 false Dense::kNone"
-  " 96  96  64 128 true  Dense::kNone"
-  "128 128  64 128 false Dense::kNone"
-  "128 128  64 128 true  Dense::kNone"
-  "192 128  64  64 true  Dense::kNone"
-  "192 192  64  64 true  Dense::kNone"
-  "256 256  64  64 true  Dense::kNone"
-  " 64  64 128 128 false Dense::kMask"
-  " 96  96  64 128 false Dense::kMask"
-  "128 128  64 128 false Dense::kMask"
-  " 32  32 128 128 true  Dense::kBias"
-  " 64  64 128 128 true  Dense::kBias"
-  " 96  96  64 128 true  Dense::kBias"
-  "128 128  64 128 true  Dense::kBias"
-  "192 128  64  64 true  Dense::kBias"
-  "192 192  64  64 true  Dense::kBias"
-  "256 256  64  64 true  Dense::kBias"
+  " 64  64 128 128 false Variant::kPlain"
+  " 64  64 128 128 true  Variant::kPlain"
+  " 96  96  64 128 false Variant::kPlain"
+  " 96  96  64 128 true  Variant::kPlain"
+  "128 128  64 128 false Variant::kPlain"
+  "128 128  64 128 true  Variant::kPlain"
+  "192 128  64  64 true  Variant::kPlain"
+  "192 192  64  64 true  Variant::kPlain"
+  "256 256  64  64 true  Variant::kPlain"
+  " 64  64 128 128 false Variant::kMask"
+  " 96  96  64 128 false Variant::kMask"
+  "128 128  64 128 false Variant::kMask"
+  " 32  32 128 128 true  Variant::kBias"
+  " 64  64 128 128 true  Variant::kBias"
+  " 96  96  64 128 true  Variant::kBias"
+  "128 128  64 128 true  Variant::kBias"
+  "192 128  64  64 true  Variant::kBias"
+  "192 192  64  64 true  Variant::kBias"
+  "256 256  64  64 true  Variant::kBias"
+  "128 128  64 128 false Variant::kSoftcap"
+  "128 128  64 128 true  Variant::kSoftcap"
+  "256 256  64  64 true  Variant::kSoftcap"
+  "128 128  64 128 false Variant::kAlibi"
+  "128 128  64 128 true  Variant::kAlibi"
 )
 
 set(JAX_FA3_FORWARD_FLOAT8_TILES

@@ -93,8 +93,8 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
          OR NOT dtype IN_LIST JAX_FA3_DTYPES_CHOSEN)
         continue()
       endif()
-      if(JAX_FA3_WITHOUT AND family STREQUAL forward AND NOT row MATCHES "kNone$")
-        continue()  # dense: the ablated kernels are not
+      if(JAX_FA3_WITHOUT AND family STREQUAL forward AND NOT row MATCHES "kPlain$")
+        continue()  # the ablated kernels are plain
       endif()
       if(JAX_FA3_WITHOUT MATCHES "192-rows" AND row MATCHES "^[0-9]+, [0-9]+, 192,")
         continue()

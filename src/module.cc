@@ -70,11 +70,13 @@ DType parse_dtype(const std::string& name) {
   throw nb::value_error(("dtype must be 'bf16' or 'fp16', got '" + name + "'").c_str());
 }
 
-Dense parse_dense(const std::string& name) {
-  for (const Dense dense : {Dense::kNone, Dense::kMask, Dense::kBias}) {
-    if (name == to_string(dense)) return dense;
+Variant parse_variant(const std::string& name) {
+  std::string names;
+  for (const Variant variant : kVariants) {
+    if (name == to_string(variant)) return variant;
+    names += std::string(names.empty() ? "" : ", ") + to_string(variant);
   }
-  throw nb::value_error(("dense must be 'none', 'mask' or 'bias', got '" + name + "'").c_str());
+  throw nb::value_error(("variant must be one of " + names + ", got '" + name + "'").c_str());
 }
 
 template <class Family>
@@ -87,11 +89,11 @@ nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t
                       std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
                       std::int64_t head_dim, std::int64_t head_dim_v, std::int32_t window_left,
                       std::int32_t window_right, bool has_index_arrays, bool has_visibility,
-                      const std::string& dense, int num_sms) {
+                      const std::string& variant, int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
   return plan_dict<Forward>(plan_forward(shape, {window_left, window_right, 0},
-                                         {has_index_arrays, has_visibility, parse_dense(dense)},
+                                         {has_index_arrays, has_visibility, parse_variant(variant)},
                                          KernelTable<Forward>::plannable(), num_sms));
 }
 
@@ -111,12 +113,12 @@ nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int
 nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
                        std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
                        std::int64_t head_dim, std::int64_t head_dim_v, bool has_index_arrays,
-                       bool has_visibility, const std::string& dense, bool deterministic,
+                       bool has_visibility, const std::string& variant, bool deterministic,
                        int num_sms) {
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
   return plan_dict<Backward>(
-      plan_backward(shape, {has_index_arrays, has_visibility, parse_dense(dense)}, deterministic,
+      plan_backward(shape, {has_index_arrays, has_visibility, parse_variant(variant)}, deterministic,
                     KernelTable<Backward>::plannable(), num_sms));
 }
 
@@ -132,7 +134,7 @@ NB_MODULE(_C, module) {
   module.def("listed_kernels", &listed_kernels, "All kernels of the matrix, compiled or not.");
   module.def("forward_plan", &forward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "window_left"_a,
-             "window_right"_a, "has_index_arrays"_a, "has_visibility"_a, "dense"_a, "num_sms"_a,
+             "window_right"_a, "has_index_arrays"_a, "has_visibility"_a, "variant"_a, "num_sms"_a,
              "Tile, order and grid of a forward call. Raises ValueError with the reason.");
   module.def("forward_float8_plan", &forward_float8_plan, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "window_left"_a,
@@ -142,7 +144,7 @@ NB_MODULE(_C, module) {
              "reason.");
   module.def("backward_plan", &backward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "has_index_arrays"_a,
-             "has_visibility"_a, "dense"_a, "deterministic"_a, "num_sms"_a,
+             "has_visibility"_a, "variant"_a, "deterministic"_a, "num_sms"_a,
              "Tile, grid and workspace of a backward call. Raises ValueError with the reason.");
 }
 

@@ -55,7 +55,7 @@ struct AblatedConsumer : ForwardConsumer<T> {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      typename T::Softmax softmax{kConditionalRescale ? p.rescale_threshold : 0.f};
+      typename T::Softmax softmax{kConditionalRescale ? p.rescale_threshold : 0.f, p.negative_threshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         skip(loaded.end - keys.end, loaded.end - keys.end);
@@ -69,8 +69,8 @@ struct AblatedConsumer : ForwardConsumer<T> {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
-      softmax.finish(tO, exists, lse);
-      this->store_lse(lse, tile, first_row);
+      softmax.finish(tO, exists, -INFINITY, lse);
+      this->store_rows(p.lse, lse, tile, first_row);
       this->store_output(tO, tile, row);
       query_cursor.advance();
       this->output_is_staged = true;
@@ -90,7 +90,7 @@ struct AblatedConsumer : ForwardConsumer<T> {
     const auto tSrQ =
         operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
-    const float scale_log2 = p.softmax_scale_log2;
+    const float scale_log2 = p.logit_scale_log2;
 
     const auto issue_scores = [&](auto& tS) {
       wait_full(shared.key_ring, key_cursor);

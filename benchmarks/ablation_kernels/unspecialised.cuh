@@ -72,7 +72,7 @@ struct UnspecialisedForward {
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
     clear(tO);
-    typename T::Softmax softmax{p.rescale_threshold};
+    typename T::Softmax softmax{p.rescale_threshold, p.negative_threshold};
     shared.query_ring[0].full[0].wait(query_phase);
     query_phase ^= 1;
 
@@ -94,7 +94,7 @@ struct UnspecialisedForward {
         issue_scores(tS);
         wait_mma<0>(tS);
         if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, Intervals{}, row, n * T::kBlockN);
-        softmax.begin(tS, p.softmax_scale_log2);
+        softmax.begin(tS, p.logit_scale_log2);
         convert(tS, tP);
         __syncthreads();
         load_key(n - T::kStages, key_cursor);
@@ -109,7 +109,7 @@ struct UnspecialisedForward {
         // A vote, because O is in flight: only a branch known to be uniform leaves it alone.
         if (__any_sync(0xffffffff, keys.cuts(n)))
           T::Masking::mask_scores(tS, mask, Intervals{}, row, n * T::kBlockN);
-        const bool rescale = softmax.update(tS, p.softmax_scale_log2);
+        const bool rescale = softmax.update(tS, p.logit_scale_log2);
         wait_mma<0>(tO);
         convert(tS, tP);
         if (rescale) softmax.rescale(tO);
@@ -127,9 +127,9 @@ struct UnspecialisedForward {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
-    softmax.finish(tO, exists, lse);
+    softmax.finish(tO, exists, -INFINITY, lse);
     ForwardConsumer<T> consumer{p, shared, warpgroup};
-    consumer.store_lse(lse, tile, first_row);
+    consumer.store_rows(p.lse, lse, tile, first_row);
     consumer.store_output(tO, tile, row);
   }
 };

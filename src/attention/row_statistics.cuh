@@ -5,6 +5,9 @@
 
 #include <cutlass/bfloat16.h>
 
+#include <cfloat>
+#include <cstdint>
+
 #include <cute/config.hpp>
 
 namespace jax_fa3 {
@@ -28,6 +31,17 @@ CUTE_DEVICE StatisticTerms split_statistic(float x) {
   return split;
 }
 
+// A number that is read as it is, where it stands for terms that a constant of zeros meets: neither
+// half may be NaN or infinite as bf16. The sign, the exponent and the upper half of the mantissa of
+// a finite number are a finite bf16; of the lower half one bit may have to go.
+CUTE_DEVICE StatisticTerms plain_statistic(float x) {
+  std::uint32_t bits = __float_as_uint(x);
+  if ((bits & 0x7f80) == 0x7f80) bits ^= 0x80;
+  StatisticTerms plain{};
+  reinterpret_cast<std::uint32_t&>(plain) = bits;
+  return plain;
+}
+
 // One query row. Both GEMMs read it whole, and 0 * NaN is NaN. So delta, which may be NaN where P
 // is not, is infinite instead; and what comes out infinite of the gradients that it takes part in
 // is made NaN at the end.
@@ -41,11 +55,23 @@ struct alignas(16) RowStatistics {
     return float(split.terms[0]) + float(split.terms[1]) + float(split.terms[2]);
   }
 
+  // kInProduct: the products subtract the LSE. Else threads do, and it is a plain number.
+  template <bool kInProduct>
   CUTE_DEVICE static RowStatistics make(float negative_lse, float negative_delta) {
-    return {split_statistic(negative_lse < kNoGradient ? kNoGradient : negative_lse),
+    const float bounded = negative_lse < kNoGradient ? kNoGradient : negative_lse;
+    return {kInProduct ? split_statistic(bounded) : plain_statistic(bounded),
             split_statistic(isnan(negative_delta) ? INFINITY : negative_delta)};
   }
+  template <bool kInProduct>
+  CUTE_DEVICE float lse() const {
+    return kInProduct ? sum(negative_lse) : reinterpret_cast<const float&>(negative_lse);
+  }
 };
+
+// The exponent of a weight where scores have a bias, which is at most 0 but for rounding: a row
+// whose bias is large and the same for all keys has an LSE as large, beside which float32 loses the
+// scores. Its weights stay finite; and those of a row that sees nothing, whose bias may be NaN, 0.
+CUTE_DEVICE float bounded_exponent(float log2) { return fminf(fmaxf(log2, -FLT_MAX), 1.f); }
 
 // x, with NaN for the infinities.
 CUTE_DEVICE float finite_or_nan(float x) { return fmaf(x, 0.f, x); }

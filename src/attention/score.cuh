@@ -1,11 +1,13 @@
 // From a product q . k to a logit, in a warpgroup's registers. A kernel's Score is one of these
-// policies; the softmax multiplies what it leaves by the scale, in the instruction that subtracts
-// the maximum.
+// policies; the softmax multiplies what it leaves by the logit_scale, in the instruction that
+// subtracts the maximum.
 #pragma once
 
 #include <cute/config.hpp>
 
 #include "attention/score.h"
+#include "call/types.h"
+#include "device/mma.cuh"
 
 namespace jax_fa3 {
 
@@ -15,14 +17,98 @@ CUTE_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// A relative error of 2^-11, less than that of P in 16 bits for caps up to 50.
+CUTE_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Where a tile of scores is: its query head, and how far its first row's position is behind its
+// first column's, of S; of S^T, whose rows are keys, the same.
+struct ScorePlace {
+  int batch;
+  int head;
+  int distance;
+};
+
 // The logit is scale * (q . k).
 struct Plain {
-  // Whether a logit is a multiple of the product. Then the backward pass may subtract a row's LSE
-  // within the product itself (backward/statistics.cuh).
+  // Whether what a score leaves grows as the product does. Then the backward pass may subtract a
+  // row's LSE within the product itself (backward/statistics.cuh), and dS is made of P and dP alone.
   static constexpr bool kIsLinear = true;
 
   template <class Accumulator>
-  CUTE_DEVICE static void apply(Accumulator&) {}
+  CUTE_DEVICE static void apply(Accumulator&, const ScoreParams&, const ScorePlace&) {}
+
+  // dS / dP of a score whose weight is `p`.
+  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
 };
+
+// The logit is softcap * tanh(scale * (q . k) / softcap).
+struct Softcap {
+  static constexpr bool kIsLinear = false;
+
+  template <class Accumulator>
+  CUTE_DEVICE static void apply(Accumulator& tS, const ScoreParams& params, const ScorePlace&) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * params.factor);
+  }
+
+  // A score that a mask has made -inf counts as -1, where the slope is 0.
+  CUTE_DEVICE static float slope(float score, float p) {
+    const float t = fmaxf(score, -1.f);
+    return p * fmaf(-t, t, 1.f);
+  }
+};
+
+// The logit is scale * (q . k) - slope * |position of the row - key|.
+struct Alibi {
+  static constexpr bool kIsLinear = true;
+
+  template <class Accumulator>
+  CUTE_DEVICE static void apply(Accumulator& tS, const ScoreParams& params,
+                                const ScorePlace& place) {
+    const float slope = params.slopes.of(place.batch, place.head) * params.factor;
+    float first[2];  // of the thread's two rows, in its first column
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      first[r] = slope * float(place.distance + thread_row() + 8 * r - thread_col());
+    }
+    // Two loops, or the sign would be an instruction more for each score. A vote: only a branch
+    // known to be uniform leaves GEMMs in flight alone.
+    if (__any_sync(0xffffffff, slope > 0.f)) {
+      add<1>(tS, first, slope);
+    } else {
+      add<-1>(tS, first, slope);
+    }
+  }
+  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
+
+ private:
+  template <int kSign, class Accumulator>
+  CUTE_DEVICE static void add(Accumulator& tS, const float (&first)[2], float slope) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      const float x = fmaf(slope, -float(accumulator_col(i)), first[accumulator_row(i)]);
+      tS(i) += kSign * fabsf(x);
+    }
+  }
+};
+
+template <Variant>
+struct ScoreChoice {
+  using Type = Plain;
+};
+template <>
+struct ScoreChoice<Variant::kSoftcap> {
+  using Type = Softcap;
+};
+template <>
+struct ScoreChoice<Variant::kAlibi> {
+  using Type = Alibi;
+};
+template <Variant kVariant>
+using ScoreOf = typename ScoreChoice<kVariant>::Type;
 
 }  // namespace jax_fa3

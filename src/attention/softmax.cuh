@@ -21,9 +21,15 @@ namespace jax_fa3 {
 // kReuseFound: what largest() found is made use of when the reference moves, rather than found
 // anew. For a small threshold, with which it moves often: that is a few instructions more where it
 // does not.
-template <int kShift, bool kReuseFound>
+//
+// kKeepsLargest: largest() keeps what it finds from tile to tile, which makes the rows' largest
+// logits known in the end: where scale_log2 is the same for all tiles.
+template <int kShift, bool kReuseFound, bool kKeepsLargest>
 struct OnlineSoftmax {
   float threshold;
+  // In its place while a row's logits are negative: largest() does not tell these apart. 0 where
+  // the largest of them is wanted, which then is the reference.
+  float negative_threshold;
   // Of each of the thread's two rows. Below every logit, and finite: a row that has seen no key
   // needs no care.
   float reference[2] = {-FLT_MAX, -FLT_MAX};
@@ -33,11 +39,19 @@ struct OnlineSoftmax {
   float correction[2];
   // The result of largest() from which on the reference may have to move.
   float limit[2] = {-INFINITY, -INFINITY};
+  // The largest of this thread's scores in each row, where that is not negative.
+  float kept[2] = {-INFINITY, -INFINITY};
 
   template <class Accumulator>
   CUTE_DEVICE void begin(Accumulator& tS, float scale_log2) {
     float row_max[2];
-    maximum(row_max, tS, scale_log2);
+    maximum(row_max, tS);
+    if constexpr (kKeepsLargest) {
+      kept[0] = row_max[0];
+      kept[1] = row_max[1];
+    }
+    row_max[0] *= scale_log2;
+    row_max[1] *= scale_log2;
     move_reference(row_max);
     exponentiate(tS, scale_log2);
   }
@@ -54,18 +68,26 @@ struct OnlineSoftmax {
 
   // The largest of this thread's scaled logits in each row, for follow(); where it is negative,
   // some negative number. One instruction finds the largest of three integers, of floats only of
-  // two, and bits of floats compare as integers where one of them is not negative.
+  // two, and bits of floats compare as integers where one of them is not negative. What is kept
+  // takes part: of an even number of scores it costs no instruction.
   template <class Accumulator>
-  CUTE_DEVICE static void largest(float (&found)[2], const Accumulator& tS, float scale_log2) {
+  CUTE_DEVICE void largest(float (&found)[2], const Accumulator& tS, float scale_log2) {
     int bits[2][2];  // two chains a row: one would wait for its own latency
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       int& chain = bits[accumulator_row(i)][i / 4 % 2];
-      chain = i < 8 && i % 2 == 0 ? __float_as_int(tS(i)) : max(chain, __float_as_int(tS(i)));
+      const bool is_first = i < 8 && i % 2 == 0;
+      if (is_first && kKeepsLargest && i < 4) {
+        chain = max(__float_as_int(kept[accumulator_row(i)]), __float_as_int(tS(i)));
+      } else {
+        chain = is_first ? __float_as_int(tS(i)) : max(chain, __float_as_int(tS(i)));
+      }
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      found[r] = __int_as_float(max(bits[r][0], bits[r][1])) * scale_log2;
+      const float score = __int_as_float(max(bits[r][0], bits[r][1]));
+      if constexpr (kKeepsLargest) kept[r] = score;
+      found[r] = score * scale_log2;
     }
   }
 
@@ -75,7 +97,11 @@ struct OnlineSoftmax {
   CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2) {
     if (!any(found[0] >= limit[0] || found[1] >= limit[1])) return false;
     float row_max[2] = {found[0], found[1]};
-    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS, scale_log2);
+    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) {
+      maximum(row_max, tS);
+      row_max[0] *= scale_log2;
+      row_max[1] *= scale_log2;
+    }
     return move_reference(row_max);
   }
 
@@ -103,47 +129,78 @@ struct OnlineSoftmax {
   // Makes all that comes out NaN.
   CUTE_DEVICE void poison() { row_sum[0] = row_sum[1] = __int_as_float(0x7fffffff); }
 
+  // The rows' largest logits in natural units; -inf for a row that saw no key.
+  CUTE_DEVICE void largest_logits(float (&logits)[2], float scale_log2) const {
+    static_assert(kKeepsLargest);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float largest = kept[r];
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+      const float log2 = largest >= 0.f ? largest * scale_log2 : reference[r];
+      logits[r] = log2 == -FLT_MAX ? -INFINITY : log2 * kLn2;
+    }
+  }
+
   // The rows' LSE in natural log: sums are shifted as the reference is. A row that saw no key, or
   // does not exist, is empty, and its LSE -inf.
   CUTE_DEVICE void finish(const bool (&exists)[2], float (&lse)[2], bool (&empty)[2]) {
+    add_quads();
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 1);
-      row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 2);
       empty[r] = !exists[r] || row_sum[r] == 0.f;
       lse[r] = empty[r] ? -INFINITY : reference[r] * kLn2 + logf(row_sum[r]);
     }
   }
 
-  // The same, and O /= l; 0 where a row is empty.
+  // The same, and O /= l; 0 where a row is empty. All rows have a sink beside their keys, a logit in
+  // log2 units without a value; -inf is none.
   template <class Accumulator>
-  CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float (&lse)[2]) {
-    bool empty[2];
-    finish(exists, lse, empty);
-    const float inverse[2] = {1.f / row_sum[0], 1.f / row_sum[1]};
+  CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float sink, float (&lse)[2]) {
+    add_quads();
+    float factor[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float moved = fmaxf(reference[r], sink);
+      const float shrink = exp2_approx(reference[r] - moved);
+      const float sum = fmaf(row_sum[r], shrink, exp2_approx(sink - moved));
+      const bool empty = !exists[r] || sum == 0.f;
+      lse[r] = empty ? -INFINITY : moved * kLn2 + logf(sum);
+      factor[r] = empty ? 0.f : shrink / sum;
+    }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tO); ++i) {
-      const int r = accumulator_row(i);
-      tO(i) = empty[r] ? 0.f : tO(i) * inverse[r];
+      const float scale = factor[accumulator_row(i)];
+      tO(i) = scale == 0.f ? 0.f : tO(i) * scale;
     }
   }
 
  protected:
   CUTE_DEVICE static bool any(bool condition) { return __any_sync(0xffffffff, condition); }
 
-  CUTE_DEVICE float reach(int r) const { return reference[r] + (kShift + threshold); }
+  CUTE_DEVICE float reach(int r) const {
+    const bool is_negative = kKeepsLargest && reference[r] < 0.f;
+    return reference[r] + (kShift + (is_negative ? negative_threshold : threshold));
+  }
 
-  // The largest of this thread's scaled logits in each row.
+  // This thread's sums become the rows'.
+  CUTE_DEVICE void add_quads() {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 1);
+      row_sum[r] += __shfl_xor_sync(0xffffffff, row_sum[r], 2);
+    }
+  }
+
+  // The largest of this thread's scores in each row.
   template <class Accumulator>
-  CUTE_DEVICE static void maximum(float (&row_max)[2], const Accumulator& tS, float scale_log2) {
+  CUTE_DEVICE static void maximum(float (&row_max)[2], const Accumulator& tS) {
     row_max[0] = row_max[1] = -INFINITY;
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       const int r = accumulator_row(i);
       row_max[r] = fmaxf(row_max[r], tS(i));
     }
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) row_max[r] *= scale_log2;
   }
 
   // Lets the references follow the quads' maxima if one has outgrown its own; returns whether.

@@ -9,7 +9,8 @@
 //   v  words of a plane of row intervals, of x sequences and y heads    c  ends of documents
 //   r  keys of a bias, whole packets, of f sequences, g heads and q rows
 //   u  words of a plane of a dense mask, of i sequences and j heads
-// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; f and i
+//   a  sequences of sinks                  l  sequences of slopes
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; a, f, i and l
 // divide b; x is b, g, j and y are h, and q is s, or 1.
 #pragma once
 
@@ -46,6 +47,8 @@ constexpr Operand kQueryOffset{"query_offset", "b", Element::kInt32, /*optional=
 constexpr Operand kVisibility{"visibility", "xyv", Element::kInt32, /*optional=*/true};
 constexpr Operand kBias{"bias", "fgqr", Element::kInput, /*optional=*/true};
 constexpr Operand kDenseMask{"dense_mask", "iju", Element::kInt32, /*optional=*/true};
+constexpr Operand kSinks{"sinks", "ah", Element::kFloat32, /*optional=*/true};
+constexpr Operand kAlibiSlopes{"alibi_slopes", "lh", Element::kFloat32, /*optional=*/true};
 
 constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};
@@ -60,6 +63,7 @@ constexpr Operand kMaskTable{"mask_table", "bhu", Element::kInt32};
 
 constexpr Operand kOut{"out", "bshe", Element::kOutput};
 constexpr Operand kLse{"lse", "bhs", Element::kFloat32};
+constexpr Operand kMaxLogits{"max_logits", "bhs", Element::kFloat32, /*optional=*/true};
 constexpr Operand kDOut{"dout", "bshe", Element::kOutput};
 constexpr Operand kDLse{"dlse", "bhs", Element::kFloat32, /*optional=*/true};
 
@@ -67,6 +71,7 @@ constexpr Operand kDQuery{"dquery", "bshd", Element::kInput};
 constexpr Operand kDKey{"dkey", "btkd", Element::kInput};
 constexpr Operand kDValue{"dvalue", "btke", Element::kInput};
 constexpr Operand kDBias{"dbias", "fgqr", Element::kInput, /*optional=*/true};
+constexpr Operand kDSinks{"dsinks", "bhs", Element::kFloat32, /*optional=*/true};
 
 constexpr Operand kQueryOut{"query_out", "bshd", Element::kOutput};
 constexpr Operand kKeyOut{"key_out", "btkd", Element::kOutput};

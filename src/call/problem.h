@@ -58,15 +58,22 @@ struct DenseArrays {
   Broadcast mask_shape;
 };
 
+// A number for each query head, in device memory, that may be the same for several sequences; a null
+// pointer means absent.
+struct HeadValues {
+  const float* values = nullptr;  // [planes, h_q]
+  std::int64_t planes = 1;        // divides batch: so many sequences in a row share one
+};
+
 // A bias' keys, whole packets of TMA.
 constexpr std::int64_t padded_bias_keys(std::int64_t seqlen_k) { return (seqlen_k + 7) / 8 * 8; }
 
-// Which arrays a call has, as far as plans ask: with any index array, or a dense mask, work tiles
-// differ in length as no plan can know; dense arrays have kernels of their own.
+// What a call has, as far as plans ask: with any index array, or a dense mask, work tiles differ in
+// length as no plan can know.
 struct IndexPresence {
   bool any = false;
   bool visibility = false;
-  Dense dense = Dense::kNone;
+  Variant variant = Variant::kPlain;
 };
 
 // What a call of either direction has.
@@ -75,8 +82,11 @@ struct CallProblem {
   MaskOptions mask;
   IndexArrays index;
   DenseArrays dense;
+  HeadValues sinks;         // natural logits, each of a key that has no value
+  HeadValues alibi_slopes;  // of logits, for each row or key of distance
   IndexPresence presence;
   float softmax_scale = 1.f;  // > 0
+  float softcap = 0.f;        // logits are softcap * tanh(logit / softcap); 0: as they are
 
   const void* query = nullptr;  // [b, s_q, h_q, d]
   const void* key = nullptr;    // [b, s_k, h_kv, d]
@@ -89,6 +99,7 @@ struct ForwardProblem : CallProblem {
 
   void* out = nullptr;   // [b, s_q, h_q, d_v]
   float* lse = nullptr;  // [b, h_q, s_q], natural log, -inf for a row that sees no key
+  float* max_logits = nullptr;  // [b, h_q, s_q], the largest that a row sees, as the LSE; or null
   std::int32_t* tile_counter = nullptr;  // [1], workspace
 };
 
@@ -119,6 +130,7 @@ struct BackwardProblem : CallProblem {
   void* dkey = nullptr;              // [b, s_k, h_kv, d]
   void* dvalue = nullptr;            // [b, s_k, h_kv, d_v]
   void* dbias = nullptr;             // as dense.bias, or null
+  float* dsinks = nullptr;           // [b, h_q, s_q], what a row gives its sink; or null
   void* workspace = nullptr;         // BackwardPlan::workspace_bytes
   std::int64_t workspace_bytes = 0;  // that it has
 };

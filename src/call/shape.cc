@@ -48,14 +48,16 @@ Status check_mask(const MaskOptions& mask) {
 }
 
 std::string no_kernel_message(const char* direction, const char* dtype, const Shape& shape,
-                              const std::vector<int>& head_dims, bool dense) {
+                              const std::vector<int>& head_dims, Variant variant) {
+  const char* const kWith[] = {"", "with a mask ", "with a bias ", "with softcap ", "with slopes "};
+  const bool is_plain = variant == Variant::kPlain;
   std::string built;
   for (const int dim : head_dims) built += concat(built.empty() ? "" : ", ", dim);
   std::string wanted = concat(" head_dim=", shape.head_dim);
   if (shape.head_dim_v != shape.head_dim) wanted += concat(" head_dim_v=", shape.head_dim_v);
-  return concat("no ", direction, " kernel ", dense ? "with a bias or mask " : "", "for ", dtype,
+  return concat("no ", direction, " kernel ", kWith[static_cast<int>(variant)], "for ", dtype,
                 wanted, ": this build has ", dtype, " head dims [", built, "]",
-                dense ? " with them" : "", "; rebuild with JAX_FA3_HEAD_DIMS and JAX_FA3_DTYPES ",
+                is_plain ? "" : " with it", "; rebuild with JAX_FA3_HEAD_DIMS and JAX_FA3_DTYPES ",
                 "(CMake options) that cover it");
 }
 

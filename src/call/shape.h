@@ -50,10 +50,11 @@ std::vector<Key> fitting_kernels(const Shape& shape, const std::vector<Key>& ava
 
 // Why no kernel of `dtype` takes the shape, and the build option that would add one.
 std::string no_kernel_message(const char* direction, const char* dtype, const Shape& shape,
-                              const std::vector<int>& head_dims, bool dense = false);
+                              const std::vector<int>& head_dims,
+                              Variant variant = Variant::kPlain);
 inline std::string no_kernel_message(const char* direction, const Shape& shape,
-                                     const std::vector<int>& head_dims, bool dense) {
-  return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims, dense);
+                                     const std::vector<int>& head_dims, Variant variant) {
+  return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims, variant);
 }
 
 // (batch, query head) pairs in a group of a kernel whose work tiles are blocks of queries, under a

@@ -17,11 +17,20 @@ enum class DType : std::int32_t { kBF16 = 0, kFP16 = 1 };
 
 constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "bf16" : "fp16"; }
 
-// Which dense arrays a call has, and a kernel takes. Those for a bias take a mask beside it.
-enum class Dense : std::int32_t { kNone = 0, kMask = 1, kBias = 2 };
+// What a call has for which there are kernels of their own: dense arrays, or a score that is not the
+// scaled product. A kernel has one of them; those for a bias take a mask beside it.
+enum class Variant : std::int32_t { kPlain = 0, kMask = 1, kBias = 2, kSoftcap = 3, kAlibi = 4 };
 
-constexpr const char* to_string(Dense dense) {
-  return dense == Dense::kBias ? "bias" : dense == Dense::kMask ? "mask" : "none";
+constexpr Variant kVariants[] = {Variant::kPlain, Variant::kMask, Variant::kBias, Variant::kSoftcap,
+                                 Variant::kAlibi};
+
+constexpr const char* to_string(Variant variant) {
+  constexpr const char* kNames[] = {"plain", "mask", "bias", "softcap", "alibi"};
+  return kNames[static_cast<int>(variant)];
+}
+
+constexpr bool has_dense_array(Variant variant) {
+  return variant == Variant::kMask || variant == Variant::kBias;
 }
 
 // Row and column arithmetic is int32. With sequence lengths and offsets below kMaxSeqlen in

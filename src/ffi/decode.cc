@@ -158,8 +158,10 @@ Status Extents::check_choice(const Operand& operand, char letter, std::int64_t e
       return one_or_all('h', "heads");
     case 'q':
       return one_or_all('s', "rows");
+    case 'a':
     case 'f':
-    case 'i': {
+    case 'i':
+    case 'l': {
       const std::int64_t batch = (*this)['b'];
       if (extent > 0 && batch % extent == 0) return {};
       return invalid_argument(concat(operand.name, " must have a number of sequences that divides ",

@@ -85,12 +85,14 @@ struct ArrayTable {
     return arrays;
   }
 
-  // Those, and the dense arrays that a call in 16 bits may have.
+  // Those, and what else a call in 16 bits may have.
   template <class Options>
-  static Arrays<Problem> with_index_and_dense(Arrays<Problem> arrays, const Options& options) {
+  static Arrays<Problem> with_all(Arrays<Problem> arrays, const Options& options) {
     arrays = with_index(arrays, options);
     arrays.push_back(array<&DenseArrays::bias>(operands::kBias, options.has_bias));
     arrays.push_back(array<&DenseArrays::mask>(operands::kDenseMask, options.has_dense_mask));
+    arrays.push_back({&operands::kSinks, &store_sinks, options.has_sinks, 0});
+    arrays.push_back({&operands::kAlibiSlopes, &store_slopes, options.has_alibi_slopes, 0});
     return arrays;
   }
 
@@ -114,6 +116,12 @@ struct ArrayTable {
   static void store(Problem& problem, void* address) {
     auto& pointer = field(problem, kMember);
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(address);
+  }
+  static void store_sinks(Problem& problem, void* address) {
+    problem.sinks.values = static_cast<const float*>(address);
+  }
+  static void store_slopes(Problem& problem, void* address) {
+    problem.alibi_slopes.values = static_cast<const float*>(address);
   }
 };
 

@@ -20,7 +20,7 @@ inline auto key_part(const MaskOptions& mask) {
   return std::tuple(mask.window_left, mask.window_right, mask.query_offset);
 }
 inline auto key_part(const IndexPresence& presence) {
-  return std::tuple(presence.any, presence.visibility, presence.dense);
+  return std::tuple(presence.any, presence.visibility, presence.variant);
 }
 inline auto key_part(int number) { return std::tuple(number); }
 inline auto key_part(bool choice) { return std::tuple(choice); }

@@ -137,6 +137,50 @@ CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int ro
   return range.cuts(n) || !seen.all ? Visit::kCut : Visit::kFull;
 }
 
+// A walk through a list of tiles, of which a mask lets some be visited. A warp walks together, and
+// each lane looks at an entry of its own, so that all wait for memory at once. The list is in shared
+// memory, because the threads that walk have few registers; it has num_entries() and look(i).
+template <class List>
+class ListWalk {
+ public:
+  int entry = 0;  // the one at hand
+  bool is_cut = false;
+
+  CUTE_DEVICE explicit ListWalk(const List& list) : list_(list) {}
+
+  CUTE_DEVICE void restart() { first_ = -kLanes; }
+
+  // The next entry that is wanted(visit). False: there is none.
+  template <class Wanted>
+  CUTE_DEVICE bool next(const Wanted& wanted) {
+    while (left_ == 0) {
+      if (first_ + kLanes >= list_.num_entries()) return false;
+      first_ += kLanes;
+      const Visit visit = look();
+      left_ = __ballot_sync(0xffffffff, wanted(visit));
+      cut_ = __ballot_sync(0xffffffff, visit == Visit::kCut);
+    }
+    const int lane = __ffs(left_) - 1;
+    entry = first_ + lane;
+    is_cut = cut_ >> lane & 1;
+    left_ &= left_ - 1;
+    return true;
+  }
+
+ private:
+  static constexpr int kLanes = 32;
+
+  CUTE_DEVICE Visit look() const {
+    const int entry = first_ + int(threadIdx.x) % kLanes;
+    return entry < list_.num_entries() ? list_.look(entry) : Visit::kNone;
+  }
+
+  const List& list_;
+  int first_ = -kLanes;  // of the entries that the lanes have looked at
+  unsigned left_ = 0;    // of these, to be visited
+  unsigned cut_ = 0;
+};
+
 // How many tiles a walk visits of either kind.
 struct TileCounts {
   int cut = 0;
@@ -145,66 +189,53 @@ struct TileCounts {
   CUTE_DEVICE bool empty() const { return cut + full == 0; }
 };
 
-// Rows that walk key tiles, kRows of them: what the lanes of a producer's warp have in shared
-// memory, since they have few registers. Each looks at a tile of its own, so that all wait for
-// memory at once.
+// The key tiles of some rows, right to left.
 template <int kRows, int kKeys>
-struct WalkingRows {
+struct KeyTiles {
   DenseMask mask;
   TileRange range;
   int row;
 
-  static constexpr int kLanes = 32;
-
-  // This lane's tile, of those that go left from `first`.
-  CUTE_DEVICE Visit look(int first) const {
-    const int tile = first - int(threadIdx.x) % kLanes;
-    return tile < range.begin ? Visit::kNone : visit_of<kRows, kKeys>(mask, range, row, tile);
+  CUTE_DEVICE int num_entries() const { return range.end - range.begin; }
+  CUTE_DEVICE int tile(int entry) const { return range.end - 1 - entry; }
+  CUTE_DEVICE Visit look(int entry) const {
+    return visit_of<kRows, kKeys>(mask, range, row, tile(entry));
   }
 
+  // By a warp.
   CUTE_DEVICE TileCounts count() const {
     TileCounts counts;
-    CUTE_NO_UNROLL
-    for (int first = range.end - 1; first >= range.begin; first -= kLanes) {
-      const Visit visit = look(first);
-      counts.cut += __popc(__ballot_sync(0xffffffff, visit == Visit::kCut));
-      counts.full += __popc(__ballot_sync(0xffffffff, visit == Visit::kFull));
+    ListWalk walk(*this);
+    while (walk.next([](Visit visit) { return visit != Visit::kNone; })) {
+      ++(walk.is_cut ? counts.cut : counts.full);
     }
     return counts;
   }
 };
 
-// Their key tiles, right to left: the cut ones, then the full ones. A warp walks together.
-template <class Rows>
-struct KeyWalk {
+// Those that are visited: the cut ones, then the full ones.
+template <class Tiles>
+class KeyWalk {
+ public:
   int n;  // the tile at hand
 
-  CUTE_DEVICE explicit KeyWalk(const Rows& rows) : rows_(rows), first_(start()) {}
+  CUTE_DEVICE explicit KeyWalk(const Tiles& tiles) : tiles_(tiles), walk_(tiles) {}
 
   // False: that was the last one.
   CUTE_DEVICE bool next() {
-    while (left_ == 0) {
-      first_ -= Rows::kLanes;
-      if (first_ < rows_.range.begin) {
-        if (pass_ == Visit::kFull) return false;
-        pass_ = Visit::kFull;
-        first_ = start();
-        continue;
-      }
-      left_ = __ballot_sync(0xffffffff, rows_.look(first_) == pass_);
+    while (!walk_.next([&](Visit visit) { return visit == pass_; })) {
+      if (pass_ == Visit::kFull) return false;
+      pass_ = Visit::kFull;
+      walk_.restart();
     }
-    n = first_ - (__ffs(left_) - 1);
-    left_ &= left_ - 1;
+    n = tiles_.tile(walk_.entry);
     return true;
   }
 
  private:
-  CUTE_DEVICE int start() const { return rows_.range.end - 1 + Rows::kLanes; }
-
-  const Rows& rows_;
+  const Tiles& tiles_;
+  ListWalk<Tiles> walk_;
   Visit pass_ = Visit::kCut;
-  int first_;          // of the tiles that the lanes have looked at
-  unsigned left_ = 0;  // of these, to be visited
 };
 
 }  // namespace jax_fa3

@@ -17,7 +17,9 @@ struct CommonParams {
   int num_heads;  // of query
   int heads_per_kv_head;
   float softmax_scale;
-  float softmax_scale_log2;
+  float logit_scale;       // from a score (attention/score.h) to a logit
+  float logit_scale_log2;  // the same of base 2
+  ScoreParams score;
 
   // The query heads of a work tile, by its head.
   JFA_HD QueryHeads query_heads(int head) const { return {head, 1}; }
@@ -32,7 +34,9 @@ inline CommonParams common_params(const CallProblem& problem) {
           static_cast<int>(s.num_heads_q),
           static_cast<int>(s.num_heads_q / s.num_heads_kv),
           problem.softmax_scale,
-          problem.softmax_scale * kLog2e};
+          logit_scale(problem),
+          logit_scale(problem) * kLog2e,
+          score_params(problem)};
 }
 
 }  // namespace jax_fa3

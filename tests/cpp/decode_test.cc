@@ -441,7 +441,7 @@ void decodes_dense_arrays() {
     const ForwardProblem& problem = forward.value();
     CHECK(problem.index.visibility && problem.dense.bias && problem.dense.mask);
     CHECK(problem.presence.any && problem.presence.visibility);
-    CHECK(problem.presence.dense == Dense::kBias);
+    CHECK(problem.presence.variant == Variant::kBias);
     CHECK(same(problem.dense.bias_shape, bias_shape) && same(problem.dense.mask_shape, mask_shape));
     CHECK(validate<ForwardCall>(problem, kHopper).ok());
 
@@ -465,9 +465,9 @@ void decodes_dense_arrays() {
   call.options.has_visibility = call.options.has_dense_mask = false;
   call.optionals = {{call.dtype, {1, 1, 1, kBiasKeys}}};
   const ForwardProblem problem = call.forward().value();
-  CHECK(problem.presence.dense == Dense::kBias);
+  CHECK(problem.presence.variant == Variant::kBias);
   CHECK(!problem.presence.any && !problem.dense.mask);
-  CHECK(Call().forward().value().presence.dense == Dense::kNone);
+  CHECK(Call().forward().value().presence.variant == Variant::kPlain);
 }
 
 void refuses_dense_arrays() {

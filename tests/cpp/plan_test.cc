@@ -17,7 +17,7 @@ constexpr int kSms = 132;
 constexpr MaskOptions kFull{};
 constexpr MaskOptions kCausal{kUnbounded, 0, 0};
 
-constexpr Dense kNone = Dense::kNone, kMask = Dense::kMask, kBias = Dense::kBias;
+constexpr Dense kNone = Variant::kPlain, kMask = Variant::kMask, kBias = Variant::kBias;
 
 const std::vector<ForwardKey> kForward = {
     {DType::kBF16, 64, 64, 192, 128, kNone},   {DType::kBF16, 64, 64, 128, 128, kNone},

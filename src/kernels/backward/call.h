@@ -12,14 +12,11 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
   static constexpr const char* kTarget = "jax_fa3_backward";
   using Attributes = CallAttributes;
 
-  static Status check(const Attributes& a) {
-    if (!a.options.has_dbias || a.options.has_bias) return {};
-    return invalid_argument("has_bias must be true with has_dbias");
-  }
+  static Status check(const Attributes& a) { return check_backward(a.options); }
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    return with_index_and_dense(
+    return with_all(
         {
             array<&Problem::query>(operands::kQuery),
             array<&Problem::key>(operands::kKey),
@@ -37,6 +34,7 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
         array<&Problem::dkey>(operands::kDKey),
         array<&Problem::dvalue>(operands::kDValue),
         array<&Problem::dbias>(operands::kDBias, a.options.has_dbias),
+        array<&Problem::dsinks>(operands::kDSinks, a.options.has_dsinks),
         workspace<&Problem::workspace>(kWorkspaceAlignment),
     };
   }

@@ -13,17 +13,17 @@ struct BackwardKey {
   int block_m;       // query rows of a step of the main loop
   int block_n;       // key rows of a work tile
   bool separate_dq;  // dQ by a kernel of its own: deterministic, no float32 workspace
-  Dense dense;       // the dense arrays that it takes
+  Variant variant;
 };
 
 constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
   return a.dtype == b.dtype && a.head_dim == b.head_dim && a.head_dim_v == b.head_dim_v &&
          a.block_m == b.block_m && a.block_n == b.block_n && a.separate_dq == b.separate_dq &&
-         a.dense == b.dense;
+         a.variant == b.variant;
 }
 
 template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_,
-          bool kSeparateDQ_, Dense kDense_>
+          bool kSeparateDQ_, Variant kVariant_>
 struct BackwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -31,9 +31,9 @@ struct BackwardConfig {
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr bool kSeparateDQ = kSeparateDQ_;
-  static constexpr Dense kDense = kDense_;
+  static constexpr Variant kVariant = kVariant_;
   static constexpr BackwardKey kKey{kDType,  kHeadDim,    kHeadDimV, kBlockM,
-                                    kBlockN, kSeparateDQ, kDense};
+                                    kBlockN, kSeparateDQ, kVariant};
 };
 
 }  // namespace jax_fa3

@@ -23,7 +23,7 @@ struct Backward {
             {"block_m", key.block_m},
             {"block_n", key.block_n},
             {"separate_dq", key.separate_dq},
-            {"dense", to_string(key.dense)}};
+            {"variant", to_string(key.variant)}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key),

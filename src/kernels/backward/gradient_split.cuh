@@ -8,7 +8,8 @@
 //                                               dS^T = P^T dP^T
 //     issue dV += P^T dO                        issue dK += dS^T Q
 //
-// P^T goes from thread to thread in float32, through shared memory. Nothing goes back, so that dV's
+// P^T, or what else makes dS^T of dP^T (Softcap), goes from thread to thread in float32, through
+// shared memory. Nothing goes back, so that dV's
 // warpgroup runs ahead by as much as there are buffers, and one's exponentials fall under the
 // other's GEMMs.
 #pragma once
@@ -90,26 +91,25 @@ struct GradientSplitConsumer : TileConsumer<T> {
       const bool cut = __any_sync(0xffffffff, walk.cuts(queries));
       wait_full(shared.query_ring, cursor);
       if (cut) this->clear_query_tail(walk.m);
-      this->issue_scores(T::KTile::tensor(shared.key), T::QTile::tensor(shared.query[cursor.stage]),
-                         Statistic::kLse, tS);
+      this->template issue_scores<Statistic::kLse>(
+          T::KTile::tensor(shared.key), T::QTile::tensor(shared.query[cursor.stage]), tS);
       wait_mma<1>(tDV);
       if (pending) release(shared.dout_ring, cursor.before());
       pending = true;
       wait_mma<0>(tS);
-      if constexpr (!T::kTakesBias) release(shared.query_ring, cursor);
-      T::Score::apply(tS);
+      if constexpr (!T::kReadsQueryStage) release_query();
       this->finish_scores(tS, walk, 0, cut);
-      if constexpr (T::kTakesBias)
-        release_by_warp(shared.query_ring, cursor);  // bias has been read
-      this->exponentiate(tS);
-      give_probabilities(tS);
-      convert(tS, tP);
+      if constexpr (T::kReadsQueryStage && T::Score::kIsLinear) release_query();
+      this->exponentiate(tS, tP);
+      if constexpr (!T::Score::kIsLinear) release_query();
+      give_factors(tS);
+      if constexpr (T::Score::kIsLinear) convert(tS, tP);
       wait_full(shared.dout_ring, cursor);
       issue_mma<Accumulate::kAdd>(
           mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(shared.dout[cursor.stage])), tDV);
       cursor.advance();
     };
-    this->for_each_step(step);
+    this->for_each_step(step, [&] { release_query(); });
     wait_mma<0>(tDV);
     release(shared.dout_ring, cursor.before());
   }
@@ -126,13 +126,13 @@ struct GradientSplitConsumer : TileConsumer<T> {
       wait_full(shared.query_ring, cursor);  // the statistics
       if (walk.cuts(queries)) this->clear_query_tail(walk.m);
       wait_full(shared.dout_ring, cursor);
-      this->issue_scores(T::VTile::tensor(shared.value),
-                         T::DOTile::tensor(shared.dout[cursor.stage]), Statistic::kDelta, tDP);
+      this->template issue_scores<Statistic::kDelta>(
+          T::VTile::tensor(shared.value), T::DOTile::tensor(shared.dout[cursor.stage]), tDP);
       wait_mma<1>(tDK);
       if (pending) release(shared.query_ring, cursor.before());
       pending = true;
       auto tP = make_accumulator<typename T::MmaS, T::kBlockM>();
-      take_probabilities(tP);
+      take_factors(tP);
       wait_mma<0>(tDP);
       release(shared.dout_ring, cursor);
 
@@ -143,31 +143,40 @@ struct GradientSplitConsumer : TileConsumer<T> {
           mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(shared.query[cursor.stage])), tDK);
       cursor.advance();
     };
-    this->for_each_step(step);
+    this->for_each_step(step, [&] { release(shared.dout_ring, cursor); });
     wait_mma<0>(tDK);
     release(shared.query_ring, cursor.before());
   }
 
+  // By dV's warpgroup, whose warps may have read what is beside Q by themselves.
+  CUTE_DEVICE void release_query() const {
+    if constexpr (T::kReadsQueryStage) {
+      release_by_warp(shared.query_ring, cursor);
+    } else {
+      release(shared.query_ring, cursor);
+    }
+  }
+
   // Each thread answers for what it has written and read.
-  CUTE_DEVICE float4* probabilities() const {
-    return shared.exchange.probabilities[handover.stage] + threadIdx.x % kWarpgroupThreads;
+  CUTE_DEVICE float4* factors() const {
+    return shared.exchange.factors[handover.stage] + threadIdx.x % kWarpgroupThreads;
   }
   template <class Accumulator>
-  CUTE_DEVICE void give_probabilities(const Accumulator& tS) {
+  CUTE_DEVICE void give_factors(const Accumulator& tS) {
     wait_empty(shared.handover_ring, handover);
     CUTE_UNROLL
     for (int i = 0; i < kThreadFloats; i += 4) {
-      probabilities()[i / 4 * kWarpgroupThreads] = {tS(i), tS(i + 1), tS(i + 2), tS(i + 3)};
+      factors()[i / 4 * kWarpgroupThreads] = {tS(i), tS(i + 1), tS(i + 2), tS(i + 3)};
     }
     shared.handover_ring.full[handover.stage].arrive();
     handover.advance();
   }
   template <class Accumulator>
-  CUTE_DEVICE void take_probabilities(Accumulator& tP) {
+  CUTE_DEVICE void take_factors(Accumulator& tP) {
     wait_full(shared.handover_ring, handover);
     CUTE_UNROLL
     for (int i = 0; i < kThreadFloats; i += 4) {
-      const float4 four = probabilities()[i / 4 * kWarpgroupThreads];
+      const float4 four = factors()[i / 4 * kWarpgroupThreads];
       tP(i) = four.x;
       tP(i + 1) = four.y;
       tP(i + 2) = four.z;

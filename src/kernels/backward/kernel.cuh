@@ -36,7 +36,11 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
-    if (threadIdx.x == 0) produce<T>(p, shared);
+    if constexpr (T::kListed) {
+      if (threadIdx.x < 32) produce_listed<T>(p, shared);
+    } else {
+      if (threadIdx.x == 0) produce<T>(p, shared);
+    }
     if (threadIdx.x == kSchedulingThread) schedule<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();

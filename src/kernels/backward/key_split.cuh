@@ -35,7 +35,11 @@ struct KeySplitConsumer : TileConsumer<T> {
         this->template clear_tail<typename T::KTile>(shared.key);
         this->template clear_tail<typename T::VTile>(shared.value);
         if constexpr (T::kListed) {
-          this->for_each_listed_step([&](const auto& listed) { step(tDK, tDV, listed); });
+          this->for_each_listed_step([&](const auto& listed) { step(tDK, tDV, listed); },
+                                     [&] {
+                                       release(shared.dout_ring, cursor);
+                                       release(shared.query_ring, cursor);
+                                     });
         } else {
           QueryWalk walk = this->walk();
           do {
@@ -71,23 +75,22 @@ struct KeySplitConsumer : TileConsumer<T> {
     const bool cut = __any_sync(0xffffffff, walk.cuts(queries));
     wait_full(shared.query_ring, cursor);
     if (cut) this->clear_query_tail(walk.m);
-    this->issue_scores(T::KTile::row_block(shared.key, warpgroup), T::QTile::tensor(query),
-                       Statistic::kLse, tS);
+    this->template issue_scores<Statistic::kLse>(T::KTile::row_block(shared.key, warpgroup),
+                                                 T::QTile::tensor(query), tS);
     wait_full(shared.dout_ring, cursor);
-    this->issue_scores(T::VTile::row_block(shared.value, warpgroup), T::DOTile::tensor(dout),
-                       Statistic::kDelta, tDP);
+    this->template issue_scores<Statistic::kDelta>(T::VTile::row_block(shared.value, warpgroup),
+                                                   T::DOTile::tensor(dout), tDP);
 
     wait_mma<1>(tS);
-    T::Score::apply(tS);
     this->finish_scores(tS, walk, warpgroup * kWarpgroupRows, cut);
-    this->exponentiate(tS);
+    auto tP = make_operand_a<Element, T::kBlockM>();
+    this->exponentiate(tS, tP);
     wait_mma<0>(tDP);
     CUTE_UNROLL
     for (int i = 0; i < size(tDP); ++i) tDP(i) *= tS(i);
     // Only now, when dP no longer needs float32 P: at head dim 64 both fill 128 registers.
-    auto tP = make_operand_a<Element, T::kBlockM>();
+    if constexpr (T::Score::kIsLinear) convert(tS, tP);
     auto tDS = make_operand_a<Element, T::kBlockM>();
-    convert(tS, tP);
     convert(tDP, tDS);
     Element* const dscores = shared.exchange.dscores[cursor.stage];
     if constexpr (T::kFusedDQ) {

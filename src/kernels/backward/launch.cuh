@@ -23,6 +23,8 @@ Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& proble
   p.dout = problem.dout;
   p.lse = problem.lse;
   p.dlse = problem.dlse;
+  p.sinks = head_table(problem.sinks, s);
+  p.dsinks = problem.dsinks;
   p.statistics = const_cast<RowStatistics*>(main.statistics);
   p.dquery = main.dquery;
   p.tile_counters = main.scheduler.counter;

@@ -63,15 +63,15 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const auto eligible = [&](const BackwardKey& key) {
     // Those for a bias make dQ by itself, and do so for masks where there is no other kernel.
-    const bool takes = key.dense == presence.dense ||
-                       (presence.dense == Dense::kMask && key.dense == Dense::kBias);
+    const bool takes = key.variant == presence.variant ||
+                       (presence.variant == Variant::kMask && key.variant == Variant::kBias);
     return key.dtype == shape.dtype && takes && (key.separate_dq || !deterministic);
   };
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
     return unimplemented(no_kernel_message("backward", shape,
                                            compiled_head_dims(available, eligible),
-                                           presence.dense != Dense::kNone));
+                                           presence.variant));
   }
   const BackwardKey& key = keys.front();
   BackwardPlan plan;
@@ -87,7 +87,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 
   const auto dq_tiles = count_tiles(
       shape.batch, shape.num_heads_q,
-      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim, key.dense)));
+      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim, key.variant)));
   if (!dq_tiles.ok()) return dq_tiles.status();
   plan.dquery.num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dquery.grid =
@@ -112,7 +112,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.separate_dq ? " separate dQ" : "", " dense=", to_string(plan.key.dense),
+                plan.key.separate_dq ? " separate dQ" : "", " variant=", to_string(plan.key.variant),
                 " m_blocks=", plan.num_m_blocks, " n_blocks=", plan.num_n_blocks,
                 " heads_per_group=", plan.heads_per_group, " tiles=", plan.num_tiles,
                 " grid=", plan.grid, " workspace=", plan.workspace_bytes);

@@ -1,5 +1,6 @@
 // Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
-// both padded to whole blocks; the workspace of a fused dQ and the tile counters zeroed.
+// both padded to whole blocks, and what it gives its sink; the workspace of a fused dQ and the tile
+// counters zeroed.
 // Memory-bound.
 #pragma once
 
@@ -13,6 +14,8 @@ struct PreprocessParams : CommonParams {
   const void* dout;           // [b, s_q, h_q, d_v]
   const float* lse;           // [b, h_q, s_q]
   const float* dlse;          // [b, h_q, s_q] or null
+  HeadTable sinks;
+  float* dsinks;              // [b, h_q, s_q] or null
   RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
   int* tile_counters;         // [2]
@@ -75,11 +78,25 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
     if (lane == 0) {
       const std::int64_t statistic = batch_head * p.seqlen_q + row;
       const float lse = exists ? p.lse[statistic] : -INFINITY;
-      const bool empty = lse == -INFINITY;
-      const float dlse = p.dlse != nullptr && !empty ? p.dlse[statistic] : 0.f;
-      const std::int64_t at = block * T::kBlockM + local_row;
-      p.statistics[at] = empty ? RowStatistics::make(RowStatistics::kNoGradient, 0.f)
-                               : RowStatistics::make(-lse / p.softmax_scale, dlse - sum);
+      const bool has_lse = lse != -INFINITY;
+      const float dlse = p.dlse != nullptr && has_lse ? p.dlse[statistic] : 0.f;
+      const float delta = sum - dlse;
+      if (p.dsinks != nullptr && row < p.seqlen_q) {
+        const float weight =
+            has_lse ? exp2_approx((p.sinks.of(int(batch), head) - lse) * kLog2e) : 0.f;
+        p.dsinks[statistic] = -weight * delta;
+      }
+      // The LSE of a row that sees no key is -inf, or its sink.
+      bool empty = !has_lse;
+      if (has_lse && intervals.plane != nullptr) {
+        const Interval keys = intervals.rows()[row];
+        empty = keys.begin >= keys.end;
+      }
+      using Statistics = RowStatistics;
+      constexpr bool kInProduct = T::Score::kIsLinear;
+      p.statistics[block * T::kBlockM + local_row] =
+          empty ? Statistics::make<kInProduct>(Statistics::kNoGradient, 0.f)
+                : Statistics::make<kInProduct>(-lse / p.logit_scale, -delta);
     }
   }
 }

@@ -19,7 +19,7 @@ struct TileConsumer {
   RingCursor<1> key_value_cursor{};
   typename T::Cursor cursor{};
 
-  decltype(typename T::Works::Load{}.range) queries;  // that see the tile at hand
+  TileRange queries;  // that see the tile at hand
 
   CUTE_DEVICE void sync_warpgroup() const {
     NamedBarrier::sync(kWarpgroupThreads, T::kWarpgroup + warpgroup);
@@ -71,21 +71,29 @@ struct TileConsumer {
   }
 
   // The steps of the tile at hand, which has one at least: a walk, or those of a list, for which
-  // step(listed) is called when their queries have arrived.
-  template <class Step>
-  CUTE_DEVICE void for_each_listed_step(const Step& step) const {
-    CUTE_NO_UNROLL
-    for (int i = queries.num_steps; i > 0; --i) {
+  // step(listed) is called when their queries have arrived. A list may turn out to be empty: then
+  // its only stage has no queries, and release() gives it back.
+  template <class Step, class Release>
+  CUTE_DEVICE void for_each_listed_step(const Step& step, const Release& release) {
+    bool is_last;
+    do {
       wait_full(shared.query_ring, cursor);
       const ListedStep listed = shared.step[cursor.stage];  // it changes when the stage is free
-      step(listed);
-    }
+      is_last = listed.is_last || listed.is_none;
+      if (listed.is_none) {
+        wait_full(shared.dout_ring, cursor);
+        release();
+        cursor.advance();
+      } else {
+        step(listed);
+      }
+    } while (!is_last);
   }
   CUTE_DEVICE QueryWalk walk() const { return QueryWalk(p, work().tile, queries); }
-  template <class Step>
-  CUTE_DEVICE void for_each_step(const Step& step) const {
+  template <class Step, class Release>
+  CUTE_DEVICE void for_each_step(const Step& step, const Release& release) {
     if constexpr (T::kListed) {
-      for_each_listed_step(step);
+      for_each_listed_step(step, release);
     } else {
       QueryWalk walk = this->walk();
       do {
@@ -94,9 +102,13 @@ struct TileConsumer {
     }
   }
 
-  // From S^T to logits, still to be scaled: the tile's keys from `key` on.
+  // From products to scores, which a mask makes -inf: the tile's keys from `key` on.
   template <class Walk, class Accumulator>
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut) const {
+    const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
+    const int offset = work().mask.first + p.mask.window_left;
+    const int head = work().tile.head * p.heads_per_kv_head + walk.head();
+    T::Score::apply(tSt, p.score, {work().tile.batch, head, first_key - (first_row + offset)});
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
@@ -104,39 +116,65 @@ struct TileConsumer {
       }
     }
     if (cut) {
-      const auto& [tile, mask] = work();
-      const int row0 = walk.m * T::kBlockM, key0 = tile.block * T::kBlockN + key;
-      T::Masking::mask_scores_transposed(tSt, mask, intervals(), row0, key0, walk.head());
+      T::Masking::mask_scores_transposed(tSt, work().mask, intervals(), first_row, first_key,
+                                         walk.head());
       if constexpr (T::kListed) {
         if (p.dense.has_mask) {
-          const int head = tile.head * p.heads_per_kv_head + walk.head();
-          mask_by_bits_transposed(tSt, p.dense.mask_of(tile.batch, head), row0, key0);
+          mask_by_bits_transposed(tSt, p.dense.mask_of(work().tile.batch, head), first_row,
+                                  first_key);
         }
       }
     }
   }
 
-  // P^T of logits less the LSE. A row whose bias is large and the same for all keys has an LSE as
-  // large, beside which float32 loses the scores: its weights stay finite.
-  template <class Accumulator>
-  CUTE_DEVICE void exponentiate(Accumulator& tSt) const {
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tSt); ++i) {
-      const float log2 = tSt(i) * p.softmax_scale_log2;
-      tSt(i) = exp2_approx(T::kTakesBias ? fminf(log2, 1.f) : log2);
+  // From scores to what dP^T is multiplied with to make dS^T. That is P^T, of scores less the LSE,
+  // where scores are linear; else the LSE is subtracted here, and P^T is what `tP` becomes.
+  template <class Accumulator, class Operand>
+  CUTE_DEVICE void exponentiate(Accumulator& tSt, Operand& tP) const {
+    if constexpr (T::Score::kIsLinear) {
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tSt); ++i) {
+        const float log2 = tSt(i) * p.logit_scale_log2;
+        tSt(i) = exp2_approx(T::kTakesBias ? bounded_exponent(log2) : log2);
+      }
+    } else {
+      // A column's two rows together, and pairs of columns, which are a register of P.
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tSt); i += 4) {
+        float weights[4];
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const int row = thread_col() + accumulator_col(i + c);
+          const float negative_lse =
+              shared.statistics[cursor.stage][row].template lse<false>() * p.logit_scale_log2;
+          CUTE_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            float& score = tSt(i + c + 2 * r);
+            const float weight = exp2_approx(fmaf(score, p.logit_scale_log2, negative_lse));
+            score = T::Score::slope(score, weight);
+            weights[c + 2 * r] = weight;
+          }
+        }
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) tP(i + j) = Element(weights[j]);
+      }
     }
   }
 
   // Issues C = left right^T - the queries' statistic: S^T or dP^T of 64 keys against the stage's
-  // queries.
-  template <class Left, class Right, class Accumulator>
-  CUTE_DEVICE void issue_scores(const Left& left, const Right& right, Statistic statistic,
-                                Accumulator& tC) const {
+  // queries. The LSE is not subtracted from what a score is yet to be made of.
+  template <Statistic kStatistic, class Left, class Right, class Accumulator>
+  CUTE_DEVICE void issue_scores(const Left& left, const Right& right, Accumulator& tC) const {
     typename T::MmaS mma;
-    typename T::Statistics::Mma mma_statistic;
-    issue_mma(mma, operand_a(mma, left), operand_b(mma, right), mma_statistic,
-              operand_a(mma_statistic, shared.constants[int(statistic)].tensor()),
-              operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])), tC);
+    if constexpr (kStatistic == Statistic::kLse && !T::Score::kIsLinear) {
+      issue_mma<Accumulate::kOverwrite>(mma, operand_a(mma, left), operand_b(mma, right), tC);
+    } else {
+      typename T::Statistics::Mma mma_statistic;
+      issue_mma(mma, operand_a(mma, left), operand_b(mma, right), mma_statistic,
+                operand_a(mma_statistic, shared.constants[int(kStatistic)].tensor()),
+                operand_b(mma_statistic, T::Statistics::tensor(shared.statistics[cursor.stage])),
+                tC);
+    }
   }
 
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,

@@ -66,6 +66,8 @@ struct QueryWalk {
   // The number of the query head among those of the tile.
   CUTE_DEVICE int head() const { return batch_head - first_head_; }
 
+  CUTE_DEVICE int direction() const { return direction_; }
+
   CUTE_DEVICE bool cuts(const TileRange& queries) const { return queries.cuts(m); }
 
   // False: that was the last one.
@@ -95,84 +97,66 @@ CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
   return queries;
 }
 
-// A step of a walk of those query blocks that a dense mask lets see the tile's keys, as the
-// producer says it with the queries.
+// A step of a list: one of the walk's that a dense mask lets see the tile's keys, as the producer says
+// it with the queries; or, where there is none, that.
 struct ListedStep {
   int batch_head, m;
   int head_of_tile;  // the number of the query head among those of the tile
-  int is_cut;
+  bool is_cut, is_last, is_none;
 
   CUTE_DEVICE int head() const { return head_of_tile; }
   CUTE_DEVICE bool cuts(const TileRange&) const { return is_cut; }
 };
 
-// A walk of which some steps are visited. It is in shared memory: the threads that look at all
-// steps have few registers.
+// The steps of a work tile's walk.
 template <int kRows, int kKeys>
-struct ListedWalk {
-  QueryWalk walk;
-  TileRange queries;
+struct QuerySteps {
+  WorkTile tile;
   DenseMask mask;                 // of the tile's first query head
   std::int64_t mask_head_stride;  // words
-  int key;
+  TileRange queries;
+  int first_head, num_heads;  // counted through all batches
+  int first_m, direction;
 
-  CUTE_DEVICE void begin(const DenseBackwardParams& p, const WorkTile& tile,
+  CUTE_DEVICE void begin(const DenseBackwardParams& p, const WorkTile& of_tile,
                          const TileRange& range) {
-    walk = QueryWalk(p, tile, range);
-    queries = range;
+    const QueryWalk walk(p, of_tile, range);
+    tile = of_tile;
     mask = p.dense.mask_of(tile.batch, tile.head * p.heads_per_kv_head);
     mask_head_stride = p.dense.has_mask ? p.dense.mask_head_stride : 0;
-    key = tile.block * kKeys;
+    queries = range;
+    first_head = walk.batch_head;
+    num_heads = p.heads_per_kv_head;
+    first_m = walk.m;
+    direction = walk.direction();
   }
-  CUTE_DEVICE Visit look() const {
-    const DenseMask of_head{mask.words + walk.head() * mask_head_stride, mask.layout};
-    const TileClass seen = of_head.classify(walk.m * kRows, kRows, key, kKeys);
+
+  CUTE_DEVICE int num_entries() const { return (queries.end - queries.begin) * num_heads; }
+  CUTE_DEVICE int head(int entry) const { return entry % num_heads; }
+  CUTE_DEVICE int m(int entry) const { return first_m + direction * (entry / num_heads); }
+  CUTE_DEVICE Visit look(int entry) const {
+    const DenseMask of_head{mask.words + head(entry) * mask_head_stride, mask.layout};
+    const TileClass seen = of_head.classify(m(entry) * kRows, kRows, tile.block * kKeys, kKeys);
     if (!seen.any) return Visit::kNone;
-    return queries.cuts(walk.m) || !seen.all ? Visit::kCut : Visit::kFull;
+    return queries.cuts(m(entry)) || !seen.all ? Visit::kCut : Visit::kFull;
   }
 };
-
-// The steps of a list, and where the first and the last of them are.
-struct StepList : TileRange {
-  int num_steps = 0;
-
-  CUTE_DEVICE bool empty() const { return num_steps == 0; }
-};
-
-// range_of of the main kernel where steps are those of a list.
-template <class T>
-CUTE_DEVICE StepList listed_queries(const DenseBackwardParams& p, const Work& work,
-                                    const Intervals& intervals, typename T::Walk& steps) {
-  const TileRange range = visible_queries<T>(p, work, intervals, 0);
-  StepList list{range};
-  if (range.empty()) return list;
-  list.begin = range.end;
-  list.end = range.begin;
-  steps.begin(p, work.tile, range);
-  do {
-    if (steps.look() == Visit::kNone) continue;
-    ++list.num_steps;
-    list.begin = min(list.begin, steps.walk.m);
-    list.end = max(list.end, steps.walk.m + 1);
-  } while (steps.walk.next());
-  return list;
-}
 
 // Beside each stage of the queries: bias, and what is said of the step.
 template <class BiasTile, int kStages>
 struct BiasStages {
   alignas(1024) typename BiasTile::Element bias[kStages][BiasTile::kElements];
 };
-template <class Walk, int kStages>
+template <class Steps, int kStages>
 struct ListedStages {
   ListedStep step[kStages];
-  Walk scheduler_walk, producer_walk;
+  Steps steps;  // the producer's
 };
 
 template <class Config>
 struct BackwardTraits {
-  static constexpr bool kListed = Config::kDense != Dense::kNone;  // steps are those of a list
-  static constexpr bool kTakesBias = Config::kDense == Dense::kBias;
+  static constexpr bool kListed = has_dense_array(Config::kVariant);  // steps are those of a list
+  static constexpr bool kTakesBias = Config::kVariant == Variant::kBias;
   using Params = cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
@@ -213,9 +197,8 @@ struct BackwardTraits {
   using MmaDV = MmaRS<Element, kHeadDimV, Major::MN>;
   using MmaDK = MmaRS<Element, kHeadDim, Major::MN>;
 
-  using Score = Plain;
+  using Score = ScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
-  static_assert(Score::kIsLinear, "the products that make S^T and dP^T subtract the statistics");
 
   // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.
   // A half narrower than 64 columns would starve the tensor core: then the second half starts
@@ -234,7 +217,7 @@ struct BackwardTraits {
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
   static constexpr int kHandoverStages = kScarce ? 1 : 2;
-  using Works = WorkQueue<1, cute::conditional_t<kListed, StepList, TileRange>>;
+  using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
@@ -248,23 +231,24 @@ struct BackwardTraits {
     alignas(1024) Element output[2][kOutputBuffers][kOutputElements];
   };
   union GradientSplitExchange {
-    // P^T, four floats of each thread together
-    float4 probabilities[kHandoverStages][kBlockN * kBlockM / 4];
+    // P^T, or what makes dS^T of dP^T, four floats of each thread together
+    float4 factors[kHandoverStages][kBlockN * kBlockM / 4];
     alignas(1024) Element output[2][kOutputElements];
   };
   using Exchange = cute::conditional_t<kSplitKeys, KeySplitExchange, GradientSplitExchange>;
 
   // Done with a stage of Q: each warpgroup; or each warp of the one that is done when it has read
-  // the bias.
+  // what is beside Q, the bias or the LSE.
+  static constexpr bool kReadsQueryStage = kTakesBias || !Score::kIsLinear;
   static constexpr int kQueryReleases =
-      kTakesBias && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
+      kReadsQueryStage && !kSplitKeys ? 1 + kWarpgroupThreads / 32 : kConsumers;
 
-  using Walk = ListedWalk<kBlockM, kBlockN>;
+  using Steps = QuerySteps<kBlockM, kBlockN>;
   template <int>
   struct Nothing {};
 
   struct SharedStorage : cute::conditional_t<kTakesBias, BiasStages<BiasTile, kStages>, Nothing<0>>,
-                         cute::conditional_t<kListed, ListedStages<Walk, kStages>, Nothing<1>> {
+                         cute::conditional_t<kListed, ListedStages<Steps, kStages>, Nothing<1>> {
     // What is small comes first: compute-sanitizer takes the zero strides of `constants` and
     // `statistics` for longer reads, which would leave the allocation from its end.
     StatisticConstant constants[2];  // by Statistic

@@ -60,7 +60,6 @@ struct DBiasConsumer {
 
     wait_mma<1>(tS);
     release_by_warp(shared.query_ring, cursor);
-    T::Score::apply(tS);
     wait_full(shared.bias_ring, bias_cursor);
     add_bias<typename T::BiasTile>(tS, shared.bias[bias_cursor.stage], warpgroup * kWarpgroupRows,
                                    p.dense.bias_factor);
@@ -70,13 +69,13 @@ struct DBiasConsumer {
     for (int r = 0; r < 2; ++r) {
       const int row = warpgroup * kWarpgroupRows + thread_row() + 8 * r;
       const RowStatistics statistics = shared.statistics[stage][row];
-      const float negative_lse = RowStatistics::sum(statistics.negative_lse);
+      const float negative_lse = statistics.lse<true>();
       active[r] = !(negative_lse <= 0.5f * RowStatistics::kNoGradient);
-      negative_lse_log2[r] = negative_lse * p.softmax_scale_log2;
+      negative_lse_log2[r] = negative_lse * p.logit_scale_log2;
       negative_delta[r] = RowStatistics::sum(statistics.negative_delta);
     }
     const auto probability = [&](int i) {
-      return exp2_approx(fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]));
+      return exp2_approx(fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[accumulator_row(i)]));
     };
     if (cut) {
       mask_scores(tS, active);

@@ -83,9 +83,7 @@ struct DBiasTraits {
   static constexpr int kThreadFloats = kWarpgroupRows * kBlockN / kWarpgroupThreads;
 
   using Source = Contiguous<KTile, VTile>;
-  using Score = Plain;
   using Masking = RowIntervals;
-  static_assert(Score::kIsLinear, "dS is made of P and dP alone");
 
   // Q with K, and dO with V and the rows' statistics: each goes when its product is made. Then
   // a second tile of bias, with which the next work tile begins while this one's dBias goes out.

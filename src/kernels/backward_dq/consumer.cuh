@@ -42,9 +42,9 @@ struct DQueryConsumer {
         if (my_row >= mask.query_length) continue;
         const std::int64_t head = std::int64_t(tile.batch) * p.scheduler.num_heads + tile.head;
         const RowStatistics statistics = p.statistics[head * p.statistics_rows + my_row];
-        const float negative_lse = RowStatistics::sum(statistics.negative_lse);
+        const float negative_lse = statistics.lse<T::Score::kIsLinear>();
         active[r] = !(negative_lse <= 0.5f * RowStatistics::kNoGradient);
-        negative_lse_log2[r] = negative_lse * p.softmax_scale_log2;
+        negative_lse_log2[r] = negative_lse * p.logit_scale_log2;
         negative_delta[r] = RowStatistics::sum(statistics.negative_delta);
       }
 
@@ -108,7 +108,9 @@ struct DQueryConsumer {
       wait_mma<2>(tDQ);
       if (!is_first) release_key();
       wait_mma<1>(tS);
-      T::Score::apply(tS);
+      const int offset = work.mask.first + p.mask.window_left;
+      T::Score::apply(tS, p.score,
+                      {work.tile.batch, work.tile.head, row + offset - n * T::kBlockN});
       if constexpr (T::kListed) {
         if (p.dense.has_bias) {
           add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
@@ -127,9 +129,9 @@ struct DQueryConsumer {
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        const float log2 = fmaf(tS(i), p.softmax_scale_log2, negative_lse_log2[accumulator_row(i)]);
-        // Of rows with a large bias: backward/tile_consumer.cuh.
-        tS(i) = exp2_approx(T::kListed ? fminf(log2, 1.f) : log2);
+        const float log2 = fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[accumulator_row(i)]);
+        const float weight = exp2_approx(T::kListed ? bounded_exponent(log2) : log2);
+        tS(i) = T::Score::slope(tS(i), weight);
       }
       wait_mma<0>(tDP);
       release_value();

@@ -27,7 +27,7 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
   static_cast<CommonParams&>(p) = common_params(problem);
   // Tiles differ in length, and the CTAs at work should share keys.
   const bool grouped = problem.mask.window_right < kUnbounded || problem.presence.visibility ||
-                       problem.presence.dense != Dense::kNone;
+                       problem.presence.variant != Variant::kPlain;
   static_cast<DQueryParams&>(p).scheduler = TileScheduler{ceil_div(p.seqlen_q, T::kBlockM),
                                                           p.num_heads,
                                                           static_cast<int>(s.batch * s.num_heads_q),

@@ -8,9 +8,9 @@
 namespace jax_fa3 {
 
 // Query rows of a work tile, 64 for each consumer warpgroup: three of them where their accumulators
-// fit the registers, with a bias up to a smaller head_dim.
-constexpr int dquery_block_m(int head_dim, Dense dense) {
-  return head_dim <= (dense == Dense::kNone ? 96 : 64) ? 192 : 128;
+// fit the registers, of plain scores up to a greater head_dim.
+constexpr int dquery_block_m(int head_dim, Variant variant) {
+  return head_dim <= (variant == Variant::kPlain ? 96 : 64) ? 192 : 128;
 }
 
 struct DQueryPlan {

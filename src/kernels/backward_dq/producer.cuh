@@ -72,15 +72,15 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
     // Without keys nobody reads the queries, but the rings stay in step.
     if constexpr (T::kListed) {
       const bool loads = threadIdx.x == 0;
-      if (loads) shared.rows = {p.dense.mask_of(tile.batch, tile.head), range, row};
+      if (loads) shared.tiles = {p.dense.mask_of(tile.batch, tile.head), range, row};
       __syncwarp();
-      const TileCounts counts = shared.rows.count();
+      const TileCounts counts = shared.tiles.count();
       if (loads) {
         for (int w = 0; w < T::kConsumers; ++w) wait_empty(shared.query_ring[w], query_cursor);
         shared.counts = counts;
         if (counts.empty()) load_queries();
       }
-      KeyWalk walk(shared.rows);
+      KeyWalk walk(shared.tiles);
       for (bool is_first = true; walk.next(); is_first = false) {
         if (loads) load_keys(walk.n, is_first);
       }

@@ -34,17 +34,16 @@ using DenseDQueryParams = WithDense<DQueryParams>;  // boxes of bias have kBlock
 
 template <class Config>
 struct DQueryTraits {
-  static constexpr bool kListed = Config::kDense != Dense::kNone;  // key tiles are those of a list
-  static constexpr bool kTakesBias = kListed;
+  static constexpr bool kListed = has_dense_array(Config::kVariant);  // key tiles are those of a list
   using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
-  static constexpr int kBlockM = dquery_block_m(kHeadDim, Config::kDense);
+  static constexpr int kBlockM = dquery_block_m(kHeadDim, Config::kVariant);
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of
   // keys and bias.
-  static constexpr int kBlockN = kTakesBias && kHeadDim > 192         ? 32
+  static constexpr int kBlockN = kListed && kHeadDim > 192            ? 32
                                  : kConsumers == 2 && kHeadDim <= 128 ? 96
                                                                       : 64;
 
@@ -62,9 +61,8 @@ struct DQueryTraits {
   using MmaDQ = MmaRS<Element, kHeadDim, Major::MN>;
 
   using Source = Contiguous<KTile, VTile>;
-  using Score = Plain;
+  using Score = ScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
-  static_assert(Score::kIsLinear, "dS is made of P and dP alone");
 
   // V is used early in a step and K to its end: K has a stage more where there is no room for two
   // of both. Bias is beside V.
@@ -76,7 +74,7 @@ struct DQueryTraits {
   static_assert(kKeyStages * KTile::kBytes + kValueStages * kValueBytes <= kFreeBytes);
 
   using Works = WorkQueue<kListed ? 1 : 1 + kConsumers>;
-  using Rows = WalkingRows<kBlockM, kBlockN>;
+  using Tiles = KeyTiles<kBlockM, kBlockN>;
   // Done with a stage of V: each warpgroup, or each warp, which reads bias by itself.
   static constexpr int kValueReleases = kConsumers * (kListed ? kWarpgroupThreads / 32 : 1);
 
@@ -86,7 +84,7 @@ struct DQueryTraits {
     TileCounts counts;
     // The producer's, which has few registers.
     typename Works::Load load;
-    Rows rows;
+    Tiles tiles;
   };
   struct Nothing {};
 

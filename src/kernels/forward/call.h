@@ -19,7 +19,7 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    return with_index_and_dense(
+    return with_all(
         {
             array<&Problem::query>(operands::kQuery),
             array<&Problem::key>(operands::kKey),
@@ -27,10 +27,11 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
         },
         a.options);
   }
-  static Arrays<Problem> results(const Attributes&) {
+  static Arrays<Problem> results(const Attributes& a) {
     return {
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
+        array<&Problem::max_logits>(operands::kMaxLogits, a.options.has_max_logits),
         array<&Problem::tile_counter>(operands::kTileCounter),
     };
   }

@@ -12,23 +12,23 @@ struct ForwardKey {
   int head_dim_v;
   int block_m;  // query rows of a work tile, 64 per consumer warpgroup
   int block_n;  // key rows of a tile of the main loop
-  Dense dense;  // the dense arrays that it takes
+  Variant variant;
 };
 
 constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
   return a.dtype == b.dtype && a.head_dim == b.head_dim && a.head_dim_v == b.head_dim_v &&
-         a.block_m == b.block_m && a.block_n == b.block_n && a.dense == b.dense;
+         a.block_m == b.block_m && a.block_n == b.block_n && a.variant == b.variant;
 }
 
-template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, Dense kDense_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, Variant kVariant_>
 struct ForwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
-  static constexpr Dense kDense = kDense_;
-  static constexpr ForwardKey kKey{kDType, kHeadDim, kHeadDimV, kBlockM, kBlockN, kDense};
+  static constexpr Variant kVariant = kVariant_;
+  static constexpr ForwardKey kKey{kDType, kHeadDim, kHeadDimV, kBlockM, kBlockN, kVariant};
 };
 
 }  // namespace jax_fa3

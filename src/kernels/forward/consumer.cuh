@@ -44,11 +44,11 @@ struct ForwardConsumer {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      typename T::Softmax softmax{p.rescale_threshold};
+      typename T::Softmax softmax{p.rescale_threshold, p.negative_threshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         skip(loaded.end - keys.end, loaded.end - keys.end);
-        attend(tO, softmax, mask, keys, row);
+        attend(tO, softmax, work, keys, row);
         skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
       } else {
         if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
@@ -68,9 +68,18 @@ struct ForwardConsumer {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
+    if (p.max_logits != nullptr) {
+      float logits[2];
+      softmax.largest_logits(logits, p.logit_scale_log2);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) logits[r] = exists[r] ? logits[r] : -INFINITY;
+      store_rows(p.max_logits, logits, tile, first_row);
+    }
     if (!intervals().is_valid) softmax.poison();
-    softmax.finish(tO, exists, lse);
-    store_lse(lse, tile, first_row);
+    const float sink =
+        p.sinks.values == nullptr ? -INFINITY : p.sinks.of(tile.batch, tile.head) * kLog2e;
+    softmax.finish(tO, exists, sink, lse);
+    store_rows(p.lse, lse, tile, first_row);
     store_output(tO, tile, row);
     query_cursor.advance();
     output_is_staged = true;
@@ -82,42 +91,24 @@ struct ForwardConsumer {
 
   // O, and the sums and maxima of its rows, by way of the keys that they see.
   template <class AccumulatorO>
-  CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Mask& mask,
+  CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Work& work,
                           const TileRange& keys, int row) {
-    typename T::MmaS mma_s;
-    typename T::MmaO mma_o;
     using namespace cute;
-    const auto tSrQ =
-        operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
+    const Mask& mask = work.mask;
+    const auto tSrQ = queries();
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
-    const float scale_log2 = p.softmax_scale_log2;
-
-    const auto issue_scores = [&](auto& tS) {
-      wait_full(shared.key_ring, key_cursor);
-      const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
-      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, operand_b(mma_s, sK), tS);
-    };
-    const auto issue_output = [&] {
-      wait_full(shared.value_ring, value_cursor);
-      const auto sVt = T::VTile::transposed(shared.value[value_cursor.stage]);
-      issue_mma<Accumulate::kAdd>(mma_o, tP, operand_b(mma_o, sVt), tO);
-    };
-    const auto finish_output = [&] {
-      wait_mma<0>(tO);
-      release(shared.value_ring, value_cursor);
-      value_cursor.advance();
-    };
+    const float scale_log2 = p.logit_scale_log2;
 
     // The right-most tile: nothing to overlap with yet.
     int n = keys.end - 1;
     {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
-      issue_scores(tS);
+      issue_scores(tSrQ, tS);
       free_staged_output();  // not before: nobody needs that stage yet
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      T::Score::apply(tS);
+      T::Score::apply(tS, p.score, place(work, row, n * T::kBlockN));
       if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
@@ -127,18 +118,18 @@ struct ForwardConsumer {
     const auto step = [&](auto masked) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
       take_turn();
-      issue_scores(tS);
-      issue_output();
+      issue_scores(tSrQ, tS);
+      issue_output(tP, tO);
       pass_turn();
       wait_mma<1>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      T::Score::apply(tS);
+      T::Score::apply(tS, p.score, place(work, row, n * T::kBlockN));
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       }
       const bool rescale = softmax.update(tS, scale_log2);
-      finish_output();
+      finish_output(tO);
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);
     };
@@ -148,8 +139,42 @@ struct ForwardConsumer {
     for (; n >= keys.begin; --n) step(true_type{});
 
     if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
-    issue_output();
-    finish_output();
+    issue_output(tP, tO);
+    finish_output(tO);
+  }
+
+  // The warpgroup's rows of Q, as an operand.
+  CUTE_DEVICE auto queries() const {
+    typename T::MmaS mma;
+    return operand_a(mma, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
+  }
+  // S = Q K^T of the next stage of keys.
+  template <class Queries, class AccumulatorS>
+  CUTE_DEVICE void issue_scores(const Queries& tSrQ, AccumulatorS& tS) const {
+    typename T::MmaS mma;
+    wait_full(shared.key_ring, key_cursor);
+    const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
+    issue_mma<Accumulate::kOverwrite>(mma, tSrQ, operand_b(mma, sK), tS);
+  }
+  // O += P V with the next stage of values.
+  template <class Probabilities, class AccumulatorO>
+  CUTE_DEVICE void issue_output(const Probabilities& tP, AccumulatorO& tO) const {
+    typename T::MmaO mma;
+    wait_full(shared.value_ring, value_cursor);
+    const auto sVt = T::VTile::transposed(shared.value[value_cursor.stage]);
+    issue_mma<Accumulate::kAdd>(mma, tP, operand_b(mma, sVt), tO);
+  }
+  template <class AccumulatorO>
+  CUTE_DEVICE void finish_output(AccumulatorO& tO) {
+    wait_mma<0>(tO);
+    release(shared.value_ring, value_cursor);
+    value_cursor.advance();
+  }
+
+  // Of the scores of keys from `key` on, and this warpgroup's rows, from `row` on.
+  CUTE_DEVICE ScorePlace place(const Work& work, int row, int key) const {
+    const int offset = work.mask.first + p.mask.window_left;
+    return {work.tile.batch, work.tile.head, row + offset - key};
   }
 
   CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
@@ -194,13 +219,15 @@ struct ForwardConsumer {
     sync_warpgroup();
   }
 
-  CUTE_DEVICE void store_lse(const float (&lse)[2], const WorkTile& tile, int first_row) const {
-    float* row_lse =
-        p.lse + (std::int64_t(tile.batch) * p.scheduler.num_heads + tile.head) * p.seqlen_q;
+  // Numbers of the thread's two rows to an array of all rows, [b, h_q, s_q].
+  CUTE_DEVICE void store_rows(float* all, const float (&numbers)[2], const WorkTile& tile,
+                              int first_row) const {
+    float* const of_head =
+        all + (std::int64_t(tile.batch) * p.scheduler.num_heads + tile.head) * p.seqlen_q;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + 8 * r;
-      if (threadIdx.x % 4 == 0 && row < p.seqlen_q) row_lse[row] = lse[r];
+      if (threadIdx.x % 4 == 0 && row < p.seqlen_q) of_head[row] = numbers[r];
     }
   }
 

@@ -17,7 +17,7 @@ struct DenseForwardOperands : ForwardOperands<Config> {
   using Params = DenseForwardParams;
   using BiasTile = SmemTile<typename Base::Element, Base::kBlockM, Base::kBlockN>;
 
-  static constexpr bool kTakesBias = Config::kDense == Dense::kBias;
+  static constexpr bool kTakesBias = Config::kVariant == Variant::kBias;
   static constexpr int kBiasElements = kTakesBias ? BiasTile::kElements : 0;  // of a stage
   static constexpr int kKeyBytes =
       Base::KTile::kBytes + kBiasElements * int(sizeof(typename Base::Element));
@@ -29,7 +29,7 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
   using Base = ForwardLayout<DenseForwardOperands<Config>>;
   using typename Base::BiasTile;
   using Works = WorkQueue<1>;
-  using Rows = WalkingRows<Base::kBlockM, Base::kBlockN>;
+  using Tiles = KeyTiles<Base::kBlockM, Base::kBlockN>;
 
   struct SharedStorage : Base::template Storage<Works> {
     alignas(1024) typename Base::Element bias[Base::kStages][cute::max(Base::kBiasElements, 8)];
@@ -37,7 +37,7 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
     TileCounts counts[Base::kQueryStages];
     // The producer's, which has few registers.
     typename Works::Load load;
-    Rows rows;
+    Tiles tiles;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -55,15 +55,15 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
   typename T::Cursor key_cursor, value_cursor;
 
   const auto& [tile, head_kv, range] = shared.load;
-  const int& row = shared.rows.row;
+  const int& row = shared.tiles.row;
   for (typename T::Works::Load load; shared.works.take_by_warp(works_cursor, load);) {
     if (loads) {
       shared.load = load;
-      shared.rows = {p.dense.mask_of(tile.batch, tile.head), range, tile.block * T::kBlockM};
+      shared.tiles = {p.dense.mask_of(tile.batch, tile.head), range, tile.block * T::kBlockM};
     }
     __syncwarp();
-    const TileCounts counts = shared.rows.count();
-    KeyWalk walk(shared.rows);
+    const TileCounts counts = shared.tiles.count();
+    KeyWalk walk(shared.tiles);
     int value_tile = -1;  // whose V is yet to be loaded
     bool more, queries_loaded = false;
     do {
@@ -117,7 +117,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       const int row = work.tile.block * T::kBlockM + warpgroup * kWarpgroupRows;
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      typename T::Softmax softmax{p.rescale_threshold};
+      typename T::Softmax softmax{p.rescale_threshold, p.negative_threshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       const TileCounts keys = broadcast(shared.counts[query_cursor.stage]);
       if (!keys.empty()) {
@@ -135,19 +135,11 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
   template <class AccumulatorO>
   CUTE_DEVICE void attend(AccumulatorO& tO, typename T::Softmax& softmax, const Work& work,
                           const TileCounts& keys, int row) {
-    typename T::MmaS mma_s;
-    typename T::MmaO mma_o;
     using namespace cute;
-    const auto tSrQ =
-        operand_a(mma_s, T::QTile::row_block(shared.query[query_cursor.stage], warpgroup));
+    const auto tSrQ = this->queries();
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
-    const float scale_log2 = p.softmax_scale_log2;
+    const float scale_log2 = p.logit_scale_log2;
 
-    const auto issue_scores = [&](auto& tS) {
-      wait_full(shared.key_ring, key_cursor);
-      const auto sK = T::KTile::tensor(shared.key[key_cursor.stage]);
-      issue_mma<Accumulate::kOverwrite>(mma_s, tSrQ, operand_b(mma_s, sK), tS);
-    };
     // From products to logits, still to be scaled; then the stage of K and bias is free.
     const auto finish_scores = [&](auto& tS, auto masked) {
       if constexpr (T::kTakesBias) {
@@ -164,20 +156,10 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
         }
       }
     };
-    const auto issue_output = [&] {
-      wait_full(shared.value_ring, value_cursor);
-      const auto sVt = T::VTile::transposed(shared.value[value_cursor.stage]);
-      issue_mma<Accumulate::kAdd>(mma_o, tP, operand_b(mma_o, sVt), tO);
-    };
-    const auto finish_output = [&] {
-      wait_mma<0>(tO);
-      release(shared.value_ring, value_cursor);
-      value_cursor.advance();
-    };
 
     {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
-      issue_scores(tS);
+      this->issue_scores(tSrQ, tS);
       this->free_staged_output();  // not before: nobody needs that stage yet
       wait_mma<0>(tS);
       const int n = shared.key_tile[key_cursor.stage];
@@ -194,13 +176,13 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     const auto step = [&](auto masked) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
       this->take_turn();
-      issue_scores(tS);
-      issue_output();
+      this->issue_scores(tSrQ, tS);
+      this->issue_output(tP, tO);
       this->pass_turn();
       wait_mma<1>(tS);
       finish_scores(tS, masked);
       const bool rescale = softmax.update(tS, scale_log2);
-      finish_output();
+      this->finish_output(tO);
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);
     };
@@ -208,13 +190,13 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     for (int i = keys.cut > 0 ? 0 : 1; i < keys.full; ++i) step(false_type{});
 
     if constexpr (T::kOwnOutput) release(shared.query_ring[warpgroup], query_cursor);
-    issue_output();
-    finish_output();
+    this->issue_output(tP, tO);
+    this->finish_output(tO);
   }
 };
 
 // A Config's traits, without building those of the other kind.
-template <class Config, bool kIsDense = Config::kDense != Dense::kNone>
+template <class Config, bool kIsDense = has_dense_array(Config::kVariant)>
 struct TraitsChoice {
   using Type = ForwardTraits<Config>;
 };

@@ -25,7 +25,7 @@ struct Forward {
     return {{"direction", kName},           {"dtype", to_string(key.dtype)},
             {"head_dim", key.head_dim},     {"head_dim_v", key.head_dim_v},
             {"block_m", key.block_m},       {"block_n", key.block_n},
-            {"dense", to_string(key.dense)}};
+            {"variant", to_string(key.variant)}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key), describe_order(plan)});

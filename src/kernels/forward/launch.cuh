@@ -22,7 +22,11 @@ inline Status set_common(ForwardParams* p, const TileOrder& order, const Forward
                                order.longest_first,
                                order.by_counter ? problem.tile_counter : nullptr};
   p->rescale_threshold = problem.rescale_threshold;
+  // While a row's maximum is negative, its reference is the only one that knows it.
+  p->negative_threshold = problem.max_logits != nullptr ? 0.f : problem.rescale_threshold;
+  p->sinks = head_table(problem.sinks, s);
   p->lse = problem.lse;
+  p->max_logits = problem.max_logits;
   if (!order.by_counter) return {};
   return cuda_status(cudaMemsetAsync(problem.tile_counter, 0, sizeof(int), stream),
                      "cudaMemsetAsync of the tile counter");

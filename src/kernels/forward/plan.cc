@@ -32,12 +32,12 @@ StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
   JFA_CHECK_OK(check_mask(mask));
   if (num_sms < 1) return invalid_argument(concat("num_sms must be positive, got ", num_sms));
   const auto eligible = [&](const ForwardKey& key) {
-    return key.dtype == shape.dtype && key.dense == presence.dense;
+    return key.dtype == shape.dtype && key.variant == presence.variant;
   };
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
     return unimplemented(no_kernel_message(
-        "forward", shape, compiled_head_dims(available, eligible), presence.dense != Dense::kNone));
+        "forward", shape, compiled_head_dims(available, eligible), presence.variant));
   }
   return choose_tile<ForwardPlan>(shape, mask, presence, keys, num_sms, [](const ForwardKey& key) {
     return TileModel{key.block_m, key.block_n, key_tile_cycles(key)};
@@ -47,7 +47,7 @@ StatusOr<ForwardPlan> plan_forward(const Shape& shape, const MaskOptions& mask,
 std::string to_string(const ForwardPlan& plan) {
   return concat("forward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                " dense=", to_string(plan.key.dense), " m_blocks=", plan.num_m_blocks,
+                " variant=", to_string(plan.key.variant), " m_blocks=", plan.num_m_blocks,
                 " heads_per_group=", plan.heads_per_group, " longest_first=", plan.longest_first,
                 " by_counter=", plan.by_counter, " tiles=", plan.num_tiles, " grid=", plan.grid);
 }

@@ -24,7 +24,10 @@ struct ForwardMaps {
 struct ForwardParams : ForwardMaps, CommonParams {
   TileScheduler scheduler;
   float rescale_threshold;
-  float* lse;  // [b, h_q, s_q]
+  float negative_threshold;
+  HeadTable sinks;
+  float* lse;         // [b, h_q, s_q]
+  float* max_logits;  // [b, h_q, s_q] or null
 };
 
 // The operands of a Config: element types, tiles in shared memory, matrix products; and the
@@ -48,9 +51,9 @@ struct ForwardOperands {
   using MmaO = MmaRS<Element, kHeadDimV, Major::MN>;
 
   using Source = Contiguous<KTile, VTile>;
-  using Score = Plain;
+  using Score = ScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
-  using Softmax = OnlineSoftmax<0, false>;
+  using Softmax = OnlineSoftmax<0, false, true>;
 
   static constexpr int kKeyBytes = KTile::kBytes;          // of a stage
   static constexpr int kValueElements = VTile::kElements;  // of a stage

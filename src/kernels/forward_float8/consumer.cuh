@@ -100,7 +100,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
         p.query_descale + std::int64_t(batch_head) * p.query_descales;
     const float* const key_descale = p.key_descale + std::int64_t(batch_head_kv) * p.key_descales;
     const int key_stride = p.key_descales > 1;
-    const float row_scale = p.softmax_scale_log2 *
+    const float row_scale = p.logit_scale_log2 *
                             __ldg(query_descale + (p.query_descales > 1 ? row / kDescaleBlock : 0));
     // Positive even where a block of zeros has a scale of zero: -inf * 0 is NaN.
     const auto scale_log2 = [&](int n) {
@@ -330,7 +330,7 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
     const bool is_valid = this->intervals().is_valid;
     if (!is_valid) softmax.poison();
     softmax.finish(exists, lse, empty);
-    this->store_lse(lse, tile, first_row);
+    this->store_rows(p.lse, lse, tile, first_row);
 
     const int batch_head = tile.batch * p.scheduler.num_heads + tile.head;
     const float value_descale = __ldg(p.value_descale + batch_head / p.heads_per_kv_head);

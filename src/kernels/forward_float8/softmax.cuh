@@ -13,8 +13,8 @@ namespace jax_fa3 {
 
 // P <= 2^(6 + 2) where maxima are found. Whole numbers: where the reference is the maximum, the
 // largest P is a power of two and has no rounding error.
-struct Float8Softmax : OnlineSoftmax<6, true> {
-  using Base = OnlineSoftmax<6, true>;
+struct Float8Softmax : OnlineSoftmax<6, true, false> {
+  using Base = OnlineSoftmax<6, true, false>;
   static constexpr float kLargest = 448.f;  // of e4m3
   static constexpr int kAim = 6;            // moved sums are 2^6 to 2^7
 
@@ -32,7 +32,9 @@ struct Float8Softmax : OnlineSoftmax<6, true> {
       if (any(sums[0] == INFINITY || sums[1] == INFINITY)) {
         recompute(tS);
         float row_max[2];
-        maximum(row_max, tS, scale_log2);
+        maximum(row_max, tS);
+        row_max[0] *= scale_log2;
+        row_max[1] *= scale_log2;
         move_reference(row_max);
         exponentiate_into(sums, tS, scale_log2);
       }
