@@ -27,7 +27,8 @@ def forward_plan(
     window_right: int,
     has_index_arrays: bool,
     has_visibility: bool,
-    dense: str,
+    dense: str,  # "none" | "mask" | "bias"
+    score: str,  # "plain" | "softcap" | "alibi"
     num_sms: int,
 ) -> dict[str, Any]:
     """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
@@ -62,6 +63,7 @@ def backward_plan(
     has_index_arrays: bool,
     has_visibility: bool,
     dense: str,
+    score: str,
     deterministic: bool,
     num_sms: int,
 ) -> dict[str, Any]:

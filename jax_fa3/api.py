@@ -54,6 +54,10 @@ def dot_product_attention(
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: Literal[False] = ...,
 ) -> jax.Array: ...
 
 
@@ -87,6 +91,10 @@ def dot_product_attention(
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: Literal[False] = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -104,7 +112,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Literal["fa3", "xla"] | None = None,
-    return_residual: bool,
+    return_residual: bool = ...,
     query_offset: ArrayLike | None = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
@@ -120,7 +128,11 @@ def dot_product_attention(
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = ...,
+) -> jax.Array | tuple[jax.Array, ...]: ...
 
 
 def dot_product_attention(
@@ -152,6 +164,10 @@ def dot_product_attention(
     kv_end=None,
     attention_chunk=None,
     visibility=None,
+    logits_soft_cap=None,
+    alibi_slopes=None,
+    sinks=None,
+    return_max_logits=False,
 ):
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
@@ -212,12 +228,22 @@ def dot_product_attention(
       attention_chunk: an int c: row i sees the keys of the chunk of c keys that has its position,
         i + query_offset.
       visibility: what `make_visibility` made of such arguments, once for all calls, in their place.
+      logits_soft_cap: a positive Python number c: scores with all that is added to them become
+        c * tanh(score / c), before any mask.
+      alibi_slopes: float32 (N,), other floats are cast: slope * |i + query_offset - j| is taken
+        from the scaled scores. They have no gradient, and raise where one is asked for.
+      sinks: float32 (N,), other floats are cast: each row of a head also has this logit, of a key
+        whose value is 0. With gradient.
+      return_max_logits: also return the largest logit that each head sees, the sink apart.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype, bfloat16 for float8; with return_residual
-      (out, lse), where lse is float32 (B, T, N) or (T, N), in natural log units, and gradients flow
-      through both. float8 inputs have none.
-      A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0.
+      or return_max_logits a tuple (out, lse), (out, max_logits) or (out, lse, max_logits).
+      lse is float32 (B, T, N) or (T, N), in natural log units, the sink included; gradients flow
+      through out and lse. float8 inputs have none. max_logits is float32 (B, N) or (N,), -inf
+      where a head sees nothing, and has no gradient.
+      A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0; with sinks
+      the lse of a row that is no padding is then its sink.
 
     Raises:
       ValueError: shapes or values do not fit; the message names the argument, got and expected.
@@ -274,6 +300,10 @@ def is_supported(
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
 
@@ -293,10 +323,10 @@ def is_supported(
     return reasons_against(Arguments(**locals())).first
 
 
-def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, jax.Array]:
+def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, ...]:
     """`dot_product_attention` of these arguments."""
     options, operands = prepare(arguments)
-    return public_results(fa3_attention(options, operands), options)
+    return public_results(fa3_attention(options, operands))
 
 
 def reasons_against(arguments: Arguments) -> route.Reasons:
@@ -342,7 +372,7 @@ def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) ->
     return outputs if operands.query.ndim == 4 else jax.tree.map(lambda x: x[0], outputs)
 
 
-def public_results(
-    outputs: Outputs, options: AttentionOptions
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    return (outputs.out, outputs.lse) if options.return_residual else outputs.out
+def public_results(outputs: Outputs) -> jax.Array | tuple[jax.Array, ...]:
+    """out, or a tuple of it and what else was asked for."""
+    results = tuple(outputs.present().values())
+    return results if len(results) > 1 else outputs.out

@@ -53,6 +53,10 @@ class Arguments:
     kv_end: Any = None
     attention_chunk: Any = None
     visibility: Any = None
+    logits_soft_cap: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+    return_max_logits: Any = False
 
     # What the record becomes.
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
@@ -119,6 +123,8 @@ class Arguments:
         counts = {name: getattr(self, name) for name in self._count_names()}
         counts = {name: x for name, x in counts.items() if name in made or is_int64(x)}
         made |= {name: as_indices(name, x) for name, x in counts.items()}
+        by_head = {name: made.get(name, getattr(self, name)) for name in self._head_names()}
+        made |= {name: as_float32(x) for name, x in by_head.items() if is_other_float(x)}
         return dataclasses.replace(self, **made) if made else self
 
     @functools.cached_property
@@ -153,6 +159,7 @@ class Arguments:
             window_right=right,
             query_offset=0 if offset is None or is_array(offset) else int(offset),
             deterministic=resolve_deterministic(self.deterministic),
+            softcap=float(np.float32(self.logits_soft_cap or 0)),
             sm_margin=int(self.sm_margin),
             forward_dtype=None if self.forward_dtype is None else FLOAT8,
             out_dtype="bfloat16" if self.is_float8 else None,
@@ -179,6 +186,13 @@ class Arguments:
         names = [row.argument or name for name, row in rows if row.counts]
         names += [name for name in Sources.rows() if name not in names]
         return tuple(name for name in names if name in known)
+
+    @classmethod
+    @functools.cache
+    def _head_names(cls) -> tuple[str, ...]:
+        """The names of arguments whose arrays have a number for each head."""
+        rows = cls.Operands.rows().items()
+        return tuple(row.argument or name for name, row in rows if row.form == "heads")
 
     @classmethod
     @functools.cache
@@ -243,6 +257,17 @@ def values_of(x: Any) -> np.ndarray | None:
     if is_type or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
+
+
+def as_float32(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+    return x.astype(jnp.float32)
+
+
+def is_other_float(x: Any) -> bool:
+    """Whether `x` is an array of a floating dtype that is cast to float32 where it must be that."""
+    return is_array(x) and dtype_name(x) in ("bfloat16", "float16", "float64")
 
 
 def is_int64(x: Any) -> bool:

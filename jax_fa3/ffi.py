@@ -17,13 +17,14 @@ from jax import lax
 
 from jax_fa3 import native
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
-from jax_fa3.operands import Operands, Outputs, Sources
+from jax_fa3.operands import Extents, Operands, Outputs, Sources
 from jax_fa3.options import (
     FLOAT8,
     AttentionOptions,
     VisibilityOptions,
     dense_mask_words,
     num_blocks,
+    num_row_blocks,
     padded_bias_keys,
     padded_keys,
 )
@@ -47,8 +48,12 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     results = [
         _result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
         _result(query, (n.batch, n.num_heads_q, n.seqlen_q), jnp.float32),
-        _result(query, (1,), jnp.int32),  # the tile counter
     ]
+    wanted = dict(has_max_logits=options.return_max_logits)
+    if options.return_max_logits:
+        results.append(_by_row_blocks(query, n))
+    num_outputs = len(results)
+    results.append(_result(query, (1,), jnp.int32))  # the tile counter
     target, more = FORWARD, {}
     if operands.is_float8:
         more = dict(value_is_prepared=operands.prepared_value is not None)
@@ -57,7 +62,11 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
         target = FORWARD_FLOAT8
     operands = _as_kernels_take(operands)
     call, arrays = jax.ffi.ffi_call(target, results), operands.present().values()
-    return Outputs(*call(*arrays, options=attributes(options, operands), **more)[:2])
+    got = call(*arrays, options=attributes(options, operands, **wanted), **more)
+    outputs = Outputs(*got[:num_outputs])
+    if outputs.max_logits is None:
+        return outputs
+    return outputs.replace(max_logits=outputs.max_logits.max(-1))
 
 
 def backward(
@@ -67,10 +76,17 @@ def backward(
     plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
     operands = _as_kernels_take(operands)
     differentiable = operands.differentiable(options).present()
-    results = [_result(query, x.shape, x.dtype) for x in differentiable.values()]
+    results = [
+        _by_row_blocks(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
+        for name, x in differentiable.items()
+    ]
     results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
     arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
-    wanted = dict(has_dlse=cotangents.lse is not None, has_dbias="bias" in differentiable)
+    wanted = dict(
+        has_dlse=cotangents.lse is not None,
+        has_dbias="bias" in differentiable,
+        has_dsinks="sinks" in differentiable,
+    )
     *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(
         *arrays.present().values(),
         *outputs.present().values(),
@@ -81,6 +97,10 @@ def backward(
     gradients = dict(zip(differentiable, gradients, strict=True))
     if "bias" in gradients:
         gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
+    if "sinks" in gradients:
+        sequences, heads = operands.sinks.shape
+        shares = gradients["sinks"].reshape(sequences, -1, heads, num_row_blocks(n.seqlen_q))
+        gradients["sinks"] = shares.sum((1, 3))
     return type(operands)(**gradients)
 
 
@@ -152,6 +172,8 @@ def attributes(
     *,
     has_dlse: bool = False,
     has_dbias: bool = False,
+    has_max_logits: bool = False,
+    has_dsinks: bool = False,
 ) -> dict[str, object]:
     """The dictionary attribute of forward and backward calls, in the exact widths C++ decodes."""
     values = {name: getattr(options, name) for name in options.of_kernels()}
@@ -160,6 +182,7 @@ def attributes(
         {name: WIDTHS[type(x)](x) for name, x in values.items()}
         | {f"has_{name}": x is not None for name, x in flags.items()}
         | dict(has_dlse=has_dlse, has_dbias=has_dbias)
+        | dict(has_max_logits=has_max_logits, has_dsinks=has_dsinks)
     )
 
 
@@ -175,6 +198,11 @@ def _as_kernels_take(operands: Operands) -> Operands:
     seqlen_k = operands.extents.seqlen_k
     table = dense_mask(jnp.broadcast_to(mask, (*mask.shape[:3], seqlen_k)))
     return operands.replace(bias=bias, mask=None, dense_mask=table)
+
+
+def _by_row_blocks(like: jax.Array, n: Extents) -> jax.core.ShapedArray:
+    """The type of what kernels give for each block of query rows."""
+    return _result(like, (n.batch, n.num_heads_q, num_row_blocks(n.seqlen_q)), jnp.float32)
 
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:

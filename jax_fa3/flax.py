@@ -56,6 +56,9 @@ def make_attention_fn(
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
 ) -> Callable[..., jax.Array]:
     """An attention function for Flax's multi-head layers, with options set beforehand.
 
@@ -80,8 +83,9 @@ def make_attention_fn(
       query_segment_ids, key_value_segment_ids: int32 (batch..., T) and (batch..., S).
       kv_start, kv_end: int32 (batch..., T), (batch..., N, T) or (batch..., K, T).
       visibility: what `make_visibility` gives, for all batch dimensions in one or for any batch.
-      scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk: as in
-        `dot_product_attention`.
+      scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
+        logits_soft_cap, alibi_slopes, sinks: as in `dot_product_attention`. Sinks that are trained
+        are a parameter of the layer: make the function where it is at hand.
 
     Returns:
       The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
@@ -126,6 +130,9 @@ def make_attention_fn(
         kv_end=kv_end,
         attention_chunk=attention_chunk,
         visibility=visibility,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
     )
 
 
@@ -151,6 +158,9 @@ class _AttentionFn:
     kv_end: ArrayLike | None
     attention_chunk: int | None
     visibility: Visibility | None
+    logits_soft_cap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _AttentionFn) and self._identity() == other._identity()
@@ -226,6 +236,9 @@ class _AttentionFn:
             **{name: _fold_rows(name, getattr(self, name), batch) for name in OF_ROWS},
             attention_chunk=self.attention_chunk,
             visibility=self.visibility,
+            logits_soft_cap=self.logits_soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
         )
         return out.reshape(*batch, *out.shape[1:])
 

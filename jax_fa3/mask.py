@@ -28,10 +28,8 @@ def visible(
     row: int32 [q], the numbers of all query rows; column: int32 [k], those of some keys, to
     which the operands' arrays of keys belong.
     """
+    position = positions(options, operands, row)
     row, column = row[None, None, :, None], column[None, None, None, :]
-    position = row + options.query_offset
-    if operands.query_offset is not None:
-        position = row + _by_sequence(_legal_offset(operands.query_offset))
     terms = []
     if operands.key_lengths is not None:
         terms.append(column < _by_sequence(operands.key_lengths))
@@ -49,6 +47,14 @@ def visible(
     if not terms:
         return None
     return functools.reduce(jnp.logical_and, terms)
+
+
+def positions(options: AttentionOptions, operands: Operands, row: jax.Array) -> jax.Array:
+    """int32 [b | 1, 1, q, 1]: where the rows of these numbers, int32 [q], stand among the keys."""
+    row = row[None, None, :, None]
+    if operands.query_offset is None:
+        return row + options.query_offset
+    return row + _by_sequence(_legal_offset(operands.query_offset))
 
 
 def _by_sequence(x: jax.Array) -> jax.Array:
@@ -89,8 +95,13 @@ def inside(lengths: jax.Array, count: int, start: jax.Array | int = 0) -> jax.Ar
 
 
 def has_window(options: AttentionOptions) -> bool:
-    """Whether it matters where a row stands among the keys."""
+    """Whether it matters to who sees whom where a row stands among the keys."""
     return min(options.window) < UNBOUNDED
+
+
+def has_positions(options: AttentionOptions, operands: Operands) -> bool:
+    """Whether it matters to anything where a row stands among the keys."""
+    return has_window(options) or operands.alibi_slopes is not None
 
 
 def is_triangular(options: AttentionOptions) -> bool:
@@ -100,8 +111,8 @@ def is_triangular(options: AttentionOptions) -> bool:
 
 def is_causal_alone(options: AttentionOptions, operands: Operands) -> bool:
     """Whether rows see the keys up to their own position, and nothing else but the keys' lengths
-    has a say. An array that is not named here may have one."""
-    known = {"query", "key", "value", "key_lengths"}
+    has a say, nor do positions in scores. An array that is not named here may have one."""
+    known = {"query", "key", "value", "key_lengths", "sinks"}
     return (
         options.window_left == UNBOUNDED
         and options.window_right == options.query_offset == 0

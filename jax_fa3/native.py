@@ -89,7 +89,9 @@ def plan(
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
     call = KERNEL_DTYPES[dtype], *extents
-    presence = *presence, next((name for name in DENSE if name in arrays), "none")
+    dense = next((name for name in DENSE if name in arrays), "none")
+    score = "softcap" if options.softcap else "alibi" if "alibi_slopes" in arrays else "plain"
+    presence = *presence, dense, score
     if target == "forward":
         return _remembered(target, *call, *options.window, *presence, NUM_SMS)
     return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)

@@ -33,7 +33,8 @@ ANY_SEQUENCE = "b"  # one value for each sequence
 #   scalar     or one number for all
 #   broadcast  any dimension may have extent 1, leading ones may be missing
 #   blocks     scales: one for all, one a head, one a block of a head
-Form = Literal["exact", "scalar", "broadcast", "blocks"]
+#   heads      one for each head, whatever the batch; other floating dtypes are cast
+Form = Literal["exact", "scalar", "broadcast", "blocks", "heads"]
 
 # What an integer array's values count, from the start of the sequence. Where a device works on a
 # part of the sequence, they are counted from the start of that part.
@@ -60,6 +61,11 @@ class Row:
     def sizes(self, extents: Extents) -> tuple[int, ...]:
         """The array's shape in a call of these extents."""
         return tuple(map(extents.by_letter().__getitem__, self.dims))
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether dimensions of the array may have extent 1 in place of the call's."""
+        return self.form in ("broadcast", "heads")
 
     def axis(self, letters: str) -> int | None:
         """The first dimension that has one of these letters."""
@@ -198,6 +204,10 @@ class Operands(Bundle):
         "bhst", "bool", form="broadcast", needs_whole="a bias or mask", shared=True
     )
     dense_mask: Array | None = row("bhu", "int32", form="broadcast", flag=True, shared=True)
+    sinks: Array | None = row(
+        "bh", "float32", form="heads", differentiable=True, flag=True, shared=True
+    )
+    alibi_slopes: Array | None = row("bh", "float32", form="heads", flag=True, shared=True)
 
     @property
     def extents(self) -> Extents:
@@ -223,10 +233,20 @@ class Operands(Bundle):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outputs(Bundle):
-    """What a call gives, and the cotangents of that; the LSE in natural log units."""
+    """What a call gives, and the cotangents of that; the LSE in natural log units, and of each head
+    the largest logit, which has no cotangent."""
 
     out: Array | None = row("bshe", *DTYPES)
     lse: Array | None = row("bhs", "float32")
+    max_logits: Array | None = row("bh", "float32", flag=True)
+
+    @classmethod
+    def of_operations(cls, options: AttentionOptions) -> dict[str, str]:
+        """The dimensions of what the operations give in a call of these options."""
+        dims = {name: row.dims for name, row in cls.rows().items()}
+        if not options.return_max_logits:
+            del dims["max_logits"]
+        return dims
 
 
 @jax.tree_util.register_dataclass
@@ -260,6 +280,8 @@ def in_row_dims(operands: Operands) -> Operands:
             return x
         if row.form == "broadcast":
             return x.reshape((1,) * (len(row.dims) - x.ndim) + x.shape)
+        if row.form == "heads":
+            return x[None]
         if row.dims == ANY_SEQUENCE:
             return jnp.broadcast_to(x, (batch,))
         return x if is_batched else x[None]
@@ -273,6 +295,6 @@ def dims(*bundles: Bundle) -> tuple[str, ...]:
 
 
 def _dims(row: Row, x: Array) -> str:
-    if row.form != "broadcast":
+    if not row.broadcasts:
         return row.dims
     return "".join("." if n == 1 else letter for letter, n in zip(row.dims, x.shape, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import jax
@@ -28,8 +28,9 @@ class Operations(Protocol):
     """Whatever has the two operations: ffi.py, xla.py, this module, and what divides them among
     devices. Hashable.
 
-    forward     out [batch, seqlen_q, num_heads_q, head_dim_v] of options.out_dtype, and lse [batch,
-                num_heads_q, seqlen_q] float32
+    forward     out [batch, seqlen_q, num_heads_q, head_dim_v] of options.out_dtype, lse [batch,
+                num_heads_q, seqlen_q] float32, and with options.return_max_logits max_logits
+                [batch, num_heads_q] float32
     backward    the gradients of the operands that have one; the cotangent of lse may be absent
     """
 
@@ -57,8 +58,8 @@ def backward(
         operands = operands.replace(**rounded.present())
     kernel, portable = (functools.partial(x.backward, options) for x in (ffi, xla))
     bundles = operands, outputs, cotangents
-    of_bias = operands.bias is not None and options.bias_gradient
-    return _run(options.routes.backward, kernel, portable, *bundles, bias_gradient=of_bias)
+    differentiated = operands.differentiable(options).present()
+    return _run(options.routes.backward, kernel, portable, *bundles, differentiated=differentiated)
 
 
 def quantized(
@@ -108,10 +109,10 @@ def _run(
     kernel: Callable,
     portable: Callable,
     *bundles: Bundle,
-    bias_gradient: bool = False,
+    differentiated: Collection[str] = (),
 ) -> Bundle:
     """`kernel` on CUDA and `portable` elsewhere, with a rule for mapped axes; or `portable` alone.
-    `bias_gradient`: among the results is a gradient of the shape of a bias.
+    `differentiated`: the names of arrays whose gradients, of their shapes, are the results.
 
     Problems without scores, some of whose arrays are empty, are left to XLA's constants.
     """
@@ -129,10 +130,15 @@ def _run(
     def fold_into_batch(size, mapped, *bundles):
         name, first = next(iter(bundles[0].present().items()))
         batch = first.shape[1 if getattr(mapped[0], name) else 0]
-        fold = functools.partial(_fold, size, batch, bias_gradient)
-        results = operation(*(x.map(fold, of_x) for x, of_x in zip(bundles, mapped, strict=True)))
+        fold = functools.partial(_fold, size, batch)
+        results = operation(
+            *(
+                x.map(fold, of_x, x.only(differentiated))
+                for x, of_x in zip(bundles, mapped, strict=True)
+            )
+        )
         own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
-        own = own.present()  # a gradient of a bias has as many planes as that
+        own = own.present()  # a gradient has as many planes as its array
         unfolded = {
             name: x.reshape(size, own.get(name, batch), *x.shape[1:])
             for name, x in results.present().items()
@@ -144,18 +150,23 @@ def _run(
 
 
 def _fold(
-    size: int, batch: int, bias_gradient: bool, row: Row, x: jax.Array, is_mapped: bool
+    size: int,
+    batch: int,
+    row: Row,
+    x: jax.Array,
+    is_mapped: bool,
+    differentiated: jax.Array | None,
 ) -> jax.Array:
     """[size, batch, ...] -> [size * batch, ...]. What broadcasts over the batch, and is not mapped,
-    stays as it is; only of a bias each mapped call has a copy where it has a gradient of it. Planes
-    that may serve several sequences serve those of one mapped call."""
+    stays as it is; only where it is differentiated each mapped call has a copy, and a gradient of
+    it. Planes that may serve several sequences serve those of one mapped call."""
     if row.axis("b") != 0:
         if is_mapped:
             raise NotImplementedError(f"an array of dimensions {row.dims} cannot be mapped")
         return x
     own = x.shape[1 if is_mapped else 0]
     if not is_mapped:
-        if own == 1 and row.form == "broadcast" and not (row.differentiable and bias_gradient):
+        if own == 1 and row.broadcasts and differentiated is None:
             return x
         x = jnp.broadcast_to(x[None], (size, *x.shape))
     if own != batch and not row.shared:

@@ -52,6 +52,7 @@ class AttentionOptions:
     window_right: int = UNBOUNDED  # columns, inclusive
     query_offset: int = 0  # the offset of every sequence where there is no array of them
     rescale_threshold: float = 8.0  # log2 units a row maximum may grow before O is rescaled
+    softcap: float = 0.0  # > 0: scores become softcap * tanh(score / softcap); 0 is off
     sm_margin: int = 0  # streaming multiprocessors that the kernels leave free
     deterministic: bool = False  # the backward pass gives equal bits when repeated
 
@@ -60,6 +61,7 @@ class AttentionOptions:
     forward_dtype: str | None = _of_python(None)  # FLOAT8: 16-bit operands are rounded to it first
     out_dtype: str | None = _of_python(None)  # None: query's
     return_residual: bool = _of_python(False)  # the LSE is wanted too, so it may have a cotangent
+    return_max_logits: bool = _of_python(False)  # the largest logit of each head is wanted too
     bias_gradient: bool = _of_python(True)  # where there is a bias, its gradient is wanted
 
     @classmethod
@@ -92,6 +94,12 @@ class VisibilityOptions:
 def num_blocks(seqlen: int) -> int:
     """Blocks of rows with a scale of their own; a sequence without rows has one too."""
     return max(-(-seqlen // BLOCK), 1)
+
+
+def num_row_blocks(seqlen: int) -> int:
+    """Blocks of 64 query rows, for each of which the kernels give a largest logit and a share of
+    a sink's gradient (row_blocks in src/call/problem.h); a sequence without rows has one too."""
+    return max(-(-seqlen // 64), 1)
 
 
 def padded_bias_keys(seqlen: int) -> int:

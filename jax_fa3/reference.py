@@ -1,16 +1,21 @@
 """The meaning of attention, written out densely in float64 numpy: the oracle and the definition.
 
-    logits[b, n, i, j] = scale * query[b, i, n] . key[b, j, n // group] + bias[b, n, i, j]
+    scores[b, n, i, j] = scale * query[b, i, n] . key[b, j, n // group] + bias[b, n, i, j]
+                         - alibi_slopes[n] * |i + offset - j|
+    logits[b, n, i, j] = logits_soft_cap * tanh(scores[b, n, i, j] / logits_soft_cap)
     visible[b, n, i, j] = i < query_length and j < key_length and mask[b, n, i, j]
                           and i + offset - left <= j <= i + offset + right
                           and query_segment_ids[b, i] == key_value_segment_ids[b, j] != 0
                           and kv_start[b, n, i] <= j < kv_end[b, n, i]
                           and (i + offset) // attention_chunk == j // attention_chunk
-    lse[b, i, n] = log(sum over visible j of exp(logits)), -inf where there is none
+    max_logits[b, n] = the largest logits[b, n, i, j] that is visible, -inf where none is
+    lse[b, i, n] = log(sum over visible j of exp(logits) + exp(sinks[n])), the sink where
+                   i < query_length; -inf where there is nothing to sum
     out[b, i, n] = sum over visible j of exp(logits - lse) * value[b, j, n // group], likewise 0
 
-Arrays are 4-D as in dot_product_attention, of any dtype; results are float64. The batch of a bias
-or a mask may also divide that of the call: then each plane serves as many sequences in a row.
+Without a cap logits are the scores. Arrays are 4-D as in dot_product_attention, of any dtype;
+results are float64. The batch of a bias or a mask may also divide that of the call: then each plane
+serves as many sequences in a row.
 """
 
 from __future__ import annotations
@@ -27,10 +32,12 @@ class Gradients(NamedTuple):
     key: np.ndarray
     value: np.ndarray
     bias: np.ndarray | None
+    sinks: np.ndarray | None
 
 
 class Reference:
-    """One call's probabilities, and from them `out`, `lse` and any number of `gradients`."""
+    """One call's probabilities, and from them `out`, `lse`, `max_logits` and any number of
+    `gradients`."""
 
     def __init__(
         self,
@@ -51,6 +58,9 @@ class Reference:
         kv_start=None,
         kv_end=None,
         attention_chunk=None,
+        logits_soft_cap=None,
+        alibi_slopes=None,
+        sinks=None,
     ):
         query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
         batch, seqlen_q, num_heads_q, head_dim = query.shape
@@ -94,10 +104,23 @@ class Reference:
             logits = self.scale * np.einsum("bind,bjnd->bnij", self.query, self.key)
             if bias is not None:
                 logits = logits + _by_sequence(bias, batch).astype(np.float64)
+            if alibi_slopes is not None:
+                slopes = np.asarray(alibi_slopes).astype(np.float64)
+                logits = logits - slopes[:, None, None] * np.abs(distance)[:, None]
+            self.cap_slope = 1.0  # of logits by scores
+            if logits_soft_cap is not None:
+                tanh = np.tanh(logits / logits_soft_cap)
+                logits, self.cap_slope = logits_soft_cap * tanh, 1 - tanh**2
             logits = np.where(visible, logits, -np.inf)
+            self.max_logits = logits.max((2, 3), initial=-np.inf)
             row_max = logits.max(-1, keepdims=True, initial=-np.inf)
             row_max = np.where(row_max == -np.inf, 0, row_max)
             lse = row_max[..., 0] + np.log(np.exp(logits - row_max).sum(-1))  # [b, n, i]
+            self.sinks = None
+            if sinks is not None:
+                self.sinks = np.asarray(sinks).astype(np.float64)[:, None]  # [n, i]
+                is_row = _inside(query_seq_lengths, batch, seqlen_q)
+                lse = np.where(is_row[:, None], np.logaddexp(lse, self.sinks), lse)
             finite_lse = np.where(lse == -np.inf, 0, lse)
             self.probs = np.exp(logits - finite_lse[..., None])
             self.out = np.einsum("bnij,bjnd->bind", self.probs, self.value)
@@ -109,15 +132,22 @@ class Reference:
         dout = np.where(self.rows[..., None, None], np.asarray(dout).astype(np.float64), 0)
         delta = np.einsum("bind,bind->bni", dout, self.out)
         if dlse is not None:
-            dlse = np.where(self.rows[..., None], np.asarray(dlse).astype(np.float64), 0)
+            has_lse = self.lse > -np.inf
+            dlse = np.where(has_lse, np.asarray(dlse).astype(np.float64), 0)
             delta = delta - dlse.swapaxes(1, 2)
         dprobs = np.einsum("bind,bjnd->bnij", dout, self.value)
-        dlogits = self.probs * (dprobs - delta[..., None])
+        dlogits = self.probs * (dprobs - delta[..., None]) * self.cap_slope
+        dsinks = None
+        if self.sinks is not None:
+            lse = self.lse.swapaxes(1, 2)
+            weight = np.exp(self.sinks - np.where(lse == -np.inf, np.inf, lse))
+            dsinks = -(weight * delta).sum((0, 2))
         return Gradients(
             query=self.scale * np.einsum("bnij,bjnd->bind", dlogits, self.key),
             key=self.scale * self._sum_group(np.einsum("bnij,bind->bjnd", dlogits, self.query)),
             value=self._sum_group(np.einsum("bnij,bind->bjnd", self.probs, dout)),
             bias=None if self.bias_shape is None else _unbroadcast(dlogits, self.bias_shape),
+            sinks=dsinks,
         )
 
     def _sum_group(self, x: np.ndarray) -> np.ndarray:

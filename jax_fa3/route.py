@@ -24,6 +24,7 @@ from jax_fa3.options import FLOAT8, AttentionOptions, Route, Routes, dense_mask_
 logger = logging.getLogger("jax_fa3")
 
 MIN_SCALE = 2.0**-100  # the backward pass divides by it
+MIN_SOFT_CAP, MAX_SOFT_CAP = 2.0**-10, 2.0**20  # scale / cap and cap * score stay in range
 MAX_DENSE_MASK_WORDS = 2**31 - 1  # of a plane, which the kernels count in 32 bits
 COMPUTE_CAPABILITY = "9.0"  # H100, H200, GH200
 
@@ -88,6 +89,8 @@ def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
         call = refusal("forward") or refusal("backward")
     if options.forward_dtype is not None and arguments.arrays.keys() & set(native.DENSE):
         rounding = "the float8 kernels take no bias and no dense mask"
+    elif options.forward_dtype is not None and (wish := _of_scores(arguments)):
+        rounding = f"the float8 kernels take no {wish}"
     elif _is_float8_forward(arguments, options):
         float8 = refusal("forward_float8")
     return Reasons(call, float8, rounding, device_reason())
@@ -129,7 +132,33 @@ def _call_reason(arguments: Arguments) -> str | None:
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
-    return _dense_reason(arguments)
+    return _dense_reason(arguments) or _score_reason(arguments)
+
+
+def _score_reason(arguments: Arguments) -> str | None:
+    """What no kernel does with the arguments that `_of_scores` knows."""
+    if arguments.is_float8 and (wish := _of_scores(arguments)):
+        return f"the kernels take no {wish} with {FLOAT8} inputs"
+    variants = ("bias", "mask"), ("logits_soft_cap",), ("alibi_slopes",)
+    given = [[name for name in names if getattr(arguments, name) is not None] for names in variants]
+    together = [names[0] for names in given if names]
+    if len(together) > 1:
+        return f"the kernels take {together[0]} and {together[1]} one at a time"
+    cap = arguments.logits_soft_cap
+    if cap is not None and not MIN_SOFT_CAP <= cap <= MAX_SOFT_CAP:
+        return (
+            f"the kernels take a logits_soft_cap from {MIN_SOFT_CAP:g} to {MAX_SOFT_CAP:g}, not "
+            f"{cap:g}"
+        )
+    return None
+
+
+def _of_scores(arguments: Arguments) -> str | None:
+    """The first argument given that the float8 kernels do not know."""
+    names = "logits_soft_cap", "alibi_slopes", "sinks"
+    found = [name for name in names if getattr(arguments, name) is not None]
+    found += ["return_max_logits"] * bool(arguments.return_max_logits)
+    return next(iter(found), None)
 
 
 def _dense_reason(arguments: Arguments) -> str | None:

@@ -1,4 +1,5 @@
-"""What a score is: the scaled product of a query row and a key, and a bias.
+"""What a score is: the scaled product of a query row and a key, a bias or a slope of the distance
+between them, and a cap. And what a sink is, a score without a key.
 
 Used by XLA's implementation; the kernels compute the same in src/attention.
 """
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jax_fa3.options import AttentionOptions
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -25,9 +28,73 @@ def carry_sign(query: jax.Array, scale: float) -> jax.Array:
 
 
 def scores(
-    products: jax.Array, scales: Iterable[float | jax.Array], bias: jax.Array | None
+    options: AttentionOptions,
+    products: jax.Array,
+    scales: Iterable[float | jax.Array],
+    terms: Iterable[jax.Array | None],
 ) -> jax.Array:
-    """The float32 scores of products query @ key^T: times every scale, and with the bias added."""
+    """The float32 scores of products query @ key^T: times every scale, with every term added that
+    is there, and then capped."""
     for scale in scales:
         products = scale * products
-    return products if bias is None else products + bias.astype(jnp.float32)
+    for term in terms:
+        if term is not None:
+            products = products + term.astype(jnp.float32)
+    if options.softcap:
+        return options.softcap * jnp.tanh(products / options.softcap)
+    return products
+
+
+def before_cap(options: AttentionOptions, dscores: jax.Array, scores: jax.Array) -> jax.Array:
+    """The gradients of scores before they were capped, of those of capped scores, which are -inf
+    where they are hidden."""
+    if not options.softcap:
+        return dscores
+    tanh = jnp.maximum(scores, -options.softcap) / options.softcap
+    return dscores * (1 - tanh * tanh)
+
+
+def alibi(slopes: jax.Array | None, position: jax.Array, column: jax.Array) -> jax.Array | None:
+    """float32: what the distance between rows and keys adds to their scores; None without slopes.
+
+    Of dimensions that broadcast, slopes: float32; position: int32, where rows stand among the
+    keys; column: int32, the numbers of the keys.
+    """
+    if slopes is None:
+        return None
+    distance = jnp.abs(position - column)
+    return -slopes * distance.astype(jnp.float32)
+
+
+def with_sink(
+    sinks: jax.Array | None, lse: jax.Array, is_row: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The LSE of scores and a sink, and what the sink leaves of the weights of keys; None where
+    there is no sink. Padding has none.
+
+    sinks, is_row: of dimensions that broadcast to those of `lse`; is_row: False in padding, or None
+    where there is none.
+    """
+    if sinks is None:
+        return lse, None
+    joined = jnp.logaddexp(lse, sinks)
+    if is_row is not None:
+        joined = jnp.where(is_row, joined, lse)
+    return joined, jnp.exp(lse - jnp.where(joined == -jnp.inf, 0, joined))
+
+
+def sink_gradient(
+    sinks: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    dlse: jax.Array | None,
+    is_row: jax.Array | None,
+) -> jax.Array:
+    """float32, of the dimensions of `lse`: what each row adds to the gradient of its sink.
+
+    lse: the sink included; delta: out . dout; sinks and is_row as in `with_sink`.
+    """
+    of_row = -delta if dlse is None else dlse - delta
+    exists = lse > -jnp.inf
+    exists = exists if is_row is None else exists & is_row
+    return jnp.where(exists, jnp.exp(sinks - jnp.where(exists, lse, 0)) * of_row, 0)

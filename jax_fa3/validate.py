@@ -31,6 +31,7 @@ IMPLEMENTATIONS = (None, "fa3", "xla")
 SEQUENCE_PARALLEL = get_args(SequenceParallel)
 WORDS = {"b": "batch", "h": "heads", "s": "seqlen_q", "t": "seqlen_k"}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def check_call(arguments: Arguments) -> None:
@@ -45,6 +46,8 @@ def check_call(arguments: Arguments) -> None:
     check_scale(arguments.scale)
     check_flag("is_causal", arguments.is_causal)
     check_flag("return_residual", arguments.return_residual)
+    check_flag("return_max_logits", arguments.return_max_logits)
+    check_soft_cap(arguments.logits_soft_cap)
     if arguments.deterministic is not None:
         check_flag("deterministic", arguments.deterministic)
     check_offset(arguments.query_offset)
@@ -151,12 +154,15 @@ def check_arrays(arguments: Arguments) -> None:
         shapes = tuple(map(str, dict.fromkeys(allowed)))
         expected = one_of(shapes) if row.form == "blocks" else shapes[0]
         expected += ", one per sequence" if row.dims == ANY_SEQUENCE else ""
+        expected += ", one for each head of query" if row.form == "heads" else ""
         raise ValueError(f"{name} has shape {shape_of(x)}; expected {expected}")
 
 
 def _shapes(row: Row, extents: Extents, is_batched: bool) -> list[tuple[int, ...]]:
     """The shapes that a public argument may have."""
     sizes = row.sizes(extents)
+    if row.form == "heads":
+        return [sizes[1:]]
     if row.form == "blocks":
         by_head = sizes[:2] if is_batched else sizes[1:2]
         blocks = [(*by_head, 1), (*by_head, *sizes[2:])] if len(sizes) > 2 else []
@@ -200,6 +206,17 @@ def check_scale(scale: Any, name: str = "scale") -> None:
         raise TypeError(f"{name} is {scale!r}; expected a Python number")
     if not abs(float(scale)) <= FLOAT32_MAX:
         raise ValueError(f"{name} is {float(scale)}; expected a finite float32 number")
+
+
+def check_soft_cap(cap: Any, name: str = "logits_soft_cap") -> None:
+    """None, or a finite Python number above 0: the cap is compiled into the call."""
+    if cap is None:
+        return
+    expected = "a positive, finite float32 number, or None for no cap"
+    if isinstance(cap, (bool, np.bool_)) or not isinstance(cap, numbers.Real):
+        raise TypeError(f"{name} is {describe(cap)}; expected {expected}")
+    if not FLOAT32_TINY <= float(cap) <= FLOAT32_MAX:
+        raise ValueError(f"{name} is {float(cap)}; expected {expected}")
 
 
 def check_flag(name: str, x: Any) -> None:

@@ -34,7 +34,11 @@ def flash_attention_varlen(
     visibility: Visibility | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention within each of several documents that stand one after another.
 
     Letters: Q query rows and S keys of all documents, D documents, N query heads, K key/value heads
@@ -60,13 +64,17 @@ def flash_attention_varlen(
         for many calls: it says where documents are, and cu_seqlens are only checked, as far as
         their values are known. With
         cu_seqlens_k it has causal and the window too, those of this call.
-      deterministic, return_residual, implementation, sm_margin, forward_dtype: as in
-        `dot_product_attention`.
+      deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks,
+        return_max_logits: as in `dot_product_attention`.
+      softcap: as `logits_soft_cap` there; None or 0 is off.
+      alibi_slopes: as there, with positions in each document; only where the documents of keys are
+        those of query.
 
     Returns:
-      out, (Q, N, H), of query's dtype; with return_residual (out, lse), lse float32 (Q, N) in
-      natural log units, and gradients flow through both. A row that sees no key, and every row
-      behind the last document, has out 0, lse -inf and gradients 0.
+      out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of it,
+      lse, float32 (Q, N) in natural log units, and max_logits, float32 (N,), of all documents.
+      Gradients flow through out and lse. A row that sees no key, and every row behind the last
+      document, has out 0, lse -inf and gradients 0; with sinks its lse is its sink.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `dot_product_attention`.
@@ -90,6 +98,10 @@ def flash_attention_varlen(
         implementation=implementation,
         sm_margin=sm_margin,
         forward_dtype=forward_dtype,
+        logits_soft_cap=_cap_of(softcap),
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        return_max_logits=return_max_logits,
     ).with_arrays()
     tensors = {name: getattr(arguments, name) for name in ("query", "key", "value")}
     for name, x in tensors.items():
@@ -103,6 +115,11 @@ def flash_attention_varlen(
     documents = dict(cu_seqlens_q=_as_ends("cu_seqlens_q", cu_seqlens_q))
     in_tables = [window]  # windows that a given table may have
     seqlens = arguments.query.shape[0], arguments.key.shape[0]
+    if alibi_slopes is not None and not is_self:
+        raise ValueError(
+            "alibi_slopes is given, and cu_seqlens_k; expected one of them: rows and keys of a "
+            "document are then at distances of its own, which are no slopes' but a bias' matter"
+        )
     if not is_self:
         documents["cu_seqlens_k"] = _as_ends("cu_seqlens_k", cu_seqlens_k)
     else:
@@ -125,6 +142,13 @@ def flash_attention_varlen(
         got, *expected = map(checks.window_text, (visibility.options.window, *in_tables))
         raise ValueError(f"visibility was made with {got}; expected {' or '.join(expected)}")
     return api.attention(dataclasses.replace(arguments, visibility=visibility))
+
+
+def _cap_of(softcap: float | None) -> float | None:
+    """flash-attn's 0 is off."""
+    cap = None if type(softcap) in (int, float) and softcap == 0 else softcap
+    validate.check_soft_cap(cap, "softcap")
+    return cap
 
 
 def _as_ends(name: str, x: ArrayLike) -> jax.Array:

@@ -29,17 +29,22 @@ CHECKPOINT_NAME = "context"
 NO_FLOAT8_GRADIENT = (
     "float8 inputs have no gradient; pass 16-bit inputs with forward_dtype='float8_e4m3fn'"
 )
+NO_SLOPE_GRADIENT = "alibi_slopes have no gradient; pass jax.lax.stop_gradient of them"
 
 
 def attend(
     options: AttentionOptions, operands: Operands, operations: Operations = sharding
 ) -> Outputs:
-    """The outputs of a call; an LSE, and a cotangent of it, only with `return_residual`.
+    """The outputs of a call; an LSE, and a cotangent of it, only with `return_residual`. max_logits
+    have none.
 
     `operations` are those of sharding, or others for operands that are divided otherwise.
     """
     # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
     operands = vary_together(operands)
+    if operands.alibi_slopes is not None:
+        constant = undifferentiable(lambda x: x, NO_SLOPE_GRADIENT)
+        operands = operands.replace(alibi_slopes=constant(operands.alibi_slopes))
     if operands.is_float8:
         forward = functools.partial(operations.forward, options)
         outputs = undifferentiable(forward, NO_FLOAT8_GRADIENT)(operands)
@@ -64,11 +69,12 @@ def _forward(operations, options, operands):
     operands = custom_vjp_primal_tree_values(operands)
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
-    return _asked_for(options, outputs), (operands, outputs, wanted)
+    return _asked_for(options, outputs), (operands, outputs.replace(max_logits=None), wanted)
 
 
 def _backward(operations, options, residuals, cotangents):
     operands, outputs, wanted = residuals
+    cotangents = cotangents.replace(max_logits=None)
     if wanted is not None:
         options = dataclasses.replace(options, bias_gradient=wanted.size > 0)
     if isinstance(cotangents.lse, SymbolicZero):

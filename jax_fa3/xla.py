@@ -58,12 +58,20 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     out = problem.normalize(acc, row_sum)
     out = jnp.moveaxis(out, 1, 2).reshape(*query.shape[:-1], out.shape[-1])
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
+    lse, of_keys = score.with_sink(problem.sinks, lse, problem.is_row())
+    if of_keys is not None:
+        out *= jnp.moveaxis(of_keys, 1, 2).reshape(*query.shape[:-1], 1)
     lse = jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
+    max_logits = None
+    if options.return_max_logits:
+        max_logits = row_max.max(2, initial=-jnp.inf).reshape(b, h * g)
     is_illegal = mask.is_illegal(operands, q)
     if is_illegal is not None:
         lse = jnp.where(is_illegal, jnp.nan, lse)
         out = jnp.where(jnp.moveaxis(is_illegal, 1, 2)[..., None], jnp.nan, out)
-    return Outputs(out.astype(options.out_dtype or query.dtype), lse)
+        if max_logits is not None:
+            max_logits = jnp.where(is_illegal.any(2), jnp.nan, max_logits)
+    return Outputs(out.astype(options.out_dtype or query.dtype), lse, max_logits)
 
 
 def backward(
@@ -71,34 +79,43 @@ def backward(
 ) -> Operands:
     problem = _Problem(options, operands)
     query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
+    sinks = operands.sinks
     wants_dbias = bias is not None and options.bias_gradient
     dout, dlse = cotangents.out, cotangents.lse
     rows = problem.rows()
     b, q, h, g, _ = rows.shape
     dout = problem.query_heads(problem.zero_past_length(dout))
     products = dout.astype(jnp.float32) * problem.query_heads(outputs.out).astype(jnp.float32)
-    delta = jnp.moveaxis(products.sum(-1), 1, 2)
+    delta_of_out = delta = jnp.moveaxis(products.sum(-1), 1, 2)
     if dlse is not None:
-        dlse = problem.zero_past_length(jnp.moveaxis(dlse, 1, 2))  # [b, q, h * g]
-        delta -= jnp.moveaxis(dlse.reshape(b, q, h, g), 1, 2)
-    lse = _finite_or_zero(jnp.moveaxis(outputs.lse.reshape(b, h, g, q), 2, 3))
+        dlse = jnp.moveaxis(dlse.reshape(b, h, g, q), 2, 3)
+        delta = delta_of_out - problem.zero_past_length(dlse, 2)
+    lse = jnp.moveaxis(outputs.lse.reshape(b, h, g, q), 2, 3)
     is_illegal = mask.is_illegal(operands, q)
     if is_illegal is not None:
         # NaN is put into the gradients and not left to the LSE's: of exp(x - where(p, NaN, y)) XLA
         # for CPUs (JAX 0.10.2) may write nothing.
         is_illegal = problem.by_group(is_illegal[..., None])[..., 0]
         lse = jnp.where(is_illegal, 0, lse)
+    dsinks = None
+    if sinks is not None:
+        dsinks = score.sink_gradient(problem.sinks, lse, delta_of_out, dlse, problem.is_row())
+        if is_illegal is not None:
+            dsinks = jnp.where(is_illegal, jnp.nan, dsinks)
+        dsinks = _sum_to(dsinks[..., None], (*sinks.shape, 1, 1))[..., 0, 0]
+    lse = _finite_or_zero(lse)
 
     def step(dquery, start):
         block = problem.block(start)
-        probs = jnp.exp(problem.scores(rows, block) - lse[..., None])
+        scores = problem.scores(rows, block)
+        probs = jnp.exp(scores - lse[..., None])
         dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
-        dlogits = probs * (dprobs - delta[..., None])
+        dlogits = score.before_cap(options, probs * (dprobs - delta[..., None]), scores)
         dscores = dlogits.astype(query.dtype)
         dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
         dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
-        dbias = _sum_to_bias(dlogits, bias.shape) if wants_dbias else None
+        dbias = _sum_to(dlogits, bias.shape) if wants_dbias else None
         return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
 
     init = _full(query, (b, h, q, g, query.shape[-1]), 0)
@@ -112,7 +129,7 @@ def backward(
     if wants_dbias:
         dbias = dbias.sum(0) if bias.shape[-1] == 1 else problem.join_blocks(dbias, 3)
         dbias = dbias.astype(bias.dtype)
-    return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias)
+    return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias, sinks=dsinks)
 
 
 class _Block(NamedTuple):
@@ -131,7 +148,11 @@ class _Problem:
         self.seqlen_k = operands.key.shape[1]
         self.num_heads_kv = operands.key.shape[2]
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
+        self.query_lengths = operands.query_lengths
         self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
+        self.slopes = self.by_group(_with_ones(self.operands.alibi_slopes))
+        sinks = self.by_group(_with_ones(self.operands.sinks))
+        self.sinks = None if sinks is None else sinks[..., 0]  # [b | 1, h, 1, g]
 
     def for_each_sequence(self, row, x):
         """`x` with a plane of its own for each sequence, unless all share one."""
@@ -169,13 +190,15 @@ class _Problem:
     def rows(self):
         return self.query_heads(self.zero_past_length(self.operands.query))
 
-    def zero_past_length(self, x):
-        """x [b, q, ...] with zeros past the query length: whatever stands there reaches nothing."""
+    def zero_past_length(self, x, axis=1):
+        """x [b, ...] with rows on `axis`, and zeros past the query length: whatever stands there
+        reaches nothing."""
         lengths = self.operands.query_lengths
         if lengths is None:
             return x
         inside = mask.inside(lengths, self.seqlen_q)
-        return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
+        axes = [i for i in range(1, x.ndim) if i != axis]
+        return jnp.where(jnp.expand_dims(inside, axes), x, 0)
 
     def block(self, start) -> _Block:
         def of_block(row, x):
@@ -209,20 +232,36 @@ class _Problem:
     def scores(self, rows, block: _Block):
         """Scores of all rows against one block; -inf where a row sees no key."""
         products = _dot("bqhgd,bkhd->bhqgk", rows, block.operands.key)
-        bias = self.by_group(block.operands.bias)
-        scores = score.scores(products, self.scales(block.start), bias)
+        terms = self.by_group(block.operands.bias), self.alibi(block)
+        scores = score.scores(self.options, products, self.scales(block.start), terms)
         visible = self.by_group(self.visible(block))
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
     def visible(self, block: _Block):
         """[b | 1, h * g | 1, q | 1, k | 1]; None where every row sees every key."""
-        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)
-        column = block.start + jnp.arange(self.block_size, dtype=jnp.int32)
+        row, column = self.numbers(block)
         visible = mask.visible(self.options, block.operands, row, column)
         if self.num_blocks * self.block_size == self.seqlen_k:
             return visible
         inside = (column < self.seqlen_k).reshape(1, 1, 1, -1)
         return inside if visible is None else visible & inside
+
+    def numbers(self, block: _Block):
+        """int32 [q] and [k]: the numbers of all rows, and of the block's keys."""
+        row = jnp.arange(self.seqlen_q, dtype=jnp.int32)
+        return row, block.start + jnp.arange(self.block_size, dtype=jnp.int32)
+
+    def alibi(self, block: _Block):
+        """[b | 1, h, q, g, k], or None."""
+        row, column = self.numbers(block)
+        position = self.by_group(mask.positions(self.options, self.operands, row))
+        return score.alibi(self.slopes, position, column.reshape(1, 1, 1, 1, -1))
+
+    def is_row(self):
+        """bool [b, 1, q, 1]: whether a row stands before its sequence's length, though behind the
+        last row that the table of visibility lets see a key; None where all do."""
+        lengths = self.query_lengths
+        return None if lengths is None else mask.inside(lengths, self.seqlen_q)[:, None, :, None]
 
     def by_group(self, x):
         """[b | 1, h * g | 1, q | 1, k | 1] -> [b | 1, h | 1, q | 1, g | 1, k | 1]."""
@@ -289,15 +328,20 @@ def _cut(query, seqlen_k: int) -> tuple[int, int]:
     return num_blocks, size if num_blocks == 1 else -(-size // 8) * 8
 
 
-def _sum_to_bias(dlogits, shape: tuple[int, ...]):
-    """dlogits [b, h, q, g, k] of one block, summed over the dimensions that a bias broadcasts, and
+def _sum_to(x, shape: tuple[int, ...]):
+    """x [b, h, q, g, k], summed over the dimensions in which an array of this shape broadcasts, and
     over the sequences that share a plane."""
-    b, h, q, g, k = dlogits.shape
-    full = jnp.moveaxis(dlogits, 3, 2).reshape(b, h * g, q, k)
+    b, h, q, g, k = x.shape
+    full = jnp.moveaxis(x, 3, 2).reshape(b, h * g, q, k)
     if shape[0] not in (1, b):
         full = full.reshape(shape[0], -1, *full.shape[1:]).sum(1)
     axes = tuple(i for i, n in enumerate(shape) if n == 1)
     return full.sum(axes, keepdims=True)
+
+
+def _with_ones(x):
+    """[b, heads] -> [b, heads, 1, 1]."""
+    return None if x is None else x[..., None, None]
 
 
 def _dot(subscripts: str, x, y):

@@ -22,6 +22,9 @@ class Case:
     Documents are the lengths of each sequence's documents; rows behind the last are padding.
     Intervals are random: "row", for each row, which do not fall; "any", which may; "head" and
     "kv head", for each head; "prefix", an end alone.
+
+    Slopes of alibi: "powers" of two, one for each head; "any", negative ones and zero too.
+    Sinks are normal: "small"; "large", five times that.
     """
 
     batch: int = 2
@@ -43,6 +46,11 @@ class Case:
     key_documents: tuple[tuple[int, ...], ...] | None = None  # default: documents
     intervals: str | None = None
     chunk: int | None = None
+    softcap: float | None = None
+    alibi: str | None = None
+    sinks: str | None = None
+    max_logits: bool = False
+    own_heads: int = 1  # sets of slopes and sinks; each serves as many sequences in a row
 
     bias_array = None  # of a subclass
 
@@ -70,6 +78,9 @@ class Case:
             "key_documents",
             "intervals",
             "chunk",
+            "softcap",
+            "alibi",
+            "sinks",
         ):
             value = getattr(self, field)
             if value is not None and field.endswith("documents"):
@@ -77,6 +88,8 @@ class Case:
             elif value is not None:
                 values = value if isinstance(value, tuple) else (value,)
                 words.append("_".join([field, *map(str, values)]))
+        words += ["max_logits"] * self.max_logits
+        words += [f"own_heads_{self.own_heads}"] * (self.own_heads > 1)
         return "-".join(words)
 
     @property
@@ -96,6 +109,10 @@ class Case:
             options["query_offset"] = self.offset
         if self.chunk is not None:
             options["attention_chunk"] = self.chunk
+        if self.softcap is not None:
+            options["logits_soft_cap"] = self.softcap
+        if self.max_logits:
+            options["return_max_logits"] = True
         return options
 
     @property
@@ -113,6 +130,32 @@ class Case:
         }
         return {k: np.asarray(v, np.int32) for k, v in arrays.items() if v is not None}
 
+    @functools.cached_property
+    def slopes_array(self):
+        """float32 [own_heads, Hq], or None."""
+        shape = (self.own_heads, self.heads_q)
+        if self.alibi == "any":
+            return self._random("slopes").choice([-0.25, 0, 0.01, 0.3, 1], shape).astype("float32")
+        powers = 2.0 ** -(1 + np.arange(shape[0] * shape[1]).reshape(shape) % 8)
+        return None if self.alibi is None else powers.astype("float32")
+
+    @functools.cached_property
+    def sinks_array(self):
+        """float32 [own_heads, Hq], or None."""
+        if self.sinks is None:
+            return None
+        sinks = self._random("sinks").standard_normal((self.own_heads, self.heads_q), np.float32)
+        return sinks * {"small": 1, "large": 5}[self.sinks]
+
+    @property
+    def head_arrays(self):
+        """Arguments of dot_product_attention that are the same for all sequences, float32 [Hq]."""
+        arrays = {"alibi_slopes": self.slopes_array, "sinks": self.sinks_array}
+        return {name: x[0] for name, x in arrays.items() if x is not None}
+
+    def _random(self, what):
+        return np.random.default_rng(zlib.crc32(f"{what} of {self.name}".encode()))
+
     @property
     def query_ids(self):
         """Numbers that do not fall where keys have theirs, and any others where not."""
@@ -128,7 +171,7 @@ class Case:
         """kv_start and kv_end as they are passed."""
         if self.intervals is None:
             return None, None
-        rng = np.random.default_rng(zlib.crc32(f"intervals of {self.name}".encode()))
+        rng = self._random("intervals")
         heads = {"head": (self.heads_q,), "kv head": (self.heads_kv,)}.get(self.intervals, ())
         shape = (self.batch, *heads, self.seqlen_q)
         if self.intervals == "prefix":
@@ -194,6 +237,23 @@ class Case:
         return ~np.swapaxes(seen.any(axis=2), 1, 2)
 
     @property
+    def row_exists(self):
+        """Rows before their sequence's length, [B, Sq]: those that have a sink."""
+        return oracle.used(self.seqlen_q, self.query_lengths, self.batch)
+
+    @property
+    def lse_used(self):
+        """Rows whose LSE has a cotangent, [B, Sq]."""
+        return self.query_used if self.sinks is None else self.row_exists
+
+    @property
+    def distance(self):
+        """How far rows are from keys, [B, Sq, Sk]."""
+        offset = np.broadcast_to(np.int64(0 if self.offset is None else self.offset), (self.batch,))
+        position = np.arange(self.seqlen_q)[:, None] + offset[:, None, None]
+        return np.abs(position - np.arange(self.seqlen_k))
+
+    @property
     def query_used(self):
         """Rows that are no padding: before their sequence's length, and up to the last one that
         arrays let see a key."""
@@ -229,7 +289,7 @@ class Case:
     def reference(self, inputs, precision="exact", xp=np):
         """The oracle's answer for these inputs."""
         query, key, value, dout, dlse = inputs
-        return oracle.attention(
+        results = oracle.attention(
             query,
             key,
             value,
@@ -240,9 +300,15 @@ class Case:
             key_used=self.key_used,
             scale=self.softmax_scale,
             bias=self.bias_array,
+            distance=self.distance,
+            slopes=self.slopes_array,
+            softcap=self.softcap,
+            sinks=self.sinks_array,
+            row_exists=self.row_exists,
             precision=precision,
             xp=xp,
         )
+        return results if self.max_logits else dataclasses.replace(results, max_logits=None)
 
 
 def _ids(documents, seqlen, number):

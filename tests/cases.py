@@ -262,6 +262,55 @@ PACKED = (
     )
 )
 
+SCORES = (  # no two of a cap and slopes: the kernels have none for them
+    vary(
+        dict(sinks="small"),
+        dict(sinks="large", causal=True, query_lengths=(65, 17), key_lengths=(0, 40)),
+        dict(sinks="large", max_logits=True, scale=-0.3, dtype="float32"),
+        dict(max_logits=True),
+        dict(max_logits=True, causal=True, key_lengths=(0, 65), dtype="float32"),
+        dict(max_logits=True, window=(9, 3), offset=(-90, 7), heads_q=4, heads_kv=1),
+        dict(softcap=0.5, scale=1.0),
+        dict(softcap=5.0, causal=True, key_lengths=(65, 3), dtype="float16"),
+        dict(softcap=30.0, sinks="small", max_logits=True, heads_q=4, dtype="float32"),
+        dict(alibi="powers", causal=True),
+        dict(alibi="any", offset=(5, -30), window=(20, 9), heads_q=4, dtype="float32"),
+        dict(alibi="powers", sinks="small", max_logits=True, query_lengths=(20, 65), heads_q=6),
+        head_dim=32,
+    )
+    + vary(
+        dict(sinks="small", documents=((30, 0, 70), (*[1] * 9, 100))),
+        dict(sinks="large", max_logits=True, intervals="head", heads_q=4, dtype="float32"),
+        dict(softcap=2.0, sinks="small", chunk=50, offset=7),
+        dict(alibi="powers", max_logits=True, documents=((30, 70), (130,)), causal=True),
+        dict(alibi="any", intervals="row", offset=(40, -9), dtype="float16"),
+        seqlen_q=130,
+        seqlen_k=130,
+        head_dim=40,
+    )
+    + vary(
+        dict(head_dim=128, sinks="small", max_logits=True, dtype="float16"),
+        dict(head_dim=192, head_dim_v=128, sinks="small", max_logits=True),
+        dict(head_dim=128, softcap=20.0, max_logits=True),
+        dict(head_dim=256, softcap=20.0, sinks="small"),
+        dict(head_dim=128, alibi="powers"),
+        dict(head_dim=64, seqlen_q=1, offset=199, alibi="any", sinks="large", max_logits=True),
+        dict(head_dim=64, seqlen_q=300, seqlen_k=900, offset=600, sinks="small", max_logits=True),
+        batch=1,
+        seqlen_k=200,
+        heads_q=4,
+        causal=True,
+    )
+    + vary(
+        dict(batch=0, sinks="small"),
+        dict(seqlen_q=0),
+        dict(seqlen_k=0, query_lengths=(9, 2), seqlen_q=9),
+        sinks="large",
+        max_logits=True,
+        head_dim=16,
+    )
+)
+
 CASES = (
     HEADS
     + DIMS
@@ -274,6 +323,7 @@ CASES = (
     + SCALES
     + DEEP
     + PACKED
+    + SCORES
 )
 
 ODD_DIMS = vary(dict(head_dim=16, head_dim_v=17, key_lengths=(7, 60), dtype="float32"))  # XLA's

@@ -29,11 +29,12 @@ class Implementation:
 
     @functools.cache  # noqa: B019  (lives as long as the session)
     def compile(self, case):
-        """Forward with residual, and the vjp of both results, as one executable."""
+        """Forward with residual, and the vjp of both results, as one executable; the Results as a
+        dictionary."""
 
-        def run(query, key, value, dout, dlse, index):
-            def attend(query, key, value):
-                return dot_product_attention(
+        def run(query, key, value, dout, dlse, index, heads):
+            def attend(query, key, value, sinks):
+                out, lse, *max_logits = dot_product_attention(
                     query,
                     key,
                     value,
@@ -41,19 +42,40 @@ class Implementation:
                     implementation=self.name,
                     **case.options,
                     **index,
+                    **heads | sinks,
                 )
+                return (out, lse), max_logits
 
-            (out, lse), vjp = jax.vjp(attend, query, key, value)
-            return out, lse, *vjp((dout, dlse))
+            sinks = {name: x for name, x in heads.items() if name == "sinks"}
+            return results_of(attend, dout, dlse, query, key, value, sinks)
 
-        return jax.jit(run).lower(*case.inputs(), case.index_arrays).compile()
+        arrays = case.index_arrays, case.head_arrays
+        return jax.jit(run).lower(*case.inputs(), *arrays).compile()
 
     def run(self, case, inputs, **index):
         """The case on these inputs; `index` replaces index arrays by name."""
         executable = self.compile(case)
         self.prepare(executable)
-        results = executable(*inputs, case.index_arrays | index)
-        return Results(*(np.asarray(result) for result in results))
+        results = executable(*inputs, case.index_arrays | index, case.head_arrays)
+        return as_results(results)
+
+
+def results_of(attend, dout, dlse, *operands, names=("dquery", "dkey", "dvalue")):
+    """The Results, as a dictionary, of attend(*operands): a pair of output and LSE, and a list that
+    may have the largest logits. `names`: of the gradients, before those of sinks, which come last,
+    in a dictionary that may be empty."""
+    (out, lse), vjp, max_logits = jax.vjp(attend, *operands, has_aux=True)
+    *gradients, dsinks = vjp((dout, dlse))
+    results = dict(out=out, lse=lse) | dict(zip(names, gradients, strict=True))
+    results |= {"dsinks": x[None] if x.ndim == 1 else x for x in dsinks.values()}
+    return results | {"max_logits": x for x in max_logits}
+
+
+def as_results(results):
+    return Results(**{name: np.asarray(x) for name, x in results.items()})
+
+
+IN_FLOAT32 = "lse", "dsinks", "max_logits"
 
 
 def check_results(implementation, case, inputs=None):
@@ -61,7 +83,7 @@ def check_results(implementation, case, inputs=None):
     inputs = case.inputs() if inputs is None else inputs
     got = implementation.run(case, inputs)
     for name, result in got.items():
-        assert result.dtype == ("float32" if name == "lse" else case.dtype), name
+        assert result.dtype == ("float32" if name in IN_FLOAT32 else case.dtype), name
     compare(case, inputs, got)
 
 
@@ -76,7 +98,8 @@ def compare(case, inputs, got):
     blind, unseen = case.blind, case.unseen
     for name, rows in (("out", blind), ("dquery", blind), ("dkey", unseen), ("dvalue", unseen)):
         assert not np.any(getattr(got, name)[rows]), f"{name} is not exactly zero where it must be"
-    assert np.all(np.isneginf(got.lse[blind])), "lse of a row that sees no key is not -inf"
+    without_lse = blind if case.sinks is None else ~case.row_exists
+    assert np.all(np.isneginf(got.lse[without_lse])), "lse of a row without logits is not -inf"
 
 
 def spoil_padding(case, inputs):
@@ -87,7 +110,7 @@ def spoil_padding(case, inputs):
         (key, case.key_used),
         (value, case.key_used),
         (dout, case.query_used),
-        (dlse, case.query_used),
+        (dlse, case.lse_used),
     ):
         array[~rows] = np.nan
         array[~rows, ::2] = np.inf

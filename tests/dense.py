@@ -4,7 +4,6 @@ implementation must do with them."""
 import dataclasses
 import functools
 import itertools
-import zlib
 
 import jax
 import numpy as np
@@ -116,10 +115,11 @@ class Dense(Case):
         results = super().reference(inputs, precision, xp)
         return results if self.wants_dbias else dataclasses.replace(results, dbias=None)
 
-    def attend(self, implementation, query, key, value, bias, mask, index):
-        """Output and LSE; all arrays have four dimensions and the whole batch."""
+    def attend(self, implementation, query, key, value, bias, mask, index, heads):
+        """Output, LSE and what else the case asks for; arrays have four dimensions and the whole
+        batch, those of `heads` two, own_heads and query heads."""
 
-        def call(query, key, value, bias, mask, index):
+        def call(query, key, value, bias, mask, index, heads):
             return dot_product_attention(
                 query,
                 key,
@@ -130,12 +130,15 @@ class Dense(Case):
                 implementation=implementation,
                 **self.options,
                 **index,
+                **heads,
             )
 
+        if self.own_heads == 1:
+            heads = {name: x[0] for name, x in heads.items()}
         if self.is_short:
             bias, mask = _without_leading_ones(bias), _without_leading_ones(mask)
         if self.fold is None:
-            return call(query, key, value, bias, mask, index)
+            return call(query, key, value, bias, mask, index, heads)
 
         def parts(x):
             return x.reshape(self.fold, len(x) // self.fold, *x.shape[1:])
@@ -144,9 +147,9 @@ class Dense(Case):
         bias, mask = (
             parts(x) if mapped else x for x, mapped in zip((bias, mask), is_mapped, strict=True)
         )
-        axes = [0 if mapped else None for mapped in is_mapped]
-        operands = (*map(parts, (query, key, value)), bias, mask, jax.tree.map(parts, index))
-        results = jax.vmap(call, in_axes=(0, 0, 0, *axes, 0))(*operands)
+        axes = [0 if mapped else None for mapped in (*is_mapped, True, self.own_heads > 1)]
+        operands = (*map(parts, (query, key, value)), bias, mask, jax.tree.map(parts, index), heads)
+        results = jax.vmap(call, in_axes=(0, 0, 0, *axes))(*operands)
         return tuple(x.reshape(self.batch, *x.shape[2:]) for x in results)
 
     def _shape(self, dims):
@@ -156,9 +159,6 @@ class Dense(Case):
     def _of_batch(self, x):
         """Each plane as often as there are sequences that it serves."""
         return np.repeat(x, self.batch // len(x), axis=0)
-
-    def _random(self, what):
-        return np.random.default_rng(zlib.crc32(f"{what} of {self.name}".encode()))
 
 
 def _without_leading_ones(x):
@@ -246,20 +246,32 @@ def random_case(number):
 
 
 def compile_call(implementation, case):
-    """Output, LSE and gradients, a bias' only where the case wants it, as a function of query, key,
-    value, dout, dlse, bias, mask and the index arrays."""
+    """Output, LSE and gradients, a bias' only where the case wants it, as a function of the arrays
+    that `operands` gives; the Results as a dictionary."""
 
-    def results(query, key, value, dout, dlse, bias, mask, index):
-        def attend(query, key, value, bias=bias):
-            return case.attend(implementation.name, query, key, value, bias, mask, index)
+    def results(query, key, value, dout, dlse, bias, mask, index, heads):
+        def attend(query, key, value, *others):
+            *learned, sinks = others
+            arrays = learned[0] if learned else bias, mask, index, heads | sinks
+            out, lse, *more = case.attend(implementation.name, query, key, value, *arrays)
+            return (out, lse), more
 
         wants_dbias = case.wants_dbias and bias is not None
-        differentiated = (query, key, value, bias) if wants_dbias else (query, key, value)
-        (out, lse), vjp = jax.vjp(attend, *differentiated)
-        return out, lse, *vjp((dout, dlse))
+        names = ("dquery", "dkey", "dvalue", "dbias")[: 3 + wants_dbias]
+        differentiated = [query, key, value, *[bias] * wants_dbias]
+        sinks = {name: x for name, x in heads.items() if name == "sinks"}
+        return contract.results_of(attend, dout, dlse, *differentiated, sinks, names=names)
 
-    operands = (*case.inputs(), case.bias_array, case.mask_array, case.index_arrays)
-    return jax.jit(results).lower(*operands).compile()
+    return jax.jit(results).lower(*operands(case)).compile()
+
+
+def operands(case, inputs=None, bias=None):
+    """The arrays of a call, with others in place of the case's own where they are given."""
+    heads = {"alibi_slopes": case.slopes_array, "sinks": case.sinks_array}
+    heads = {name: x for name, x in heads.items() if x is not None}
+    inputs = case.inputs() if inputs is None else inputs
+    bias = case.bias_array if bias is None else bias
+    return *inputs, bias, case.mask_array, case.index_arrays, heads
 
 
 def run(implementation, case, times=1):
@@ -269,8 +281,7 @@ def run(implementation, case, times=1):
     inputs = contract.spoil_padding(case, case.inputs())
     for _ in range(times):
         implementation.prepare(executable)
-        results = executable(*inputs, case.spoiled_bias, case.mask_array, case.index_arrays)
-        yield Results(*map(np.asarray, results))
+        yield contract.as_results(executable(*operands(case, inputs, case.spoiled_bias)))
 
 
 def check(implementation, case):
@@ -279,7 +290,7 @@ def check(implementation, case):
     try:
         got, again = run(implementation, case, times=2)
         for name, x in got.items():
-            assert x.dtype == ("float32" if name == "lse" else case.dtype), name
+            assert x.dtype == ("float32" if name in contract.IN_FLOAT32 else case.dtype), name
             if name != "dquery" or case.bias is not None or case.deterministic:
                 assert x.tobytes() == getattr(again, name).tobytes(), f"{name} has other bits again"
         contract.compare(case, contract.spoil_padding(case, case.inputs()), got)
@@ -354,27 +365,27 @@ def check_bias_that_hides(implementation, case):
 def check_what_is_asked_for(implementation, case):
     """The other gradients have the same bits whether a bias' is wanted or not; a bias' has them
     where it is wanted alone."""
-    inputs = case.inputs()
-    arrays = (*inputs, case.bias_array, case.mask_array, case.index_arrays)
+    arrays = operands(case)
 
     def bits(wants_dbias):
         asked = dataclasses.replace(case, wants_dbias=wants_dbias)
         executable = compile_call(implementation, asked)
         implementation.prepare(executable)
-        return [np.asarray(x).tobytes() for x in executable(*arrays)]
+        return {name: np.asarray(x).tobytes() for name, x in executable(*arrays).items()}
 
     with_dbias = bits(True)
-    assert bits(False) == with_dbias[:-1]
+    dbias = with_dbias.pop("dbias")
+    assert bits(False) == with_dbias
 
-    def results(query, key, value, dout, dlse, bias, mask, index):
+    def results(query, key, value, dout, dlse, bias, mask, index, heads):
         def attend(bias):
-            return case.attend(implementation.name, query, key, value, bias, mask, index)
+            return case.attend(implementation.name, query, key, value, bias, mask, index, heads)
 
         return jax.vjp(attend, bias)[1]((dout, dlse))[0]
 
     executable = jax.jit(results).lower(*arrays).compile()
     implementation.prepare(executable)
-    assert np.asarray(executable(*arrays)).tobytes() == with_dbias[-1]
+    assert np.asarray(executable(*arrays)).tobytes() == dbias
 
 
 def check_without_a_batch(implementation, case):

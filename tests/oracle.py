@@ -16,6 +16,11 @@ import dataclasses
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
+TANH_ERROR = 2.0**-11  # relative, of the instruction that the kernels take for it
+# A sink's gradient is one number of many rows, whose roundings are as good as random: the
+# same-precision reading is off by this many of their standard deviations, not by their sum.
+SPREADS = 2.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -27,6 +32,8 @@ class Results:
     dkey: np.ndarray
     dvalue: np.ndarray
     dbias: np.ndarray | None = None  # where it was asked for
+    dsinks: np.ndarray | None = None  # where there are sinks
+    max_logits: np.ndarray | None = None  # [B, Hq], where they were asked for
 
     def items(self):
         arrays = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
@@ -124,15 +131,26 @@ def attention(
     key_used,
     scale,
     bias=None,
+    distance=None,
+    slopes=None,
+    softcap=None,
+    sinks=None,
+    row_exists=None,
     precision="exact",
     xp=np,
 ):
     """Output, LSE and gradients of <out, dout> + <lse, dlse>; see `visible` and `used`.
 
     A bias has the shape that `over_shared` reduces to, and so has its gradient; what it holds
-    where a row does not see the key counts for nothing.
+    where a row does not see the key counts for nothing. Slopes and sinks are [f, Hq], where f
+    divides B likewise, the distances that slopes multiply [B, Sq, Sk]. Rows that do not exist,
+    [B, Sq], have no sink.
     """
     work = xp.float64 if precision == "exact" else xp.float32
+
+    def by_sequence(x):
+        """Each plane as often as there are sequences that it serves."""
+        return xp.repeat(xp.asarray(x).astype(work), query.shape[0] // x.shape[0], axis=0)
 
     def rounded(x):
         return x if precision == "exact" else x.astype(precision).astype(work)
@@ -150,12 +168,24 @@ def attention(
 
     scores = (q @ xp.swapaxes(k, 2, 3)) * work(scale)
     if bias is not None:
-        scores = scores + xp.repeat(bias.astype(work), scores.shape[0] // bias.shape[0], axis=0)
+        scores = scores + by_sequence(bias)
+    if slopes is not None:
+        scores = scores - by_sequence(slopes)[..., None, None] * distance[:, None].astype(work)
+    slope_of_cap = 1
+    if softcap is not None:
+        tanh = xp.tanh(scores / work(softcap))
+        if precision not in ("exact", "float32"):
+            tanh = tanh * work(1 - TANH_ERROR)
+        scores, slope_of_cap = work(softcap) * tanh, 1 - tanh * tanh
     scores = xp.where(sees, scores, -xp.inf)
+    max_logits = xp.max(scores, axis=(2, 3), initial=-np.inf)
     row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     row_max = xp.where(row_max == -xp.inf, 0, row_max)  # a row that sees nothing
     weights = xp.where(sees, xp.exp(scores - row_max), 0)
     row_sum = xp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink, exists = by_sequence(sinks)[..., None, None], row_exists[:, None, :, None]
+        row_sum = row_sum + xp.where(exists, xp.exp(sink - row_max), 0)
     empty = row_sum == 0
     lse = xp.where(empty, -xp.inf, row_max + xp.log(xp.where(empty, 1, row_sum)))
     probs = weights / xp.where(empty, 1, row_sum)
@@ -163,7 +193,20 @@ def attention(
 
     dprobs = rounded(do @ xp.swapaxes(v, 2, 3))
     delta = xp.sum(do * out, axis=-1, keepdims=True)
-    dlogits = rounded(probs * (dprobs - delta + dl))
+    dlogits = rounded(probs * (dprobs - delta + dl) * slope_of_cap)
+    dsinks = None
+    if sinks is not None:
+        of_rows = xp.swapaxes(xp.where(row_exists[..., None], dlse.astype(work), 0), 1, 2)
+        weight = xp.where(exists, xp.exp(sink - xp.where(empty, 0, lse)), 0)
+        unrounded = xp.sum(do * (probs @ v), axis=-1, keepdims=True)
+        of_rows = weight * (of_rows[..., None] - unrounded)
+
+        def over_rows(x):
+            x = xp.sum(x, axis=2, keepdims=True)
+            return over_shared(x, (*sinks.shape, 1, 1), xp.sum)[..., 0, 0]
+
+        spread = xp.sqrt(over_rows((weight * (delta - unrounded)) ** 2))
+        dsinks = over_rows(of_rows) + SPREADS * spread
     dscores = dlogits * work(scale)
     dq = dscores @ k
     dk = xp.swapaxes(dscores, 2, 3) @ q
@@ -183,4 +226,6 @@ def attention(
         by_position(over_group(dk)),
         by_position(over_group(dv)),
         None if bias is None else rounded(over_shared(dlogits, bias.shape, xp.sum)),
+        dsinks,
+        max_logits,
     )

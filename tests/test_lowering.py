@@ -21,6 +21,7 @@ DEFAULTS = {
     "window_right": "1073741824 : i32",
     "query_offset": "0 : i32",
     "rescale_threshold": "8.000000e+00 : f32",
+    "softcap": "0.000000e+00 : f32",
     "sm_margin": "0 : i32",
     "deterministic": "false",
     "has_query_lengths": "false",
@@ -29,8 +30,12 @@ DEFAULTS = {
     "has_visibility": "false",
     "has_bias": "false",
     "has_dense_mask": "false",
+    "has_sinks": "false",
+    "has_alibi_slopes": "false",
     "has_dlse": "false",
     "has_dbias": "false",
+    "has_max_logits": "false",
+    "has_dsinks": "false",
 }
 CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
 
@@ -106,7 +111,9 @@ def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
         call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
-        plan = native.module().backward_plan(*call, False, False, "none", deterministic, 132)
+        plan = native.module().backward_plan(
+            *call, False, False, "none", "plain", deterministic, 132
+        )
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,

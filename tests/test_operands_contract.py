@@ -26,14 +26,22 @@ def test_every_array_is_one_row():
     twice = {name for name, _ in rows if [n for n, _ in rows].count(name) > 1}
     assert twice == {"value_out", "visibility"}
     letters = set("".join(dims for _, (dims, *_) in rows))
-    assert letters <= set("bsthkdemnpwvcxyfgqriju1")
+    assert letters <= set("bsthkdemnpwvcxyfgqrijualz1")
 
 
 def test_python_and_cpp_have_the_same_rows():
     """What a user passes and gets, by its public name. A dimension that may broadcast or is padded
-    has a letter of its own in C++; a mask is the operand of the call that makes its table."""
+    has a letter of its own in C++; a mask is the operand of the call that makes its table, and the
+    kernels give largest logits of blocks of rows."""
     cpp = dict(reversed(operand_rows((SRC / "call/operands.h").read_text())))  # the first of a name
-    letters = {"visibility": ("bhv", "xyv"), "bias": ("bhst", "fgqr"), "dense_mask": ("bhu", "iju")}
+    letters = {
+        "visibility": ("bhv", "xyv"),
+        "bias": ("bhst", "fgqr"),
+        "dense_mask": ("bhu", "iju"),
+        "sinks": ("bh", "ah"),
+        "alibi_slopes": ("bh", "lh"),
+        "max_logits": ("bh", "bhz"),  # of each block of query rows
+    }
     elements = {("float32",): "Float32", ("int32",): "Int32", ("bool",): "Bool"}
     compared = 0
     for bundle in (operands.Operands, operands.Outputs):
@@ -44,7 +52,8 @@ def test_python_and_cpp_have_the_same_rows():
             assert row.dims == dims
             assert cpp[name] == (in_cpp, elements.get(row.dtypes, default), row.flag), name
             compared += 1
-    assert compared >= 16
+    assert compared >= 19
+    assert cpp["dsinks"] == ("bhz", "Float32", True)
 
 
 def test_sources_of_a_table_have_the_same_rows():

@@ -44,7 +44,8 @@ def results(run, operands, cotangents):
 
 def folded(function, *bundles):
     is_backward = len(bundles) > 1
-    return operations._run("auto", function, function, *bundles, bias_gradient=is_backward)
+    differentiated = bundles[0].differentiable(OPTIONS).present() if is_backward else ()
+    return operations._run("auto", function, function, *bundles, differentiated=differentiated)
 
 
 @pytest.mark.parametrize("batch", (1, 2))

@@ -18,11 +18,22 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "forward_dtype",
     "out_dtype",
     "return_residual",
+    "return_max_logits",
     "bias_gradient",
 }
 # Which arrays there are: the operands say, and in the backward pass the cotangents.
-ARRAYS = ("query_lengths", "key_lengths", "query_offset", "visibility", "bias", "dense_mask")
-NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), "has_dlse", "has_dbias"}
+ARRAYS = (
+    "query_lengths",
+    "key_lengths",
+    "query_offset",
+    "visibility",
+    "bias",
+    "dense_mask",
+    "sinks",
+    "alibi_slopes",
+)
+WANTED = ("has_dlse", "has_dbias", "has_max_logits", "has_dsinks")
+NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), *WANTED}
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5), Operands())
 
@@ -86,11 +97,12 @@ def test_values_reach_the_dictionary():
         query_offset=-7,
         deterministic=True,
         rescale_threshold=0.0,
+        softcap=30.0,
         sm_margin=8,
     )
     present = dict.fromkeys(ARRAYS, np.zeros(1, np.int32))
     attributes = ffi.attributes(
-        options.AttentionOptions(**fields), Operands(**present), has_dlse=True, has_dbias=True
+        options.AttentionOptions(**fields), Operands(**present), **dict.fromkeys(WANTED, True)
     )
     assert attributes == fields | dict.fromkeys(NOT_STATIC, True)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import tolerance
-from cases import CASES, Case
+from cases import CASES, SCORES, Case
+from contract import IN_FLOAT32
 from jax_fa3.reference import Reference
 
 CASE = Case(
@@ -76,14 +77,17 @@ def test_oracle_runs_on_jax_arrays():
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES[: -len(SCORES) : 4], *SCORES], ids=lambda case: case.name)
 def test_oracle_agrees_with_the_documented_reference(case):
     """jax_fa3.reference, written by itself from the same documentation."""
     query, key, value, dout, dlse = case.inputs()
-    options = {k: v for k, v in case.options.items() if k != "deterministic"}
-    theirs = Reference(query, key, value, **options, **case.index_arrays)
+    not_theirs = ("deterministic", "return_max_logits")
+    options = {k: v for k, v in case.options.items() if k not in not_theirs}
+    theirs = Reference(query, key, value, **options, **case.index_arrays, **case.head_arrays)
     gradients = theirs.gradients(dout, dlse)
-    expected = (theirs.out, theirs.lse, gradients.query, gradients.key, gradients.value)
+    expected = [theirs.out, theirs.lse, gradients.query, gradients.key, gradients.value]
+    expected += [gradients.sinks[None]] if case.sinks else []
+    expected += [theirs.max_logits] if case.max_logits else []
     for (name, got), want in zip(case.reference(case.inputs()).items(), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11, err_msg=name)
 
@@ -95,7 +99,7 @@ def test_same_precision_reference_passes_the_rule(dtype):
         inputs = case.inputs()
         same = case.reference(inputs, dtype)
         for (name, exact), (_, s) in zip(case.reference(inputs).items(), same.items(), strict=True):
-            tolerance.check(name, s.astype("float32" if name == "lse" else dtype), exact, s)
+            tolerance.check(name, s.astype("float32" if name in IN_FLOAT32 else dtype), exact, s)
 
 
 WRONG = {

@@ -13,6 +13,8 @@ Three strategies, each a forward and a backward function:
 
 What becomes of an array follows from its row: arrays of query rows stay with the queries, arrays of
 key rows go where keys go, positions are counted anew for each piece. What has no such rule raises.
+What has no rows is whole on every device. Of its gradients a device gives a share, of the largest
+logits those of its own rows, of which `Divided` takes the maximum.
 
 A layout says which rows a device holds: "contiguous" (device r the r-th part) or "zigzag" (of 2N
 chunks the r-th and the r-th from the end, so that causal work is equal; see layout.py).
@@ -48,7 +50,11 @@ class Divided(NamedTuple):
 
     def forward(self, options: AttentionOptions, operands: Operands) -> Outputs:
         _check(operands)
-        return _STRATEGIES[self.strategy].forward(self._part(), options, operands)
+        part = self._part()
+        outputs = _STRATEGIES[self.strategy].forward(part, options, operands)
+        if outputs.max_logits is None:
+            return outputs
+        return outputs.replace(max_logits=lax.pmax(outputs.max_logits, part.axis.name))
 
     def backward(
         self,
@@ -93,5 +99,5 @@ def _check(operands: Operands) -> None:
         row = operands.rows()[name]
         if row.needs_whole:
             raise ValueError(f"{name} is given; expected whole sequences with {row.needs_whole}")
-        if row.differentiable and name not in ("query", "key", "value"):
+        if row.differentiable and row.splits and name not in ("query", "key", "value"):
             raise NotImplementedError(f"{name} has no gradient where sequences are divided")

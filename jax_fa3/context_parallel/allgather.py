@@ -57,7 +57,7 @@ def backward(
         dqueries.add(piece.queries, of_queries)
         dkeys.add(piece.keys, of_keys)
     dkey, dvalue = (work.scatter(x).astype(operands.key.dtype) for x in dkeys.results()[0])
-    return type(operands)(query=work.dquery_of(dqueries), key=dkey, value=dvalue)
+    return work.gradients_of(dqueries, dkey, dvalue)
 
 
 class _Gathered(Piecewise):

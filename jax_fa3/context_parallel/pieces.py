@@ -31,6 +31,8 @@ from jax_fa3.options import AttentionOptions
 # writes a float32 sum every time; keeping all of them takes the memory of the whole sequence.
 KEPT = 5
 
+WITHOUT_SINKS = {"sinks": None}  # given to all pieces of a chunk of queries but one
+
 
 class Chunks(NamedTuple):
     """A device's rows of one kind: equal chunks, and where they stand in the sequence."""
@@ -77,7 +79,7 @@ def piece(
         seen = mask.seen(options, offsets, work.queries.rows, keys.rows)
         if not (always or seen.some.any()):
             return None
-        if seen.all.all():
+        if seen.all.all() and work.operands.alibi_slopes is None:
             options = mask.without_window(options)
         elif (offsets == offsets[0]).all():
             options = dataclasses.replace(options, query_offset=int(offsets[0]))
@@ -94,22 +96,26 @@ def piece(
 def all_pieces(
     work: Piecewise, options: AttentionOptions, keys: Chunks, *, own: bool
 ) -> list[Piece]:
-    """All rows against all keys where there is no window; else every chunk of queries against every
-    chunk of keys that some device's rows see.
+    """All rows against all keys where positions do not matter; else every chunk of queries against
+    every chunk of keys that some device's rows see.
 
     With `own` each chunk has a piece, needed or not: one that sees nothing gives the zeros that
-    belong there.
+    belong there. It is also the one of the chunk's pieces that has the sinks.
     """
     queries = work.queries
-    if not mask.has_window(options):
+    if not mask.has_positions(options, work.operands):
         chunks = (tuple(range(len(x.starts))) for x in (queries, keys))
         options = mask.without_window(options)
-        return [Piece(*chunks, options, held(work.axis, queries, keys), dict(query_offset=None))]
-    pairs = [(i, j) for i in range(len(queries.starts)) for j in range(len(keys.starts))]
-    found = (
-        piece(work, options, keys, i, j, always=own and i % len(keys.starts) == j) for i, j in pairs
-    )
-    return [x for x in found if x is not None]
+        given = dict(query_offset=None) | ({} if own else WITHOUT_SINKS)
+        return [Piece(*chunks, options, held(work.axis, queries, keys), given)]
+    found = []
+    for i in range(len(queries.starts)):
+        for j in range(len(keys.starts)):
+            first = own and i % len(keys.starts) == j
+            this = piece(work, options, keys, i, j, always=first)
+            if this is not None:
+                found.append(this if first else this._replace(given=this.given | WITHOUT_SINKS))
+    return found
 
 
 def held(axis: Axis, queries: Chunks, keys: Chunks) -> Callable[[Counts, jax.Array], jax.Array]:
@@ -145,6 +151,7 @@ class Piecewise:
         self.local, self.axis, self.order = part.local, part.axis, order
         self.queries, self.keys = queries, keys
         self.operands, *self.rest = self._reordered(operands, *rest)
+        self.max_logits, self.dsinks = [], []  # of the pieces so far
 
     def _reordered(self, *bundles: Bundle) -> tuple[Bundle, ...]:
         """The bundles with the query rows that this device works on in place of its own."""
@@ -165,6 +172,8 @@ class Piecewise:
     def forward(self, piece: Piece, here: dict[str, jax.Array]) -> Iterable:
         """(out, lse) for each of the piece's query chunks; `here` has the arrays of key rows."""
         outputs = self.local.forward(piece.options, self._operands(piece, here))
+        if outputs.max_logits is not None:
+            self.max_logits.append(outputs.max_logits)
         count = len(piece.queries)
         return zip(jnp.split(outputs.out, count, 1), jnp.split(outputs.lse, count, 2), strict=True)
 
@@ -173,6 +182,8 @@ class Piecewise:
         take = functools.partial(self._take, piece)
         rest = (x.map(take) for x in self.rest)
         gradients = self.local.backward(piece.options, self._operands(piece, here), *rest)
+        if gradients.sinks is not None:
+            self.dsinks.append(gradients.sinks)
         count = len(piece.keys)
         dkeys = (jnp.split(x, count, 1) for x in (gradients.key, gradients.value))
         return jnp.split(gradients.query, len(piece.queries), 1), zip(*dkeys, strict=True)
@@ -181,7 +192,18 @@ class Piecewise:
         """The merged out and lse of this device's rows."""
         outs, lses = zip(*partials.results(), strict=True)
         out = jnp.concatenate(outs, 1).astype(self.operands.query.dtype)
-        return Outputs(self.restore(out, -3), self.restore(jnp.concatenate(lses, 2), -1))
+        lse = self.restore(jnp.concatenate(lses, 2), -1)
+        max_logits = functools.reduce(jnp.maximum, self.max_logits) if self.max_logits else None
+        return Outputs(self.restore(out, -3), lse, max_logits)
+
+    def gradients_of(self, dqueries: Partials, dkey: jax.Array, dvalue: jax.Array) -> Operands:
+        """The summed gradients of this device's arrays, and its share of those of sinks."""
+        return type(self.operands)(
+            query=self.dquery_of(dqueries),
+            key=dkey,
+            value=dvalue,
+            sinks=sum(self.dsinks) if self.dsinks else None,
+        )
 
     def dquery_of(self, partials: Partials) -> jax.Array:
         """The summed gradient of this device's query."""

@@ -24,8 +24,8 @@ from jax_fa3.vjp import attend
 LAYOUTS = ("contiguous", "zigzag")
 INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
-    "of jax.shard_map, which gathers a sequence that arrives split; a divided one has is_causal, "
-    "local_window_size, query_offset and lengths alone"
+    "of jax.shard_map, which gathers a sequence that arrives split; of what hides keys a divided "
+    "one has is_causal, local_window_size, query_offset and lengths alone"
 )
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -72,6 +72,10 @@ def ring_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -93,11 +97,14 @@ def ring_attention(
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
+      logits_soft_cap, return_max_logits: as in `dot_product_attention`.
+      alibi_slopes, sinks: float32 (heads,), the same on every device.
 
     Returns:
-      out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual (out, lse),
-      lse float32 (B, T, heads) or (T, heads). Gradients flow through both; those of key and value
-      are sums over all devices, made in float32.
+      out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,
+      float32 (B, T, heads) or (T, heads), and with return_max_logits last max_logits, float32 (B,
+      heads) or (heads,), those of the whole sequence on every device. Gradients flow through out
+      and lse; those of key, value and sinks are sums over all devices, made in float32.
 
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
@@ -147,6 +154,10 @@ def allgather_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -185,6 +196,10 @@ def ulysses_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
@@ -232,7 +247,7 @@ def attention(
         query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
         return attend(options, operands.replace(query=query), divided)
 
-    return api.public_results(api.in_public_layout(core, operands), options)
+    return api.public_results(api.in_public_layout(core, operands))
 
 
 def _axis_size(function, axis_name) -> int:

@@ -32,6 +32,7 @@ import numpy as np
 from jax_fa3 import mask
 from jax_fa3.context_parallel.layout import Packed, Part, balanced, chunk_table, pack, unpack
 from jax_fa3.context_parallel.pieces import (
+    WITHOUT_SINKS,
     Chunks,
     Partials,
     Piece,
@@ -88,7 +89,7 @@ def backward(
     key, value = operands.key, operands.value
     sums = (own if travelling is None else own + travelling).astype(key.dtype)
     dkey, dvalue = unpack(ring.restore(sums, -3), key, value)
-    return type(operands)(query=ring.dquery_of(dqueries), key=dkey, value=dvalue)
+    return ring.gradients_of(dqueries, dkey, dvalue)
 
 
 class _Visit(NamedTuple):
@@ -151,5 +152,5 @@ def _causal_pieces(ring: _Ring, options: AttentionOptions, distance: int) -> lis
     if lengths is not None:
         seen = jnp.minimum(seen, recount("keys", lengths))
     options = dataclasses.replace(options, window_right=UNBOUNDED)
-    given = dict(query_lengths=rows, key_lengths=seen)
+    given = dict(query_lengths=rows, key_lengths=seen) | WITHOUT_SINKS
     return [Piece((1, 0), (0, 1), options, recount, given)]

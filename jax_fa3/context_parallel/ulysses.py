@@ -10,12 +10,18 @@ float32.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa3.context_parallel.layout import Part, zigzag_permute, zigzag_unpermute
+from jax_fa3.context_parallel.layout import (
+    Part,
+    vary_together,
+    zigzag_permute,
+    zigzag_unpermute,
+)
 from jax_fa3.operands import Bundle, Operands, Outputs
 from jax_fa3.options import AttentionOptions
 
@@ -23,7 +29,7 @@ from jax_fa3.options import AttentionOptions
 def forward(part: Part, options: AttentionOptions, operands: Operands) -> Outputs:
     exchange = _Exchange(part, operands)
     outputs = part.local.forward(options, exchange.to_heads(operands))
-    return exchange.to_sequence(outputs)
+    return exchange.to_sequence(outputs, absent=-jnp.inf)
 
 
 def backward(
@@ -35,7 +41,7 @@ def backward(
 ) -> Operands:
     exchange = _Exchange(part, operands)
     bundles = (exchange.to_heads(x) for x in (operands, outputs, cotangents))
-    return exchange.to_sequence(part.local.backward(options, *bundles))
+    return exchange.to_sequence(part.local.backward(options, *bundles), absent=0)
 
 
 class _Exchange:
@@ -58,26 +64,34 @@ class _Exchange:
         """Whole sequences of the heads that belong to this device's query heads."""
         return bundle.map(self._to_heads)
 
-    def to_sequence(self, bundle: Bundle) -> Bundle:
-        """This device's part of the sequence of results, with all heads."""
-        return bundle.map(self._to_sequence)
+    def to_sequence(self, bundle: Bundle, absent: float) -> Bundle:
+        """This device's part of the sequence of results, with all heads; of what has no sequence,
+        `absent` for the heads of other devices."""
+        return bundle.map(functools.partial(self._to_sequence, absent))
 
     def _to_heads(self, row, x):
         heads, sequence = row.axis("hk"), row.axis("st")
         if heads is None and sequence is None:
             return x
-        if sequence is None:
-            raise NotImplementedError(f"'ulysses' cannot divide the heads of dimensions {row.dims}")
         if heads is None:
             x = lax.all_gather(x, self.axis.name, axis=sequence, tiled=True)
         else:
             if row.dims[heads] == "k":
                 x = jnp.repeat(x, self.repeats, axis=heads)
+            if sequence is None:
+                count = x.shape[heads] // self.axis.size
+                return lax.dynamic_slice_in_dim(x, self.axis.rank * count, count, heads)
             x = lax.all_to_all(x, self.axis.name, heads, sequence, tiled=True)
         return zigzag_unpermute(x, sequence, self.axis.size) if self.layout == "zigzag" else x
 
-    def _to_sequence(self, row, x):
+    def _to_sequence(self, absent, row, x):
         heads, sequence = row.axis("hk"), row.axis("st")
+        if sequence is None:
+            count = x.shape[heads]
+            shape = [n * (self.axis.size if i == heads else 1) for i, n in enumerate(x.shape)]
+            all_heads, x = vary_together((jnp.full(shape, absent, x.dtype), x))
+            start = self.axis.rank * count
+            return lax.dynamic_update_slice_in_dim(all_heads, x, start, heads)
         if self.layout == "zigzag":
             x = zigzag_permute(x, sequence, self.axis.size)
         x = lax.all_to_all(x, self.axis.name, sequence, heads, tiled=True)

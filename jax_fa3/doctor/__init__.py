@@ -18,7 +18,7 @@ from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments, is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
-FOR_DENSE = {"none": "", "mask": " mask", "bias": " bias"}  # the calls that a kernel is for
+PLAIN = ("none", "plain")  # dense arrays and scores that are not named beside a kernel
 
 
 def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:
@@ -75,11 +75,12 @@ def _kernels() -> list[str]:
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
-        family = kernel["direction"] + FOR_DENSE[kernel.get("dense", "none")]
+        variants = kernel.get("dense", "none"), kernel.get("score", "plain")
+        family = " ".join([kernel["direction"], *(x for x in variants if x not in PLAIN)])
         tiles[family, kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [
-        f"{family:<14} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
+        f"{family:<16} {dtype} head_dim {head_dim:>3}: {', '.join(names)}"
         for (family, dtype, head_dim), names in tiles.items()
     ]
     return rows

@@ -34,7 +34,7 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     def local(sequence, operands):
         return _over(sequence, options, operands).forward(options, operands)
 
-    results = {name: row.dims for name, row in Outputs.rows().items()}
+    results = Outputs.of_operations(options)
     return Outputs(**_divided(options, local, results, operands.needs_whole(), operands))
 
 
@@ -49,7 +49,7 @@ def backward(
     differentiable = operands.differentiable(options)
     results = dict(zip(differentiable.present(), differentiable.dims(), strict=True))
     bundles = (operands, outputs, cotangents)
-    gradients = _divided(options, local, results, operands.needs_whole(), *bundles)
+    gradients = _divided(options, local, results, operands.needs_whole(), *bundles, are_shares=True)
     typed = {name: typed_like(x, getattr(operands, name)) for name, x in gradients.items()}
     return type(operands)(**typed)
 
@@ -97,6 +97,7 @@ def _divided(
     needs_whole: str | None,
     *bundles: Bundle,
     heads_meet: bool = True,
+    are_shares: bool = False,
 ) -> dict[str, jax.Array]:
     """local(sequence, *bundles), divided over the mesh; `results`: its arrays' dimensions."""
     arrays, tree = jax.tree.flatten(bundles)
@@ -106,6 +107,12 @@ def _divided(
         return tuple(present[name] for name in results)
 
     operation = Operation(
-        options, local_arrays, dims(*bundles), tuple(results.values()), needs_whole, heads_meet
+        options,
+        local_arrays,
+        dims(*bundles),
+        tuple(results.values()),
+        needs_whole,
+        heads_meet,
+        are_shares,
     )
     return dict(zip(results, distribute(operation, arrays), strict=True))

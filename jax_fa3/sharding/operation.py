@@ -28,6 +28,7 @@ class Operation:
     results: tuple[str, ...]
     needs_whole: str | None  # what keeps sequences from staying split, if anything does
     heads_meet: bool = True  # query heads those of key and value; else each goes its own way
+    are_shares: bool = False  # of a result that devices have whole each gives a share, as of a sum
 
     @property
     def is_plain_xla(self) -> bool:

@@ -65,6 +65,8 @@ class Split:
                 return operation.local(self.axes.get("s", ()), *operands)
             operands = map(self._select_heads, operands, operation.operands)
             results = operation.local(self.axes.get("s", ()), *operands)
+            if not operation.are_shares:
+                return results
             return tuple(map(self._sum, results, operation.results))
 
         return body
