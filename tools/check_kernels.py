@@ -23,7 +23,7 @@ BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECA
 MAIN_KERNEL = re.compile(r"\d(forward|backward|dquery)_kernelI")
 CONFIG = re.compile(
     r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)"
-    r"(?:Lb([01])E)?(?:LNS_5DenseE(\d)E)?"
+    r"(?:Lb([01])E)?(?:LNS_7VariantE(\d)E)?"
 )
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -57,7 +57,7 @@ class Kernel:
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
         options = ", separate dQ" if config.group(3) == "1" else ""
-        options += {"1": ", mask", "2": ", bias"}.get(config.group(4), "")
+        options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(config.group(4), "")
         options += f", promote {promote[0]}" if promote else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
 
