@@ -33,6 +33,7 @@ SOURCES = {
     "dense_mask": [],
     "prepared_value": [],
     "rotation": [],
+    "splits": [],
     "decode": DECODING,
 }
 

@@ -33,11 +33,8 @@ struct Partials {
 
   const ForwardCachedParams& p;
 
-  // An item's first part is a CTA's second one: the first may go on with what the group before has
-  // begun.
   CUTE_DEVICE float* of(const Piece& piece, int part) const {
-    const int cta = (piece.parts.first_group + part) * p.heads_at_once + piece.head;
-    return p.partials + (2 * std::int64_t(cta) + (part == 0 ? 1 : 0)) * kFloats;
+    return p.partials + piece.partial(part, p.heads_at_once) * kFloats;
   }
   CUTE_DEVICE float* mine(const Piece& piece) const {
     return of(piece, int(blockIdx.x) / p.heads_at_once - piece.parts.first_group);
@@ -78,7 +75,7 @@ struct Partials {
   // Tells the other parts' CTAs that this one's is in memory, by one thread that knows that all
   // have written; whether it was the last.
   CUTE_DEVICE bool arrive_last(const Piece& piece) const {
-    int* const counter = p.counters + piece.parts.first_group * p.heads_at_once + piece.head;
+    int* const counter = p.counters + piece.counter(p.heads_at_once);
     return fetch_add_acq_rel(counter, 1) == piece.parts.count - 1;
   }
 };

@@ -29,7 +29,6 @@ struct SequenceWalk {
 
   // This lane's.
   CachedSequence sequence;
-  int tiles;            // that the sequence sees
   std::int64_t units;   // 0 behind the last sequence
   std::int64_t begins;  // where its units do
 
@@ -55,10 +54,9 @@ struct SequenceWalk {
       rows = extents.rows_per_sequence;
     }
     units = 0;
-    tiles = 0;
     if (b < last) {
       sequence = read_sequence(index, extents, b, first_token, rows);
-      tiles = extents.seen_by_sequence(sequence).tiles().size();
+      const int tiles = extents.seen_by_sequence(sequence).tiles().size();
       units = std::int64_t(extents.blocks(rows)) * (tiles + 1);
     }
     begins = scan_warp(units, [](std::int64_t x, std::int64_t y) { return x + y; });
@@ -112,28 +110,11 @@ struct Scheduler {
   // The lane that has a sequence gives out what of its blocks is in [from, to).
   CUTE_DEVICE void give_sequence(const SequenceWalk& walk, const Shares& shares, std::int64_t from,
                                  std::int64_t to, int head) {
-    const CachedExtents& e = p.extents;
-    const CachedSequence& sequence = walk.sequence;
-    const int packed = e.packed_rows(sequence.rows), tiles = walk.tiles, units = tiles + 1;
-    const int first_tile = e.seen_by_sequence(sequence).tiles().begin;
-    const std::int64_t before = max(from - walk.begins, std::int64_t(0)) / units;
-    int row = int(before) * e.columns;
-    std::int64_t base = walk.begins + before * units;
+    PiecesOfSequence pieces(p.extents, shares, walk.sequence, walk.batch(), head, walk.begins, from,
+                            to);
+    Piece piece;
     CUTE_NO_UNROLL
-    for (; row < packed && base < to; row += e.columns, base += units) {
-      const Range part = Shares::tiles(base, tiles, from, to);
-      if (!Shares::owns(part, base, tiles, from, to)) continue;
-      Piece piece;
-      piece.batch = walk.batch();
-      piece.head = head;
-      piece.sequence = sequence;
-      piece.first_row = row;
-      piece.columns = min(e.columns, packed - row);
-      piece.keys = e.seen_by_packed(sequence, row, row + piece.columns);
-      piece.tiles = piece.keys.tiles().intersect({first_tile + part.begin, first_tile + part.end});
-      piece.parts = shares.parts(base, tiles);
-      give(piece);
-    }
+    while (pieces.next(piece)) give(piece);
   }
 
   // One thread.

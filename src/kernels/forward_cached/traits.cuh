@@ -3,10 +3,10 @@
 
 #include "attention/column_softmax.cuh"
 #include "attention/pages.h"
-#include "attention/splits.h"
 #include "device/pipeline.cuh"
 #include "device/tma.cuh"
 #include "kernels/forward_cached/config.h"
+#include "kernels/forward_cached/pieces.h"
 
 namespace jax_fa3 {
 
@@ -31,21 +31,6 @@ struct ForwardCachedParams {
   float* lse;         // [tokens, h_q]
   float* partials;    // [grid, 2, partial_floats]
   int* counters;      // [grid], 0 at launch
-};
-
-// A part of an item's key tiles, for one kv head: what a CTA works on at a time.
-struct Piece {
-  int batch;  // -1: there are no more
-  int head;   // of keys and values
-  CachedSequence sequence;
-  int first_row;  // packed
-  int columns;    // packed rows that exist
-  SeenKeys keys;  // of these rows
-  Range tiles;    // of them
-  Parts parts;    // of the item; this one is that of the CTA's group
-
-  CUTE_DEVICE bool none() const { return batch < 0; }
-  CUTE_DEVICE bool is_whole() const { return parts.count == 1; }
 };
 
 struct PieceQueue {
