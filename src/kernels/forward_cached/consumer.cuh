@@ -235,14 +235,12 @@ struct CachedConsumer {
         partials.store(partial, column, quad, x);
       }
     });
-    if (!piece.is_whole()) __threadfence();
     sync_own();
     NamedBarrier::arrive(2 * kWarpgroupThreads, T::kTaken);
     if (piece.is_whole()) return;
     if (leads_warpgroup()) rest.is_last = partials.arrive_last(piece);
     sync_own();
     if (!rest.is_last) return;
-    __threadfence();
     for_each_quad(piece, [&](int column, int quad) {
       store(piece, column, quad, partials.fold(piece, column, quad));
     });

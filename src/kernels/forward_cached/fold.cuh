@@ -72,8 +72,8 @@ struct Partials {
     return all;
   }
 
-  // Tells the other parts' CTAs that this one's is in memory, by one thread that knows that all
-  // have written; whether it was the last.
+  // Tells the other parts' CTAs that this one's is in memory; whether it was the last. One thread,
+  // which has met those that have written it before, and meets those that read the others after.
   CUTE_DEVICE bool arrive_last(const Piece& piece) const {
     int* const counter = p.counters + piece.counter(p.heads_at_once);
     return fetch_add_acq_rel(counter, 1) == piece.parts.count - 1;
