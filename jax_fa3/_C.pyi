@@ -63,8 +63,8 @@ def plan_forward_cached(
     has_block_tables: bool,
     num_sms: int,
 ) -> dict[str, Any]:
-    """Kernel, grid, "workspace_bytes" and "counters" of a forward call over caches. Raises ValueError
-    with the reason if none fits."""
+    """Kernel, grid, "workspace_bytes" and "counters" of a forward call over caches. Raises
+    ValueError with the reason if none fits."""
 
 def backward_plan(
     dtype: str,

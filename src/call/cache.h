@@ -60,7 +60,7 @@ struct CacheShape {
   std::int64_t table_width = 1;  // pages of a sequence
   bool is_fused = false;         // one array, with the kv heads' rows k0 v0 k1 v1 ...
 
-  std::int64_t capacity() const { return page_size * table_width; }  // tokens of a sequence
+  JFA_HD std::int64_t capacity() const { return page_size * table_width; }  // tokens of a sequence
 
   // Of the array with `head_dim` elements a row; kv heads are two rows apart where it is fused.
   CacheStrides strides(std::int64_t num_heads_kv, std::int64_t head_dim) const {
