@@ -31,7 +31,11 @@ from benchmarks.timing import Program, describe
 from jax_fa3 import native
 
 COMPILED_DIMS = sorted(
-    {kernel["head_dim"] for kernel in native.module().listed_kernels() if not kernel.get("dense")}
+    {
+        kernel["head_dim"]
+        for kernel in native.module().listed_kernels()
+        if kernel.get("variant") == "plain"
+    }
 )
 SUSTAINED_S = 2.0
 

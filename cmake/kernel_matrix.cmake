@@ -7,12 +7,13 @@
 # Forward rows:  head_dim head_dim_v block_m block_n variant
 # Backward rows: head_dim head_dim_v block_m block_n separate_dq variant
 # Float8 rows:   head_dim head_dim_v block_m block_n
+# Cached rows:   head_dim head_dim_v columns
 # separate_dq: dQ has a kernel of its own (kernels/backward/config.h); variant: the calls that it is
 # for (call/types.h).
 # The planner weighs a head dim's rows against each other: forward by their makespan, backward the
 # first that is deterministic if need be.
 
-set(JAX_FA3_FAMILIES forward forward_float8 backward)
+set(JAX_FA3_FAMILIES forward forward_float8 forward_cached backward)
 
 set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128 Variant::kPlain"
@@ -78,7 +79,19 @@ set(JAX_FA3_FORWARD_FLOAT8_TILES
   "256 256 128 128"
 )
 
+set(JAX_FA3_FORWARD_CACHED_TILES
+  " 64  64 16"
+  " 64  64 64"
+  "128 128 16"
+  "128 128 64"
+  "192 128 16"
+  "192 128 64"
+  "256 256 16"
+  "256 256 32"
+)
+
 set(JAX_FA3_FORWARD_DTYPES bf16 fp16)
+set(JAX_FA3_FORWARD_CACHED_DTYPES bf16 fp16)
 set(JAX_FA3_BACKWARD_DTYPES bf16 fp16)
 set(JAX_FA3_FORWARD_FLOAT8_DTYPES e4m3)
 

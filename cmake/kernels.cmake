@@ -121,7 +121,7 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
   endforeach()
   jax_fa3_add_folder(${family} "${_units}")
 endforeach()
-foreach(family quantize visibility dense_mask)  # without rows of the matrix
+foreach(family quantize visibility dense_mask append)  # without rows of the matrix
   jax_fa3_add_folder(${family} ${JAX_FA3_CUDA})
 endforeach()
 list(REMOVE_ITEM _stale ${JAX_FA3_KERNEL_SOURCES})

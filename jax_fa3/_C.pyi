@@ -50,6 +50,22 @@ def forward_float8_plan(
     """Kernel, tiles, grid and "workspace_bytes" of a forward call on e4m3 arrays. Raises ValueError
     likewise."""
 
+def plan_forward_cached(
+    dtype: str,  # "bf16" | "fp16"
+    batch: int,
+    tokens: int,
+    rows_per_sequence: int,  # 0: those of query_starts
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    page_size: int,
+    has_block_tables: bool,
+    num_sms: int,
+) -> dict[str, Any]:
+    """Kernel, grid, "workspace_bytes" and "counters" of a forward call over caches. Raises
+    ValueError with the reason if none fits."""
+
 def backward_plan(
     dtype: str,
     batch: int,

@@ -7,7 +7,9 @@
   X(jax_fa3_backward)       \
   X(jax_fa3_quantize)       \
   X(jax_fa3_visibility)     \
-  X(jax_fa3_dense_mask)
+  X(jax_fa3_dense_mask)     \
+  X(jax_fa3_forward_cached) \
+  X(jax_fa3_append)
 
 extern "C" {
 

@@ -7,6 +7,7 @@
 
 #include "kernels/backward/family.h"
 #include "kernels/forward/family.h"
+#include "kernels/forward_cached/family.h"
 #include "kernels/forward_float8/family.h"
 #if defined(JAX_FA3_CUDA)
 #include "handlers.h"
@@ -51,6 +52,7 @@ nb::list kernels(const List& keys_of) {
   };
   append(Forward{});
   append(ForwardFloat8{});
+  append(ForwardCached{});
   append(Backward{});
   return list;
 }
@@ -122,6 +124,21 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
                     KernelTable<Backward>::plannable(), num_sms));
 }
 
+// With rows_per_sequence 0 sequences have what rows query_starts gives them.
+nb::dict plan_of_forward_cached(const std::string& dtype, std::int64_t batch, std::int64_t tokens,
+                                std::int64_t rows_per_sequence, std::int64_t num_heads_q,
+                                std::int64_t num_heads_kv, std::int64_t head_dim,
+                                std::int64_t head_dim_v, std::int64_t page_size,
+                                bool has_block_tables, int num_sms) {
+  const bool is_ragged = rows_per_sequence == 0;
+  const Shape shape{parse_dtype(dtype), batch,       is_ragged ? tokens : rows_per_sequence,
+                    page_size,          num_heads_q, num_heads_kv,
+                    head_dim,           head_dim_v};
+  return plan_dict<ForwardCached>(
+      plan_forward_cached(shape, is_ragged, has_block_tables ? static_cast<int>(page_size) : 0,
+                          KernelTable<ForwardCached>::plannable(), num_sms));
+}
+
 }  // namespace
 
 NB_MODULE(_C, module) {
@@ -142,6 +159,12 @@ NB_MODULE(_C, module) {
              "num_sms"_a,
              "Tile, order, grid and workspace of a float8 forward call. Raises ValueError with the "
              "reason.");
+  module.def(
+      "plan_forward_cached", &plan_of_forward_cached, "dtype"_a, "batch"_a, "tokens"_a,
+      "rows_per_sequence"_a, "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a,
+      "page_size"_a, "has_block_tables"_a, "num_sms"_a,
+      "Kernel, grid, workspace and counters of a forward call over caches. Raises ValueError "
+      "with the reason.");
   module.def("backward_plan", &backward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
              "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "has_index_arrays"_a,
              "has_visibility"_a, "variant"_a, "deterministic"_a, "num_sms"_a,

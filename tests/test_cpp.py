@@ -15,6 +15,7 @@ PLANS = [
     "src/kernels/forward/schedule.cc",
     "src/kernels/forward/plan.cc",
     "src/kernels/forward_float8/plan.cc",
+    "src/kernels/forward_cached/plan.cc",
     "src/kernels/backward/plan.cc",
 ]
 DECODING = [
@@ -22,6 +23,7 @@ DECODING = [
     "src/kernels/quantize/quantize.cc",
     "src/kernels/visibility/visibility.cc",
     "src/kernels/dense_mask/dense_mask.cc",
+    "src/kernels/append/append.cc",
     "src/ffi/decode.cc",
     "src/ffi/validate.cc",
 ]
@@ -31,6 +33,7 @@ SOURCES = {
     "dense_mask": [],
     "prepared_value": [],
     "rotation": [],
+    "splits": [],
     "decode": DECODING,
 }
 

@@ -29,6 +29,8 @@ TARGETS = (
     "jax_fa3_quantize",
     "jax_fa3_visibility",
     "jax_fa3_dense_mask",
+    "jax_fa3_forward_cached",
+    "jax_fa3_append",
 )
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
@@ -180,3 +182,105 @@ def test_a_refusal_arrives(attend, monkeypatch):
     with pytest.raises(Exception, match="query_descale must have 1 or 2 scales of a head"):
         x = x._replace(query_descale=np.ones((2, 4, 3), np.float32))
         jax.block_until_ready(attend(**x._asdict()))
+
+
+# The custom calls over caches, written out: 3 sequences of 2 rows, 8 query heads, 2 kv heads.
+CACHES = {"pskh": (9, 16, 2), "kpsh": (2, 9, 16), "pksh": (9, 2, 16), "skph": (16, 2, 9)}
+
+
+def zeros(*shape, dtype="bfloat16"):
+    return jnp.zeros(shape, dtype)
+
+
+def attend_cached(layout, *, out_float32=False, value_dim=64, rows=2, **arrays):
+    """`arrays` are the index arrays beside lengths and offsets, in the call's order."""
+    fused = layout == "fused"
+    names = "block_tables", "query_starts", "query_lengths", "key_starts"
+    options = dict(scale=np.float32(0.5), window_left=np.int32(2**30), window_right=np.int32(0))
+    options |= dict(rescale_threshold=np.float32(8), sm_margin=np.int32(0))
+    options |= {f"has_{name}": name in arrays for name in names}
+    options |= dict(is_fused=fused, out_float32=out_float32)
+    pages = () if "block_tables" in arrays else (3, 16)
+    shape = (9, 16, 4) if fused else CACHES[layout]
+    if pages:
+        shape = tuple(3 if n == 9 else n for n in shape)
+    caches = [zeros(*shape, 64)] if fused else [zeros(*shape, 64), zeros(*shape, value_dim)]
+    value_dim = 64 if fused else value_dim
+    results = [
+        jax.ShapeDtypeStruct((6, 8, value_dim), "float32" if out_float32 else "bfloat16"),
+        jax.ShapeDtypeStruct((6, 8), "float32"),
+        jax.ShapeDtypeStruct((0,), "uint8"),
+        jax.ShapeDtypeStruct((0,), "int32"),
+    ]
+    index = [zeros(3, dtype="int32")] * 2 + [jnp.asarray(x, "int32") for x in arrays.values()]
+    call = jax.ffi.ffi_call("jax_fa3_forward_cached", results)
+    layout = "pskh" if fused else layout
+    out = call(
+        zeros(6, 8, 64), *caches, *index, options=options, layout=layout,
+        rows_per_sequence=np.int32(rows),
+    )  # fmt: skip
+    return jax.block_until_ready(out)
+
+
+@pytest.mark.parametrize("layout", (*CACHES, "fused"))
+def test_attention_over_caches(handlers, layout):
+    attend_cached(layout, value_dim=128, query_lengths=[1, 2, 2])
+    attend_cached(
+        layout, rows=0, out_float32=True, block_tables=np.zeros((3, 5)), query_starts=range(4),
+        key_starts=[0, 1, 2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "arrays"),
+    [
+        ("layout must be pskh, kpsh, pksh or skph, got 'hksp'", dict(layout="hksp")),
+        (r"query must have batch \* rows_per_sequence = 3 \* 4 rows, got 6", dict(rows=4)),
+        ("rows_per_sequence must be 0 with query_starts.*got 2", dict(query_starts=range(4))),
+        (r"query_starts must have shape \[4\], got \[3\]", dict(rows=0, query_starts=range(3))),
+        (r"block_tables must have shape \[3, -1\], got \[2, 5\]",
+         dict(block_tables=np.zeros((2, 5)))),
+        (r"block_tables.shape\[1\] must be at most", dict(block_tables=np.zeros((3, 2**25)))),
+    ],
+)  # fmt: skip
+def test_refusals_of_caches(handlers, monkeypatch, what, arrays):
+    monkeypatch.setitem(CACHES, "hksp", CACHES["pskh"])
+    with pytest.raises(Exception, match=what):
+        attend_cached(**dict(layout="pskh") | arrays)
+
+
+def append(layout, *, query=False, rotary=0, tables=False, rows=4, interleaved=False):
+    fused = layout == "fused"
+    pages = 9 if tables else 3
+    shape = (pages, 16, rows) if fused else [pages if n == 9 else n for n in CACHES[layout]]
+    caches = [zeros(*shape, 64)] * (1 if fused else 2)
+    arrays = [*caches, zeros(3, 2, 2, 64), zeros(3, 2, 2, 64), zeros(3, dtype="int32")]
+    arrays += [zeros(3, 5, dtype="int32")] * tables
+    arrays += [zeros(7, rotary // 2, dtype="float32")] * 2 * bool(rotary)
+    arrays += [zeros(3, 2, 8, 64)] * query
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches + arrays[-1:] * query]
+    call = jax.ffi.ffi_call("jax_fa3_append", results, input_output_aliases={0: 0})
+    out = call(
+        *arrays, layout="pskh" if fused else layout, is_fused=fused, has_block_tables=tables,
+        has_new_lengths=False, has_rotary=bool(rotary), is_interleaved=interleaved, has_query=query,
+    )  # fmt: skip
+    return jax.block_until_ready(out)
+
+
+@pytest.mark.parametrize("layout", (*CACHES, "fused"))
+def test_appending(handlers, layout):
+    append(layout)
+    append(layout, query=True, rotary=48, tables=True, interleaved=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "arrays"),
+    [
+        ("rotary width must be a multiple of 16 up to head_dim = 64, got 24", dict(rotary=24)),
+        ("rotary width must be a multiple of 16 up to head_dim = 64, got 80", dict(rotary=80)),
+        (r"must have 2 \* 2 rows a slot, got 6", dict(layout="fused", rows=6)),
+    ],
+)
+def test_refusals_of_an_append(handlers, what, arrays):
+    with pytest.raises(Exception, match=what):
+        append(**dict(layout="pskh") | arrays)

@@ -77,6 +77,9 @@ def decoded_fields(text, name):
         ("kernels/forward_float8/call.h", "ForwardFloat8Attributes"),
         ("kernels/quantize/call.h", "QuantizeAttributes"),
         ("kernels/visibility/call.h", "VisibilityAttributes"),
+        ("kernels/forward_cached/call.h", "CachedOptions"),
+        ("kernels/forward_cached/call.h", "ForwardCachedAttributes"),
+        ("kernels/append/call.h", "AppendAttributes"),
     ],
 )
 def test_decoder_lists_every_field(path, name):

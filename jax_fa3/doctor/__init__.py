@@ -75,8 +75,8 @@ def _kernels() -> list[str]:
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
-        variants = kernel.get("dense", "none"), kernel.get("score", "plain")
-        family = " ".join([kernel["direction"], *(x for x in variants if x not in PLAIN)])
+        variant = kernel.get("variant", "plain")
+        family = kernel["direction"] + (f" {variant}" if variant != "plain" else "")
         tiles[family, kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [

@@ -10,6 +10,11 @@
 //   r  keys of a bias, whole packets, of f sequences, g heads and q rows
 //   u  words of a plane of a dense mask, of i sequences and j heads
 //   a  sequences of sinks                  l  sequences of slopes
+// and those of caches:
+//   P  pages            S  slots of a page      T  query rows of all sequences
+//   M  pages of a table's row                   R  starts of sequences' query rows, one more than b
+//   L  rows of a slot, of keys and of values    C  counters
+//   X  positions of a rotary table              Y  pairs of columns that it turns
 // or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; a, f, i and l
 // divide b; x is b, g, j and y are h, and q is s, or 1.
 #pragma once
@@ -77,6 +82,35 @@ constexpr Operand kQueryOut{"query_out", "bshd", Element::kOutput};
 constexpr Operand kKeyOut{"key_out", "btkd", Element::kOutput};
 constexpr Operand kValueOut{"value_out", "btke", Element::kOutput};
 constexpr Operand kPreparedValueOut{"value_out", "bkep", Element::kOutput};
+
+constexpr Operand kKeyCachePskh{"key_cache", "PSkd", Element::kInput};
+constexpr Operand kKeyCacheKpsh{"key_cache", "kPSd", Element::kInput};
+constexpr Operand kKeyCachePksh{"key_cache", "PkSd", Element::kInput};
+constexpr Operand kKeyCacheSkph{"key_cache", "SkPd", Element::kInput};
+constexpr Operand kKeyCacheFused{"key_cache", "PSLd", Element::kInput};
+constexpr Operand kValueCachePskh{"value_cache", "PSke", Element::kInput};
+constexpr Operand kValueCacheKpsh{"value_cache", "kPSe", Element::kInput};
+constexpr Operand kValueCachePksh{"value_cache", "PkSe", Element::kInput};
+constexpr Operand kValueCacheSkph{"value_cache", "SkPe", Element::kInput};
+constexpr Operand kCachedQuery{"query", "Thd", Element::kInput};
+constexpr Operand kCacheKeyLengths{"key_lengths", "b", Element::kInt32};
+constexpr Operand kCacheQueryOffset{"query_offset", "b", Element::kInt32};
+constexpr Operand kBlockTables{"block_tables", "bM", Element::kInt32, /*optional=*/true};
+constexpr Operand kQueryStarts{"query_starts", "R", Element::kInt32, /*optional=*/true};
+constexpr Operand kRowLengths{"query_lengths", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kKeyStarts{"key_starts", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kCachedOut{"out", "The", Element::kOutput};
+constexpr Operand kCachedLse{"lse", "Th", Element::kFloat32};
+constexpr Operand kCounters{"counters", "C", Element::kInt32};
+
+constexpr Operand kNewKey{"key", "bskd", Element::kInput};
+constexpr Operand kNewValue{"value", "bske", Element::kInput};
+constexpr Operand kNewQuery{"query", "bshd", Element::kInput, /*optional=*/true};
+constexpr Operand kNewQueryOut{"query_out", "bshd", Element::kInput, /*optional=*/true};
+constexpr Operand kCacheLengths{"cache_lengths", "b", Element::kInt32};
+constexpr Operand kNewLengths{"new_lengths", "b", Element::kInt32, /*optional=*/true};
+constexpr Operand kCos{"cos", "XY", Element::kFloat32, /*optional=*/true};
+constexpr Operand kSin{"sin", "XY", Element::kFloat32, /*optional=*/true};
 
 constexpr Operand kTileCounter{"tile_counter", "1", Element::kInt32};
 constexpr Operand kWorkspace{"workspace", "w", Element::kByte};

@@ -44,10 +44,11 @@ using MmaRS = decltype(cute::make_tiled_mma(
                                cute::Shape<cute::_64, cute::Int<kN>, StepK<Element>>, Major::K,
                                kMajorB>()));
 
-template <class Mma, int kN>
+// Of 64 rows, or of a multiple of them, 64 after 64.
+template <class Mma, int kN, int kM = kWarpgroupRows>
 CUTE_DEVICE auto make_accumulator() {
   static_assert(cute::tile_size<1>(Mma{}) == kN, "no WGMMA instruction of this width");
-  return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<kN>>{});
+  return cute::partition_fragment_C(Mma{}, cute::Shape<cute::Int<kM>, cute::Int<kN>>{});
 }
 
 // An A operand in registers for a contraction over kK.

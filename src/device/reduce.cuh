@@ -22,4 +22,14 @@ CUTE_DEVICE int fetch_add(int* address, int value) {
   return previous;
 }
 
+// The same, ordered: what this thread has seen written before is seen by those that come later.
+CUTE_DEVICE int fetch_add_acq_rel(int* address, int value) {
+  int previous;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(previous)
+               : "l"(address), "r"(value)
+               : "memory");
+  return previous;
+}
+
 }  // namespace jax_fa3

@@ -87,10 +87,11 @@ struct SmemTile {
                             cute::make_coord(0, 0));
   }
 
-  // Zeroes rows [first_row, kRows), with `threads` threads of which this is number `thread`.
-  CUTE_DEVICE static void zero_rows_from(Element* data, int first_row, int thread, int threads) {
+  // Zeroes rows [first_row, end_row), with `threads` threads of which this is number `thread`.
+  CUTE_DEVICE static void zero_rows(Element* data, int first_row, int end_row, int thread,
+                                    int threads) {
     constexpr int kVectorsPerRow = kChunkBytes / 16;
-    const int vectors = (kRows - first_row) * kVectorsPerRow;
+    const int vectors = (end_row - first_row) * kVectorsPerRow;
     CUTE_NO_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       auto* base = reinterpret_cast<uint4*>(data + chunk * kChunkElements + first_row * kChunkCols);

@@ -94,6 +94,17 @@ Status make_plane_map(CUtensorMap* map, const void* data, std::int64_t batch, st
                                  {Tile::kChunkCols, Tile::kRows, 1, 1});
 }
 
+// Loads one chunk's columns of a box, whose innermost coordinate is the chunk's first column, to
+// `smem_row` of the tile; completes its bytes on `barrier`. One thread calls it.
+template <class Tile>
+CUTE_DEVICE void load_chunk(const CUtensorMap& map, TransactionBarrier& barrier,
+                            std::uint64_t cache_hint, typename Tile::Element* smem, int smem_row,
+                            int chunk, int row, int head, int batch) {
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
+                               smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
+                               chunk * Tile::kChunkCols, head, row, batch);
+}
+
 // Loads the rows of one box (make_tensor_map's `rows`) from `row` of one head to `smem_row` of the
 // tile; completes their bytes on `barrier`. One thread calls it.
 template <class Tile>
@@ -102,9 +113,7 @@ CUTE_DEVICE void load_rows(const CUtensorMap& map, TransactionBarrier& barrier,
                            int row, int head, int batch) {
   CUTE_UNROLL
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), cache_hint,
-                                 smem + chunk * Tile::kChunkElements + smem_row * Tile::kChunkCols,
-                                 chunk * Tile::kChunkCols, head, row, batch);
+    load_chunk<Tile>(map, barrier, cache_hint, smem, smem_row, chunk, row, head, batch);
   }
 }
 

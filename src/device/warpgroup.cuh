@@ -29,7 +29,26 @@ CUTE_DEVICE bool leads_warpgroup() { return threadIdx.x % kWarpgroupThreads == 0
 // and that meets before it issues them.
 template <class Tile>
 CUTE_DEVICE void zero_rows_from(typename Tile::Element* tile, int first_row) {
-  Tile::zero_rows_from(tile, first_row, warpgroup_thread(), kWarpgroupThreads);
+  Tile::zero_rows(tile, first_row, Tile::kRows, warpgroup_thread(), kWarpgroupThreads);
+}
+
+// A named barrier of one warpgroup that also tells all of its threads whether `condition` holds in
+// any.
+CUTE_DEVICE bool any_of_warpgroup(bool condition, std::uint32_t barrier) {
+  std::uint32_t any;
+  asm volatile(
+      "{\n"
+      "  .reg .pred mine, all;\n"
+      "  setp.ne.u32 mine, %1, 0;\n"
+      "  bar.red.or.pred all, %2, %3, mine;\n"
+      "  selp.u32 %0, 1, 0, all;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(std::uint32_t(condition)),
+        "r"(barrier + cutlass::arch::NamedBarrier::ReservedNamedBarrierCount),
+        "n"(kWarpgroupThreads)
+      : "memory");
+  return any != 0;
 }
 
 }  // namespace jax_fa3

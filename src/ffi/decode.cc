@@ -34,7 +34,7 @@ std::uintptr_t alignment_of(Element element) {
 
 bool has_16_bits(DataType type) { return type == DataType::BF16 || type == DataType::F16; }
 
-constexpr bool is_letter(char c) { return c >= 'a'; }
+constexpr bool is_letter(char c) { return c >= 'A'; }
 
 template <class Range>
 std::string extents_text(const Range& extents) {
@@ -53,7 +53,7 @@ int clamped(std::int64_t n) { return static_cast<int>(std::min<std::int64_t>(n, 
 }  // namespace
 
 Extents::Extents(const Types& types) : types_(types) {
-  std::fill_n(extents_, 26, -1);
+  std::fill_n(extents_, kLetters, -1);
   if (types.seqlen_q >= 0) learn('s', types.seqlen_q);
   if (types.seqlen_k >= 0) learn('t', types.seqlen_k);
 }

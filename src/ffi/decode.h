@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 
+#include "call/cache.h"
 #include "call/operands.h"
 #include "call/problem.h"
 #include "call/status.h"
@@ -112,6 +113,10 @@ struct ArrayTable {
   static T& field(Problem& problem, T DenseArrays::*member) {
     return problem.dense.*member;
   }
+  template <class T>
+  static T& field(Problem& problem, T CachedIndex::*member) {
+    return problem.index.*member;
+  }
   template <auto kMember>
   static void store(Problem& problem, void* address) {
     auto& pointer = field(problem, kMember);
@@ -142,7 +147,8 @@ class Extents {
   std::int64_t mask_rows() const;
 
  private:
-  static std::size_t index(char letter) { return static_cast<std::size_t>(letter - 'a'); }
+  static constexpr std::size_t kLetters = 'z' - 'A' + 1;
+  static std::size_t index(char letter) { return static_cast<std::size_t>(letter - 'A'); }
 
   Status check_type(const Operand& operand, xla::ffi::DataType got);
   Status check_choice(const Operand& operand, char letter, std::int64_t extent) const;
@@ -150,7 +156,7 @@ class Extents {
   std::int64_t mask_words(std::int64_t rows) const;
 
   Types types_;
-  std::int64_t extents_[26];
+  std::int64_t extents_[kLetters];
 };
 
 inline xla::ffi::AnyBuffer buffer_of(const xla::ffi::AnyBuffer& operand) { return operand; }

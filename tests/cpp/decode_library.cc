@@ -2,9 +2,11 @@
 // of the kernels' handlers, of which they have bindings, tables and checks. Only addresses are not
 // looked at: XLA aligns less on a CPU.
 #include "ffi/handler.h"
+#include "kernels/append/call.h"
 #include "kernels/backward/call.h"
 #include "kernels/dense_mask/call.h"
 #include "kernels/forward/call.h"
+#include "kernels/forward_cached/call.h"
 #include "kernels/forward_float8/call.h"
 #include "kernels/quantize/call.h"
 #include "kernels/visibility/call.h"
@@ -42,3 +44,5 @@ DECODING_HANDLER(jax_fa3_backward, BackwardCall);
 DECODING_HANDLER(jax_fa3_quantize, QuantizeCall);
 DECODING_HANDLER(jax_fa3_visibility, VisibilityCall);
 DECODING_HANDLER(jax_fa3_dense_mask, DenseMaskCall);
+DECODING_HANDLER(jax_fa3_forward_cached, ForwardCachedCall);
+DECODING_HANDLER(jax_fa3_append, AppendCall);

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "kernels/backward_dbias/plan.h"
 #include "kernels/forward/plan.h"
+#include "kernels/forward_cached/plan.h"
 #include "kernels/forward_float8/plan.h"
 
 namespace jax_fa3 {
@@ -17,7 +18,7 @@ constexpr int kSms = 132;
 constexpr MaskOptions kFull{};
 constexpr MaskOptions kCausal{kUnbounded, 0, 0};
 
-constexpr Dense kNone = Variant::kPlain, kMask = Variant::kMask, kBias = Variant::kBias;
+constexpr Variant kNone = Variant::kPlain, kMask = Variant::kMask, kBias = Variant::kBias;
 
 const std::vector<ForwardKey> kForward = {
     {DType::kBF16, 64, 64, 192, 128, kNone},   {DType::kBF16, 64, 64, 128, 128, kNone},
@@ -170,18 +171,18 @@ void dense_kernels() {
   for (const bool any : {false, true}) {
     const IndexPresence bias{any, false, kBias}, mask{any, false, kMask};
     const IndexPresence other{any, false, kNone};
-    CHECK(forward_key(32, bias).dense == kBias && forward_key(32, bias).head_dim == 32);
-    CHECK(forward_key(32, other).dense == kNone && forward_key(32, other).head_dim == 64);
-    CHECK(forward_key(32, mask).dense == kMask && forward_key(32, mask).head_dim == 128);
-    CHECK(forward_key(40, bias).dense == kBias && forward_key(40, bias).head_dim == 128);
+    CHECK(forward_key(32, bias).variant == kBias && forward_key(32, bias).head_dim == 32);
+    CHECK(forward_key(32, other).variant == kNone && forward_key(32, other).head_dim == 64);
+    CHECK(forward_key(32, mask).variant == kMask && forward_key(32, mask).head_dim == 128);
+    CHECK(forward_key(40, bias).variant == kBias && forward_key(40, bias).head_dim == 128);
     for (const bool deterministic : {false, true}) {
       CHECK(backward_key(32, bias, deterministic).head_dim == 32);
       CHECK(backward_key(32, other, deterministic).head_dim == 64);
-      CHECK(backward_key(128, bias, deterministic).dense == kBias);
+      CHECK(backward_key(128, bias, deterministic).variant == kBias);
       CHECK(backward_key(128, bias, deterministic).separate_dq);
       CHECK(backward_key(128, mask, deterministic).separate_dq == deterministic);
       CHECK(backward_key(128, mask, deterministic).dense == (deterministic ? kBias : kMask));
-      CHECK(backward_key(128, other, deterministic).dense == kNone);
+      CHECK(backward_key(128, other, deterministic).variant == kNone);
     }
   }
   const auto plan =
@@ -341,10 +342,59 @@ void float8_refusals() {
                 "num_sms");
 }
 
+const std::vector<ForwardCachedKey> kCached = {{DType::kBF16, 128, 128, 64},
+                                               {DType::kBF16, 128, 128, 16},
+                                               {DType::kBF16, 192, 128, 16},
+                                               {DType::kBF16, 256, 256, 32}};
+
+StatusOr<ForwardCachedPlan> cached(std::int64_t batch, std::int64_t rows, int heads_q, int heads_kv,
+                                   bool is_ragged = false, int page_size = 0, int head_dim = 128) {
+  const Shape shape{DType::kBF16, batch, rows, 4096, heads_q, heads_kv, head_dim, 128};
+  return plan_forward_cached(shape, is_ragged, page_size, kCached, kSms);
+}
+
+// The narrowest kernel that takes a sequence's rows at once; among ragged rows some may be many.
+void cached_columns() {
+  const auto columns = [](const auto& plan) { return plan.ok() ? plan.value().key.columns : -1; };
+  CHECK(columns(cached(8, 1, 32, 8)) == 16 && columns(cached(8, 4, 32, 8)) == 16);
+  CHECK(columns(cached(8, 5, 32, 8)) == 64 && columns(cached(8, 100, 32, 8)) == 64);
+  CHECK(columns(cached(8, 8, 32, 8, true)) == 16 && columns(cached(8, 9, 32, 8, true)) == 64);
+  CHECK(columns(cached(8, 100, 32, 8, false, 0, 200)) == 32);
+  CHECK(cached(8, 1, 32, 8, false, 0, 136).value().key.head_dim == 192);
+}
+
+// A CTA for each kv head of a group, and as many groups as there is room for. Partial results and
+// counters are for groups that share.
+void cached_grid() {
+  for (const int heads : {1, 2, 5, 8, 66, 67, 132, 133, 200, 264, 1000}) {
+    const auto plan = cached(1, 1, heads, heads).value();
+    CHECK(plan.grid == plan.groups * plan.heads_at_once && plan.grid <= kSms && plan.grid > 0);
+    CHECK(plan.groups == 1 || plan.heads_at_once == heads);
+    const int rounds = ceil_div(heads, plan.heads_at_once);
+    CHECK(rounds == ceil_div(heads, kSms) && plan.heads_at_once * rounds < heads + rounds);
+    CHECK(plan.num_counters == (plan.groups > 1 ? plan.grid : 0));
+    CHECK(plan.workspace_bytes == (plan.groups > 1 ? 2 * plan.grid * 16 * 130 * 4 : 0));
+  }
+  CHECK(cached(64, 1, 32, 8).value().grid == 128);
+}
+
+void cached_refusals() {
+  CHECK_REFUSES(cached(1, 1, 8, 8, false, 12).status(),
+                "page_size must be a multiple of 8, got 12");
+  CHECK_REFUSES(cached(1, 1, 8, 8, false, 0, 264).status(), "head_dim must be a multiple of 8 in");
+  CHECK_REFUSES(cached(1, 1, 9, 2).status(), "num_heads_q must be a multiple of num_heads_kv");
+  CHECK_REFUSES(cached(1 << 20, 1 << 10, 8, 8).status(), "query rows of all heads must be at most");
+  CHECK_REFUSES(cached((1 << 28) + 1, 0, 8, 8).status(), "batch must be at most");
+  const auto other =
+      plan_forward_cached({DType::kFP16, 1, 1, 64, 8, 8, 64, 64}, false, 0, kCached, kSms);
+  CHECK_REFUSES(other.status(), "no forward_cached kernel for fp16 head_dim=64");
+}
+
 void printable() {
   CHECK(test::contains(to_string(forward(shape(1, 512, 4, 64))), "forward bf16 head_dim=64/64"));
   CHECK(test::contains(to_string(float8(shape(1, 512, 4, 64))), "forward float8 head_dim=64/64"));
   CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "separate dQ"));
+  CHECK(test::contains(to_string(cached(1, 1, 32, 8).value()), "columns=16 heads_at_once=8"));
 }
 
 }  // namespace
@@ -368,6 +418,9 @@ int main() {
   jax_fa3::float8_tiles();
   jax_fa3::float8_workspace();
   jax_fa3::float8_refusals();
+  jax_fa3::cached_columns();
+  jax_fa3::cached_grid();
+  jax_fa3::cached_refusals();
   jax_fa3::printable();
   return jax_fa3::test::finish();
 }

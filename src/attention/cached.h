@@ -1,0 +1,112 @@
+// What a sequence's query rows see of a cache, as integer geometry. Row i of a sequence stands at
+// position offset + i, and sees slot j when
+//   i < seen_rows, key_begin <= j < key_end, offset + i - left <= j <= offset + i + right.
+//
+// The rows of one kv head's query heads are packed: packed row i * G + g is row i of the kv head's
+// g-th query head. `columns` packed rows in order are a block, which a kernel works on as a whole.
+// Pure arithmetic for host and device.
+#pragma once
+
+#include "attention/mask.h"
+#include "call/cache.h"
+
+namespace jax_fa3 {
+
+constexpr int kCachedTileKeys = 64;  // of a tile: a warpgroup's rows
+
+// [begin, end)
+struct Range {
+  int begin = 0;
+  int end = 0;
+
+  JFA_HD bool empty() const { return begin >= end; }
+  JFA_HD int size() const { return empty() ? 0 : end - begin; }
+  JFA_HD Range intersect(const Range& other) const {
+    return {max_of(begin, other.begin), min_of(end, other.end)};
+  }
+};
+
+// What some rows see: any of them, and all of them.
+struct SeenKeys {
+  Range any;
+  Range all;
+
+  JFA_HD Range tiles() const {
+    if (any.empty()) return {};
+    return {any.begin / kCachedTileKeys, ceil_div(any.end, kCachedTileKeys)};
+  }
+  // Whether a tile has keys that some row does not see.
+  JFA_HD bool cuts(int tile) const {
+    return tile * kCachedTileKeys < all.begin || (tile + 1) * kCachedTileKeys > all.end;
+  }
+};
+
+struct CachedSequence {
+  int first_token;  // of its query rows
+  int rows;         // that it owns
+  int seen_rows;    // the first of them, those that are not padding
+  int offset;
+  int key_begin;
+  int key_end;
+};
+
+// What is the same for all sequences of a call.
+struct CachedExtents {
+  int batch;
+  int tokens;
+  int rows_per_sequence;  // without query_starts
+  int heads_per_kv_head;
+  int capacity;
+  int window_left;
+  int window_right;
+  int columns;
+
+  // Packed rows of a sequence, and their blocks.
+  JFA_HD int packed_rows(int rows) const { return rows * heads_per_kv_head; }
+  JFA_HD int blocks(int rows) const { return ceil_div(packed_rows(rows), columns); }
+
+  JFA_HD Range row_keys(const CachedSequence& sequence, int row) const {
+    if (row >= sequence.seen_rows) return {};
+    const int position = sequence.offset + row;
+    return {max_of(sequence.key_begin, position - window_left),
+            min_of(sequence.key_end, position + window_right + 1)};
+  }
+  // Of rows [first, last].
+  JFA_HD SeenKeys seen_keys(const CachedSequence& sequence, int first, int last) const {
+    last = min_of(last, sequence.seen_rows - 1);
+    if (first > last) return {};
+    const Range of_first = row_keys(sequence, first), of_last = row_keys(sequence, last);
+    const Range any{of_first.begin, of_last.end};
+    if (any.empty()) return {};
+    return {any, {of_last.begin, of_first.end}};
+  }
+  JFA_HD SeenKeys seen_by_sequence(const CachedSequence& sequence) const {
+    return seen_keys(sequence, 0, sequence.rows - 1);
+  }
+  // Of the packed rows [first, end).
+  JFA_HD SeenKeys seen_by_packed(const CachedSequence& sequence, int first, int end) const {
+    return seen_keys(sequence, first / heads_per_kv_head, (end - 1) / heads_per_kv_head);
+  }
+};
+
+// Sequence `b`, whose rows are [first_token, first_token + rows). What the index arrays have for
+// each sequence is read here, and clamped.
+JFA_HD inline CachedSequence read_sequence(const CachedIndex& index, const CachedExtents& extents,
+                                           int b, int first_token, int rows) {
+  CachedSequence s;
+  s.first_token = first_token;
+  s.rows = rows;
+  s.seen_rows = index.query_lengths ? clamp_to(index.query_lengths[b], 0, rows) : rows;
+  s.offset = clamp_to(index.query_offset[b], -kMaxSeqlen, kMaxSeqlen);
+  s.key_end = clamp_to(index.key_lengths[b], 0, extents.capacity);
+  s.key_begin = index.key_starts ? clamp_to(index.key_starts[b], 0, s.key_end) : 0;
+  return s;
+}
+
+// Where sequence b's rows begin, of arrays with query_starts; a start before its predecessor's is
+// moved to there. Two of sequence b in a row are its rows.
+JFA_HD inline int read_start(const CachedIndex& index, const CachedExtents& extents, int b) {
+  return clamp_to(index.query_starts[b], 0, extents.tokens);
+}
+
+}  // namespace jax_fa3

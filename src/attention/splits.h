@@ -1,0 +1,65 @@
+// How the work of a call over caches is divided, from the lengths that the device reads: every
+// group of CTAs (one for each kv head) takes an equal share of a line.
+//
+// An item, a sequence's block of packed rows, takes tiles + 1 units of the line: one for what it
+// costs beside its key tiles, then its tiles in order. Group g's share is [begin(g), begin(g + 1)).
+// A boundary that leaves less than two tiles on a side of an item moves to the item's end there, so
+// an item is cut only into parts that give both warpgroups a tile. Every group works that out by
+// itself. Pure arithmetic for host and device; what bounds the extents keeps products in 64 bits
+// (kernels/forward_cached/plan.cc).
+#pragma once
+
+#include "attention/cached.h"
+
+namespace jax_fa3 {
+
+// How an item is divided: part i is worked on by group first_group + i.
+struct Parts {
+  int first_group;
+  int count;
+};
+
+struct Shares {
+  static constexpr int kLeastUnits = 3;  // of a share
+
+  std::int64_t total;  // units
+  int groups;          // that get a share
+
+  JFA_HD Shares(std::int64_t total, int most_groups) : total(total) {
+    const std::int64_t worth = total / kLeastUnits;
+    groups = worth < 1 ? 1 : worth < most_groups ? static_cast<int>(worth) : most_groups;
+  }
+
+  JFA_HD std::int64_t begin(int group) const { return total * group / groups; }
+
+  // The tiles of an item from `base` that a share [from, to) has. One without tiles belongs to the
+  // share that its unit is in.
+  JFA_HD static Range tiles(std::int64_t base, int tiles, std::int64_t from, std::int64_t to) {
+    return {boundary(base, tiles, from), boundary(base, tiles, to)};
+  }
+  JFA_HD static bool owns(const Range& part, std::int64_t base, int tiles, std::int64_t from,
+                          std::int64_t to) {
+    return tiles > 0 ? !part.empty() : base >= from && base < to;
+  }
+
+  // Of an item from `base`. boundary() is inside of it where base + 3 <= begin(g) < base + tiles.
+  JFA_HD Parts parts(std::int64_t base, int tiles) const {
+    if (tiles < 4) return {0, 1};
+    const int first = first_from(base + 3), end = first_from(base + tiles);
+    return {first - 1, end - first + 1};
+  }
+
+ private:
+  // The first group whose share begins at `unit` or behind it; `groups` if none does.
+  JFA_HD int first_from(std::int64_t unit) const {
+    if (unit > begin(groups - 1)) return groups;
+    return static_cast<int>((unit * groups + total - 1) / total);
+  }
+  // Which tile of an item comes first behind a boundary.
+  JFA_HD static int boundary(std::int64_t base, int tiles, std::int64_t unit) {
+    if (unit >= base + tiles) return tiles;
+    return unit < base + 3 ? 0 : static_cast<int>(unit - base) - 1;
+  }
+};
+
+}  // namespace jax_fa3

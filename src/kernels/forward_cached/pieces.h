@@ -1,0 +1,88 @@
+// What a CTA works on at a time, and where its results stand. Pure arithmetic for host and device.
+#pragma once
+
+#include "attention/splits.h"
+
+namespace jax_fa3 {
+
+// Some key tiles of an item, for one kv head.
+struct Piece {
+  int batch;  // -1: there are no more
+  int head;   // of keys and values
+  CachedSequence sequence;
+  int first_row;  // packed
+  int columns;    // packed rows that exist
+  SeenKeys keys;  // of these rows
+  Range tiles;    // of them
+  Parts parts;    // of the item; this one is that of the CTA's group
+
+  JFA_HD bool none() const { return batch < 0; }
+  JFA_HD bool is_whole() const { return parts.count == 1; }
+
+  // Where partial results of a part are, two to a CTA: an item's first part is its group's second
+  // one, since the group may begin with what the group before has not finished.
+  JFA_HD std::int64_t partial(int part, int heads_at_once) const {
+    const std::int64_t cta = (parts.first_group + part) * heads_at_once + head;
+    return 2 * cta + (part == 0 ? 1 : 0);
+  }
+  // What counts its parts: the first of their boundaries is no other item's.
+  JFA_HD int counter(int heads_at_once) const { return parts.first_group * heads_at_once + head; }
+};
+
+// The pieces of one sequence, whose units begin at `begins`, that a share [from, to) has.
+class PiecesOfSequence {
+ public:
+  JFA_HD PiecesOfSequence(const CachedExtents& extents, const Shares& shares,
+                          const CachedSequence& sequence, int batch, int head, std::int64_t begins,
+                          std::int64_t from, std::int64_t to)
+      : extents_(extents),
+        shares_(shares),
+        sequence_(sequence),
+        batch_(batch),
+        head_(head),
+        tiles_(extents.seen_by_sequence(sequence).tiles()),
+        from_(from),
+        to_(to) {
+    const std::int64_t before = (from > begins ? from - begins : 0) / units();
+    row_ = static_cast<int>(before) * extents.columns;
+    base_ = begins + before * units();
+  }
+
+  // False: there is none.
+  JFA_HD bool next(Piece& piece) {
+    const int packed = extents_.packed_rows(sequence_.rows), tiles = tiles_.size();
+    for (; row_ < packed && base_ < to_; row_ += extents_.columns, base_ += units()) {
+      const Range part = Shares::tiles(base_, tiles, from_, to_);
+      if (!Shares::owns(part, base_, tiles, from_, to_)) continue;
+      piece.batch = batch_;
+      piece.head = head_;
+      piece.sequence = sequence_;
+      piece.first_row = row_;
+      piece.columns = min_of(extents_.columns, packed - row_);
+      piece.keys = extents_.seen_by_packed(sequence_, row_, row_ + piece.columns);
+      piece.tiles =
+          piece.keys.tiles().intersect({tiles_.begin + part.begin, tiles_.begin + part.end});
+      piece.parts = shares_.parts(base_, tiles);
+      row_ += extents_.columns;
+      base_ += units();
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  JFA_HD int units() const { return tiles_.size() + 1; }
+
+  const CachedExtents& extents_;
+  const Shares& shares_;
+  const CachedSequence& sequence_;
+  int batch_;
+  int head_;
+  Range tiles_;
+  std::int64_t from_;
+  std::int64_t to_;
+  int row_;            // packed, the next item's first
+  std::int64_t base_;  // where its units begin
+};
+
+}  // namespace jax_fa3

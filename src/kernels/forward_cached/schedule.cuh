@@ -1,0 +1,146 @@
+// The scheduling warp: from the lengths on the device to this CTA's pieces. A lane works out a
+// sequence; the warp walks all of them twice, for the total and for its group's share of it.
+#pragma once
+
+#include "kernels/forward_cached/traits.cuh"
+
+namespace jax_fa3 {
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// An inclusive scan over the warp.
+template <class T, class Operation>
+CUTE_DEVICE T scan_warp(T value, const Operation& operation) {
+  CUTE_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, value, step);
+    if (int(threadIdx.x) % 32 >= step) value = operation(before, value);
+  }
+  return value;
+}
+
+// 32 sequences at a time, in order.
+struct SequenceWalk {
+  const CachedIndex& index;
+  const CachedExtents& extents;
+  int first_batch = 0;    // of the 32
+  int rows_end = 0;       // the ragged rows of all sequences before them end here
+  std::int64_t base = 0;  // units of all sequences before them
+
+  // This lane's.
+  CachedSequence sequence;
+  std::int64_t units;   // 0 behind the last sequence
+  std::int64_t begins;  // where its units do
+
+  CUTE_DEVICE SequenceWalk(const CachedIndex& index, const CachedExtents& extents)
+      : index(index), extents(extents) {}
+
+  CUTE_DEVICE bool done() const { return first_batch >= extents.batch; }
+
+  CUTE_DEVICE int batch() const { return first_batch + int(threadIdx.x) % 32; }
+
+  // Reads the next 32.
+  CUTE_DEVICE void read() {
+    const int b = batch(), last = extents.batch;
+    int first_token = 0, rows = 0;
+    if (index.query_starts != nullptr) {
+      const int start = max(rows_end, read_start(index, extents, min(b, last)));
+      first_token = scan_warp(start, [](int x, int y) { return max(x, y); });
+      const int end = max(first_token, read_start(index, extents, min(b + 1, last)));
+      rows = end - first_token;
+      rows_end = __shfl_sync(kAllLanes, end, 31);
+    } else if (b < last) {
+      first_token = b * extents.rows_per_sequence;
+      rows = extents.rows_per_sequence;
+    }
+    units = 0;
+    if (b < last) {
+      sequence = read_sequence(index, extents, b, first_token, rows);
+      const int tiles = extents.seen_by_sequence(sequence).tiles().size();
+      units = std::int64_t(extents.blocks(rows)) * (tiles + 1);
+    }
+    begins = scan_warp(units, [](std::int64_t x, std::int64_t y) { return x + y; });
+    const std::int64_t sum = __shfl_sync(kAllLanes, begins, 31);
+    begins += base - units;
+    base += sum;
+  }
+  CUTE_DEVICE void advance() { first_batch += 32; }
+};
+
+struct Scheduler {
+  const ForwardCachedParams& p;
+  PieceQueue& queue;
+  PieceQueue::Cursor cursor{};
+
+  CUTE_DEVICE void run() {
+    SequenceWalk all(p.index, p.extents);
+    for (; !all.done(); all.advance()) all.read();
+    const Shares shares(all.base, p.groups);
+    const int group = int(blockIdx.x) / p.heads_at_once;
+    if (group < shares.groups) {
+      const int first_head = int(blockIdx.x) % p.heads_at_once;
+      CUTE_NO_UNROLL
+      for (int head = first_head; head < p.num_heads_kv; head += p.heads_at_once) {
+        walk(shares, group, head);
+      }
+    }
+    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) clear_unowned(all.rows_end);
+  }
+
+ private:
+  CUTE_DEVICE void walk(const Shares& shares, int group, int head) {
+    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
+    SequenceWalk walk(p.index, p.extents);
+    CUTE_NO_UNROLL
+    for (; !walk.done() && walk.base < to; walk.advance()) {
+      walk.read();
+      const bool has_some = walk.begins < to && walk.begins + walk.units > from;
+      unsigned left = __ballot_sync(kAllLanes, walk.units > 0 && has_some);
+      CUTE_NO_UNROLL
+      for (; left != 0; left &= left - 1) {
+        const int lane = __ffs(left) - 1;
+        if (int(threadIdx.x) % 32 == lane) give_sequence(walk, shares, from, to, head);
+        cursor.stage = __shfl_sync(kAllLanes, cursor.stage, lane);
+        cursor.phase = __shfl_sync(kAllLanes, cursor.phase, lane);
+      }
+    }
+  }
+
+  // The lane that has a sequence gives out what of its blocks is in [from, to).
+  CUTE_DEVICE void give_sequence(const SequenceWalk& walk, const Shares& shares, std::int64_t from,
+                                 std::int64_t to, int head) {
+    PiecesOfSequence pieces(p.extents, shares, walk.sequence, walk.batch(), head, walk.begins, from,
+                            to);
+    Piece piece;
+    CUTE_NO_UNROLL
+    while (pieces.next(piece)) give(piece);
+  }
+
+  // One thread.
+  CUTE_DEVICE void give(const Piece& piece) {
+    wait_empty(queue.ring, cursor);
+    queue.pieces[cursor.stage] = piece;
+    queue.ring.full[cursor.stage].arrive();
+    cursor.advance();
+  }
+
+  // Rows in front of the first sequence's and behind the last one's: all CTAs share them.
+  CUTE_DEVICE void clear_unowned(int rows_end) const {
+    const int first = read_start(p.index, p.extents, 0);
+    const int unowned = first + p.extents.tokens - rows_end;
+    const std::int64_t width = std::int64_t(p.num_heads) * p.head_dim_v * (p.out_float32 ? 4 : 2);
+    CUTE_NO_UNROLL
+    for (int i = blockIdx.x; i < unowned; i += gridDim.x) {
+      const int row = i < first ? i : rows_end + (i - first);
+      auto* const out = reinterpret_cast<uint4*>(static_cast<char*>(p.out) + row * width);
+      CUTE_NO_UNROLL
+      for (int v = threadIdx.x % 32; v < width / 16; v += 32) out[v] = uint4{0, 0, 0, 0};
+      float* const lse = p.lse + std::int64_t(row) * p.num_heads;
+      CUTE_NO_UNROLL
+      for (int h = threadIdx.x % 32; h < p.num_heads; h += 32) lse[h] = -INFINITY;
+    }
+  }
+};
+
+}  // namespace jax_fa3

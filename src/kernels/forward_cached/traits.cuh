@@ -1,0 +1,114 @@
+// Everything that follows from a Config: tiles, MMAs, shared memory, thread roles.
+#pragma once
+
+#include "attention/column_softmax.cuh"
+#include "attention/pages.h"
+#include "device/pipeline.cuh"
+#include "device/tma.cuh"
+#include "kernels/forward_cached/config.h"
+#include "kernels/forward_cached/pieces.h"
+
+namespace jax_fa3 {
+
+struct ForwardCachedParams {
+  CUtensorMap key;    // (page, slot, kv head, column), boxes of box_rows slots
+  CUtensorMap value;  // the same
+  CachedIndex index;
+  CachedExtents extents;
+  Pages pages;
+  int box_rows;
+  int num_heads;  // of query
+  int num_heads_kv;
+  int heads_at_once;  // kv heads that a group of CTAs works on together
+  int groups;
+  int head_dim;
+  int head_dim_v;
+  float softmax_scale_log2;
+  float rescale_threshold;
+  bool out_float32;
+  const void* query;  // [tokens, h_q, d]
+  void* out;          // [tokens, h_q, d_v]
+  float* lse;         // [tokens, h_q]
+  float* partials;    // [grid, 2, partial_floats]
+  int* counters;      // [grid], 0 at launch
+};
+
+struct PieceQueue {
+  static constexpr int kStages = 4;
+  using Cursor = RingCursor<kStages>;
+
+  RingBarriers<kStages> ring;
+  Piece pieces[kStages];
+};
+
+template <class Config>
+struct ForwardCachedTraits {
+  using Element = ElementOf<Config::kDType>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kHeadDimV = Config::kHeadDimV;
+  static constexpr int kColumns = Config::kColumns;
+  static constexpr int kTileKeys = kCachedTileKeys;
+
+  using QTile = SmemTile<Element, kColumns, kHeadDim>;
+  using KTile = SmemTile<Element, kTileKeys, kHeadDim>;
+  using VTile = SmemTile<Element, kTileKeys, kHeadDimV>;
+  using PTile = SmemTile<Element, kTileKeys, kColumns>;
+
+  // S^T = K Q^T, O^T += V^T P^T, all operands in shared memory.
+  using MmaS = MmaSS<Element, kColumns, Major::K, Major::K>;
+  using MmaO = MmaSS<Element, kColumns, Major::MN, Major::MN>;
+  using Softmax = ColumnSoftmax<kColumns>;
+
+  // Roles: warpgroup 0 has a warp that loads and one that schedules; the others take every second
+  // key tile each.
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  // Narrow kernels leave registers as the launch gives them.
+  static constexpr bool kMovesRegisters = kColumns > 16;
+  static constexpr Registers kRegisters{72, 216};
+
+  // O of one warpgroup, a column after another; the padding keeps a warp's stores apart.
+  static constexpr int kStagedStride = kHeadDimV + 4;
+  // What a consumer has to itself.
+  struct Own {
+    alignas(1024) Element query[QTile::kElements];
+    alignas(1024) Element probabilities[PTile::kElements];
+  };
+  struct Rest {
+    alignas(16) float output[kColumns * kStagedStride];
+    float reference[kColumns];  // of `output`
+    float sum[kColumns];
+    Range column_keys[kConsumers][kColumns];
+    typename Softmax::Exchange exchange[kConsumers];
+    int is_last;  // of an item's parts to arrive
+    PieceQueue pieces;
+  };
+
+  static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+  static constexpr int kMostStages = 8;
+  static constexpr int kFitting =
+      (227 * 1024 - int(kConsumers * sizeof(Own) + sizeof(Rest)) - 512) / kStageBytes;
+  static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
+  static_assert(kStages >= 2, "each consumer needs a stage");
+  using Ring = RingBarriers<kStages>;
+  using Cursor = RingCursor<kStages>;
+
+  struct SharedStorage {
+    alignas(1024) Element key[kStages][KTile::kElements];
+    alignas(1024) Element value[kStages][VTile::kElements];
+    Own own[kConsumers];
+    Ring key_ring;
+    Ring value_ring;
+    Rest rest;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  // Named barriers.
+  enum NamedBarrier : std::uint32_t {
+    kOwn = 0,              // + w: all of consumer w; 128 threads
+    kStaged = kConsumers,  // consumer 1 has staged its O, consumer 0 waits; 256 threads
+    kTaken,                // consumer 0 has done with it, consumer 1 waits; 256 threads
+  };
+};
+
+}  // namespace jax_fa3

@@ -1,0 +1,277 @@
+// The division of a call over caches, emulated on the host: what every CTA is given of random
+// problems, which tiles it visits, where its partial results stand, in which order they are folded,
+// which pages are looked up.
+#include <algorithm>
+#include <climits>
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "attention/pages.h"
+#include "check.h"
+#include "kernels/forward_cached/pieces.h"
+
+namespace {
+
+using namespace jax_fa3;
+
+std::mt19937 generator(1234);
+
+int random(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+// Index arrays of a call, mostly sound and sometimes hostile.
+struct Call {
+  CachedExtents extents;
+  int heads_at_once;
+  int groups;
+  int page_size;
+  int table_width;
+  int num_pages;
+  std::vector<std::int32_t> key_lengths, query_offset, block_tables, query_starts, query_lengths,
+      key_starts;
+
+  CachedIndex index() const {
+    const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
+    return {key_lengths.data(), query_offset.data(), data(block_tables),
+            data(query_starts), data(query_lengths), data(key_starts)};
+  }
+};
+
+int hostile() {
+  constexpr int kValues[] = {INT_MIN, -1, 0, 1, INT_MAX, 1 << 28, -(1 << 28)};
+  return kValues[random(0, 6)];
+}
+
+Call random_call() {
+  Call c;
+  const bool ragged = random(0, 2) == 0, hostile_lengths = random(0, 3) == 0;
+  const int batch = random(ragged ? 0 : 1, random(0, 1) ? 4 : 80);
+  c.heads_at_once = random(1, 8);
+  c.groups = random(1, 132 / c.heads_at_once);
+  c.page_size = 8 * random(1, 40);
+  const bool has_tables = random(0, 1);
+  c.table_width = has_tables ? random(1, 30) : 1;
+  c.num_pages = has_tables ? random(0, 50) : batch;
+  if (!has_tables) c.page_size = random(0, 5000);
+  CachedExtents& e = c.extents;
+  e.batch = batch;
+  e.rows_per_sequence = ragged ? 0 : random(1, 9);
+  e.tokens = ragged ? random(0, 300) : batch * e.rows_per_sequence;
+  e.heads_per_kv_head = random(1, random(0, 3) ? 8 : 100);
+  e.capacity = c.page_size * c.table_width;
+  e.window_left = random(0, 2) ? kUnbounded : random(0, 300);
+  e.window_right = random(0, 2) ? random(0, 3) : kUnbounded;
+  e.columns = 16 << random(0, 2);
+  const auto fill = [&](std::vector<std::int32_t>& v, int n, int low, int high) {
+    for (int i = 0; i < n; ++i) {
+      v.push_back(hostile_lengths && random(0, 3) == 0 ? hostile() : random(low, high));
+    }
+  };
+  fill(c.key_lengths, batch, 0, e.capacity);
+  fill(c.query_offset, batch, -20, e.capacity);
+  if (has_tables) fill(c.block_tables, batch * c.table_width, 0, std::max(0, c.num_pages - 1));
+  if (ragged) {
+    fill(c.query_starts, batch + 1, 0, e.tokens);
+    if (random(0, 2)) std::sort(c.query_starts.begin(), c.query_starts.end());
+  }
+  if (random(0, 1)) fill(c.query_lengths, batch, 0, 9);
+  if (random(0, 1)) fill(c.key_starts, batch, 0, e.capacity);
+  return c;
+}
+
+struct Sequence {
+  CachedSequence read;
+  std::int64_t begins, units;
+};
+
+// As the scheduling warp reads them.
+std::vector<Sequence> read_all(const Call& c) {
+  std::vector<Sequence> all;
+  const CachedIndex index = c.index();
+  const CachedExtents& e = c.extents;
+  int start = 0;
+  std::int64_t base = 0;
+  for (int b = 0; b < e.batch; ++b) {
+    int first = b * e.rows_per_sequence, rows = e.rows_per_sequence;
+    if (index.query_starts != nullptr) {
+      first = start = std::max(start, read_start(index, e, b));
+      rows = std::max(start, read_start(index, e, b + 1)) - start;
+    }
+    const CachedSequence s = read_sequence(index, e, b, first, rows);
+    const std::int64_t units =
+        std::int64_t(e.blocks(rows)) * (e.seen_by_sequence(s).tiles().size() + 1);
+    all.push_back({s, base, units});
+    base += units;
+  }
+  return all;
+}
+
+// Whether packed row q of a sequence sees a key, by the definition.
+bool sees(const Call& c, int b, const CachedSequence& s, int q, int key) {
+  const CachedIndex index = c.index();
+  const CachedExtents& e = c.extents;
+  const int row = q / e.heads_per_kv_head;
+  const std::int64_t offset = std::min<std::int64_t>(
+      std::max<std::int64_t>(index.query_offset[b], -kMaxSeqlen), kMaxSeqlen);
+  const std::int64_t position = offset + row;
+  if (row >= s.rows || (index.query_lengths != nullptr && row >= index.query_lengths[b])) {
+    return false;
+  }
+  if (key < 0 || key >= e.capacity || key >= index.key_lengths[b]) return false;
+  if (index.key_starts != nullptr && key < index.key_starts[b]) return false;
+  return key >= position - e.window_left && key <= position + e.window_right;
+}
+
+void check_call(const Call& c) {
+  const CachedExtents& e = c.extents;
+  const auto sequences = read_all(c);
+  const std::int64_t total =
+      sequences.empty() ? 0 : sequences.back().begins + sequences.back().units;
+  const Shares shares(total, c.groups);
+  CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
+        shares.begin(shares.groups) == total);
+
+  using Item = std::tuple<int, int>;  // sequence, first packed row
+  std::map<Item, std::vector<int>> tiles;
+  std::map<Item, std::vector<int>> groups;
+  std::map<Item, int> parts;
+  std::set<std::int64_t> partials;
+  std::map<int, Item> counters;
+  const int head = c.heads_at_once - 1;
+  for (int group = 0; group < shares.groups; ++group) {
+    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
+    std::int64_t load = 0;
+    for (int b = 0; b < e.batch; ++b) {
+      const Sequence& s = sequences[b];
+      if (s.units == 0 || s.begins >= to || s.begins + s.units <= from) continue;
+      PiecesOfSequence pieces(e, shares, s.read, b, head, s.begins, from, to);
+      for (Piece piece; pieces.next(piece);) {
+        const Item item{b, piece.first_row};
+        const int n = e.seen_by_sequence(s.read).tiles().size();
+        CHECK(piece.first_row % e.columns == 0 && piece.columns >= 1 &&
+              piece.columns <= e.columns &&
+              piece.first_row + piece.columns <= e.packed_rows(s.read.rows));
+        for (int t = piece.tiles.begin; t < piece.tiles.end; ++t) tiles[item].push_back(t);
+        groups[item].push_back(group);
+        parts[item] = piece.parts.count;
+        load += piece.tiles.size() + 1;
+        if (piece.is_whole()) continue;
+        const int part = group - piece.parts.first_group;
+        CHECK(n >= 4 && part >= 0 && part < piece.parts.count &&
+              part == int(groups[item].size()) - 1);
+        const std::int64_t partial = piece.partial(part, c.heads_at_once);
+        CHECK(partial >= 0 && partial < 2 * c.groups * c.heads_at_once);
+        CHECK(partials.insert(partial).second);
+        const int counter = piece.counter(c.heads_at_once);
+        CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
+        CHECK(counters.emplace(counter, item).first->second == item);
+      }
+    }
+    CHECK(load <= to - from + 4 + e.blocks(1));
+  }
+
+  for (int b = 0; b < e.batch; ++b) {
+    const CachedSequence& s = sequences[b].read;
+    CHECK(s.rows >= 0 && s.first_token >= 0 && s.first_token + s.rows <= e.tokens);
+    for (int q = 0; q < e.packed_rows(s.rows); q += e.columns) {
+      const Item item{b, q};
+      CHECK(int(groups[item].size()) == parts[item]);  // and not 0: somebody writes the rows
+      const int end = std::min(q + e.columns, e.packed_rows(s.rows));
+      const SeenKeys seen = e.seen_by_packed(s, q, end);
+      std::vector<int> expected;
+      for (int t = seen.tiles().begin; t < seen.tiles().end; ++t) expected.push_back(t);
+      CHECK(tiles[item] == expected);  // each once, and parts in the order of keys
+      for (int i = 0; i < 6; ++i) {
+        const int r = random(q, end - 1), row = r / e.heads_per_kv_head;
+        const int key =
+            random(0, 2) ? random(0, std::max(1, e.capacity)) : seen.any.begin + random(-2, 2);
+        const Range keys = e.row_keys(s, row);
+        const bool is_seen = sees(c, b, s, r, key);
+        CHECK(is_seen == (key >= keys.begin && key < keys.end));
+        if (is_seen) CHECK(key >= seen.any.begin && key < seen.any.end);
+        if (!is_seen && row < s.seen_rows && key >= 0 && !expected.empty()) {
+          const int tile = key / kCachedTileKeys;
+          CHECK(tile < seen.tiles().begin || tile >= seen.tiles().end || seen.cuts(tile));
+        }
+      }
+    }
+  }
+}
+
+// Each key of a box that somebody sees is in the page that the table says; no other entry is read.
+void check_pages(const Call& c) {
+  const CachedExtents& e = c.extents;
+  CacheShape cache;
+  cache.pages = c.num_pages;
+  cache.page_size = c.page_size;
+  cache.table_width = c.table_width;
+  const bool has_tables = !c.block_tables.empty();
+  const Pages pages = make_pages(cache, has_tables ? c.block_tables.data() : nullptr);
+  const int rows = box_rows(has_tables, c.page_size);
+  CHECK(rows >= kLeastBoxRows && kCachedTileKeys % rows == 0 &&
+        (!has_tables || c.page_size % rows == 0));
+  for (int i = 0; i < 50 && e.batch > 0; ++i) {
+    const int b = random(0, e.batch - 1);
+    const CachedSequence s = read_sequence(c.index(), e, b, 0, e.tokens);
+    const Range seen = e.seen_keys(s, 0, e.tokens - 1).any;
+    const int key = random(0, e.capacity / rows + 2) * rows;
+    const Slot slot = pages.find(b, key, rows, seen);
+    CHECK(slot.page >= 0 && slot.page <= pages.outside && slot.slot >= 0);
+    const bool is_seen = key + rows > seen.begin && key < seen.end;
+    if (!is_seen) {
+      CHECK(slot.page == pages.outside);
+      continue;
+    }
+    CHECK(slot.slot < c.page_size && slot.slot % (has_tables ? rows : 1) == 0);
+    const int entry = has_tables ? c.block_tables[b * c.table_width + key / c.page_size] : b;
+    const bool is_there = entry >= 0 && entry < c.num_pages;
+    CHECK(slot.page == (is_there ? entry : pages.outside));
+    CHECK(slot.slot == key % c.page_size);
+  }
+}
+
+// The longest and the largest extents that plans let through.
+void check_limits() {
+  CachedExtents e{1 << 28, kMaxSeqlen, 1, 4, kMaxSeqlen, kUnbounded, kUnbounded, 16};
+  const CachedSequence s{0, kMaxSeqlen, kMaxSeqlen, kMaxSeqlen, 0, kMaxSeqlen};
+  const SeenKeys seen = e.seen_keys(s, 0, kMaxSeqlen - 1);
+  CHECK(seen.any.begin == 0 && seen.any.end == kMaxSeqlen);
+  const std::int64_t total = std::int64_t{1} << 52;
+  const Shares shares(total, 1000);
+  const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22);
+  CHECK(parts.count == 1 && shares.begin(1000) == total);
+  const Shares one(std::int64_t{1 << 22} + 1, 132);
+  CHECK(one.parts(0, 1 << 22).count == 132 && one.parts(0, 1 << 22).first_group == 0);
+}
+
+// Equal work for all: the largest share beside the mean, in key tiles.
+void check_balance() {
+  for (const int batch : {1, 8, 64}) {
+    const std::int64_t tiles = 512, total = batch * (tiles + 1);
+    const Shares shares(total, 16);
+    std::int64_t most = 0;
+    for (int g = 0; g < 16; ++g) {
+      std::int64_t load = 0;
+      for (int b = 0; b < batch; ++b) {
+        load += Shares::tiles(b * (tiles + 1), tiles, shares.begin(g), shares.begin(g + 1)).size();
+      }
+      most = std::max(most, load);
+    }
+    CHECK(most <= batch * tiles / 16 + 3);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < 3000; ++i) {
+    const Call call = random_call();
+    check_call(call);
+    check_pages(call);
+  }
+  check_limits();
+  check_balance();
+  return jax_fa3::test::finish();
+}
