@@ -18,7 +18,6 @@ from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments, is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
-PLAIN = ("none", "plain")  # dense arrays and scores that are not named beside a kernel
 
 
 def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:

@@ -53,7 +53,8 @@ std::string no_kernel_message(const char* direction, const char* dtype, const Sh
                               const std::vector<int>& head_dims,
                               Variant variant = Variant::kPlain);
 inline std::string no_kernel_message(const char* direction, const Shape& shape,
-                                     const std::vector<int>& head_dims, Variant variant) {
+                                     const std::vector<int>& head_dims,
+                                     Variant variant = Variant::kPlain) {
   return no_kernel_message(direction, to_string(shape.dtype), shape, head_dims, variant);
 }
 

@@ -54,7 +54,7 @@ StatusOr<ForwardCachedPlan> plan_forward_cached(const Shape& shape, bool is_ragg
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
     return unimplemented(
-        no_kernel_message("forward_cached", shape, compiled_head_dims(available, eligible), false));
+        no_kernel_message("forward_cached", shape, compiled_head_dims(available, eligible)));
   }
   ForwardCachedPlan plan;
   plan.key = choose(shape, is_ragged, keys);
