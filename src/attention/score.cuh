@@ -24,13 +24,9 @@ CUTE_DEVICE float tanh_approx(float x) {
   return y;
 }
 
-// Where a tile of scores is: its query head, and how far its first row's position is behind its
-// first column's, of S; of S^T, whose rows are keys, the same.
-struct ScorePlace {
-  int batch;
-  int head;
-  int distance;
-};
+// A policy is made for a query head. apply() turns products into scores; `distance` is how far the
+// tile's first row's position is behind its first column's, of S; of S^T, whose rows are keys, the
+// same. slope() is dS / dP of a score whose weight is `p`.
 
 // The logit is scale * (q . k).
 struct Plain {
@@ -38,10 +34,9 @@ struct Plain {
   // row's LSE within the product itself (backward/statistics.cuh), and dS is made of P and dP alone.
   static constexpr bool kIsLinear = true;
 
+  CUTE_DEVICE Plain(const ScoreParams&, int /*batch*/, int /*head*/) {}
   template <class Accumulator>
-  CUTE_DEVICE static void apply(Accumulator&, const ScoreParams&, const ScorePlace&) {}
-
-  // dS / dP of a score whose weight is `p`.
+  CUTE_DEVICE void apply(Accumulator&, int /*distance*/) const {}
   CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
 };
 
@@ -49,10 +44,13 @@ struct Plain {
 struct Softcap {
   static constexpr bool kIsLinear = false;
 
+  CUTE_DEVICE Softcap(const ScoreParams& params, int /*batch*/, int /*head*/)
+      : factor_(params.factor) {}
+
   template <class Accumulator>
-  CUTE_DEVICE static void apply(Accumulator& tS, const ScoreParams& params, const ScorePlace&) {
+  CUTE_DEVICE void apply(Accumulator& tS, int /*distance*/) const {
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * params.factor);
+    for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * factor_);
   }
 
   // A score that a mask has made -inf counts as -1, where the slope is 0.
@@ -60,40 +58,46 @@ struct Softcap {
     const float t = fmaxf(score, -1.f);
     return p * fmaf(-t, t, 1.f);
   }
+
+ private:
+  float factor_;
 };
 
 // The logit is scale * (q . k) - slope * |position of the row - key|.
 struct Alibi {
   static constexpr bool kIsLinear = true;
 
+  CUTE_DEVICE Alibi(const ScoreParams& params, int batch, int head)
+      : slope_(params.slopes.of(batch, head) * params.factor) {}
+
   template <class Accumulator>
-  CUTE_DEVICE static void apply(Accumulator& tS, const ScoreParams& params,
-                                const ScorePlace& place) {
-    const float slope = params.slopes.of(place.batch, place.head) * params.factor;
+  CUTE_DEVICE void apply(Accumulator& tS, int distance) const {
     float first[2];  // of the thread's two rows, in its first column
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      first[r] = slope * float(place.distance + thread_row() + 8 * r - thread_col());
+      first[r] = slope_ * float(distance + thread_row() + 8 * r - thread_col());
     }
     // Two loops, or the sign would be an instruction more for each score. A vote: only a branch
     // known to be uniform leaves GEMMs in flight alone.
-    if (__any_sync(0xffffffff, slope > 0.f)) {
-      add<1>(tS, first, slope);
+    if (__any_sync(0xffffffff, slope_ > 0.f)) {
+      add<1>(tS, first);
     } else {
-      add<-1>(tS, first, slope);
+      add<-1>(tS, first);
     }
   }
   CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
 
  private:
   template <int kSign, class Accumulator>
-  CUTE_DEVICE static void add(Accumulator& tS, const float (&first)[2], float slope) {
+  CUTE_DEVICE void add(Accumulator& tS, const float (&first)[2]) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
-      const float x = fmaf(slope, -float(accumulator_col(i)), first[accumulator_row(i)]);
+      const float x = fmaf(slope_, -float(accumulator_col(i)), first[accumulator_row(i)]);
       tS(i) += kSign * fabsf(x);
     }
   }
+
+  float slope_;  // of products
 };
 
 template <Variant>

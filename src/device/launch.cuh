@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cute/config.hpp>
 #include <string>
 
 #include "call/status.h"
@@ -26,6 +27,33 @@ Status launch_kernel(const char* name, void (*kernel)(Params...), dim3 grid, int
       name));
   kernel<<<grid, threads, shared_bytes, stream>>>(params...);
   return cuda_status(cudaGetLastError(), name);
+}
+
+// A kernel that has been launched early begins when all blocks of the one before have called
+// begin_next_grid(), and has that one's results behind await_grid_before(). CUTLASS' functions for
+// this are empty unless a macro is defined.
+CUTE_DEVICE void begin_next_grid() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+CUTE_DEVICE void await_grid_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+template <class... Params>
+Status launch_early(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
+                    int shared_bytes, cudaStream_t stream, const Params&... params) {
+  JFA_CHECK_OK(cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      name));
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cuda_status(cudaLaunchKernelEx(&config, kernel, params...), name);
 }
 
 }  // namespace jax_fa3

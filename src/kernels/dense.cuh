@@ -63,16 +63,15 @@ inline DenseParams dense_params(const CallProblem& problem) {
 }
 
 // The map of a bias, in boxes of Tile's rows, by (sequence plane, head, row, key); where heads or
-// rows share values their strides are 0. Without a bias, of `some_address`, and never used.
+// rows share values their strides are 0.
 template <class Tile>
-Status make_bias_map(CUtensorMap* map, const CallProblem& problem, const void* some_address) {
+Status make_bias_map(CUtensorMap* map, const CallProblem& problem) {
   const Shape& s = problem.shape;
   const Broadcast& bias = problem.dense.bias_shape;
   const std::int64_t keys = padded_bias_keys(s.seqlen_k);
   const std::int64_t strides[3] = {bias.rows > 1 ? keys : 0, bias.heads > 1 ? bias.rows * keys : 0,
                                    bias.heads * bias.rows * keys};
-  const void* const data = problem.dense.bias != nullptr ? problem.dense.bias : some_address;
-  return encode_tensor_map<Tile>(map, data, {keys, s.seqlen_q, s.num_heads_q, bias.sequences},
+  return encode_tensor_map<Tile>(map, problem.dense.bias, {keys, s.seqlen_q, s.num_heads_q, bias.sequences},
                                  strides, {Tile::kChunkCols, Tile::kRows, 1, 1});
 }
 
@@ -107,12 +106,12 @@ struct WithDense : Params {
 // direction are, which is already there. Sequences or heads that share a bias go together, so that
 // L2 has its tiles.
 template <class Traits, class Params>
-Status set_dense(Params* p, const CallProblem& problem, const void* some_address) {
+Status set_dense(Params* p, const CallProblem& problem) {
   constexpr std::int64_t kMostTogether = 64;
-  if constexpr (Traits::kTakesBias) {
-    JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem, some_address));
-  }
   p->dense = dense_params(problem);
+  if (p->dense.has_bias) {
+    JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem));
+  }
   DenseScheduler& scheduler = p->scheduler;
   static_cast<TileScheduler&>(scheduler) = p->Base::scheduler;
   const Broadcast& bias = problem.dense.bias_shape;
@@ -148,17 +147,19 @@ class ListWalk {
 
   CUTE_DEVICE explicit ListWalk(const List& list) : list_(list) {}
 
-  CUTE_DEVICE void restart() { first_ = -kLanes; }
+  // What has been looked at last is not looked at again: of most lists that is all.
+  CUTE_DEVICE void restart() {
+    first_ = -kLanes;
+    left_ = 0;
+  }
 
-  // The next entry that is wanted(visit). False: there is none.
-  template <class Wanted>
-  CUTE_DEVICE bool next(const Wanted& wanted) {
+  // The next entry of those that are cut, or full, or either. False: there is none.
+  CUTE_DEVICE bool next(bool cut, bool full) {
     while (left_ == 0) {
       if (first_ + kLanes >= list_.num_entries()) return false;
       first_ += kLanes;
-      const Visit visit = look();
-      left_ = __ballot_sync(0xffffffff, wanted(visit));
-      cut_ = __ballot_sync(0xffffffff, visit == Visit::kCut);
+      look();
+      left_ = (cut ? cut_ : 0) | (full ? full_ : 0);
     }
     const int lane = __ffs(left_) - 1;
     entry = first_ + lane;
@@ -166,19 +167,25 @@ class ListWalk {
     left_ &= left_ - 1;
     return true;
   }
+  CUTE_DEVICE bool next() { return next(true, true); }
 
  private:
   static constexpr int kLanes = 32;
 
-  CUTE_DEVICE Visit look() const {
+  CUTE_DEVICE void look() {
+    if (seen_ == first_) return;
+    seen_ = first_;
     const int entry = first_ + int(threadIdx.x) % kLanes;
-    return entry < list_.num_entries() ? list_.look(entry) : Visit::kNone;
+    const Visit visit = entry < list_.num_entries() ? list_.look(entry) : Visit::kNone;
+    cut_ = __ballot_sync(0xffffffff, visit == Visit::kCut);
+    full_ = __ballot_sync(0xffffffff, visit == Visit::kFull);
   }
 
   const List& list_;
-  int first_ = -kLanes;  // of the entries that the lanes have looked at
-  unsigned left_ = 0;    // of these, to be visited
-  unsigned cut_ = 0;
+  int first_ = -kLanes;  // of the entries at hand
+  int seen_ = -kLanes;   // of the entries that have been looked at last
+  unsigned cut_ = 0, full_ = 0;
+  unsigned left_ = 0;  // to be visited
 };
 
 // How many tiles a walk visits of either kind.
@@ -201,16 +208,6 @@ struct KeyTiles {
   CUTE_DEVICE Visit look(int entry) const {
     return visit_of<kRows, kKeys>(mask, range, row, tile(entry));
   }
-
-  // By a warp.
-  CUTE_DEVICE TileCounts count() const {
-    TileCounts counts;
-    ListWalk walk(*this);
-    while (walk.next([](Visit visit) { return visit != Visit::kNone; })) {
-      ++(walk.is_cut ? counts.cut : counts.full);
-    }
-    return counts;
-  }
 };
 
 // Those that are visited: the cut ones, then the full ones.
@@ -221,11 +218,19 @@ class KeyWalk {
 
   CUTE_DEVICE explicit KeyWalk(const Tiles& tiles) : tiles_(tiles), walk_(tiles) {}
 
+  // Before the first next().
+  CUTE_DEVICE TileCounts count() {
+    TileCounts counts;
+    while (walk_.next()) ++(walk_.is_cut ? counts.cut : counts.full);
+    walk_.restart();
+    return counts;
+  }
+
   // False: that was the last one.
   CUTE_DEVICE bool next() {
-    while (!walk_.next([&](Visit visit) { return visit == pass_; })) {
-      if (pass_ == Visit::kFull) return false;
-      pass_ = Visit::kFull;
+    while (!walk_.next(!is_full_, is_full_)) {
+      if (is_full_) return false;
+      is_full_ = true;
       walk_.restart();
     }
     n = tiles_.tile(walk_.entry);
@@ -235,7 +240,7 @@ class KeyWalk {
  private:
   const Tiles& tiles_;
   ListWalk<Tiles> walk_;
-  Visit pass_ = Visit::kCut;
+  bool is_full_ = false;
 };
 
 }  // namespace jax_fa3

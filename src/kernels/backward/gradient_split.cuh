@@ -93,12 +93,13 @@ struct GradientSplitConsumer : TileConsumer<T> {
       if (cut) this->clear_query_tail(walk.m);
       this->template issue_scores<Statistic::kLse>(
           T::KTile::tensor(shared.key), T::QTile::tensor(shared.query[cursor.stage]), tS);
+      const auto bits = this->mask_bits(walk, 0, cut);
       wait_mma<1>(tDV);
       if (pending) release(shared.dout_ring, cursor.before());
       pending = true;
       wait_mma<0>(tS);
       if constexpr (!T::kReadsQueryStage) release_query();
-      this->finish_scores(tS, walk, 0, cut);
+      this->finish_scores(tS, walk, 0, cut, bits);
       if constexpr (T::kReadsQueryStage && T::Score::kIsLinear) release_query();
       this->exponentiate(tS, tP);
       if constexpr (!T::Score::kIsLinear) release_query();

@@ -77,12 +77,13 @@ struct KeySplitConsumer : TileConsumer<T> {
     if (cut) this->clear_query_tail(walk.m);
     this->template issue_scores<Statistic::kLse>(T::KTile::row_block(shared.key, warpgroup),
                                                  T::QTile::tensor(query), tS);
+    const auto bits = this->mask_bits(walk, warpgroup * kWarpgroupRows, cut);
     wait_full(shared.dout_ring, cursor);
     this->template issue_scores<Statistic::kDelta>(T::VTile::row_block(shared.value, warpgroup),
                                                    T::DOTile::tensor(dout), tDP);
 
     wait_mma<1>(tS);
-    this->finish_scores(tS, walk, warpgroup * kWarpgroupRows, cut);
+    this->finish_scores(tS, walk, warpgroup * kWarpgroupRows, cut, bits);
     auto tP = make_operand_a<Element, T::kBlockM>();
     this->exponentiate(tS, tP);
     wait_mma<0>(tDP);

@@ -77,7 +77,7 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
                     static_cast<int>(plan.num_tiles),
                     /*last_block_first=*/false,
                     has_queries ? tile_counters : nullptr};
-  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.num_m_blocks = plan.num_m_blocks;
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);
   p.dquery = reinterpret_cast<float*>(workspace + plan.dq_offset);

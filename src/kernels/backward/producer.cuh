@@ -57,7 +57,6 @@ template <class T>
 CUTE_DEVICE void produce_listed(const DenseBackwardParams& p, typename T::SharedStorage& shared) {
   const bool loads = threadIdx.x == 0;
   const auto& steps = shared.steps;
-  const auto is_visited = [](Visit visit) { return visit != Visit::kNone; };
   typename T::Works::Cursor works_cursor;
   typename T::Cursor cursor;
 
@@ -66,7 +65,7 @@ CUTE_DEVICE void produce_listed(const DenseBackwardParams& p, typename T::Shared
       if (loads) shared.steps.begin(p, load.tile, load.range);
       __syncwarp();
       ListWalk walk(steps);
-      bool more = walk.next(is_visited);
+      bool more = walk.next();
       if (!more) {
         if (loads) {
           wait_empty(shared.query_ring, cursor);
@@ -80,7 +79,7 @@ CUTE_DEVICE void produce_listed(const DenseBackwardParams& p, typename T::Shared
       while (more) {
         const int entry = walk.entry;
         const bool is_cut = walk.is_cut;
-        more = walk.next(is_visited);
+        more = walk.next();
         if (loads) {
           const int head = steps.head(entry), m = steps.m(entry);
           wait_empty(shared.query_ring, cursor);

@@ -102,13 +102,30 @@ struct TileConsumer {
     }
   }
 
+  // What a dense mask says of a step's queries and the tile's keys from `key` on, for
+  // finish_scores.
+  using Bits = MaskBits<T::kBlockM>;
+  template <class Walk>
+  CUTE_DEVICE Bits mask_bits(const Walk& walk, int key, bool cut) const {
+    if constexpr (T::kListed) {
+      if (cut && p.dense.has_mask) {
+        const WorkTile& tile = work().tile;
+        const int head = tile.head * p.heads_per_kv_head + walk.head();
+        return Bits::of_keys(p.dense.mask_of(tile.batch, head), walk.m * T::kBlockM,
+                             tile.block * T::kBlockN + key);
+      }
+    }
+    return {};
+  }
+
   // From products to scores, which a mask makes -inf: the tile's keys from `key` on.
   template <class Walk, class Accumulator>
-  CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut) const {
+  CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut,
+                                 const Bits& bits) const {
     const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
-    const int offset = work().mask.first + p.mask.window_left;
     const int head = work().tile.head * p.heads_per_kv_head + walk.head();
-    T::Score::apply(tSt, p.score, {work().tile.batch, head, first_key - (first_row + offset)});
+    const typename T::Score score(p.score, work().tile.batch, head);
+    score.apply(tSt, first_key - first_row - work().mask.first - p.mask.window_left);
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
@@ -119,10 +136,7 @@ struct TileConsumer {
       T::Masking::mask_scores_transposed(tSt, work().mask, intervals(), first_row, first_key,
                                          walk.head());
       if constexpr (T::kListed) {
-        if (p.dense.has_mask) {
-          mask_by_bits_transposed(tSt, p.dense.mask_of(work().tile.batch, head), first_row,
-                                  first_key);
-        }
+        if (p.dense.has_mask) bits.apply(tSt);
       }
     }
   }

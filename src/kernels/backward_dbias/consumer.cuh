@@ -111,7 +111,9 @@ struct DBiasConsumer {
     intervals.plane = step().plane;
     T::Masking::mask_scores(tS, step().mask, intervals, row, step().tile.key);
     if (p.dense.has_mask) {
-      mask_by_bits(tS, p.dense.mask_of(step().batch, step().head), row, step().tile.key);
+      using Bits = MaskBits<T::kBlockN>;
+      const DenseMask mask = p.dense.mask_of(step().batch, step().head);
+      Bits::of_rows(mask, row, step().tile.key).apply(tS);
     }
     bool takes_part[2];
     CUTE_UNROLL

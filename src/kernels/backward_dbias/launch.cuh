@@ -43,7 +43,7 @@ Status launch_dbias(const BackwardProblem& problem, const RowStatistics* statist
   JFA_CHECK_OK(maps.of_queries<typename T::DOTile>(&p.dout, problem.dout, s.head_dim_v));
   JFA_CHECK_OK(maps.of_keys<typename T::KTile>(&p.key, problem.key, s.head_dim));
   JFA_CHECK_OK(maps.of_keys<typename T::VTile>(&p.value, problem.value, s.head_dim_v));
-  JFA_CHECK_OK(make_bias_map<typename T::BiasTile>(&p.bias, problem, problem.dbias));
+  JFA_CHECK_OK(make_bias_map<typename T::BiasTile>(&p.bias, problem));
   JFA_CHECK_OK(make_plane_map<typename T::BiasRows>(&p.dbias, problem.dbias, bias.sequences,
                                                     bias.heads, bias.rows, keys));
   static_cast<CommonParams&>(p) = common_params(problem);

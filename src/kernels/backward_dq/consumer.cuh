@@ -92,6 +92,8 @@ struct DQueryConsumer {
     const auto tSrQ = operand_a(mma_s, T::QTile::row_block(shared.query, warpgroup));
     const auto tDPrDO = operand_a(mma_s, T::DOTile::row_block(shared.dout, warpgroup));
     auto tDS = make_operand_a<typename T::Element, T::kBlockN>();
+    const typename T::Score score(p.score, work.tile.batch, work.tile.head);
+    const int position = row + work.mask.first + p.mask.window_left;  // of the first row
 
     const auto step = [&](int n, bool is_cut, bool is_first) {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
@@ -108,9 +110,7 @@ struct DQueryConsumer {
       wait_mma<2>(tDQ);
       if (!is_first) release_key();
       wait_mma<1>(tS);
-      const int offset = work.mask.first + p.mask.window_left;
-      T::Score::apply(tS, p.score,
-                      {work.tile.batch, work.tile.head, row + offset - n * T::kBlockN});
+      score.apply(tS, position - n * T::kBlockN);
       if constexpr (T::kListed) {
         if (p.dense.has_bias) {
           add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
@@ -123,7 +123,9 @@ struct DQueryConsumer {
                                 n * T::kBlockN);
         if constexpr (T::kListed) {
           if (p.dense.has_mask) {
-            mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row, n * T::kBlockN);
+            using Bits = MaskBits<T::kBlockN>;
+            const DenseMask mask = p.dense.mask_of(work.tile.batch, work.tile.head);
+            Bits::of_rows(mask, row, n * T::kBlockN).apply(tS);
           }
         }
       }

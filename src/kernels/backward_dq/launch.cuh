@@ -35,7 +35,7 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
                                                           static_cast<int>(plan.num_tiles),
                                                           /*last_block_first=*/grouped,
                                                           counter};
-  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.workspace));
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;
   return launch_kernel("dquery_kernel", dquery_kernel<Config>, dim3(plan.grid), T::kThreads,

@@ -32,7 +32,10 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
                       : shared.works.take(works_cursor, load);
   };
   for (typename T::Works::Load load; take(load);) {
-    const auto& [tile, head_kv, range] = taken<T>(shared, load);
+    const auto& taken_load = taken<T>(shared, load);
+    const WorkTile& tile = taken_load.tile;
+    const int& head_kv = taken_load.head_kv;
+    const TileRange& range = taken_load.range;
     const int row = tile.block * T::kBlockM;
 
     const auto load_queries = [&] {
@@ -74,13 +77,13 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       const bool loads = threadIdx.x == 0;
       if (loads) shared.tiles = {p.dense.mask_of(tile.batch, tile.head), range, row};
       __syncwarp();
-      const TileCounts counts = shared.tiles.count();
+      KeyWalk walk(shared.tiles);
+      const TileCounts counts = walk.count();
       if (loads) {
         for (int w = 0; w < T::kConsumers; ++w) wait_empty(shared.query_ring[w], query_cursor);
         shared.counts = counts;
         if (counts.empty()) load_queries();
       }
-      KeyWalk walk(shared.tiles);
       for (bool is_first = true; walk.next(); is_first = false) {
         if (loads) load_keys(walk.n, is_first);
       }

@@ -98,6 +98,8 @@ struct ForwardConsumer {
     const auto tSrQ = queries();
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.logit_scale_log2;
+    const typename T::Score score(p.score, work.tile.batch, work.tile.head);
+    const int position = row + mask.first + p.mask.window_left;  // of the first row
 
     // The right-most tile: nothing to overlap with yet.
     int n = keys.end - 1;
@@ -108,7 +110,7 @@ struct ForwardConsumer {
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      T::Score::apply(tS, p.score, place(work, row, n * T::kBlockN));
+      score.apply(tS, position - n * T::kBlockN);
       if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
@@ -124,7 +126,7 @@ struct ForwardConsumer {
       wait_mma<1>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      T::Score::apply(tS, p.score, place(work, row, n * T::kBlockN));
+      score.apply(tS, position - n * T::kBlockN);
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       }
@@ -169,12 +171,6 @@ struct ForwardConsumer {
     wait_mma<0>(tO);
     release(shared.value_ring, value_cursor);
     value_cursor.advance();
-  }
-
-  // Of the scores of keys from `key` on, and this warpgroup's rows, from `row` on.
-  CUTE_DEVICE ScorePlace place(const Work& work, int row, int key) const {
-    const int offset = work.mask.first + p.mask.window_left;
-    return {work.tile.batch, work.tile.head, row + offset - key};
   }
 
   CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }

@@ -62,8 +62,8 @@ CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedS
       shared.tiles = {p.dense.mask_of(tile.batch, tile.head), range, tile.block * T::kBlockM};
     }
     __syncwarp();
-    const TileCounts counts = shared.tiles.count();
     KeyWalk walk(shared.tiles);
+    const TileCounts counts = walk.count();
     int value_tile = -1;  // whose V is yet to be loaded
     bool more, queries_loaded = false;
     do {
@@ -140,8 +140,19 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.logit_scale_log2;
 
-    // From products to logits, still to be scaled; then the stage of K and bias is free.
-    const auto finish_scores = [&](auto& tS, auto masked) {
+    using Bits = MaskBits<T::kBlockN>;
+    // Of the next stage of keys, while their product is under way.
+    const auto mask_bits = [&](auto masked) {
+      if constexpr (decltype(masked)::value) {
+        if (p.dense.has_mask) {
+          return Bits::of_rows(p.dense.mask_of(work.tile.batch, work.tile.head), row,
+                               shared.key_tile[key_cursor.stage] * T::kBlockN);
+        }
+      }
+      return Bits();
+    };
+    // From products to scores; then the stage of K and bias is free.
+    const auto finish_scores = [&](auto& tS, auto masked, const Bits& bits) {
       if constexpr (T::kTakesBias) {
         add_bias<typename T::BiasTile>(tS, shared.bias[key_cursor.stage],
                                        warpgroup * kWarpgroupRows, p.dense.bias_factor);
@@ -151,9 +162,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       key_cursor.advance();
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, work.mask, this->intervals(), row, key);
-        if (p.dense.has_mask) {
-          mask_by_bits(tS, p.dense.mask_of(work.tile.batch, work.tile.head), row, key);
-        }
+        if (p.dense.has_mask) bits.apply(tS);
       }
     };
 
@@ -161,12 +170,14 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       auto tS = make_accumulator<typename T::MmaS, T::kBlockN>();
       this->issue_scores(tSrQ, tS);
       this->free_staged_output();  // not before: nobody needs that stage yet
-      wait_mma<0>(tS);
       const int n = shared.key_tile[key_cursor.stage];
       if (keys.cut > 0) {
-        finish_scores(tS, true_type{});
+        const Bits bits = mask_bits(true_type{});
+        wait_mma<0>(tS);
+        finish_scores(tS, true_type{}, bits);
       } else {
-        finish_scores(tS, false_type{});
+        wait_mma<0>(tS);
+        finish_scores(tS, false_type{}, Bits());
       }
       softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
@@ -179,8 +190,9 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       this->issue_scores(tSrQ, tS);
       this->issue_output(tP, tO);
       this->pass_turn();
+      const Bits bits = mask_bits(masked);
       wait_mma<1>(tS);
-      finish_scores(tS, masked);
+      finish_scores(tS, masked, bits);
       const bool rescale = softmax.update(tS, scale_log2);
       this->finish_output(tO);
       convert(tS, tP);

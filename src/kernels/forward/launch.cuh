@@ -47,7 +47,7 @@ Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t st
   JFA_CHECK_OK(
       maps.of_queries<typename T::OTile>(&p.out, problem.out, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
-  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem, problem.out));
+  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   using Consumer = cute::conditional_t<T::kListed, DenseForwardConsumer<T>, ForwardConsumer<T>>;
   return launch_kernel("forward_kernel", forward_kernel<T, Consumer>, dim3(plan.grid), T::kThreads,
                        sizeof(typename T::SharedStorage), stream, p);

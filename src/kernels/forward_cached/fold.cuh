@@ -2,6 +2,7 @@
 // divided, a column after another, then the columns' references and sums.
 #pragma once
 
+#include "device/launch.cuh"
 #include "device/reduce.cuh"
 #include "kernels/forward_cached/traits.cuh"
 
@@ -75,6 +76,7 @@ struct Partials {
   // Tells the other parts' CTAs that this one's is in memory; whether it was the last. One thread,
   // which has met those that have written it before, and meets those that read the others after.
   CUTE_DEVICE bool arrive_last(const Piece& piece) const {
+    await_grid_before();  // the counters are 0
     int* const counter = p.counters + piece.counter(p.heads_at_once);
     return fetch_add_acq_rel(counter, 1) == piece.parts.count - 1;
   }
