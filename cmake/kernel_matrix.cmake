@@ -39,8 +39,10 @@ set(JAX_FA3_FORWARD_TILES
   "192 192 128  64 Variant::kBias"
   "256 256 128  64 Variant::kBias"
   "128 128 192  80 Variant::kSoftcap"
+  "128 128 128 128 Variant::kSoftcap"
   "256 256 128  64 Variant::kSoftcap"
   "128 128 192  80 Variant::kAlibi"
+  "128 128 128 128 Variant::kAlibi"
 )
 
 set(JAX_FA3_BACKWARD_TILES

@@ -120,8 +120,8 @@ nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_
   const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
                     num_heads_q,        num_heads_kv, head_dim, head_dim_v};
   return plan_dict<Backward>(
-      plan_backward(shape, {has_index_arrays, has_visibility, parse_variant(variant)}, deterministic,
-                    KernelTable<Backward>::plannable(), num_sms));
+      plan_backward(shape, {has_index_arrays, has_visibility, parse_variant(variant)},
+                    deterministic, KernelTable<Backward>::plannable(), num_sms));
 }
 
 // With rows_per_sequence 0 sequences have what rows query_starts gives them.

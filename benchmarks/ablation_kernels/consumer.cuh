@@ -55,7 +55,8 @@ struct AblatedConsumer : ForwardConsumer<T> {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       clear(tO);
-      typename T::Softmax softmax{kConditionalRescale ? p.rescale_threshold : 0.f, p.negative_threshold};
+      typename T::Softmax softmax{kConditionalRescale ? p.rescale_threshold : 0.f,
+                                  p.negative_threshold};
       wait_full(shared.query_ring[warpgroup], query_cursor);
       if (!keys.empty()) {
         skip(loaded.end - keys.end, loaded.end - keys.end);

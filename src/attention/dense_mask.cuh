@@ -18,9 +18,8 @@ class MaskBits {
 
   // Of a tile of S: rows are queries from `row0`, columns are keys from `key0`.
   CUTE_DEVICE static MaskBits of_rows(const DenseMask& mask, int row0, int key0) {
-    return MaskBits(key0, 1, [&](int row) {
-      return mask.row_bits(min(row0 + row, mask.layout.rows - 1));
-    });
+    return MaskBits(key0, 1,
+                    [&](int row) { return mask.row_bits(min(row0 + row, mask.layout.rows - 1)); });
   }
   // Of a tile of S^T: rows are keys from `key0`, columns are rows from `row0`.
   CUTE_DEVICE static MaskBits of_keys(const DenseMask& mask, int row0, int key0) {

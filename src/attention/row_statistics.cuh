@@ -7,7 +7,6 @@
 
 #include <cfloat>
 #include <cstdint>
-
 #include <cute/config.hpp>
 
 namespace jax_fa3 {

@@ -31,7 +31,8 @@ CUTE_DEVICE float tanh_approx(float x) {
 // The logit is scale * (q . k).
 struct Plain {
   // Whether what a score leaves grows as the product does. Then the backward pass may subtract a
-  // row's LSE within the product itself (backward/statistics.cuh), and dS is made of P and dP alone.
+  // row's LSE within the product itself (backward/statistics.cuh), and dS is made of P and dP
+  // alone.
   static constexpr bool kIsLinear = true;
 
   CUTE_DEVICE Plain(const ScoreParams&, int /*batch*/, int /*head*/) {}

@@ -153,8 +153,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // The same, and O /= l; 0 where a row is empty. All rows have a sink beside their keys, a logit in
-  // log2 units without a value; -inf is none.
+  // The same, and O /= l; 0 where a row is empty. All rows have a sink beside their keys, a logit
+  // in log2 units without a value; -inf is none.
   template <class Accumulator>
   CUTE_DEVICE void finish(Accumulator& tO, const bool (&exists)[2], float sink, float (&lse)[2]) {
     add_quads();

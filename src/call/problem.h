@@ -58,8 +58,8 @@ struct DenseArrays {
   Broadcast mask_shape;
 };
 
-// A number for each query head, in device memory, that may be the same for several sequences; a null
-// pointer means absent.
+// A number for each query head, in device memory, that may be the same for several sequences; a
+// null pointer means absent.
 struct HeadValues {
   const float* values = nullptr;  // [planes, h_q]
   std::int64_t planes = 1;        // divides batch: so many sequences in a row share one
@@ -97,8 +97,8 @@ struct ForwardProblem : CallProblem {
   // Log2 units a row maximum may grow before O is rescaled; 0: exact.
   float rescale_threshold = 8.f;
 
-  void* out = nullptr;   // [b, s_q, h_q, d_v]
-  float* lse = nullptr;  // [b, h_q, s_q], natural log, -inf for a row that sees no key
+  void* out = nullptr;          // [b, s_q, h_q, d_v]
+  float* lse = nullptr;         // [b, h_q, s_q], natural log, -inf for a row that sees no key
   float* max_logits = nullptr;  // [b, h_q, s_q], the largest that a row sees, as the LSE; or null
   std::int32_t* tile_counter = nullptr;  // [1], workspace
 };

@@ -50,8 +50,7 @@ std::vector<Key> fitting_kernels(const Shape& shape, const std::vector<Key>& ava
 
 // Why no kernel of `dtype` takes the shape, and the build option that would add one.
 std::string no_kernel_message(const char* direction, const char* dtype, const Shape& shape,
-                              const std::vector<int>& head_dims,
-                              Variant variant = Variant::kPlain);
+                              const std::vector<int>& head_dims, Variant variant = Variant::kPlain);
 inline std::string no_kernel_message(const char* direction, const Shape& shape,
                                      const std::vector<int>& head_dims,
                                      Variant variant = Variant::kPlain) {

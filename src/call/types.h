@@ -17,8 +17,8 @@ enum class DType : std::int32_t { kBF16 = 0, kFP16 = 1 };
 
 constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "bf16" : "fp16"; }
 
-// What a call has for which there are kernels of their own: dense arrays, or a score that is not the
-// scaled product. A kernel has one of them; those for a bias take a mask beside it.
+// What a call has for which there are kernels of their own: dense arrays, or a score that is not
+// the scaled product. A kernel has one of them; those for a bias take a mask beside it.
 enum class Variant : std::int32_t { kPlain = 0, kMask = 1, kBias = 2, kSoftcap = 3, kAlibi = 4 };
 
 constexpr Variant kVariants[] = {Variant::kPlain, Variant::kMask, Variant::kBias, Variant::kSoftcap,

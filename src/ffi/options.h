@@ -97,26 +97,22 @@ inline void fill_call(const Options& options, const Extents& extents, CallProble
 
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::Options, xla::ffi::StructMember<float>("scale"),
-                                      xla::ffi::StructMember<std::int32_t>("window_left"),
-                                      xla::ffi::StructMember<std::int32_t>("window_right"),
-                                      xla::ffi::StructMember<std::int32_t>("query_offset"),
-                                      xla::ffi::StructMember<float>("rescale_threshold"),
-                                      xla::ffi::StructMember<float>("softcap"),
-                                      xla::ffi::StructMember<std::int32_t>("sm_margin"),
-                                      xla::ffi::StructMember<bool>("deterministic"),
-                                      xla::ffi::StructMember<bool>("has_query_lengths"),
-                                      xla::ffi::StructMember<bool>("has_key_lengths"),
-                                      xla::ffi::StructMember<bool>("has_query_offset"),
-                                      xla::ffi::StructMember<bool>("has_visibility"),
-                                      xla::ffi::StructMember<bool>("has_bias"),
-                                      xla::ffi::StructMember<bool>("has_dense_mask"),
-                                      xla::ffi::StructMember<bool>("has_sinks"),
-                                      xla::ffi::StructMember<bool>("has_alibi_slopes"),
-                                      xla::ffi::StructMember<bool>("has_dlse"),
-                                      xla::ffi::StructMember<bool>("has_dbias"),
-                                      xla::ffi::StructMember<bool>("has_max_logits"),
-                                      xla::ffi::StructMember<bool>("has_dsinks"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa3::Options, xla::ffi::StructMember<float>("scale"),
+    xla::ffi::StructMember<std::int32_t>("window_left"),
+    xla::ffi::StructMember<std::int32_t>("window_right"),
+    xla::ffi::StructMember<std::int32_t>("query_offset"),
+    xla::ffi::StructMember<float>("rescale_threshold"), xla::ffi::StructMember<float>("softcap"),
+    xla::ffi::StructMember<std::int32_t>("sm_margin"),
+    xla::ffi::StructMember<bool>("deterministic"),
+    xla::ffi::StructMember<bool>("has_query_lengths"),
+    xla::ffi::StructMember<bool>("has_key_lengths"),
+    xla::ffi::StructMember<bool>("has_query_offset"),
+    xla::ffi::StructMember<bool>("has_visibility"), xla::ffi::StructMember<bool>("has_bias"),
+    xla::ffi::StructMember<bool>("has_dense_mask"), xla::ffi::StructMember<bool>("has_sinks"),
+    xla::ffi::StructMember<bool>("has_alibi_slopes"), xla::ffi::StructMember<bool>("has_dlse"),
+    xla::ffi::StructMember<bool>("has_dbias"), xla::ffi::StructMember<bool>("has_max_logits"),
+    xla::ffi::StructMember<bool>("has_dsinks"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::CallAttributes,
                                       xla::ffi::StructMember<jax_fa3::Options>("options"));

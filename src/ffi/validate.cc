@@ -34,8 +34,8 @@ Status check_call(const CallProblem& problem) {
   JFA_CHECK_OK(check_mask(problem.mask));
   JFA_CHECK_OK(check_dense_mask(problem));
   if (!(problem.softcap >= 0 && std::isfinite(problem.softcap))) {
-    return invalid_argument(concat("softcap must be non-negative and finite, got ",
-                                   problem.softcap));
+    return invalid_argument(
+        concat("softcap must be non-negative and finite, got ", problem.softcap));
   }
   if (problem.softmax_scale > 0 && std::isfinite(problem.softmax_scale)) return {};
   return invalid_argument(concat("scale must be positive and finite, got ", problem.softmax_scale));

@@ -71,8 +71,9 @@ Status make_bias_map(CUtensorMap* map, const CallProblem& problem) {
   const std::int64_t keys = padded_bias_keys(s.seqlen_k);
   const std::int64_t strides[3] = {bias.rows > 1 ? keys : 0, bias.heads > 1 ? bias.rows * keys : 0,
                                    bias.heads * bias.rows * keys};
-  return encode_tensor_map<Tile>(map, problem.dense.bias, {keys, s.seqlen_q, s.num_heads_q, bias.sequences},
-                                 strides, {Tile::kChunkCols, Tile::kRows, 1, 1});
+  return encode_tensor_map<Tile>(map, problem.dense.bias,
+                                 {keys, s.seqlen_q, s.num_heads_q, bias.sequences}, strides,
+                                 {Tile::kChunkCols, Tile::kRows, 1, 1});
 }
 
 // Work tiles in an order that has those at work share a bias: with `batch_innermost`, sequences of
@@ -137,8 +138,9 @@ CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int ro
 }
 
 // A walk through a list of tiles, of which a mask lets some be visited. A warp walks together, and
-// each lane looks at an entry of its own, so that all wait for memory at once. The list is in shared
-// memory, because the threads that walk have few registers; it has num_entries() and look(i).
+// each lane looks at an entry of its own, so that all wait for memory at once. The list is in
+// shared memory, because the threads that walk have few registers; it has num_entries() and
+// look(i).
 template <class List>
 class ListWalk {
  public:

@@ -69,9 +69,8 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   };
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
-    return unimplemented(no_kernel_message("backward", shape,
-                                           compiled_head_dims(available, eligible),
-                                           presence.variant));
+    return unimplemented(no_kernel_message(
+        "backward", shape, compiled_head_dims(available, eligible), presence.variant));
   }
   const BackwardKey& key = keys.front();
   BackwardPlan plan;
@@ -85,9 +84,9 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
   plan.heads_per_group = choose_heads_per_group(shape, presence, plan.num_n_blocks, num_sms);
 
-  const auto dq_tiles = count_tiles(
-      shape.batch, shape.num_heads_q,
-      ceil_div(static_cast<std::int32_t>(shape.seqlen_q), dquery_block_m(key.head_dim, key.variant)));
+  const auto dq_tiles = count_tiles(shape.batch, shape.num_heads_q,
+                                    ceil_div(static_cast<std::int32_t>(shape.seqlen_q),
+                                             dquery_block_m(key.head_dim, key.variant)));
   if (!dq_tiles.ok()) return dq_tiles.status();
   plan.dquery.num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dquery.grid =
@@ -112,10 +111,11 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.separate_dq ? " separate dQ" : "", " variant=", to_string(plan.key.variant),
-                " m_blocks=", plan.num_m_blocks, " n_blocks=", plan.num_n_blocks,
-                " heads_per_group=", plan.heads_per_group, " tiles=", plan.num_tiles,
-                " grid=", plan.grid, " workspace=", plan.workspace_bytes);
+                plan.key.separate_dq ? " separate dQ" : "",
+                " variant=", to_string(plan.key.variant), " m_blocks=", plan.num_m_blocks,
+                " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
+                " tiles=", plan.num_tiles, " grid=", plan.grid,
+                " workspace=", plan.workspace_bytes);
 }
 
 }  // namespace jax_fa3

@@ -10,10 +10,10 @@
 namespace jax_fa3 {
 
 struct PreprocessParams : CommonParams {
-  const void* out;            // [b, s_q, h_q, d_v]
-  const void* dout;           // [b, s_q, h_q, d_v]
-  const float* lse;           // [b, h_q, s_q]
-  const float* dlse;          // [b, h_q, s_q] or null
+  const void* out;    // [b, s_q, h_q, d_v]
+  const void* dout;   // [b, s_q, h_q, d_v]
+  const float* lse;   // [b, h_q, s_q]
+  const float* dlse;  // [b, h_q, s_q] or null
   HeadTable sinks;
   float* dsinks;              // [b, h_q, s_q] or null
   RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]

@@ -1,7 +1,7 @@
-// The two threads of the backward kernel that load, of which one may be a warp, each as far ahead as
-// its rings allow: a tile's first loads are under way while the tile before it is stored. They have
-// few registers, and the walk of the queries must not spill: behind the additions of dQ even a word from local memory
-// takes long.
+// The two threads of the backward kernel that load, of which one may be a warp, each as far ahead
+// as its rings allow: a tile's first loads are under way while the tile before it is stored. They
+// have few registers, and the walk of the queries must not spill: behind the additions of dQ even a
+// word from local memory takes long.
 #pragma once
 
 #include "kernels/backward/traits.cuh"

@@ -97,8 +97,8 @@ CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
   return queries;
 }
 
-// A step of a list: one of the walk's that a dense mask lets see the tile's keys, as the producer says
-// it with the queries; or, where there is none, that.
+// A step of a list: one of the walk's that a dense mask lets see the tile's keys, as the producer
+// says it with the queries; or, where there is none, that.
 struct ListedStep {
   int batch_head, m;
   int head_of_tile;  // the number of the query head among those of the tile

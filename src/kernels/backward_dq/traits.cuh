@@ -34,7 +34,8 @@ using DenseDQueryParams = WithDense<DQueryParams>;  // boxes of bias have kBlock
 
 template <class Config>
 struct DQueryTraits {
-  static constexpr bool kListed = has_dense_array(Config::kVariant);  // key tiles are those of a list
+  static constexpr bool kListed =
+      has_dense_array(Config::kVariant);  // key tiles are those of a list
   using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;

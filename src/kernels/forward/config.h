@@ -20,7 +20,8 @@ constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
          a.block_m == b.block_m && a.block_n == b.block_n && a.variant == b.variant;
 }
 
-template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, Variant kVariant_>
+template <DType kDType_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_,
+          Variant kVariant_>
 struct ForwardConfig {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;

@@ -22,9 +22,12 @@ struct Forward {
   static Status launch(const Plan& plan, const Problem& problem, CUstream_st* stream);
 
   static Fields describe(const Key& key) {
-    return {{"direction", kName},           {"dtype", to_string(key.dtype)},
-            {"head_dim", key.head_dim},     {"head_dim_v", key.head_dim_v},
-            {"block_m", key.block_m},       {"block_n", key.block_n},
+    return {{"direction", kName},
+            {"dtype", to_string(key.dtype)},
+            {"head_dim", key.head_dim},
+            {"head_dim_v", key.head_dim_v},
+            {"block_m", key.block_m},
+            {"block_n", key.block_n},
             {"variant", to_string(key.variant)}};
   }
   static Fields describe(const Plan& plan) {

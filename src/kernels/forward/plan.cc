@@ -12,6 +12,12 @@ constexpr double kFlopsPerCycle = 4096;  // of one SM's tensor cores, 16-bit
 // The share of tensor peak that a tile's main loop reaches when nothing but compute limits it: two
 // consumer warpgroups hide less softmax than three, and at d64 the exponentials bind.
 double main_loop_share(const ForwardKey& key) {
+  if (key.variant == Variant::kSoftcap || key.variant == Variant::kAlibi) {
+    constexpr double kOfPlain = 0.8;  // as measured at head_dim 128: vector work binds
+    ForwardKey plain = key;
+    plain.variant = Variant::kPlain;
+    return kOfPlain * main_loop_share(plain);
+  }
   const bool three_warpgroups = key.block_m >= 192;
   if (key.head_dim <= 64) return three_warpgroups ? 0.66 : 0.52;
   if (key.head_dim <= 128) return three_warpgroups ? 0.98 : 0.93;

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 constexpr int kClearingThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kClearingThreads) clear_counters_kernel(int* counters,
-                                                                          int num_counters) {
+__global__ void __launch_bounds__(kClearingThreads)
+    clear_counters_kernel(int* counters, int num_counters) {
   begin_next_grid();
   for (int i = threadIdx.x; i < num_counters; i += kClearingThreads) counters[i] = 0;
 }

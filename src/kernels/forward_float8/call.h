@@ -21,8 +21,7 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
     const Options& options = a.options;
     JFA_CHECK_OK(check_forward(options));
     const bool has_more = options.has_bias || options.has_dense_mask || options.has_sinks ||
-                          options.has_alibi_slopes || options.has_max_logits ||
-                          options.softcap > 0;
+                          options.has_alibi_slopes || options.has_max_logits || options.softcap > 0;
     if (!has_more) return {};
     return unimplemented(
         "the float8 kernels have no bias, dense mask, sinks, slopes, softcap or max_logits");
