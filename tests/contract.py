@@ -67,8 +67,12 @@ def results_of(attend, dout, dlse, *operands, names=("dquery", "dkey", "dvalue")
     (out, lse), vjp, max_logits = jax.vjp(attend, *operands, has_aux=True)
     *gradients, dsinks = vjp((dout, dlse))
     results = dict(out=out, lse=lse) | dict(zip(names, gradients, strict=True))
-    results |= {"dsinks": x[None] if x.ndim == 1 else x for x in dsinks.values()}
-    return results | {"max_logits": x for x in max_logits}
+    if dsinks:
+        (dsinks,) = dsinks.values()
+        results["dsinks"] = dsinks[None] if dsinks.ndim == 1 else dsinks
+    if max_logits:
+        (results["max_logits"],) = max_logits
+    return results
 
 
 def as_results(results):
