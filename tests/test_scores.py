@@ -25,7 +25,8 @@ from oracle import Results
 from test_lowering import DEFAULTS, custom_calls, lower, operands
 
 QUERY, KEY = "2x100x4x64xbf16", "2x48x2x64xbf16"
-LSE, HEADS, BLOCKS = "2x4x100xf32", "1x4xf32", "2x4x2xf32"  # 100 rows: two blocks of 64
+LSE, BLOCKS = "2x4x100xf32", "2x4x2xf32"  # 100 rows: two blocks of 64
+HEADS, OF_SEQUENCES = "1x4xf32", "2x4xf32"
 X = operands(seqlen_q=100)
 OF_HEADS = jax.ShapeDtypeStruct((4,), "float32")
 ALL = dict(sinks=OF_HEADS, alibi_slopes=OF_HEADS, return_max_logits=True)
@@ -82,7 +83,7 @@ def test_backward():
     assert forward[1] == DEFAULTS | cap | dict(has_max_logits="true")
     assert target == "jax_fa3_backward"
     assert attributes == DEFAULTS | cap | dict(has_dlse="true", has_dsinks="true")
-    assert args == [QUERY, KEY, KEY, QUERY, LSE, QUERY, LSE, HEADS]
+    assert args == [QUERY, KEY, KEY, QUERY, LSE, QUERY, LSE, OF_SEQUENCES]
     assert results[:-1] == [QUERY, KEY, KEY, BLOCKS]
 
 
@@ -95,14 +96,14 @@ def test_gradients_of_a_bias_and_sinks():
 
     call = custom_calls(lower(jax.grad(loss, (0, 3, 4)), *X, bias, OF_HEADS))[-1]
     assert call[1]["has_dbias"] == call[1]["has_dsinks"] == "true"
-    assert call[2][-2:] == ["1x4x1x48xbf16", HEADS]
+    assert call[2][-2:] == ["1x4x1x48xbf16", OF_SEQUENCES]
     assert call[3][3:5] == ["1x4x1x48xbf16", BLOCKS]
 
 
 @pytest.mark.parametrize("mapped", (False, True), ids=("shared", "of each call"))
 def test_a_mapped_axis(mapped):
-    """Unmapped slopes and sinks stay one row, mapped ones are one for each call; an unmapped sink
-    that is differentiated has a copy in each call."""
+    """Unmapped slopes and sinks stay one row, mapped ones are one for each call; the backward pass
+    has sinks of each sequence."""
     stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in X]
     heads = jax.ShapeDtypeStruct((3, 4) if mapped else (4,), "float32")
 
@@ -116,9 +117,9 @@ def test_a_mapped_axis(mapped):
     axis = 0 if mapped else None
     calls = custom_calls(lower(jax.vmap(gradient, (0, 0, 0, axis, axis)), *stacked, heads, heads))
     (*_, forward, _), (*_, backward, results) = calls
-    each = "3x4xf32"
-    assert forward[-2:] == [each if mapped else HEADS] * 2
-    assert backward[-2:] == [each, each if mapped else HEADS]
+    each = "3x4xf32" if mapped else HEADS
+    assert forward[-2:] == [each, each]
+    assert backward[-2:] == ["6x4xf32", each]
     assert results[3] == "6x4x2xf32"
 
 
