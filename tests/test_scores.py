@@ -212,7 +212,7 @@ def test_the_doctor_and_is_supported_know_them(capsys, monkeypatch):
 
 XLA = Implementation("xla")
 CASES = [scores.random_case(n) for n in range(scores.NUMBERS)]
-SMALL = [case for case in CASES if max(case.seqlen_q, case.seqlen_k) <= 257]
+SMALL = [case for case in CASES if max(case.seqlen_q, case.seqlen_k) <= 200]
 
 
 def test_random_problems_are_of_all_kinds():
@@ -508,7 +508,6 @@ def test_mesh(mode):
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        ("automatic", "ring"),
         ("automatic", "allgather"),
         ("explicit", "ring"),
         ("explicit", "ulysses"),
