@@ -27,8 +27,7 @@ def forward_plan(
     window_right: int,
     has_index_arrays: bool,
     has_visibility: bool,
-    dense: str,  # "none" | "mask" | "bias"
-    score: str,  # "plain" | "softcap" | "alibi"
+    variant: str,  # "plain", "mask", "bias", "softcap" or "alibi"
     num_sms: int,
 ) -> dict[str, Any]:
     """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
@@ -62,8 +61,7 @@ def backward_plan(
     head_dim_v: int,
     has_index_arrays: bool,
     has_visibility: bool,
-    dense: str,
-    score: str,
+    variant: str,
     deterministic: bool,
     num_sms: int,
 ) -> dict[str, Any]:

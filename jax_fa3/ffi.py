@@ -24,7 +24,6 @@ from jax_fa3.options import (
     VisibilityOptions,
     dense_mask_words,
     num_blocks,
-    num_row_blocks,
     padded_bias_keys,
     padded_keys,
 )
@@ -47,11 +46,11 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     query, n = operands.query, operands.extents
     results = [
         _result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
-        _result(query, (n.batch, n.num_heads_q, n.seqlen_q), jnp.float32),
+        _by_row(query, n),
     ]
     wanted = dict(has_max_logits=options.return_max_logits)
     if options.return_max_logits:
-        results.append(_by_row_blocks(query, n))
+        results.append(_by_row(query, n))
     num_outputs = len(results)
     results.append(_result(query, (1,), jnp.int32))  # the tile counter
     target, more = FORWARD, {}
@@ -77,7 +76,7 @@ def backward(
     operands = _as_kernels_take(operands)
     differentiable = operands.differentiable(options).present()
     results = [
-        _by_row_blocks(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
+        _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
         for name, x in differentiable.items()
     ]
     results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
@@ -99,7 +98,7 @@ def backward(
         gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
     if "sinks" in gradients:
         sequences, heads = operands.sinks.shape
-        shares = gradients["sinks"].reshape(sequences, -1, heads, num_row_blocks(n.seqlen_q))
+        shares = gradients["sinks"].reshape(sequences, -1, heads, n.seqlen_q)
         gradients["sinks"] = shares.sum((1, 3))
     return type(operands)(**gradients)
 
@@ -200,9 +199,9 @@ def _as_kernels_take(operands: Operands) -> Operands:
     return operands.replace(bias=bias, mask=None, dense_mask=table)
 
 
-def _by_row_blocks(like: jax.Array, n: Extents) -> jax.core.ShapedArray:
-    """The type of what kernels give for each block of query rows."""
-    return _result(like, (n.batch, n.num_heads_q, num_row_blocks(n.seqlen_q)), jnp.float32)
+def _by_row(like: jax.Array, n: Extents) -> jax.core.ShapedArray:
+    """The type of numbers for each query row."""
+    return _result(like, (n.batch, n.num_heads_q, n.seqlen_q), jnp.float32)
 
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:

@@ -89,12 +89,18 @@ def plan(
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
     call = KERNEL_DTYPES[dtype], *extents
-    dense = next((name for name in DENSE if name in arrays), "none")
-    score = "softcap" if options.softcap else "alibi" if "alibi_slopes" in arrays else "plain"
-    presence = *presence, dense, score
+    presence = *presence, _variant(options, arrays)
     if target == "forward":
         return _remembered(target, *call, *options.window, *presence, NUM_SMS)
     return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)
+
+
+def _variant(options: AttentionOptions, arrays: set[str]) -> str:
+    """What a call has for which there are kernels of their own (Variant in src/call/types.h)."""
+    dense = next((name for name in DENSE if name in arrays), None)
+    if dense is not None:
+        return dense
+    return "softcap" if options.softcap else "alibi" if "alibi_slopes" in arrays else "plain"
 
 
 @functools.lru_cache(maxsize=1024)

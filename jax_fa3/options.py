@@ -96,12 +96,6 @@ def num_blocks(seqlen: int) -> int:
     return max(-(-seqlen // BLOCK), 1)
 
 
-def num_row_blocks(seqlen: int) -> int:
-    """Blocks of 64 query rows, for each of which the kernels give a largest logit and a share of
-    a sink's gradient (row_blocks in src/call/problem.h); a sequence without rows has one too."""
-    return max(-(-seqlen // 64), 1)
-
-
 def padded_bias_keys(seqlen: int) -> int:
     """Keys of a bias, whole packets of 16 bytes (padded_bias_keys in src/call/problem.h)."""
     return -(-seqlen // 8) * 8

@@ -105,7 +105,7 @@ def test_backward(wanted):
     assert args == [QUERY, KEY, KEY, QUERY, "2x4x40xf32", QUERY, PADDED, TABLE]
     assert results[:-1] == [QUERY, KEY, KEY] + [PADDED] * wanted
     plan = native.module().backward_plan(
-        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", "plain", False, 132
+        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", False, 132
     )
     assert results[-1] == f"{plan['workspace_bytes']}xui8"
     assert ("slice" in operations_of(text)) == wanted
@@ -125,12 +125,12 @@ def test_small_head_dims_have_kernels_of_their_own(head_dim):
     x = operands(head_dim=head_dim)
     bias, _ = bias_and_mask((1, 1, 1, 48))
     for arrays, compiled in (((), 64), ((bias,), 32 if head_dim <= 32 else 64)):
-        dense = "bias" if arrays else "none"
+        variant = "bias" if arrays else "plain"
         assert "jax_fa3_forward" in lower(dot_product_attention, *x, *arrays)
         arguments = route.Arguments(*x, *arrays)
         plans = route.plans(arguments, arguments.options())
         assert [plan["head_dim"] for plan in plans.values()] == [compiled] * 2
-        assert [plan["dense"] for plan in plans.values()] == [dense] * 2
+        assert [plan["variant"] for plan in plans.values()] == [variant] * 2
 
 
 def test_a_mask_makes_tiles_differ():
@@ -139,7 +139,7 @@ def test_a_mask_makes_tiles_differ():
     for name, dtype, differ in (("bias", "bfloat16", False), ("mask", "bool", True)):
         arguments = route.Arguments(*x, **{name: jax.ShapeDtypeStruct((44,), dtype)})
         forward = route.plans(arguments, arguments.options())["forward"]
-        assert forward["dense"] == name
+        assert forward["variant"] == name
         assert (forward["longest_first"], forward["by_counter"]) == (differ, differ)
 
 
@@ -344,7 +344,7 @@ def test_forward_dtype_is_left_out(name, caplog, monkeypatch, capsys):
     jax_fa3.doctor(*x, **given)
     said = capsys.readouterr().out
     assert f"would run its forward pass in the dtype of its inputs: {reason}" in said
-    assert "forward plan: dtype=bf16, head_dim=64" in said and f"dense={name}" in said
+    assert "forward plan: dtype=bf16, head_dim=64" in said and f"variant={name}" in said
 
 
 def test_the_kernels_are_required(monkeypatch, capsys):

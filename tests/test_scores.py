@@ -27,7 +27,7 @@ from oracle import Results
 from test_lowering import DEFAULTS, custom_calls, lower, operands
 
 QUERY, KEY = "2x100x4x64xbf16", "2x48x2x64xbf16"
-LSE, BLOCKS = "2x4x100xf32", "2x4x2xf32"  # 100 rows: two blocks of 64
+OF_ROWS = "2x4x100xf32"
 HEADS, OF_SEQUENCES = "1x4xf32", "2x4xf32"
 X = operands(seqlen_q=100)
 OF_HEADS = jax.ShapeDtypeStruct((4,), "float32")
@@ -56,12 +56,7 @@ def test_forward():
     flags = dict(has_sinks="true", has_alibi_slopes="true", has_max_logits="true")
     assert attributes == DEFAULTS | flags | dict(window_right="0 : i32")
     assert args == [QUERY, KEY, KEY, HEADS, HEADS]
-    assert results == [QUERY, LSE, BLOCKS, "1xi32"]
-
-
-@pytest.mark.parametrize("rows", (0, 1, 64, 65, 1000))
-def test_blocks_of_rows(rows):
-    assert jax_fa3.options.num_row_blocks(rows) == max(-(-rows // 64), 1)
+    assert results == [QUERY, OF_ROWS, OF_ROWS, "1xi32"]
 
 
 def test_backward():
@@ -85,8 +80,8 @@ def test_backward():
     assert forward[1] == DEFAULTS | cap | dict(has_max_logits="true")
     assert target == "jax_fa3_backward"
     assert attributes == DEFAULTS | cap | dict(has_dlse="true", has_dsinks="true")
-    assert args == [QUERY, KEY, KEY, QUERY, LSE, QUERY, LSE, OF_SEQUENCES]
-    assert results[:-1] == [QUERY, KEY, KEY, BLOCKS]
+    assert args == [QUERY, KEY, KEY, QUERY, OF_ROWS, QUERY, OF_ROWS, OF_SEQUENCES]
+    assert results[:-1] == [QUERY, KEY, KEY, OF_ROWS]
 
 
 def test_gradients_of_a_bias_and_sinks():
@@ -99,7 +94,7 @@ def test_gradients_of_a_bias_and_sinks():
     call = custom_calls(lower(jax.grad(loss, (0, 3, 4)), *X, bias, OF_HEADS))[-1]
     assert call[1]["has_dbias"] == call[1]["has_dsinks"] == "true"
     assert call[2][-2:] == ["1x4x1x48xbf16", OF_SEQUENCES]
-    assert call[3][3:5] == ["1x4x1x48xbf16", BLOCKS]
+    assert call[3][3:5] == ["1x4x1x48xbf16", OF_ROWS]
 
 
 @pytest.mark.parametrize("mapped", (False, True), ids=("shared", "of each call"))
@@ -122,7 +117,7 @@ def test_a_mapped_axis(mapped):
     each = "3x4xf32" if mapped else HEADS
     assert forward[-2:] == [each, each]
     assert backward[-2:] == ["6x4xf32", each]
-    assert results[3] == "6x4x2xf32"
+    assert results[3] == "6x4x100xf32"
 
 
 def test_plans_know_the_score(monkeypatch):
@@ -130,7 +125,7 @@ def test_plans_know_the_score(monkeypatch):
 
     class Recording:
         def __getattr__(self, name):
-            return lambda *call: asked.append((name, call[-4:])) or dict(workspace_bytes=0)
+            return lambda *call: asked.append((name, call[-3:])) or dict(workspace_bytes=0)
 
     monkeypatch.setattr(native, "_C", Recording())
     native._remembered.cache_clear()
@@ -145,8 +140,8 @@ def test_plans_know_the_score(monkeypatch):
     names = ["forward_plan", "backward_plan", "backward_plan", "forward_plan"]
     assert [name for name, _ in asked] == names
     forward, backward, alibi, bias = (call for _, call in asked)
-    assert forward[1:] == ("none", "softcap", 132) and bias[1:] == ("bias", "plain", 132)
-    assert backward == ("none", "softcap", False, 132) and alibi == ("none", "alibi", False, 132)
+    assert forward[1:] == ("softcap", 132) and bias[1:] == ("bias", 132)
+    assert backward == ("softcap", False, 132) and alibi == ("alibi", False, 132)
 
 
 # ---- routes

@@ -18,7 +18,6 @@ from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments, is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
-PLAIN = ("none", "plain")  # dense arrays and scores that are not named beside a kernel
 
 
 def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:
@@ -75,8 +74,8 @@ def _kernels() -> list[str]:
     tiles = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
-        variants = kernel.get("dense", "none"), kernel.get("score", "plain")
-        family = " ".join([kernel["direction"], *(x for x in variants if x not in PLAIN)])
+        variant = kernel.get("variant", "plain")
+        family = kernel["direction"] + (f" {variant}" if variant != "plain" else "")
         tiles[family, kernel["dtype"], kernel["head_dim"]][tile] = None
     rows = [f"{len(compiled)} compiled of {len(module.listed_kernels())}; tiles queries x keys:"]
     rows += [
