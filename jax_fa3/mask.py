@@ -80,9 +80,9 @@ def within_sight(operands: Operands) -> Operands:
 
 
 def is_row(operands: Operands, seqlen_q: int) -> jax.Array | None:
-    """bool [b | 1, h | 1, q]: whether a row is no padding: what stands behind its sequence's length,
-    or behind the last row of its head that the table of visibility lets see a key; None where there
-    is none."""
+    """bool [b | 1, h | 1, q]: whether a row is no padding, that is before its sequence's length and
+    not behind the last row of its head that the table of visibility lets see a key; None where
+    there is no padding."""
     lengths, ends = operands.query_lengths, None
     if operands.visibility is not None:
         ends = Plane(operands.visibility).rows_end
