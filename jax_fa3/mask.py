@@ -79,6 +79,20 @@ def within_sight(operands: Operands) -> Operands:
     )
 
 
+def is_row(operands: Operands, seqlen_q: int) -> jax.Array | None:
+    """bool [b | 1, h | 1, q]: whether a row is no padding, that is before its sequence's length and
+    not behind the last row of its head that the table of visibility lets see a key; None where
+    there is no padding."""
+    lengths, ends = operands.query_lengths, None
+    if operands.visibility is not None:
+        ends = Plane(operands.visibility).rows_end
+    if lengths is not None:
+        ends = lengths[:, None] if ends is None else jnp.minimum(lengths[:, None], ends)
+    if ends is None:
+        return None
+    return jnp.arange(seqlen_q, dtype=jnp.int32)[None, None] < ends[..., None]
+
+
 def is_illegal(operands: Operands, seqlen_q: int) -> jax.Array | None:
     """bool [b, h | 1, q]: rows whose segment ids break their rule; None where none can."""
     if operands.visibility is None:

@@ -9,13 +9,14 @@
                           and kv_start[b, n, i] <= j < kv_end[b, n, i]
                           and (i + offset) // attention_chunk == j // attention_chunk
     max_logits[b, n] = the largest logits[b, n, i, j] that is visible, -inf where none is
-    lse[b, i, n] = log(sum over visible j of exp(logits) + exp(sinks[n])), the sink where
-                   i < query_length; -inf where there is nothing to sum
+    lse[b, i, n] = log(sum over visible j of exp(logits) + exp(sinks[n])), the sink where row i is
+                   no padding; -inf where there is nothing to sum
     out[b, i, n] = sum over visible j of exp(logits - lse) * value[b, j, n // group], likewise 0
 
-Without a cap logits are the scores. Arrays are 4-D as in dot_product_attention, of any dtype;
-results are float64. The batch of a bias or a mask may also divide that of the call: then each plane
-serves as many sequences in a row.
+Without a cap logits are the scores. Rows are padding from query_length on, and behind the last one
+of their head that ids, starts, ends and chunks let see a key. Arrays are 4-D as in
+dot_product_attention, of any dtype; results are float64. The batch of a bias or a mask may also
+divide that of the call: then each plane serves as many sequences in a row.
 """
 
 from __future__ import annotations
@@ -88,17 +89,25 @@ class Reference:
         position = np.arange(seqlen_q) + offset[:, None].astype(np.int64)  # [b, i]
         distance = np.arange(seqlen_k) - position[..., None]  # [b, i, j]
         visible = self.rows[..., None] & keys[:, None] & (-left <= distance) & (distance <= right)
-        visible = (visible & same_document)[:, None]
-        if mask is not None:
-            visible = visible & _by_sequence(mask, batch)
+        told = np.broadcast_to(same_document, (batch, seqlen_q, seqlen_k))[:, None]
+        if query_segment_ids is not None:
+            told = told & (own != 0)[:, None, :, None]
         number = np.arange(seqlen_k)
         if kv_start is not None:
-            visible = visible & (_by_head(kv_start, num_heads_q) <= number)
+            told = told & (_by_head(kv_start, num_heads_q) <= number)
         if kv_end is not None:
-            visible = visible & (number < _by_head(kv_end, num_heads_q))
+            told = told & (number < _by_head(kv_end, num_heads_q))
         if attention_chunk is not None:
             chunk = position // attention_chunk
-            visible = visible & (chunk[:, None, :, None] == number // attention_chunk)
+            told = told & (chunk[:, None, :, None] == number // attention_chunk)
+        visible = visible[:, None] & told
+        if mask is not None:
+            visible = visible & _by_sequence(mask, batch)
+        is_row = _inside(query_seq_lengths, batch, seqlen_q)[:, None]  # [b, n, i]
+        arrays = (query_segment_ids, kv_start, kv_end, attention_chunk)
+        if any(x is not None for x in arrays):
+            sees = told.any(-1)[..., ::-1]
+            is_row = is_row & np.logical_or.accumulate(sees, -1)[..., ::-1]
 
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             logits = self.scale * np.einsum("bind,bjnd->bnij", self.query, self.key)
@@ -119,8 +128,7 @@ class Reference:
             self.sinks = None
             if sinks is not None:
                 self.sinks = np.asarray(sinks).astype(np.float64)[:, None]  # [n, i]
-                is_row = _inside(query_seq_lengths, batch, seqlen_q)
-                lse = np.where(is_row[:, None], np.logaddexp(lse, self.sinks), lse)
+                lse = np.where(is_row, np.logaddexp(lse, self.sinks), lse)
             finite_lse = np.where(lse == -np.inf, 0, lse)
             self.probs = np.exp(logits - finite_lse[..., None])
             self.out = np.einsum("bnij,bjnd->bind", self.probs, self.value)

@@ -83,18 +83,12 @@ def with_sink(
     return joined, jnp.exp(lse - jnp.where(joined == -jnp.inf, 0, joined))
 
 
-def sink_gradient(
-    sinks: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    dlse: jax.Array | None,
-    is_row: jax.Array | None,
-) -> jax.Array:
+def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
     """float32, of the dimensions of `lse`: what each row adds to the gradient of its sink.
 
-    lse: the sink included; delta: out . dout; sinks and is_row as in `with_sink`.
+    lse: the sink included; -inf in padding, and where the sink is -inf and no key is seen. delta:
+    out . dout - dlse.
     """
-    of_row = -delta if dlse is None else dlse - delta
-    exists = lse > -jnp.inf
-    exists = exists if is_row is None else exists & is_row
-    return jnp.where(exists, jnp.exp(sinks - jnp.where(exists, lse, 0)) * of_row, 0)
+    has_lse = lse != -jnp.inf
+    weight = jnp.exp(sinks - jnp.where(has_lse, lse, 0))
+    return jnp.where(has_lse, -weight * delta, 0)

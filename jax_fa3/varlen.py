@@ -74,7 +74,8 @@ def flash_attention_varlen(
       out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of it,
       lse, float32 (Q, N) in natural log units, and max_logits, float32 (N,), of all documents.
       Gradients flow through out and lse. A row that sees no key, and every row behind the last
-      document, has out 0, lse -inf and gradients 0; with sinks its lse is its sink.
+      document, has out 0, lse -inf and gradients 0; with sinks the lse of a row that sees no key is
+      its sink, if a later row sees one.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as `dot_product_attention`.

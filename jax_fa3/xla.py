@@ -58,7 +58,7 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     out = problem.normalize(acc, row_sum)
     out = jnp.moveaxis(out, 1, 2).reshape(*query.shape[:-1], out.shape[-1])
     lse = jnp.where(empty, -jnp.inf, _finite_or_zero(row_max) + jnp.log(row_sum))
-    lse, of_keys = score.with_sink(problem.sinks, lse, problem.is_row())
+    lse, of_keys = score.with_sink(problem.sinks, lse, problem.is_row)
     if of_keys is not None:
         out *= jnp.moveaxis(of_keys, 1, 2).reshape(*query.shape[:-1], 1)
     lse = jnp.moveaxis(lse, 3, 2).reshape(b, h * g, q)
@@ -86,10 +86,10 @@ def backward(
     b, q, h, g, _ = rows.shape
     dout = problem.query_heads(problem.zero_past_length(dout))
     products = dout.astype(jnp.float32) * problem.query_heads(outputs.out).astype(jnp.float32)
-    delta_of_out = delta = jnp.moveaxis(products.sum(-1), 1, 2)
+    delta = jnp.moveaxis(products.sum(-1), 1, 2)
     if dlse is not None:
-        dlse = jnp.moveaxis(dlse.reshape(b, h, g, q), 2, 3)
-        delta = delta_of_out - problem.zero_past_length(dlse, 2)
+        dlse = problem.zero_past_length(jnp.moveaxis(dlse, 1, 2))  # [b, q, h * g]
+        delta -= jnp.moveaxis(dlse.reshape(b, q, h, g), 1, 2)
     lse = jnp.moveaxis(outputs.lse.reshape(b, h, g, q), 2, 3)
     is_illegal = mask.is_illegal(operands, q)
     if is_illegal is not None:
@@ -99,7 +99,7 @@ def backward(
         lse = jnp.where(is_illegal, 0, lse)
     dsinks = None
     if sinks is not None:
-        dsinks = score.sink_gradient(problem.sinks, lse, delta_of_out, dlse, problem.is_row())
+        dsinks = score.sink_gradient(problem.sinks, lse, delta)
         if is_illegal is not None:
             dsinks = jnp.where(is_illegal, jnp.nan, dsinks)
         dsinks = _sum_to(dsinks[..., None], (*sinks.shape, 1, 1))[..., 0, 0]
@@ -148,7 +148,8 @@ class _Problem:
         self.seqlen_k = operands.key.shape[1]
         self.num_heads_kv = operands.key.shape[2]
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
-        self.query_lengths = operands.query_lengths
+        is_row = mask.is_row(operands, self.seqlen_q)
+        self.is_row = None if is_row is None else self.by_group(is_row[..., None])[..., 0]
         self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
         self.slopes = self.by_group(_with_ones(self.operands.alibi_slopes))
         sinks = self.by_group(_with_ones(self.operands.sinks))
@@ -190,15 +191,13 @@ class _Problem:
     def rows(self):
         return self.query_heads(self.zero_past_length(self.operands.query))
 
-    def zero_past_length(self, x, axis=1):
-        """x [b, ...] with rows on `axis`, and zeros past the query length: whatever stands there
-        reaches nothing."""
+    def zero_past_length(self, x):
+        """x [b, q, ...] with zeros past the query length: whatever stands there reaches nothing."""
         lengths = self.operands.query_lengths
         if lengths is None:
             return x
         inside = mask.inside(lengths, self.seqlen_q)
-        axes = [i for i in range(1, x.ndim) if i != axis]
-        return jnp.where(jnp.expand_dims(inside, axes), x, 0)
+        return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def block(self, start) -> _Block:
         def of_block(row, x):
@@ -256,12 +255,6 @@ class _Problem:
         row, column = self.numbers(block)
         position = self.by_group(mask.positions(self.options, self.operands, row))
         return score.alibi(self.slopes, position, column.reshape(1, 1, 1, 1, -1))
-
-    def is_row(self):
-        """bool [b, 1, q, 1]: whether a row stands before its sequence's length, though behind the
-        last row that the table of visibility lets see a key; None where all do."""
-        lengths = self.query_lengths
-        return None if lengths is None else mask.inside(lengths, self.seqlen_q)[:, None, :, None]
 
     def by_group(self, x):
         """[b | 1, h * g | 1, q | 1, k | 1] -> [b | 1, h | 1, q | 1, g | 1, k | 1]."""

@@ -238,13 +238,14 @@ class Case:
 
     @property
     def row_exists(self):
-        """Rows before their sequence's length, [B, Sq]: those that have a sink."""
-        return oracle.used(self.seqlen_q, self.query_lengths, self.batch)
-
-    @property
-    def lse_used(self):
-        """Rows whose LSE has a cotangent, [B, Sq]."""
-        return self.query_used if self.sinks is None else self.row_exists
+        """Rows that have a sink, [B, Hq or 1, Sq]: before their sequence's length, and up to the
+        last of their head that arrays let see a key."""
+        used = oracle.used(self.seqlen_q, self.query_lengths, self.batch)[:, None]
+        if not self.has_visibility:
+            return used
+        told = oracle.visible_by_arrays(self.batch, self.seqlen_q, self.seqlen_k, **self._told)
+        met = told.any(axis=3)[..., ::-1]
+        return used & np.logical_or.accumulate(met, axis=2)[..., ::-1]
 
     @property
     def distance(self):

@@ -144,7 +144,7 @@ def attention(
     A bias has the shape that `over_shared` reduces to, and so has its gradient; what it holds
     where a row does not see the key counts for nothing. Slopes and sinks are [f, Hq], where f
     divides B likewise, the distances that slopes multiply [B, Sq, Sk]. Rows that do not exist,
-    [B, Sq], have no sink.
+    [B, Hq or 1, Sq], have no sink.
     """
     work = xp.float64 if precision == "exact" else xp.float32
 
@@ -184,7 +184,7 @@ def attention(
     weights = xp.where(sees, xp.exp(scores - row_max), 0)
     row_sum = xp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
-        sink, exists = by_sequence(sinks)[..., None, None], row_exists[:, None, :, None]
+        sink, exists = by_sequence(sinks)[..., None, None], row_exists[..., None]
         row_sum = row_sum + xp.where(exists, xp.exp(sink - row_max), 0)
     empty = row_sum == 0
     lse = xp.where(empty, -xp.inf, row_max + xp.log(xp.where(empty, 1, row_sum)))
@@ -196,10 +196,9 @@ def attention(
     dlogits = rounded(probs * (dprobs - delta + dl) * slope_of_cap)
     dsinks = None
     if sinks is not None:
-        of_rows = xp.swapaxes(xp.where(row_exists[..., None], dlse.astype(work), 0), 1, 2)
         weight = xp.where(exists, xp.exp(sink - xp.where(empty, 0, lse)), 0)
         unrounded = xp.sum(do * (probs @ v), axis=-1, keepdims=True)
-        of_rows = weight * (of_rows[..., None] - unrounded)
+        of_rows = weight * (dl - unrounded)
 
         def over_rows(x):
             x = xp.sum(x, axis=2, keepdims=True)

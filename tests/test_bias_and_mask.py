@@ -105,7 +105,7 @@ def test_backward(wanted):
     assert args == [QUERY, KEY, KEY, QUERY, "2x4x40xf32", QUERY, PADDED, TABLE]
     assert results[:-1] == [QUERY, KEY, KEY] + [PADDED] * wanted
     plan = native.module().backward_plan(
-        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", "plain", False, 132
+        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", False, 132
     )
     assert results[-1] == f"{plan['workspace_bytes']}xui8"
     assert ("slice" in operations_of(text)) == wanted

@@ -112,6 +112,44 @@ def test_biases_and_masks(attend, bias, mask, axes):
     assert bias is None or gradients[3].shape[-4:] == bias
 
 
+SCORES = (  # a bias' or mask's shape, and what else the call has
+    (None, dict(sinks=True, return_max_logits=True)),
+    ((2, 4, 200, 301), dict(sinks=True)),
+    ((1, 1, 1, 301), dict(sinks=True, return_max_logits=True)),
+    (None, dict(sinks=True, logits_soft_cap=30.0)),
+    (None, dict(alibi_slopes=True, return_max_logits=True)),
+)
+
+
+@pytest.mark.parametrize(("bias", "given"), SCORES, ids=str)
+@pytest.mark.parametrize("axes", (None, (0, None), (0, 0)), ids=str)
+def test_sinks_and_slopes(attend, bias, given, axes):
+    """With and without the gradients of a bias and of sinks; `axes` of query, and of sinks and
+    slopes, mapped or not."""
+    case = Case(seqlen_q=200, seqlen_k=301, heads_q=4, heads_kv=2, offset=(3, 120))
+    query, *keys, dout, dlse = map(jnp.asarray, case.inputs())
+    given, heads = dict(given), jnp.ones(4)
+    names = [name for name in ("sinks", "alibi_slopes") if given.pop(name, False)]
+    given["bias"] = None if bias is None else jnp.ones(bias, query.dtype)
+
+    def run(query, heads):
+        def call(sinks, *arrays):
+            options = case.options | case.index_arrays | given | dict.fromkeys(names, heads)
+            options |= dict(sinks=sinks) if "sinks" in names else {}
+            return attend(*arrays, **options)[:2]
+
+        _, vjp = jax.vjp(call, heads, query, *keys)
+        of_keys = jax.vjp(functools.partial(call, heads), query, *keys)[1]
+        return vjp((dout, dlse)), of_keys((dout, dlse))
+
+    x = [query, heads]
+    if axes is not None:
+        x = [a if axis is None else jnp.stack([a] * 3) for a, axis in zip(x, axes, strict=True)]
+        run = jax.vmap(run, in_axes=axes)
+    gradients, _ = jax.block_until_ready(jax.jit(run)(*x))
+    assert gradients[0].shape == ((4,) if axes is None else (3, 4))
+
+
 def test_a_mask_has_one_table(attend):
     """XLA makes it once for all layers, forward and backward."""
     mask = jnp.ones((1, 1, 40, 40), bool)

@@ -111,9 +111,7 @@ def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
     for deterministic in (False, True):
         call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
-        plan = native.module().backward_plan(
-            *call, False, False, "none", "plain", deterministic, 132
-        )
+        plan = native.module().backward_plan(*call, False, False, "plain", deterministic, 132)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,

@@ -33,7 +33,7 @@ def test_every_array_is_one_row():
 def test_python_and_cpp_have_the_same_rows():
     """What a user passes and gets, by its public name. A dimension that may broadcast or is padded
     has a letter of its own in C++; a mask is the operand of the call that makes its table, and the
-    kernels give largest logits of blocks of rows."""
+    kernels give the largest logit of each row."""
     cpp = dict(reversed(operand_rows((SRC / "call/operands.h").read_text())))  # the first of a name
     letters = {
         "visibility": ("bhv", "xyv"),
@@ -41,7 +41,7 @@ def test_python_and_cpp_have_the_same_rows():
         "dense_mask": ("bhu", "iju"),
         "sinks": ("bh", "ah"),
         "alibi_slopes": ("bh", "lh"),
-        "max_logits": ("bh", "bhz"),  # of each block of query rows
+        "max_logits": ("bh", "bhs"),
     }
     elements = {("float32",): "Float32", ("int32",): "Int32", ("bool",): "Bool"}
     compared = 0
@@ -54,7 +54,7 @@ def test_python_and_cpp_have_the_same_rows():
             assert cpp[name] == (in_cpp, elements.get(row.dtypes, default), row.flag), name
             compared += 1
     assert compared >= 19
-    assert cpp["dsinks"] == ("bhz", "Float32", True)
+    assert cpp["dsinks"] == ("bhs", "Float32", True)
 
 
 def test_sources_of_a_table_have_the_same_rows():

@@ -26,6 +26,14 @@ CALLS = {
     "chunks": dict(attention_chunk=4, query_offset=np.array([0, 2], "int32")),
     "bias": dict(bias=np.ones((4, 10, 12), "float32")),
     "mask": dict(mask=np.arange(12) < 5),
+    "scores": dict(
+        sinks=np.ones(4, "float32"),
+        alibi_slopes=np.ones(4, "float32"),
+        logits_soft_cap=3.0,
+        query_seq_lengths=LENGTHS,
+        return_residual=True,
+        return_max_logits=True,
+    ),
     "residual": dict(return_residual=True, query_seq_lengths=LENGTHS),
     "float8 forward": dict(forward_dtype="float8_e4m3fn", key_value_seq_lengths=LENGTHS),
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_fa3 import context_parallel, operations
@@ -41,7 +42,12 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
 def backward(
     options: AttentionOptions, operands: Operands, outputs: Outputs, cotangents: Outputs
 ) -> Operands:
-    """The gradients are sharded like their arrays."""
+    """The gradients are sharded like their arrays. Those of sinks are made for each sequence, and
+    added up by XLA, so that batches stay split where the operation cannot add over devices."""
+    given, sinks = operands, operands.sinks
+    if sinks is not None:
+        of_sequences = jnp.broadcast_to(sinks, (operands.query.shape[0], sinks.shape[1]))
+        operands = operands.replace(sinks=of_sequences)
 
     def local(sequence, operands, *rest):
         return _over(sequence, options, operands).backward(options, operands, *rest)
@@ -50,7 +56,9 @@ def backward(
     results = dict(zip(differentiable.present(), differentiable.dims(), strict=True))
     bundles = (operands, outputs, cotangents)
     gradients = _divided(options, local, results, operands.needs_whole(), *bundles, are_shares=True)
-    typed = {name: typed_like(x, getattr(operands, name)) for name, x in gradients.items()}
+    if sinks is not None:
+        gradients["sinks"] = gradients["sinks"].sum(0, keepdims=True)
+    typed = {name: typed_like(x, getattr(given, name)) for name, x in gradients.items()}
     return type(operands)(**typed)
 
 

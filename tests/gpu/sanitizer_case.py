@@ -25,7 +25,7 @@ from kernels import for_kernels
 
 import contract
 import dense
-from cases import PACKED, Case
+from cases import PACKED, SCORES, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
 from jax_fa3.operands import Operands
@@ -111,6 +111,7 @@ PARTS = dict(
     plain=functools.partial(contracts, CASES),
     dense=dense_arrays,
     packed=functools.partial(contracts, [for_kernels(case) for case in PACKED[::10]]),
+    scores=functools.partial(contracts, [for_kernels(case) for case in SCORES[::3]]),
     float8=float8,
 )
 

@@ -43,7 +43,7 @@ def run(command):
 
 @pytest.mark.skipif(TOOLS == "0", reason="JAX_FA3_SANITIZER=0")
 @pytest.mark.skipif(compute_sanitizer() is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("part", ("plain", "packed", "dense", "float8"))
+@pytest.mark.parametrize("part", ("plain", "packed", "dense", "scores", "float8"))
 @pytest.mark.parametrize("tool", TOOLS.split(","))
 def test_sanitizer_is_silent(tool, part):
     command = [

@@ -68,14 +68,18 @@ struct ForwardConsumer {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
+    const bool is_valid = intervals().is_valid;
     if (p.max_logits != nullptr) {
       float logits[2];
       softmax.largest_logits(logits, p.logit_scale_log2);
       CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) logits[r] = exists[r] ? logits[r] : -INFINITY;
+      for (int r = 0; r < 2; ++r) {
+        if (!exists[r]) logits[r] = -INFINITY;
+        if (!is_valid) logits[r] = NAN;
+      }
       store_rows(p.max_logits, logits, tile, first_row);
     }
-    if (!intervals().is_valid) softmax.poison();
+    if (!is_valid) softmax.poison();
     const float sink =
         p.sinks.values == nullptr ? -INFINITY : p.sinks.of(tile.batch, tile.head) * kLog2e;
     softmax.finish(tO, exists, sink, lse);
