@@ -174,12 +174,14 @@ def first_order_only(operation: Callable) -> Callable:
     return undifferentiable(operation, FIRST_ORDER_ONLY)
 
 
-def undifferentiable(operation: Callable, reason: str) -> Callable:
+def undifferentiable(
+    operation: Callable, reason: str, function: str = "dot_product_attention"
+) -> Callable:
     """`operation`, which raises `reason` where JAX would differentiate it."""
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(f"dot_product_attention: {reason}")
+        raise NotImplementedError(f"{function}: {reason}")
 
     return operation
