@@ -24,6 +24,7 @@ PYTHON_LAYERS = [
     ["sharding"],
     ["context_parallel"],
     ["operations", "cached.operations"],
+    ["cached.few_rows"],
     ["ffi", "xla", "reference", "cached.ffi", "cached.xla"],
     ["float8.rounding", "visibility.checks", "cached.arguments"],
     ["mask", "route", "validate"],

@@ -67,8 +67,11 @@ class CachedArguments:
     implementation: Any = None
     sm_margin: Any = 0
 
-    def checked(self) -> CachedArguments:
-        """The arguments with arrays for what may stand for them; raises unless they are legal."""
+    def checked(self, needed: str) -> CachedArguments:
+        """The arguments with arrays for what may stand for them; raises unless they are legal and
+        the argument `needed` is given."""
+        if getattr(self, needed) is None:
+            raise TypeError(f"{needed} is None; expected an array")
         made = {name: getattr(self, name) for name in ARRAYS}
         made = {name: x if x is None else _as_array(name, x) for name, x in made.items()}
         for name in INDICES:

@@ -120,7 +120,7 @@ def cached_attention(
       >>> out.shape
       (2, 1, 8, 128)
     """
-    arguments = CachedArguments(**locals()).checked()
+    arguments = CachedArguments(**locals()).checked("query")
     options, append_options = _options(arguments)
     with_keys = arguments.key is not None
     got, caches = _attention(options, append_options, _arrays(arguments))
@@ -167,9 +167,7 @@ def append_to_cache(
       >>> keys, values = jax_fa3.append_to_cache(
       ...     cache, cache, key, key, cache_lengths=jnp.array([0, 62]))
     """
-    arguments = CachedArguments(**locals()).checked()
-    if arguments.key is None:
-        raise TypeError("key is None; expected an array")
+    arguments = CachedArguments(**locals()).checked("key")
     if arguments.query is not None and rotary is None:
         raise ValueError("query is given and rotary is None; expected both, or no query")
     how = _route("append_to_cache", arguments, _append_reason(arguments))
