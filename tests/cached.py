@@ -269,18 +269,20 @@ def in_layout(key, value, layout):
 
 def attention(query, key, value, scale, precision):
     """out [N, dim_v] and lse [N] of one row [N, d] over keys [n, K, d]."""
-    group = query.shape[0] // key.shape[1]
-    scale = 1 / np.sqrt(query.shape[1]) if scale is None else scale
+    num_heads, head_dim = query.shape
+    scale = 1 / np.sqrt(head_dim) if scale is None else scale
     work = np.float64 if precision == "exact" else np.float32
-    key, value = (np.repeat(x, group, 1).astype(work) for x in (key, value))
-    logits = work(scale) * np.einsum("hd,nhd->hn", query.astype(work), key)
-    largest = logits.max(1, keepdims=True)
+    query = query.reshape(key.shape[1], -1, head_dim)  # [K, group, d]
+    query, key, value = (x.astype(work) for x in (query, key, value))
+    logits = work(scale) * (query @ key.transpose(1, 2, 0))
+    largest = logits.max(-1, keepdims=True)
     weights = np.exp(logits - largest)
-    total = weights.sum(1)
-    lse = largest[:, 0] + np.log(total)
+    total = weights.sum(-1)
+    lse = (largest[..., 0] + np.log(total)).reshape(num_heads)
     if precision != "exact":
         weights = weights.astype(precision).astype(work)
-    out = np.einsum("hn,nhe->he", weights, value) / total[:, None]
+    out = weights @ value.transpose(1, 0, 2) / total[..., None]
+    out = out.reshape(num_heads, -1)
     return (out if precision == "exact" else out.astype(precision)), lse
 
 
@@ -320,7 +322,7 @@ def random_case(
     head_dim, head_dim_v = pick(*head_dims)
     head_dim_v = None if layout == "fused" else head_dim_v
     page_size = pick(None, *pages)
-    width = int(rng.integers(1, 8))
+    width = int(rng.integers(1, 8)) * (1 if page_size else pages[-1] // 8)
     capacity = width * (page_size or 8)
     lengths = tuple(
         int(np.clip(pick(0, 1, page_size or 8, capacity, rng.integers(capacity + 1)), 0, capacity))
