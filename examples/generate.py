@@ -1,4 +1,4 @@
-"""Trains the demo's decoder for a short while, and generates from it with a paged cache.
+"""Trains the demo's decoder on windows of its text, and generates from it with a paged cache.
 
 Prompts of different length share the seats of a batch; their text is printed line by line as its
 tokens come, with the number of its sequence. The first sequence ends early, and a prompt that
@@ -50,12 +50,13 @@ def stream(generator: Generator, prompts, alphabet: str) -> list[Sequence]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="training steps")
+    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
     parser.add_argument("--tokens", type=int, default=160, help="tokens of each prompt")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = replace(choose_setup(vocabulary), steps=args.steps)
+    setup = choose_setup(vocabulary)
+    setup = replace(setup, steps=args.steps or setup.steps)
     print(f"{describe(setup)} on {jax.devices()[0].device_kind}")
     parameters, losses = train(setup, jax_fa3.dot_product_attention, windows(tokens, setup))
     print(f"loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}\n")

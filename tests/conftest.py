@@ -7,6 +7,8 @@ The variables must be set before JAX is first imported, hence here.
 import glob
 import os
 
+import pytest
+
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +20,12 @@ elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one 
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
+
+
+@pytest.fixture
+def forward_kernel_alone(monkeypatch):
+    """Few query rows too take the forward kernel, and not that of caches."""
+    monkeypatch.setattr("jax_fa3.cached.few_rows.MOST_ROWS", 0)
 
 
 def pytest_report_header():

@@ -49,7 +49,7 @@ def test_meaning(case):
     cached.check(problem, call(problem))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_problems(seed):
     problem = Problem(cached.random_case(seed))
     cached.check(problem, call(problem))

@@ -1,6 +1,7 @@
 """jax.export of the call: artefacts for this machine, and for a GPU it does not have."""
 
 import jax
+import pytest
 
 from transforms import assert_near, attend, gradient, jitted, operands, score
 
@@ -17,6 +18,7 @@ def test_export_round_trip():
     assert_near(jax.grad(exported_loss, argnums=(0, 1, 2))(*x), jitted(gradient)(*x))
 
 
+@pytest.mark.usefixtures("forward_kernel_alone")
 def test_export_for_two_platforms_without_a_gpu():
     """One artefact for the CPU and for CUDA, with the kernels' calls inside."""
     x = operands()

@@ -15,6 +15,8 @@ from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native
 from meshes import mesh_of
 
+pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
+
 DEFAULTS = {
     "scale": "1.250000e-01 : f32",
     "window_left": "1073741824 : i32",
