@@ -39,6 +39,7 @@ from benchmarks.timing import Program, platform
 
 CALLS = 16  # of a program
 MODES = ("warm", "cold")
+SOME_TOKENS = 4099  # random ones of a cache
 L2_BYTES = 120e6  # more than any L2 keeps
 FORWARD, APPENDING = "jax_fa3 forward", "append and attend"
 
@@ -104,22 +105,23 @@ class Decode:
         return 1 if mode == "warm" else int(min(CALLS, -(-2 * L2_BYTES // self.bytes)))
 
     def inputs(self) -> list[jax.Array]:
-        """Query [b, t, h, d]; a cache's keys and values; new keys and values [b, t, k, d]."""
-        keys = jax.random.split(jax.random.key(0), 5)
+        """Query [b, t, h, d]; a cache's keys and values; new keys and values [b, t, k, d]. A cache
+        repeats some random tokens, as many as no page size divides."""
+        rng, row = np.random.default_rng(0), (self.kv_heads, self.head_dim)
         size = self.page_size or int(self.lengths.max())
         pages = self.batch * -(-int(self.lengths.max()) // size)
-        some = (min(pages, 64), size, self.kv_heads, self.head_dim)
-        repeats = (-(-pages // some[0]), 1, 1, 1)
-        caches = [
-            jnp.tile(jax.random.normal(key, some, self.numpy_dtype), repeats)[:pages]
-            for key in keys[:2]
-        ]
-        heads = self.heads, self.kv_heads, self.kv_heads
-        query, *new = (
-            jax.random.normal(key, (self.batch, self.rows, h, self.head_dim), self.numpy_dtype)
-            for key, h in zip(keys[2:], heads, strict=True)
-        )
-        return [query, *caches, *new]
+
+        def draw(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal(shape, np.float32), self.numpy_dtype)
+
+        def cache() -> jax.Array:
+            some, count = draw(min(pages * size, SOME_TOKENS), *row), pages * size
+            repeated = jnp.tile(some, (-(-count // len(some)), 1, 1))[:count]
+            return repeated.reshape(pages, size, *row)
+
+        query = draw(self.batch, self.rows, self.heads, self.head_dim)
+        caches = [cache() for _ in "kv"]
+        return [query, *caches, *(draw(self.batch, self.rows, *row) for _ in "kv")]
 
     def where(self) -> dict[str, np.ndarray]:
         """Lengths, before the append where there is one, and tables of pages in random order."""
