@@ -306,6 +306,45 @@ def check(problem, got, *, out_dtype=None):
             assert np.asarray(x).tobytes() == y.tobytes()
 
 
+# ---- hostile values
+
+
+def check_hostile(run, seed, **sizes):
+    """Any int32 in the index arrays of sequences 1 and 3 of four: what the others get and all pages
+    but those two's own, keep their bits. `run` is cached_attention with return_residual."""
+    rng = np.random.default_rng(seed)
+    case = CachedCase(
+        lengths=(40, 17, 46, 7),
+        rows=2,
+        appends=True,
+        new_lengths=(2, 0, 1, 1),
+        starts=(0, 0, 3, 0),
+        offset=(40, 17, 46, 7),
+        seed=seed,
+    )
+    problem = Problem(dataclasses.replace(case, **sizes))
+    arrays, options = problem.arguments()
+    index = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
+    want = [np.asarray(x) for x in run(*arrays, **index)]
+    changed = {name: x.copy() for name, x in index.items() if name != "query_starts"}
+    for x in changed.values():
+        for b in (1, 3):
+            x[b] = rng.choice((*HOSTILE, 10**6, 3), np.shape(x[b]))
+    changed["block_tables"][[1, 3]] = rng.choice(HOSTILE, changed["block_tables"][[1, 3]].shape)
+    out, lse, *caches = (np.asarray(x) for x in run(*arrays, **index | changed))
+    sequence = np.repeat(np.arange(4), problem.case.row_counts)
+    sequence = np.append(sequence, np.full(problem.padding, 4, sequence.dtype))
+    sane = problem.by_rows((sequence != 1) & (sequence != 3))
+    for x, y in ((out, want[0]), (lse, want[1])):
+        assert x[sane].tobytes() == y[sane].tobytes()
+    own = {int(page) for b in (1, 3) for page in problem.tables[b]}
+    others = [page for page in range(problem.pages) if page not in own]
+    for x, y, z in zip(caches, want[2:], arrays[1:3], strict=True):
+        assert x[others].tobytes() == y[others].tobytes()
+        mine = [page for page in own if 0 <= page < problem.pages]
+        assert x[mine].tobytes() == z[mine].tobytes()  # no page of theirs is in a table now
+
+
 # ---- random problems
 
 

@@ -145,6 +145,32 @@ def test_hostile_starts():
         np.testing.assert_array_equal(run(jnp.array(starts))[:, 0, 0], want, str(starts))
 
 
+@pytest.mark.parametrize("counts", (None, (2, 0, 3, 1)))
+def test_hostile_index_arrays(counts):
+    """Of sequences whose neighbours must not notice; several draws of one program."""
+    run = jax.jit(
+        functools.partial(cached_attention, return_residual=True),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    for seed in range(3):
+        cached.check_hostile(run, seed, counts=counts, head_dim=16)
+
+
+STRICT = (CASES[4], CASES[7], CASES[9], CASES[10])
+
+
+def test_under_strict_settings():
+    """No rank is promoted, and 64-bit mode changes no type."""
+    types = []
+    for x64 in (False, True):
+        with jax.numpy_rank_promotion("raise"), jax.enable_x64(x64):
+            for case in STRICT:
+                arrays, options = Problem(case).arguments()
+                run = functools.partial(cached_attention, *arrays, **options)
+                types.append([(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(run))])
+    assert types[: len(STRICT)] == types[len(STRICT) :]
+
+
 # ---- transforms
 
 

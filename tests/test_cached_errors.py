@@ -1,5 +1,9 @@
 """What calls over caches refuse, by the argument's name, and flash-attn's words for them."""
 
+import dataclasses
+import inspect
+from dataclasses import MISSING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,8 @@ import pytest
 
 import jax_fa3
 from jax_fa3 import append_to_cache, cached_attention, flash_attention_with_kvcache
+from jax_fa3.cached.arguments import CachedArguments
+from meshes import compiled_for
 
 B, T, N, K, H, P, S, M = 2, 3, 4, 2, 32, 9, 8, 4
 
@@ -87,6 +93,17 @@ def test_cached_attention(change, error, message):
         cached_attention(**given)
 
 
+@pytest.mark.parametrize("function", (cached_attention, append_to_cache))
+def test_signatures_have_the_records_names_and_defaults(function):
+    record = {field.name: field.default for field in dataclasses.fields(CachedArguments)}
+    for name, parameter in inspect.signature(function).parameters.items():
+        assert name in record
+        wanted = {parameter.empty, parameter.default if record[name] is MISSING else record[name]}
+        assert parameter.default in wanted
+    if function is cached_attention:
+        assert list(record) == list(inspect.signature(function).parameters)
+
+
 APPEND = {name: x for name, x in GOOD.items() if name != "query"}
 
 
@@ -126,54 +143,65 @@ def inputs(rows, dtype="float32", seed=0):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def near(got, want):
+def check_equal(pair, *arrays):
+    """That `pair` gives two equal results."""
+    got, want = compiled_for(pair, *arrays)(*arrays)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+def rotary_tables():
+    angles = np.random.default_rng(1).uniform(-3, 3, (S * M, 8))
+    return np.cos(angles), np.sin(angles)
+
+
 def test_flash_words_and_defaults():
     """Not causal, interleaved, bottom-right windows; results in flash-attn's order."""
-    q, k_cache, v_cache, k, v = inputs(2)
-    tables, lengths = np.arange(8).reshape(B, M), np.array([5, 9])
-    angles = np.random.default_rng(1).uniform(-3, 3, (S * M, 8))
-    cos, sin = np.cos(angles), np.sin(angles)
-    given = dict(rotary_cos=cos, rotary_sin=sin, page_table=tables, cache_seqlens=lengths)
-    got = flash_attention_with_kvcache(
-        q, k_cache, v_cache, k, v, **given, causal=True, window_size=(4, -1), softmax_scale=0.3,
-        return_softmax_lse=True, cache_leftpad=np.array([1, 0]),
-    )  # fmt: skip
-    rotary = jax_fa3.Rotary(cos, sin, interleaved=True)
-    want = cached_attention(
-        q, k_cache, v_cache, k, v, cache_lengths=lengths, block_tables=tables, rotary=rotary,
-        local_window_size=(4, 100), scale=0.3, return_residual=True, key_starts=np.array([1, 0]),
-    )  # fmt: skip
-    near(got, want)
+    cos, sin = rotary_tables()
+    tables, lengths, starts = np.arange(8).reshape(B, M), np.array([5, 9]), np.array([1, 0])
+
+    def pair(*x):
+        got = flash_attention_with_kvcache(
+            *x, rotary_cos=cos, rotary_sin=sin, page_table=tables, cache_seqlens=lengths,
+            causal=True, window_size=(4, -1), softmax_scale=0.3, return_softmax_lse=True,
+            cache_leftpad=starts,
+        )  # fmt: skip
+        want = cached_attention(
+            *x, rotary=jax_fa3.Rotary(cos, sin, interleaved=True), block_tables=tables,
+            cache_lengths=lengths, local_window_size=(4, 100), scale=0.3, return_residual=True,
+            key_starts=starts,
+        )  # fmt: skip
+        return got, want
+
+    check_equal(pair, *inputs(2))
 
 
 def test_flash_turns_all_rows_alike_where_order_has_no_say():
-    """Neither causal nor a window: every query row stands at the first one's position."""
-    q, k_cache, v_cache, k, v = inputs(2)
-    angles = np.random.default_rng(1).uniform(-3, 3, (S * M, 8))
-    cos, sin = np.cos(angles), np.sin(angles)
-    given = dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False, cache_seqlens=4)
-    given |= dict(cache_batch_idx=np.array([5, 2]))
-    out, keys, values = flash_attention_with_kvcache(q, k_cache, v_cache, k, v, **given)
-    swapped, *caches = flash_attention_with_kvcache(q[:, ::-1], k_cache, v_cache, k, v, **given)
-    near((out, keys, values), (swapped[:, ::-1], *caches))
-    first, *_ = cached_attention(
-        q, k_cache, v_cache, k, v, cache_lengths=np.array([4, 4]), is_causal=False,
-        block_tables=np.array([[5], [2]]), rotary=jax_fa3.Rotary(cos, sin),
-    )  # fmt: skip
-    near(out[:, 0], first[:, 0])
-    np.testing.assert_array_equal(values[5, 4:6], v[0])
-    np.testing.assert_array_equal(np.delete(values, (5, 2), 0), np.delete(v_cache, (5, 2), 0))
+    """Neither causal nor a window: every query row stands at the first one's position, where
+    `cached_attention` has that one too."""
+    cos, sin = rotary_tables()
+    index = np.array([5, 2])
+
+    def pair(q, *x):
+        given = dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False, cache_seqlens=4)
+        given |= dict(cache_batch_idx=index)
+        out, *caches = flash_attention_with_kvcache(q, *x, **given)
+        swapped, *_ = flash_attention_with_kvcache(q[:, ::-1], *x, **given)
+        first, *wanted = cached_attention(
+            q, *x, cache_lengths=np.array([4, 4]), is_causal=False, block_tables=index[:, None],
+            rotary=jax_fa3.Rotary(cos, sin),
+        )  # fmt: skip
+        return (out, out[:, 0], caches), (swapped[:, ::-1], first[:, 0], wanted)
+
+    check_equal(pair, *inputs(2))
 
 
 def test_flash_over_the_whole_cache():
-    q, k_cache, v_cache, *_ = inputs(1)
-    got = flash_attention_with_kvcache(q, k_cache[:B], v_cache[:B])
-    want = jax_fa3.dot_product_attention(q, k_cache[:B], v_cache[:B])
-    near(got, want)
+    def pair(q, keys, values):
+        got = flash_attention_with_kvcache(q, keys[:B], values[:B])
+        return got, jax_fa3.dot_product_attention(q, keys[:B], values[:B])
+
+    check_equal(pair, *inputs(1)[:3])
 
 
 @pytest.mark.parametrize(

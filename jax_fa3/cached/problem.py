@@ -173,7 +173,7 @@ def owners(starts: Array, tokens: int) -> tuple[Array, Array, Array]:
     """For each of the rows of ragged queries its sequence, its number in it, and whether it has a
     sequence; `starts` are legal ones of at least one sequence."""
     token = jnp.arange(tokens, dtype=jnp.int32)
-    owner = (starts[1:] <= token[:, None]).sum(1, dtype=jnp.int32)
+    owner = (starts[None, 1:] <= token[:, None]).sum(1, dtype=jnp.int32)
     is_owned = (owner < starts.size - 1) & (token >= starts[0])
     owner = jnp.minimum(owner, starts.size - 2)
     return owner, token - starts[owner], is_owned

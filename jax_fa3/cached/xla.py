@@ -56,7 +56,7 @@ def append(options: AppendOptions, operands: AppendOperands) -> Appended:
     cache, key, query = operands.key_cache, operands.key, operands.query
     batch, rows = key.shape[:2]
     num_pages, page_size = (layout.extent(cache, name, letter) for letter in "ps")
-    row = jnp.arange(rows, dtype=jnp.int32)
+    row = jnp.arange(rows, dtype=jnp.int32)[None]
     positions = operands.cache_lengths[:, None] + row
     if operands.cos is not None:
         how = operands.cos, operands.sin, positions, options.is_interleaved
@@ -100,14 +100,14 @@ def _items_of_ragged(
     pieces = -(-counts // size)
     ends = jnp.cumsum(pieces)
     number = jnp.arange((sizes.tokens + sizes.batch * (size - 1)) // size, dtype=jnp.int32)
-    sequence = (ends <= number[:, None]).sum(1, dtype=jnp.int32)
+    sequence = (ends[None] <= number[:, None]).sum(1, dtype=jnp.int32)
     sequence = jnp.minimum(sequence, sizes.batch - 1)
     first = size * (number - (ends - pieces)[sequence])
-    token = (starts[sequence] + first)[:, None] + jnp.arange(size, dtype=jnp.int32)
+    token = (starts[sequence] + first)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     query = operands.query[jnp.clip(token, 0, sizes.tokens - 1)]
     lengths = counts
     if operands.query_lengths is not None:
-        lengths = jnp.minimum(counts, operands.query_lengths)
+        lengths = jnp.clip(operands.query_lengths, 0, counts)
     items = _Items(query, sequence, first, lengths[sequence] - first)
     owner, row, is_owned = owners(starts, sizes.tokens)
     item = (ends - pieces)[owner] + row // size
@@ -125,7 +125,7 @@ def _attend(
     ends = jnp.clip(operands.key_lengths, 0, sizes.capacity)[items.sequence]
     keys = _Keys(options.layout, operands, sizes, items.sequence, ends)
     offset = jnp.clip(operands.query_offset, -MAX_SEQLEN, MAX_SEQLEN)[items.sequence]
-    row = jnp.arange(t, dtype=jnp.int32)
+    row = jnp.arange(t, dtype=jnp.int32)[None]
     position = (offset + items.first)[:, None] + row  # [w, t]
     is_row = None if items.lengths is None else row < items.lengths[:, None]
 
@@ -174,6 +174,7 @@ class _Keys:
 
     def are_there(self, column):
         """[w, n]."""
+        column = column[None]
         inside = column < self.ends[:, None]
         return inside if self.starts is None else inside & (column >= self.starts[:, None])
 
@@ -184,14 +185,15 @@ class _Keys:
         page = self.tables[:, entry]
         has_page = is_key & (page >= 0) & (page < self.sizes.num_pages)
         page = jnp.where(has_page, page, 0)
-        slot = jnp.broadcast_to(column % self.sizes.page_size, page.shape)
+        slot = jnp.broadcast_to((column % self.sizes.page_size)[None], page.shape)
         found = [layout.take(x, self.name, page, slot) for x in self.caches if x is not None]
         key, value = found if len(found) == 2 else layout.split_heads(*found)
         return (jnp.where(has_page[..., None, None], x, 0) for x in (key, value))
 
 
 def _in_window(options: CachedOptions, position, column):
-    """[w, t, n]; the unbounded side of a window is farther than any position."""
+    """[w, t, n], of positions [w, t, 1]; the unbounded side of a window is farther than any."""
+    column = column[None, None]
     least, most = position - options.window_left, position + options.window_right
     return (least <= column) & (column <= most)
 
