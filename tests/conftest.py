@@ -22,10 +22,17 @@ elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one 
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
 
 
-@pytest.fixture
-def forward_kernel_alone(monkeypatch):
-    """Few query rows too take the forward kernel, and not that of caches."""
-    monkeypatch.setattr("jax_fa3.cached.few_rows.MOST_ROWS", 0)
+@pytest.fixture(scope="module")
+def forward_kernel_alone():
+    """Few query rows too take the forward kernel, and not that of caches, in whatever is traced
+    here."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax_fa3.cached.few_rows.MOST_ROWS", 0)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def pytest_report_header():

@@ -174,21 +174,23 @@ def test_under_strict_settings():
 # ---- transforms
 
 
-def test_vmap_of_caches():
+@pytest.mark.parametrize("layout", ("kpsh", "fused"))
+def test_vmap_of_caches(layout):
     """Every array mapped: pages of all caches become those of one."""
-    problems = [Problem(dataclasses.replace(BASE, seed=seed, dtype="bfloat16")) for seed in (3, 4)]
+    base = dataclasses.replace(BASE, layout=layout, dtype="bfloat16")
+    problems = [Problem(dataclasses.replace(base, seed=seed)) for seed in (3, 4)]
     given = [problem.arguments() for problem in problems]
-    static = dict(is_causal=True, return_residual=True)
     names = ("cache_lengths", "block_tables")
+    static = {name: x for name, x in given[0][1].items() if name not in names}
 
     def one(arrays, index):
         return cached_attention(*arrays, **dict(zip(names, index, strict=True)), **static)
 
-    arrays = [np.stack(x) for x in zip(*(arrays for arrays, _ in given), strict=True)]
+    arrays = jax.tree.map(lambda *x: np.stack(x), *(arrays for arrays, _ in given))
     index = [np.stack([options[name] for _, options in given]) for name in names]
     got = compiled_for(jax.vmap(one), arrays, index)(arrays, index)
     for i, problem in enumerate(problems):
-        cached.check(problem, [x[i] for x in got])
+        cached.check(problem, [None if x is None else x[i] for x in got])
 
 
 def test_vmap_of_queries_over_one_cache():

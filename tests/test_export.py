@@ -1,7 +1,6 @@
 """jax.export of the call: artefacts for this machine, and for a GPU it does not have."""
 
 import jax
-import pytest
 
 from transforms import assert_near, attend, gradient, jitted, operands, score
 
@@ -18,13 +17,12 @@ def test_export_round_trip():
     assert_near(jax.grad(exported_loss, argnums=(0, 1, 2))(*x), jitted(gradient)(*x))
 
 
-@pytest.mark.usefixtures("forward_kernel_alone")
 def test_export_for_two_platforms_without_a_gpu():
     """One artefact for the CPU and for CUDA, with the kernels' calls inside."""
     x = operands()
     allowed = [
         jax.export.DisabledSafetyCheck.custom_call(f"jax_fa3_{direction}")
-        for direction in ("forward", "backward")
+        for direction in ("forward", "forward_cached", "backward")
     ]
     exported = jax.export.export(
         jax.jit(gradient), platforms=("cpu", "cuda"), disabled_checks=allowed
