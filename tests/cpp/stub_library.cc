@@ -3,4 +3,5 @@
 
 namespace ffi = xla::ffi;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(stub, [] { return ffi::Error::Success(); }, ffi::Ffi::Bind());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    stub, [] { return ffi::Error::Success(); }, ffi::Ffi::Bind());
