@@ -61,9 +61,8 @@ def custom_calls(text):
         call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
         if call:
             target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{(?:options = \{(.*?)\})?(.*?)\}", body)
-            text = "".join(group or "" for group in config.groups())
-            attributes = dict(item.split(" = ") for item in text.split(", ") if item)
+            config = re.search(r"mhlo\.backend_config = \{((?:[^{}]|\{.*?\})*)\}", body).group(1)
+            attributes = dict(re.findall(r"(\w+) = (true|false|\"\w+\"|[^,{}]+)", config))
             found.append(
                 (
                     target,
