@@ -4,6 +4,7 @@
 #   make demo         train a small Flax Transformer, compare with jax.nn
 #   make demo-float8  the same model with attention's forward pass in bfloat16 and in float8
 #   make demo-mesh    the same model on a mesh: eight simulated devices, or this machine's GPUs
+#   make demo-generate  train the same model for a while and generate text from a paged cache
 #   make test         the test suite; needs no GPU
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
@@ -12,6 +13,7 @@
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
 #   make bench-bias   biases and boolean masks, beside cuDNN, XLA and tokamax
+#   make bench-decode  caches: decode steps, pages, ragged batches, beside cuDNN and XLA
 #   make bench-float8  the forward pass in float8, in bfloat16 and in cuDNN's float8
 #   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
 #   make bench-accuracy   errors on inputs with outliers, on any machine
@@ -54,7 +56,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -69,6 +71,9 @@ demo-mesh: export XLA_FLAGS += --xla_force_host_platform_device_count=8
 demo-mesh: inplace
 	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 60
 	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 100 --resume
+
+demo-generate: inplace
+	PYTHONPATH=. $(PYTHON) examples/generate.py
 
 test: inplace
 	$(PYTHON) -m pytest $(or $(PYTEST_ARGS),-q -n 2)
@@ -100,6 +105,9 @@ bench-packed: gpu-module
 
 bench-bias: gpu-module
 	$(GPU_PYTHON) -m benchmarks.bias
+
+bench-decode: gpu-module
+	$(GPU_PYTHON) -m benchmarks.decode
 
 bench-float8: gpu-module
 	$(GPU_PYTHON) -m benchmarks.float8

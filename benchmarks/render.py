@@ -20,6 +20,7 @@ NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"
 NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
 NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
 NAMES |= {x: x for x in ("jax_fa3 plain", "jax_fa3 xla", "tokamax")}  # bias'
+NAMES |= {"jax_fa3 forward": "jax_fa3 forward"}  # decode's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
 COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
 COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}

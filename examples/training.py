@@ -61,6 +61,11 @@ def read_text() -> tuple[np.ndarray, int]:
     return tokens.astype(np.int32), len(alphabet)
 
 
+def read_alphabet() -> str:
+    """The characters of the text, by their index."""
+    return "".join(np.unique(list(_text())))
+
+
 def read_documents() -> tuple[list[np.ndarray], int]:
     """The paragraphs of `read_text`'s tokens, each with the empty lines after it."""
     tokens, vocabulary = read_text()

@@ -1,6 +1,10 @@
 """FlashAttention-3 for JAX: attention on Hopper kernels, and the same meaning everywhere else."""
 
 from jax_fa3.api import dot_product_attention, is_supported
+from jax_fa3.cached.flash import flash_attention_with_kvcache
+from jax_fa3.cached.public import append_to_cache, cached_attention
+from jax_fa3.cached.rotary import Rotary
+from jax_fa3.combine import combine
 from jax_fa3.context_parallel.layout import zigzag_permute, zigzag_unpermute
 from jax_fa3.context_parallel.public import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
@@ -15,11 +19,16 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "QuantizedQKV",
+    "Rotary",
     "Visibility",
     "allgather_attention",
+    "append_to_cache",
+    "cached_attention",
+    "combine",
     "doctor",
     "dot_product_attention",
     "flash_attention_varlen",
+    "flash_attention_with_kvcache",
     "is_supported",
     "make_visibility",
     "quantize_qkv",

@@ -27,6 +27,7 @@ from jax_fa3.options import (
     padded_bias_keys,
     padded_keys,
 )
+from jax_fa3.result_type import result_type as _result
 from jax_fa3.visibility.layout import Layout, workspace_bytes
 
 FORWARD = "jax_fa3_forward"
@@ -202,11 +203,3 @@ def _as_kernels_take(operands: Operands) -> Operands:
 def _by_row(like: jax.Array, n: Extents) -> jax.core.ShapedArray:
     """The type of numbers for each query row."""
     return _result(like, (n.batch, n.num_heads_q, n.seqlen_q), jnp.float32)
-
-
-def _result(like: jax.Array, shape: tuple[int, ...], dtype) -> jax.core.ShapedArray:
-    """A result's type, by default of `like`'s dtype, varying over the same manual mesh axes."""
-    like = jax.typeof(like)
-    sharding = like.sharding.update(spec=(None,) * len(shape))
-    dtype = like.dtype if dtype is None else jnp.dtype(dtype)
-    return like.update(shape=shape, dtype=dtype, sharding=sharding)

@@ -108,6 +108,25 @@ def _remembered(target: Target, *call: Any) -> dict[str, Any]:
     return getattr(_C, f"{target}_plan")(*call)
 
 
+NO_CACHE_KERNELS = IMPORT_ERROR or "this build has no kernels for caches"
+
+
+def has_cache_kernels() -> bool:
+    return hasattr(_C, "plan_forward_cached")
+
+
+def plan_forward_cached(dtype: str, sizes: Any, has_block_tables: bool) -> dict[str, Any]:
+    """The kernel of attention over a cache, its grid, "workspace_bytes" and "counters"; `sizes` are
+    cached.problem.Sizes. Raises ValueError with the reason if there is none."""
+    if not has_cache_kernels():
+        raise ValueError(NO_CACHE_KERNELS)
+    n = sizes
+    call = (n.batch, n.tokens, n.rows, n.num_heads_q, n.num_heads_kv, n.head_dim, n.head_dim_v)
+    return _C.plan_forward_cached(
+        KERNEL_DTYPES[dtype], *call, n.page_size, has_block_tables, NUM_SMS
+    )
+
+
 def refusal(*call: Any) -> str | None:
     """Why there is no plan for a call, given as to `plan`."""
     if _C is None:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jax_fa3 import ffi, mask, xla
+from jax_fa3.cached import few_rows
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Bundle, Operands, Outputs, Row, Sources
 from jax_fa3.options import AttentionOptions, Route, VisibilityOptions
@@ -41,8 +42,12 @@ class Operations(Protocol):
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     if options.forward_dtype is not None:
         return first_order_only(functools.partial(_rounding_forward, options))(operands)
-    kernel, portable = (functools.partial(x.forward, options) for x in (ffi, xla))
-    return _run(options.routes.forward, kernel, portable, operands)
+    kernel = functools.partial(_kernel_forward, options)
+    return _run(options.routes.forward, kernel, functools.partial(xla.forward, options), operands)
+
+
+def _kernel_forward(options: AttentionOptions, operands: Operands) -> Outputs:
+    return few_rows.forward(options, operands) or ffi.forward(options, operands)
 
 
 def backward(
@@ -185,12 +190,14 @@ def first_order_only(operation: Callable) -> Callable:
     return undifferentiable(operation, FIRST_ORDER_ONLY)
 
 
-def undifferentiable(operation: Callable, reason: str) -> Callable:
+def undifferentiable(
+    operation: Callable, reason: str, function: str = "dot_product_attention"
+) -> Callable:
     """`operation`, which raises `reason` where JAX would differentiate it."""
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(f"dot_product_attention: {reason}")
+        raise NotImplementedError(f"{function}: {reason}")
 
     return operation

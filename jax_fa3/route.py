@@ -234,6 +234,6 @@ def has_gpu() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def log_fallback(runs: str, reason: str) -> None:
+def log_fallback(runs: str, reason: str, function: str = "dot_product_attention") -> None:
     """Says, once for each reason, what a call runs in place of the kernels, and why."""
-    logger.warning("dot_product_attention runs %s: %s", runs, reason)
+    logger.warning("%s runs %s: %s", function, runs, reason)

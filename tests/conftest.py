@@ -7,6 +7,8 @@ The variables must be set before JAX is first imported, hence here.
 import glob
 import os
 
+import pytest
+
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +20,19 @@ elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one 
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
+
+
+@pytest.fixture(scope="module")
+def forward_kernel_alone():
+    """Few query rows too take the forward kernel, and not that of caches, in whatever is traced
+    here."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax_fa3.cached.few_rows.MOST_ROWS", 0)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def pytest_report_header():

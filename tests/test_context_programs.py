@@ -24,6 +24,8 @@ ROWS, HEADS, KV_HEADS, DIM = 32, 4, 2, 16  # of one device
 QUERY, KEY = ROWS * HEADS * DIM, ROWS * KV_HEADS * DIM  # elements of one device's part
 LSE = ROWS * HEADS
 
+pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
+
 
 def operands(dtype):
     shapes = [(1, DEVICES * ROWS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]

@@ -39,7 +39,10 @@ CASES = (
     Case(seqlen_q=1, seqlen_k=128, key_lengths=(128, 5), head_dim=128),
 )
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}"),
+    pytest.mark.usefixtures("forward_kernel_alone"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def test_export_for_two_platforms_without_a_gpu():
     x = operands()
     allowed = [
         jax.export.DisabledSafetyCheck.custom_call(f"jax_fa3_{direction}")
-        for direction in ("forward", "backward")
+        for direction in ("forward", "forward_cached", "backward")
     ]
     exported = jax.export.export(
         jax.jit(gradient), platforms=("cpu", "cuda"), disabled_checks=allowed

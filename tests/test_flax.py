@@ -22,6 +22,8 @@ from transforms import assert_near
 HEADS, WIDTH, SEQLEN = 4, 32, 21
 LENGTHS = np.array([13, 21], np.int32)
 
+pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
+
 
 class LinenModel(linen.Module):
     """Normalised self-attention beside a residual."""

@@ -15,6 +15,8 @@ from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native
 from meshes import mesh_of
 
+pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
+
 DEFAULTS = {
     "scale": "1.250000e-01 : f32",
     "window_left": "1073741824 : i32",
@@ -64,9 +66,8 @@ def custom_calls(text):
         call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
         if call:
             target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{(?:options = \{(.*?)\})?(.*?)\}", body)
-            text = "".join(group or "" for group in config.groups())
-            attributes = dict(item.split(" = ") for item in text.split(", ") if item)
+            config = re.search(r"mhlo\.backend_config = \{((?:[^{}]|\{.*?\})*)\}", body).group(1)
+            attributes = dict(re.findall(r"(\w+) = (true|false|\"\w+\"|[^,{}]+)", config))
             found.append(
                 (
                     target,

@@ -15,6 +15,8 @@ from transforms import assert_near, attend, gradient, jitted, operands, score
 ARRAY, INDEX = P("data", None, "model"), P("data")  # batch and heads; batch
 PLACES = (ARRAY,) * 3 + (INDEX,) * 3
 
+pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
+
 
 def mesh_of(shape, names=("data", "model"), kind=AxisType.Auto):
     return jax.make_mesh(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -29,6 +29,9 @@ class Operation:
     needs_whole: str | None  # what keeps sequences from staying split, if anything does
     heads_meet: bool = True  # query heads those of key and value; else each goes its own way
     are_shares: bool = False  # of a result that devices have whole each gives a share, as of a sum
+    heads_alike: bool = False  # query heads are split no further than those of key and value
+    # Dimensions that must not arrive split, and what to say of the mesh axes where one does.
+    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_plain_xla(self) -> bool:
@@ -37,8 +40,10 @@ class Operation:
 
     @property
     def batch(self) -> str:
-        """The letters of the mapped axes and of the batch, which lead in query."""
-        return self.operands[0].partition("b")[0] + "b"
+        """The letters of the mapped axes, which lead in all operands that have them, and of the
+        batch, if there is one."""
+        mapped = "".join(filter(str.isupper, self.operands[0]))
+        return mapped + "b" if any("b" in dims for dims in self.operands) else mapped
 
     def mapped(self, are_mapped: Sequence[bool]) -> Operation:
         """The operation with one more leading axis, of those operands that are mapped."""

@@ -40,13 +40,15 @@ class Split:
         ask for the same axis. Without `communicates`, nothing is split that needs a collective.
         """
         split = cls(mesh, extents)
+        split._check_whole(operation.whole, offers)
         for letter in operation.batch:
             split.axes[letter] = split._finest(letter, letter, offers)
         if "h" in extents:
             split.axes["h"] = split._finest("h", "hk", offers)
         if "k" in extents:
-            split.axes["k"] = split._dividing("k", split.axes["h"])
-            if not communicates:
+            asked = split.axes["h"] if "h" in extents else split._finest("k", "k", offers)
+            split.axes["k"] = split._dividing("k", asked)
+            if "h" in extents and (operation.heads_alike or not communicates):
                 split.axes["h"] = split.axes["k"]
         if extents.keys() >= set("st"):
             sequence = split._finest("s", "s", offers)
@@ -73,6 +75,13 @@ class Split:
 
     def parts(self, axes: Axes) -> int:
         return math.prod(self.mesh[name] for name in axes)
+
+    def _check_whole(self, whole: Mapping[str, str], offers) -> None:
+        """Raises where a dimension arrives split that must not."""
+        for dims, dims_axes in offers:
+            for letter, axes in zip(dims, dims_axes, strict=True):
+                if letter in whole and self.parts(axes) > 1:
+                    raise ValueError(whole[letter].format(axes=", ".join(map(repr, axes))))
 
     def _finest(self, letter: str, askers: str, offers) -> Axes:
         """Of the axes that `offers` have for the dimensions `askers`, those with most parts."""

@@ -1,0 +1,1 @@
+"""Attention over key/value caches: decoding, prefill in chunks, appends in place."""

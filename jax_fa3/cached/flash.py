@@ -1,0 +1,132 @@
+"""`flash_attention_with_kvcache`: `cached_attention` in flash-attn's words."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_fa3.arguments import as_indices, is_array
+from jax_fa3.cached.public import append_to_cache, cached_attention
+from jax_fa3.cached.rotary import Rotary, rotate
+from jax_fa3.options import UNBOUNDED
+from jax_fa3.validate import as_int, check_flag, check_scale, check_sm_margin, shape_of
+from jax_fa3.visibility.checks import window_of
+
+
+def flash_attention_with_kvcache(
+    q: ArrayLike,
+    k_cache: ArrayLike,
+    v_cache: ArrayLike,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    *,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    cache_seqlens: ArrayLike | None = None,
+    cache_batch_idx: ArrayLike | None = None,
+    cache_leftpad: ArrayLike | None = None,
+    page_table: ArrayLike | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    rotary_interleaved: bool = True,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """`cached_attention` with the names and defaults of flash-attn's flash_attn_with_kvcache.
+
+    JAX's arrays do not change, so that with k the caches are results: (out, [lse,] k_cache,
+    v_cache). Splits need no argument.
+
+    Letters: B batch, T query rows, S slots, N query heads, K key/value heads, H head_dim.
+
+    Args:
+      q: (B, T, N, H).
+      k_cache, v_cache: (B or more, S, K, H); with page_table (pages, S, K, H).
+      k, v: (B, rows, K, H), of as many rows as q, appended first; both or none.
+      rotary_cos, rotary_sin: (positions, width / 2), both or none. k is turned by its positions; q
+        likewise, but with neither causal nor a window all rows of q by that of the first.
+      cache_seqlens: int, or int32 (B,): tokens before the append; None: all S slots are tokens.
+      cache_batch_idx: int32 (B,), the sequence of the cache that each batch entry has; not with
+        page_table.
+      cache_leftpad: int32 (B,), the first slot that is seen. Positions count from slot 0, unlike
+        flash-attn's.
+      page_table: int32 (B, pages of a sequence).
+      softmax_scale: a finite Python number; default 1 / sqrt(H).
+      causal: row i sees the keys up to i + keys - T, keys that are appended counted.
+      window_size: (left, right) columns around that position, both ends included; -1 is off.
+      rotary_interleaved: pairs are neighbours; else halves.
+      sm_margin: as in `cached_attention`.
+      return_softmax_lse: also return the log-sum-exp, float32 (B, T, N).
+
+    Returns:
+      out (B, T, N, H), or a tuple, as said above.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `cached_attention`, whose names the message may
+      have.
+
+    Example:
+      >>> cache = jnp.zeros((2, 64, 2, 128), jnp.bfloat16)
+      >>> q = jnp.ones((2, 1, 8, 128), jnp.bfloat16)
+      >>> jax_fa3.flash_attention_with_kvcache(q, cache, cache, cache_seqlens=17).shape
+      (2, 1, 8, 128)
+    """
+    check_scale(softmax_scale, "softmax_scale")
+    check_flag("causal", causal)
+    check_flag("rotary_interleaved", rotary_interleaved)
+    check_flag("return_softmax_lse", return_softmax_lse)
+    check_sm_margin(sm_margin)
+    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    for name, x in arrays.items():
+        if getattr(x, "ndim", None) != 4:
+            got = shape_of(x) if hasattr(x, "shape") else type(x).__name__
+            raise ValueError(f"{name} is {got}; expected an array of 4 dimensions")
+    left, right = window_of("window_size", window_size, causal)
+    batch, rows = q.shape[:2]
+    tables = page_table
+    if cache_batch_idx is not None:
+        if page_table is not None:
+            raise ValueError("cache_batch_idx and page_table are given; expected one of them")
+        index = as_indices("cache_batch_idx", cache_batch_idx)
+        if tuple(index.shape) != (batch,):
+            raise ValueError(
+                f"cache_batch_idx has shape {shape_of(index)}; expected ({batch},), one per "
+                "sequence"
+            )
+        tables = jnp.asarray(index)[:, None]
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    lengths = capacity if cache_seqlens is None else cache_seqlens
+    if not is_array(lengths) and not isinstance(lengths, (list, tuple)):
+        lengths = as_int("cache_seqlens", lengths, "an int or an int32 array")
+        lengths = jnp.full(batch, min(max(lengths, 0), capacity), jnp.int32)
+    rotary = None
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("one of rotary_cos and rotary_sin is None; expected both or none")
+    if rotary_cos is not None:
+        if k is None:
+            raise ValueError("rotary_cos is given and k is None; expected both or no rotary_cos")
+        rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved))
+    options = dict(
+        block_tables=tables,
+        key_starts=cache_leftpad,
+        scale=softmax_scale,
+        is_causal=False,
+        local_window_size=(left, right),
+        return_residual=return_softmax_lse,
+        sm_margin=sm_margin,
+    )
+    if rotary is None or rows == 1 or min(left, right) < UNBOUNDED:
+        new = k, v
+        return cached_attention(
+            q, k_cache, v_cache, *new, cache_lengths=lengths, rotary=rotary, **options
+        )
+    where = dict(cache_lengths=lengths, block_tables=tables, rotary=rotary)
+    caches = append_to_cache(k_cache, v_cache, k, v, **where)
+    lengths = jnp.clip(as_indices("cache_seqlens", lengths), 0, capacity)
+    first = jnp.broadcast_to(lengths[:, None], (batch, rows))
+    tables = (jnp.asarray(x, jnp.float32) for x in (rotary_cos, rotary_sin))
+    q = rotate(jnp.asarray(q), *tables, first, rotary.interleaved)
+    got = cached_attention(q, *caches, cache_lengths=lengths + k.shape[1], **options)
+    return (*got, *caches) if return_softmax_lse else (got, *caches)
