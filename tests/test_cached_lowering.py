@@ -235,7 +235,7 @@ def targets(*x, **options):
     return [target for target, *_ in custom_calls(lower(run, *x))]
 
 
-QUERY, KEYS = array(B, T, N, H), array(B, 100, K, H)
+QUERY, KEYS = array(B, T, N, H), array(B, 600, K, H)
 FORWARD, CACHED, BACKWARD = "jax_fa3_forward", "jax_fa3_forward_cached", "jax_fa3_backward"
 
 
@@ -246,7 +246,7 @@ def test_few_rows_take_the_kernel_of_caches():
     assert targets(QUERY, KEYS, KEYS, **given) == [CACHED, BACKWARD]
     text = lower(functools.partial(dot_product_attention, **given), QUERY, KEYS, KEYS)
     ((_, attributes, operands, results),) = custom_calls(text)
-    keys = f"{B}x100x{K}x{H}xbf16"
+    keys = f"{B}x600x{K}x{H}xbf16"
     assert operands == [f"{B * T}x{N}x{H}xbf16", keys, keys, f"{B}xi32", f"{B}xi32"]
     assert results[:2] == [f"{B * T}x{N}x{H}xbf16", f"{B * T}x{N}xf32"]
     assert attributes["rows_per_sequence"] == f"{T} : i32"
@@ -257,10 +257,18 @@ def test_few_rows_take_the_kernel_of_caches():
 def test_what_else_takes_the_forward_kernel():
     many = array(B, 33, N, H)  # 33 rows of 4 heads
     assert targets(many, KEYS, KEYS) == [FORWARD, BACKWARD]
-    bias = jnp.zeros((1, 1, T, 100), jnp.bfloat16)
+    few_keys = array(B, 500, K, H)
+    assert targets(QUERY, few_keys, few_keys) == [FORWARD, BACKWARD]
+    bias = jnp.zeros((1, 1, T, 600), jnp.bfloat16)
     assert targets(QUERY, KEYS, KEYS, bias=bias)[0] == FORWARD
     assert FORWARD in targets(QUERY, KEYS, KEYS, mask=bias == 0)
     assert FORWARD in targets(QUERY, KEYS, KEYS, kv_end=np.ones((B, T), np.int32))
+
+
+@pytest.mark.parametrize(("batch", "first"), ((8, CACHED), (64, FORWARD)))
+def test_more_than_a_block_of_rows_only_where_the_forward_kernel_has_few_tiles(batch, first):
+    query, keys = array(batch, 24, N, H), array(batch, 600, N // 4, H)
+    assert targets(query, keys, keys)[0] == first
 
 
 def test_a_choice_that_is_unknown_keeps_the_forward_kernel(plans):

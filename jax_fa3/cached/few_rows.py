@@ -13,9 +13,13 @@ from jax_fa3 import native
 from jax_fa3.cached import ffi
 from jax_fa3.cached.problem import CachedOperands, CachedOptions
 from jax_fa3.operands import Operands, Outputs
-from jax_fa3.options import AttentionOptions
+from jax_fa3.options import NUM_SMS, AttentionOptions
 
-MOST_ROWS = 128  # of a sequence, those of all query heads of a key/value head
+# Rows of a sequence, those of all query heads of a key/value head. More than a block of them read
+# keys once more each, which pays where the forward kernel would leave multiprocessors without work.
+MOST_ROWS = 128
+ROWS_OF_BLOCK = 64
+LEAST_KEYS = 512  # with fewer there is nothing to divide
 KNOWN_ARRAYS = {"query", "key", "value", "query_lengths", "key_lengths", "query_offset"}
 OF_CACHES = {"scale", "window_left", "window_right", "rescale_threshold", "sm_margin"}
 # Choices that are in an array, or have no say in a forward pass of 16-bit arrays.
@@ -34,8 +38,10 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs | None:
     choices may have a say."""
     n, query = operands.extents, operands.query
     rows = n.seqlen_q * (n.num_heads_q // n.num_heads_kv)
+    is_few = rows <= MOST_ROWS and n.seqlen_k >= LEAST_KEYS
+    pays = rows <= ROWS_OF_BLOCK or n.batch * n.num_heads_q < NUM_SMS
     is_known = operands.present().keys() <= KNOWN_ARRAYS and not _other_choices(options)
-    if rows > MOST_ROWS or not is_known or query.dtype.name not in native.KERNEL_DTYPES:
+    if not (is_few and pays and is_known) or query.dtype.name not in native.KERNEL_DTYPES:
         return None
     lengths, offset = operands.key_lengths, operands.query_offset
     call = CachedOperands(
