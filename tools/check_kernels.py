@@ -57,7 +57,9 @@ class Kernel:
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
         options = ", separate dQ" if config.group(3) == "1" else ""
-        options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(config.group(4), "")
+        options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(
+            config.group(4), ""
+        )
         options += f", promote {promote[0]}" if promote else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
 

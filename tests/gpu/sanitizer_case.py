@@ -23,12 +23,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from kernels import for_kernels
 
+import cached
 import contract
 import dense
 from cases import PACKED, SCORES, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
 from jax_fa3.operands import Operands
+from test_cached import call, case_of
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
 CASES = [
@@ -93,6 +95,13 @@ def dense_arrays():
         print(case.name, flush=True)
 
 
+def caches():
+    for seed in range(0, 320, 32):
+        problem = cached.Problem(case_of(seed))
+        cached.check(problem, call(problem))
+        print("caches", seed, flush=True)
+
+
 def float8():
     attend = functools.partial(dot_product_attention, implementation="fa3", return_residual=True)
     for case in ROUNDED:
@@ -112,6 +121,7 @@ PARTS = dict(
     dense=dense_arrays,
     packed=functools.partial(contracts, [for_kernels(case) for case in PACKED[::10]]),
     scores=functools.partial(contracts, [for_kernels(case) for case in SCORES[::3]]),
+    caches=caches,
     float8=float8,
 )
 
