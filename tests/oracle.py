@@ -19,7 +19,7 @@ import numpy as np
 TANH_ERROR = 2.0**-11  # relative, of the instruction that the kernels take for it
 # A sink's gradient is one number of many rows, whose roundings are as good as random: the
 # same-precision reading is off by this many of their standard deviations, not by their sum.
-SPREADS = 2.5
+SPREADS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +180,13 @@ def attention(
     scores = xp.where(sees, scores, -xp.inf)
     max_logits = xp.max(scores, axis=(2, 3), initial=-np.inf)
     row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+    if sinks is not None:
+        sink, exists = by_sequence(sinks)[..., None, None], row_exists[..., None]
+        row_max = xp.maximum(row_max, xp.where(exists, sink, -xp.inf))
     row_max = xp.where(row_max == -xp.inf, 0, row_max)  # a row that sees nothing
     weights = xp.where(sees, xp.exp(scores - row_max), 0)
     row_sum = xp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
-        sink, exists = by_sequence(sinks)[..., None, None], row_exists[..., None]
         row_sum = row_sum + xp.where(exists, xp.exp(sink - row_max), 0)
     empty = row_sum == 0
     lse = xp.where(empty, -xp.inf, row_max + xp.log(xp.where(empty, 1, row_sum)))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from kernels import for_kernels
+from kernels import attend_to_cache, cached_case, for_kernels
 
 import cached
 import contract
@@ -30,7 +30,6 @@ from cases import PACKED, SCORES, Case
 from float8 import check_on_tensor_cores, make
 from jax_fa3 import dot_product_attention, ffi
 from jax_fa3.operands import Operands
-from test_cached import call, case_of
 
 BASE = Case(batch=2, seqlen_q=130, seqlen_k=197, heads_q=2, heads_kv=1)
 CASES = [
@@ -97,8 +96,8 @@ def dense_arrays():
 
 def caches():
     for seed in range(0, 320, 32):
-        problem = cached.Problem(case_of(seed))
-        cached.check(problem, call(problem))
+        problem = cached.Problem(cached_case(seed))
+        cached.check(problem, attend_to_cache(problem))
         print("caches", seed, flush=True)
 
 

@@ -8,37 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels import attend_to_cache, cached_case
 
 import cached
 from cached import CachedCase, Problem
 from jax_fa3 import append_to_cache, cached_attention
 
 NUMBERS, IN_A_TEST = 320, 8
-HEAD_DIMS = ((64, None), (96, None), (128, None), (192, 128), (256, None), (80, 40))
-PAGE_SIZES = (8, 16, 24, 64, 128, 256)
-GROUPS = (1, 2, 4, 8, 16, 64)
-STATIC = ("is_causal", "layout", "local_window_size", "scale", "return_residual", "rotary")
-
-
-def case_of(seed):
-    """A random problem; fused caches have values of key's head_dim."""
-    return cached.random_case(seed, head_dims=HEAD_DIMS, pages=PAGE_SIZES, groups=GROUPS)
-
-
-def call(problem, **more):
-    arrays, options = problem.arguments()
-    static = {name: options.pop(name) for name in STATIC if name in options}
-    if isinstance(options.get("query_offset"), int):
-        static["query_offset"] = options.pop("query_offset")
-    run = functools.partial(cached_attention, implementation="fa3", **static, **more)
-    return jax.jit(run)(*arrays, **options)
 
 
 @pytest.mark.parametrize("first", range(0, NUMBERS, IN_A_TEST))
 def test_random_problems(first):
     for seed in range(first, first + IN_A_TEST):
-        problem = Problem(case_of(seed))
-        cached.check(problem, call(problem))
+        problem = Problem(cached_case(seed))
+        cached.check(problem, attend_to_cache(problem))
 
 
 @pytest.mark.parametrize("layout", cached.LAYOUTS)
@@ -48,8 +31,8 @@ def test_layouts_give_the_bits_of_pages(layout, head_dim):
         lengths=(700, 0, 1, 1024), rows=2, heads_q=8, heads_kv=2, head_dim=head_dim,
         dtype="bfloat16", page_size=64, width=16,
     )  # fmt: skip
-    want = call(Problem(base))
-    got = call(Problem(dataclasses.replace(base, layout=layout)))
+    want = attend_to_cache(Problem(base))
+    got = attend_to_cache(Problem(dataclasses.replace(base, layout=layout)))
     for x, y in zip(got, want, strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
