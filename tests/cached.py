@@ -292,8 +292,11 @@ def check(problem, got, *, out_dtype=None):
     out, lse, *caches = got
     exact, same = problem.expected("exact"), problem.expected(c.dtype)
     assert out.dtype == (out_dtype or np.dtype(c.dtype))
+    # Of what is turned an element may be rounded to the neighbor of what it is here.
+    turned = float(jnp.finfo(c.dtype).eps) / 4 if c.rotary else 0
     for name, x, y, z in zip(("out", "lse"), (out, lse), exact, same, strict=True):
-        tolerance.check(name, np.asarray(x), problem.by_rows(y), problem.by_rows(z))
+        z = problem.by_rows(z) + (turned if name == "lse" else 0)
+        tolerance.check(name, np.asarray(x), problem.by_rows(y), z)
     for x, y in zip(caches, problem.expected_caches() if caches else (), strict=True):
         assert (x is None) == (y is None)
         if x is None:

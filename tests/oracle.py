@@ -13,13 +13,15 @@ Layouts are the public ones: query [B, Sq, Hq, D], key and value [B, Sk, Hkv, D]
 
 import dataclasses
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
 TANH_ERROR = 2.0**-11  # relative, of the instruction that the kernels take for it
-# A sink's gradient is one number of many rows, whose roundings are as good as random: the
-# same-precision reading is off by this many of their standard deviations, not by their sum.
+# A gradient of few numbers, as of sinks, has a sum of many roundings in each, which are as good as
+# random: the same-precision reading is off by this many of their standard deviations, not by their
+# sum, of which there are too few to tell how large it may be.
 SPREADS = 3
+FEW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +157,9 @@ def attention(
     def rounded(x):
         return x if precision == "exact" else x.astype(precision).astype(work)
 
+    # Of a number 1, at most what rounding takes or adds.
+    half_step = 0 if precision == "exact" else float(ml_dtypes.finfo(precision).eps) / 2
+
     def by_head(x, rows):
         """[B, S, H, D] to [B, H, S, D] in the working precision; padding rows read as zero."""
         x = xp.where(rows[:, :, None, None], x.astype(work), 0)
@@ -199,15 +204,21 @@ def attention(
     dsinks = None
     if sinks is not None:
         weight = xp.where(exists, xp.exp(sink - xp.where(empty, 0, lse)), 0)
-        unrounded = xp.sum(do * (probs @ v), axis=-1, keepdims=True)
-        of_rows = weight * (dl - unrounded)
+        terms = do * (probs @ v)
+        of_rows = weight * (dl - xp.sum(terms, axis=-1, keepdims=True))
+        deviations = weight * half_step * xp.sqrt(xp.sum(terms**2, axis=-1, keepdims=True))
 
         def over_rows(x):
             x = xp.sum(x, axis=2, keepdims=True)
             return over_shared(x, (*sinks.shape, 1, 1), xp.sum)[..., 0, 0]
 
-        spread = xp.sqrt(over_rows((weight * (delta - unrounded)) ** 2))
-        dsinks = over_rows(of_rows) + SPREADS * spread
+        dsinks = over_rows(of_rows) + SPREADS * xp.sqrt(over_rows(deviations**2))
+    dbias = None
+    if bias is not None:
+        dbias = over_shared(dlogits, bias.shape, xp.sum)
+        if dbias.size < FEW:
+            squares = over_shared((half_step * dlogits) ** 2, bias.shape, xp.sum)
+            dbias = dbias + SPREADS * xp.sqrt(squares)
     dscores = dlogits * work(scale)
     dq = dscores @ k
     dk = xp.swapaxes(dscores, 2, 3) @ q
@@ -226,7 +237,7 @@ def attention(
         by_position(dq),
         by_position(over_group(dk)),
         by_position(over_group(dv)),
-        None if bias is None else rounded(over_shared(dlogits, bias.shape, xp.sum)),
+        None if bias is None else rounded(dbias),
         dsinks,
         max_logits,
     )
