@@ -28,7 +28,7 @@ set(JAX_FA3_FORWARD_TILES
   " 64  64 192 128 Variant::kMask"
   " 96  96 192  96 Variant::kMask"
   "128 128 128 128 Variant::kMask"
-  "192 128 192  80 Variant::kMask"
+  "192 128 128 128 Variant::kMask"
   "192 192 128  80 Variant::kMask"
   "256 256 128  64 Variant::kMask"
   " 32  32 192 128 Variant::kBias"

@@ -20,9 +20,9 @@ from pathlib import Path
 
 MAX_SPILL = 64  # bytes of spill stores per kernel
 BAD_WARNING = re.compile(r".*(?:\bC75\d\d\b|setmaxnreg.*ignored).*", re.IGNORECASE)
-MAIN_KERNEL = re.compile(r"\d(forward|backward|dquery)_kernelI")
+MAIN_KERNEL = re.compile(r"\d(forward|forward_cached|backward|dquery)_kernelI")
 CONFIG = re.compile(
-    r"\d(?:Forward|ForwardFloat8|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)"
+    r"\d(?:Forward|ForwardFloat8|ForwardCached|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)"
     r"(?:Lb([01])E)?(?:LNS_7VariantE(\d)E)?"
 )
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
@@ -53,15 +53,14 @@ class Kernel:
         if config is None:
             return name
         dtype = {"0": "bf16", "1": "fp16", None: "e4m3"}[config.group(1)]
-        head_dim, head_dim_v, block_m, block_n, *promote = re.findall(r"\d+", config.group(2))
+        head_dim, head_dim_v, *tile = re.findall(r"\d+", config.group(2))
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
         options = ", separate dQ" if config.group(3) == "1" else ""
         options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(
             config.group(4), ""
         )
-        options += f", promote {promote[0]}" if promote else ""
-        return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
+        return f"{name} {dtype} d{head_dim} {'x'.join(tile)}{options}"
 
 
 def read_log(log: str) -> dict[str, Kernel]:
