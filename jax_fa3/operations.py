@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,8 @@ def _fold(
 
 FIRST_ORDER_ONLY = (
     "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
-    "implementation='xla' and no forward_dtype for derivatives of the gradient"
+    "implementation='xla', and neither forward_dtype nor sequence_parallel, for forward mode (jvp, "
+    "jacfwd, linearize) and for derivatives of the gradient"
 )
 
 
@@ -179,7 +180,11 @@ def undifferentiable(operation: Callable, reason: str) -> Callable:
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
-    def refuse(primals, tangents):
-        raise NotImplementedError(f"dot_product_attention: {reason}")
+    def rule(primals, tangents):
+        refuse(reason)
 
     return operation
+
+
+def refuse(reason: str) -> NoReturn:
+    raise NotImplementedError(f"dot_product_attention: {reason}")

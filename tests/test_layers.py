@@ -31,7 +31,7 @@ PYTHON_LAYERS = [
     ["visibility.table"],
     ["operands", "score"],
     ["visibility.layout"],
-    ["options"],
+    ["options", "linear_map"],
     ["_C", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
