@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -35,6 +36,10 @@ BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
 VISIBILITY = "jax_fa3_visibility"
 DENSE_MASK = "jax_fa3_dense_mask"
+TARGETS = (FORWARD, FORWARD_FLOAT8, BACKWARD, QUANTIZE, VISIBILITY, DENSE_MASK)
+
+# jax.export refuses custom calls that nobody vouches for: `disabled_checks` of programs for CUDA.
+DISABLED_CHECKS = tuple(map(jax.export.DisabledSafetyCheck.custom_call, TARGETS))
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 

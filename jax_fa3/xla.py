@@ -281,7 +281,10 @@ class _Float8Problem(_Problem):
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:
-    """(number of key blocks, key rows of a block), both at least 1."""
+    """(number of key blocks, key rows of a block), both at least 1. Where the number of keys is a
+    symbol, blocks are small, because a short sequence is filled up to one."""
+    if not isinstance(seqlen_k, int):
+        return -(-seqlen_k // MIN_BLOCK), MIN_BLOCK
     rows = math.prod(n for n in query.shape[:3] if isinstance(n, int))
     largest = min(max(SCORES_PER_BLOCK // max(rows, 1), MIN_BLOCK), MAX_BLOCK)
     num_blocks = max(-(-seqlen_k // largest), 1)
