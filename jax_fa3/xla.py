@@ -94,9 +94,11 @@ def backward(
         probs = jnp.exp(problem.scores(rows, block) - lse[..., None])
         dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = probs * (dprobs - delta[..., None])
-        dscores = dlogits.astype(query.dtype)
-        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
-        dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
+        unit = _unit(dout, block.operands.value, delta)
+        dscores = (dlogits / unit).astype(query.dtype)
+        dquery += unit * _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
+        unit = options.scale * jnp.reshape(unit, (-1, 1, 1, 1))
+        dkey = unit * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
         dbias = _sum_to_bias(dlogits, bias.shape) if wants_dbias else None
         return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
@@ -131,7 +133,8 @@ class _Problem:
         self.seqlen_k = operands.key.shape[1]
         self.num_heads_kv = operands.key.shape[2]
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
-        self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
+        operands = mask.within_window(options, mask.within_sight(operands))
+        self.operands = operands.map(self.for_each_sequence).map(self.filled)
 
     def for_each_sequence(self, row, x):
         """`x` with a plane of its own for each sequence, unless all share one."""
@@ -290,6 +293,21 @@ def _cut(query, seqlen_k: int) -> tuple[int, int]:
     num_blocks = max(-(-seqlen_k // largest), 1)
     size = max(-(-seqlen_k // num_blocks), 1)
     return num_blocks, size if num_blocks == 1 else -(-size // 8) * 8
+
+
+def _unit(dout, value, delta):
+    """A power of two, [b, 1, 1, 1, 1], that dS is measured in: in float16, where dS may be larger
+    than all gradients, what brings it near the end of the range; otherwise 1."""
+    if dout.dtype != jnp.float16:
+        return 1.0
+
+    def norm(x):
+        squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+        return jnp.sqrt(squares.max(tuple(range(1, x.ndim)))).reshape(-1, 1, 1, 1, 1)
+
+    largest = lax.stop_gradient(norm(dout) * norm(value) + norm(delta[..., None]))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100) - 15)
 
 
 def _sum_to_bias(dlogits, shape: tuple[int, ...]):
