@@ -74,8 +74,8 @@ def within_sight(operands: Operands) -> Operands:
 
 
 def within_window(options: AttentionOptions, operands: Operands) -> Operands:
-    """The operands with lengths that end at the last key that the window lets a row see. What stands
-    behind, such as the unwritten part of a cache, is then padding."""
+    """The operands with lengths that end at the last key that the window lets a row see. What
+    stands behind, such as the unwritten part of a cache, is then padding."""
     if options.window_right == UNBOUNDED:
         return operands
     n, rows, offset = operands.extents, operands.query_lengths, operands.query_offset
