@@ -4,6 +4,7 @@ from jax_fa3.api import dot_product_attention, is_supported
 from jax_fa3.context_parallel.layout import zigzag_permute, zigzag_unpermute
 from jax_fa3.context_parallel.public import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
+from jax_fa3.explanation import ExplainedCall, explain
 from jax_fa3.ffi import DISABLED_CHECKS
 from jax_fa3.float8.public import quantize_qkv
 from jax_fa3.float8.rounding import QuantizedQKV
@@ -16,11 +17,13 @@ __version__ = "0.1.0"
 __all__ = [
     "DISABLED_CHECKS",
     "__version__",
+    "ExplainedCall",
     "QuantizedQKV",
     "Visibility",
     "allgather_attention",
     "doctor",
     "dot_product_attention",
+    "explain",
     "flash_attention_varlen",
     "is_supported",
     "make_visibility",

@@ -17,7 +17,7 @@ SRC = ROOT / "src"
 # import each other; others stand here one by one.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["context_parallel.public", "flax", "doctor", "varlen"],
+    ["context_parallel.public", "flax", "doctor", "explanation", "varlen"],
     ["api", "float8.public"],
     ["visibility.public"],
     ["vjp"],
