@@ -111,9 +111,11 @@ def backward(
         probs = jnp.exp(scores - lse[..., None])
         dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = score.before_cap(options, probs * (dprobs - delta[..., None]), scores)
-        dscores = dlogits.astype(query.dtype)
-        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
-        dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
+        unit = _unit(dout, block.operands.value, delta)
+        dscores = (dlogits / unit).astype(query.dtype)
+        dquery += unit * _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
+        unit = options.scale * jnp.reshape(unit, (-1, 1, 1, 1))
+        dkey = unit * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
         dbias = _sum_to(dlogits, bias.shape) if wants_dbias else None
         return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
@@ -150,7 +152,8 @@ class _Problem:
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
         is_row = mask.is_row(operands, self.seqlen_q)
         self.is_row = None if is_row is None else self.by_group(is_row[..., None])[..., 0]
-        self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
+        operands = mask.within_window(options, mask.within_sight(operands))
+        self.operands = operands.map(self.for_each_sequence).map(self.filled)
         self.slopes = self.by_group(_with_ones(self.operands.alibi_slopes))
         sinks = self.by_group(_with_ones(self.operands.sinks))
         self.sinks = None if sinks is None else sinks[..., 0]  # [b | 1, h, 1, g]
@@ -313,12 +316,30 @@ class _Float8Problem(_Problem):
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:
-    """(number of key blocks, key rows of a block), both at least 1."""
+    """(number of key blocks, key rows of a block), both at least 1. Where the number of keys is a
+    symbol, blocks are small, because a short sequence is filled up to one."""
+    if not isinstance(seqlen_k, int):
+        return -(-seqlen_k // MIN_BLOCK), MIN_BLOCK
     rows = math.prod(n for n in query.shape[:3] if isinstance(n, int))
     largest = min(max(SCORES_PER_BLOCK // max(rows, 1), MIN_BLOCK), MAX_BLOCK)
     num_blocks = max(-(-seqlen_k // largest), 1)
     size = max(-(-seqlen_k // num_blocks), 1)
     return num_blocks, size if num_blocks == 1 else -(-size // 8) * 8
+
+
+def _unit(dout, value, delta):
+    """A power of two, [b, 1, 1, 1, 1], that dS is measured in: in float16, where dS may be larger
+    than all gradients, what brings it near the end of the range; otherwise 1."""
+    if dout.dtype != jnp.float16:
+        return 1.0
+
+    def norm(x):
+        squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+        return jnp.sqrt(squares.max(tuple(range(1, x.ndim)))).reshape(-1, 1, 1, 1, 1)
+
+    largest = lax.stop_gradient(norm(dout) * norm(value) + norm(delta[..., None]))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100) - 15)
 
 
 def _sum_to(x, shape: tuple[int, ...]):

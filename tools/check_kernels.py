@@ -28,6 +28,7 @@ CONFIG = re.compile(
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 REQUIRED = ("GMMA", "UTMALDG")  # instructions of a main kernel
+VARIANTS = {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Kernel:
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
         options = ", separate dQ" if config.group(3) == "1" else ""
-        options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(config.group(4), "")
+        options += VARIANTS.get(config.group(4), "")
         options += f", promote {promote[0]}" if promote else ""
         return f"{name} {dtype} d{head_dim} {block_m}x{block_n}{options}"
 
