@@ -31,6 +31,13 @@ CALLS = {
         key_value_segment_ids=np.ones((2, 8), "int32"),
     ),
     "chunks": functools.partial(attend, attention_chunk=4, query_offset=LENGTHS),
+    "scores": functools.partial(
+        attend,
+        sinks=np.ones(4, "float32"),
+        alibi_slopes=np.ones(4, "float32"),
+        logits_soft_cap=2.0,
+        return_max_logits=True,
+    ),
     "float8 forward": functools.partial(
         attend, forward_dtype="float8_e4m3fn", key_value_seq_lengths=LENGTHS
     ),
