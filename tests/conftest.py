@@ -7,6 +7,8 @@ The variables must be set before JAX is first imported, hence here.
 import glob
 import os
 
+import pytest
+
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,3 +25,14 @@ elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one 
 def pytest_report_header():
     if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
         return "tests/gpu: left out, JAX_FA3_REQUIRE_GPU is not set"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scores_at_once():
+    """Calls through XLA of more than 1024 keys run in blocks, as large ones do, however few scores
+    they have; the value is the usual limit."""
+    from jax_fa3 import xla
+
+    usual, xla.SCORES_AT_ONCE = xla.SCORES_AT_ONCE, 0
+    yield usual
+    xla.SCORES_AT_ONCE = usual
