@@ -158,10 +158,16 @@ gpu-module:
 
 # ---- environments
 
+# On an older Python pip would take an older JAX for the newest.
+TAKES_NEWEST = $*/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	{ echo "PINS=newest needs Python >= 3.12, as the newest JAX does; set BASE_PYTHON."; exit 1; }
+
 %/.ready: requirements/dev.txt
 	@test -x $*/bin/python || test -n "$(BASE_PYTHON)" || \
 		{ echo "No Python >= 3.11 with its headers (python3-dev) and venv found; set BASE_PYTHON."; exit 1; }
 	test -x $*/bin/python || $(BASE_PYTHON) -m venv $*
+	@$(if $(filter newest,$(PINS)),$(TAKES_NEWEST))
+	@echo "Installing $< into $*; the first time takes minutes."
 	$(if $(filter newest,$(PINS)),sed 's/==.*//',cat) $< $(if $(HAS_GPU),| sed 's/^jax\b/jax[cuda13]/') \
 		| $*/bin/pip install -q --disable-pip-version-check --upgrade -r /dev/stdin
 	@touch $@

@@ -47,7 +47,7 @@ def main() -> int:
     setup = choose_setup(vocabulary)
     setup = replace(setup, steps=args.steps or setup.steps)
     device = jax.devices()[0].device_kind
-    print(f"{describe(setup)} on {device}")
+    print(f"{describe(setup)} on {device}; attention in bfloat16, and its forward pass in float8")
     curves = {
         name: train(setup, partial(attention, forward_dtype=dtype), windows(tokens, setup), name)[1]
         for name, dtype in FORWARD_DTYPES.items()

@@ -179,8 +179,13 @@ def train(
     # Drawn where they live: no device ever holds all of the parameters.
     state, losses = restored or (jax.jit(start, out_shardings=places)(), [])
 
-    numbers = range(len(losses), setup.steps)
-    with tqdm(numbers, "training", setup.steps, initial=len(losses), unit="step") as progress:
+    if resume:
+        kind = "from a checkpoint" if restored else "no checkpoint there"
+        print(f"going on at step {len(losses)} ({kind})")
+    numbers, done = range(len(losses), setup.steps), len(losses)
+    with tqdm(
+        numbers, "training", setup.steps, initial=done, unit="step", file=sys.stdout
+    ) as progress:
         for i in progress:
             batch = draw_batch(np.random.default_rng(i), tokens, setup)
             batch = jax.device_put(batch, NamedSharding(mesh, P("data")))

@@ -1,6 +1,7 @@
 """What the training examples share: setup, text, batches, a loss, training, a plot of losses."""
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +149,8 @@ def train(setup: Setup, attention: Attention, batches: Iterator, title: str = "t
     optimizer, parameters = make_optimizer(setup), initialise()
     step, state = make_step(loss, optimizer), optimizer.init(parameters)
     losses = []
-    with tqdm(range(setup.steps), desc=title, unit="step") as progress:
+    # On stdout, so that the lines that follow stand behind the bar's own.
+    with tqdm(range(setup.steps), desc=title, unit="step", file=sys.stdout) as progress:
         for _ in progress:
             parameters, state, value = step(parameters, state, *next(batches))
             losses.append(float(value))
@@ -164,8 +166,9 @@ def plot_losses(curves: dict[str, list[float]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for (name, losses), color in zip(curves.items(), ("#2a6fbb", "#c2410c"), strict=False):
-        axes.plot(losses, color=color, linewidth=1.5, label=name)
+    lines = (("#2a6fbb", 3.0), ("#c2410c", 1.0))  # a thin one over a wide one: both can be seen
+    for (name, losses), (color, width) in zip(curves.items(), lines, strict=False):
+        axes.plot(losses, color=color, linewidth=width if len(curves) > 1 else 1.5, label=name)
     if len(curves) > 1:
         axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="loss, nats per character", title=title)

@@ -8,6 +8,8 @@ from jax_fa3.combine import combine
 from jax_fa3.context_parallel.layout import zigzag_permute, zigzag_unpermute
 from jax_fa3.context_parallel.public import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
+from jax_fa3.explanation import ExplainedCall, explain
+from jax_fa3.export_checks import DISABLED_CHECKS
 from jax_fa3.float8.public import quantize_qkv
 from jax_fa3.float8.rounding import QuantizedQKV
 from jax_fa3.varlen import flash_attention_varlen
@@ -17,7 +19,9 @@ from jax_fa3.visibility.table import Visibility
 __version__ = "0.1.0"
 
 __all__ = [
+    "DISABLED_CHECKS",
     "__version__",
+    "ExplainedCall",
     "QuantizedQKV",
     "Rotary",
     "Visibility",
@@ -27,6 +31,7 @@ __all__ = [
     "combine",
     "doctor",
     "dot_product_attention",
+    "explain",
     "flash_attention_varlen",
     "flash_attention_with_kvcache",
     "is_supported",

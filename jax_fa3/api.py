@@ -24,6 +24,22 @@ from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
 
+def _not_for_flax(function: Callable) -> Callable:
+    """`function`, which names the cure where a layer of Flax is given it for its attention_fn."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "dropout_rate" in kwargs:
+            raise TypeError(
+                f"{function.__name__} is given Flax's dropout_rate; expected what is not a layer's "
+                "attention_fn: pass jax_fa3.flax.attention_fn there, or what "
+                "jax_fa3.flax.make_attention_fn gives"
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
 @overload
 def dot_product_attention(
     query: ArrayLike,
@@ -135,6 +151,7 @@ def dot_product_attention(
 ) -> jax.Array | tuple[jax.Array, ...]: ...
 
 
+@_not_for_flax
 def dot_product_attention(
     query,
     key,

@@ -36,6 +36,7 @@ BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
 VISIBILITY = "jax_fa3_visibility"
 DENSE_MASK = "jax_fa3_dense_mask"
+TARGETS = (FORWARD, FORWARD_FLOAT8, BACKWARD, QUANTIZE, VISIBILITY, DENSE_MASK)
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 

@@ -79,6 +79,22 @@ def within_sight(operands: Operands) -> Operands:
     )
 
 
+def within_window(options: AttentionOptions, operands: Operands) -> Operands:
+    """The operands with lengths that end at the last key that the window lets a row see. What
+    stands behind, such as the unwritten part of a cache, is then padding."""
+    if options.window_right == UNBOUNDED:
+        return operands
+    n, rows, offset = operands.extents, operands.query_lengths, operands.query_offset
+    rows = n.seqlen_q if rows is None else jnp.minimum(rows, n.seqlen_q)
+    ends = rows + (options.query_offset if offset is None else _legal_offset(offset))
+    ends += options.window_right
+    if isinstance(ends, int) and isinstance(n.seqlen_k, int) and ends >= n.seqlen_k:
+        return operands
+    ends = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (n.batch,))
+    lengths = operands.key_lengths
+    return operands.replace(key_lengths=ends if lengths is None else jnp.minimum(lengths, ends))
+
+
 def is_row(operands: Operands, seqlen_q: int) -> jax.Array | None:
     """bool [b | 1, h | 1, q]: whether a row is no padding, that is before its sequence's length and
     not behind the last row of its head that the table of visibility lets see a key; None where

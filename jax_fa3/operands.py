@@ -106,6 +106,11 @@ class Extents(NamedTuple):
         """Whether all of them are numbers."""
         return set(map(type, self)) == {int}
 
+    @property
+    def have_static_lengths(self) -> bool:
+        """Whether the sequence lengths are numbers."""
+        return {type(self.seqlen_q), type(self.seqlen_k)} == {int}
+
     def by_letter(self) -> dict[str, int]:
         return dict(
             b=self.batch,

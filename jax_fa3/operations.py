@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,8 @@ def _fold(
 
 FIRST_ORDER_ONLY = (
     "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
-    "implementation='xla' and no forward_dtype for derivatives of the gradient"
+    "implementation='xla', and neither forward_dtype nor sequence_parallel, for forward mode (jvp, "
+    "jacfwd, linearize) and for derivatives of the gradient"
 )
 
 
@@ -197,7 +198,11 @@ def undifferentiable(
     operation = jax.custom_jvp(operation)
 
     @operation.defjvp
-    def refuse(primals, tangents):
-        raise NotImplementedError(f"{function}: {reason}")
+    def rule(primals, tangents):
+        refuse(reason, function)
 
     return operation
+
+
+def refuse(reason: str, function: str = "dot_product_attention") -> NoReturn:
+    raise NotImplementedError(f"{function}: {reason}")

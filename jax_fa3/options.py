@@ -74,6 +74,12 @@ class AttentionOptions:
     def window(self) -> tuple[int, int]:
         return self.window_left, self.window_right
 
+    @property
+    def is_ordinary_code(self) -> bool:
+        """Whether JAX can differentiate the call in any mode and to any order."""
+        is_on_xla = set(self.routes) == {"xla"} and self.sequence_parallel == "auto"
+        return is_on_xla and self.forward_dtype is None
+
 
 @dataclasses.dataclass(frozen=True)
 class VisibilityOptions:

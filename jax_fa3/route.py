@@ -7,10 +7,12 @@ user can act on.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import glob
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,14 +53,30 @@ class Reasons(NamedTuple):
         return "its XLA implementation"
 
 
+FORCED = Reasons("implementation is 'xla'", None, None, None)
+
+# What is told of each call that is traced, if anyone asks.
+listener: contextvars.ContextVar[Callable[[Any, Reasons], None] | None]
+listener = contextvars.ContextVar("listener", default=None)
+
+
+def tell(arguments: Any, reasons: Reasons) -> None:
+    """Of a call's arguments as a record, those of a call over a cache too."""
+    listen = listener.get()
+    if listen is not None:
+        listen(arguments, reasons)
+
+
 def decide(arguments: Arguments, options: AttentionOptions) -> AttentionOptions:
     """The options of a checked call, with its routes. "auto" leaves the choice to the platform that
     the program is lowered for. Raises, or logs, with the reason, where the kernels do not run the
     call as it is.
     """
     if arguments.implementation == "xla":
+        tell(arguments, FORCED)
         return dataclasses.replace(options, routes=Routes("xla", "xla"))
     reasons = reasons_of(arguments, options)
+    tell(arguments, reasons)
     if reasons.first and arguments.implementation == "fa3":
         raise NotImplementedError(
             f"implementation is 'fa3', which cannot run this call: {reasons.first}. "

@@ -77,7 +77,10 @@ def with_sink(
     """
     if sinks is None:
         return lse, None
-    joined = jnp.logaddexp(lse, sinks)
+    # Where there is neither, the derivatives of logaddexp are NaN.
+    is_empty = jnp.maximum(lse, sinks) == -jnp.inf
+    joined = jnp.logaddexp(jnp.where(is_empty, 0, lse), sinks)
+    joined = jnp.where(is_empty, -jnp.inf, joined)
     if is_row is not None:
         joined = jnp.where(is_row, joined, lse)
     return joined, jnp.exp(lse - jnp.where(joined == -jnp.inf, 0, joined))
@@ -90,5 +93,5 @@ def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Arr
     out . dout - dlse.
     """
     has_lse = lse != -jnp.inf
-    weight = jnp.exp(sinks - jnp.where(has_lse, lse, 0))
+    weight = jnp.exp(jnp.where(has_lse, sinks - lse, -jnp.inf))
     return jnp.where(has_lse, -weight * delta, 0)

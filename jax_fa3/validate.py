@@ -78,7 +78,7 @@ def check_heads(query: Any, key: Any, value: Any, dtypes: tuple[str, ...] = DTYP
             )
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}; expected {query.dtype} like query")
-        if shape[-3] >= MAX_SEQLEN:
+        if isinstance(shape[-3], int) and shape[-3] >= MAX_SEQLEN:
             raise ValueError(f"{name} has seq = {shape[-3]}; expected less than {MAX_SEQLEN}")
         for axis, what in ((-2, "heads"), (-1, "head_dim")):
             if shape[axis] == 0:
@@ -126,6 +126,12 @@ def check_float8(arguments: Arguments) -> None:
         if dtype not in HALF_DTYPES:
             raise TypeError(
                 f"query has dtype {dtype}; expected {one_of(HALF_DTYPES)} with forward_dtype"
+            )
+        if not arguments.extents.have_static_lengths:
+            n = arguments.extents
+            raise NotImplementedError(
+                f"forward_dtype needs static sequence lengths, not {n.seqlen_q} query rows and "
+                f"{n.seqlen_k} keys"
             )
     rows = arguments.Operands.rows()
     for name in arguments.arrays:

@@ -1,8 +1,9 @@
-"""Attention with its gradient: one custom_vjp, whatever runs underneath.
+"""Attention with its derivatives: one custom_jvp, whatever runs underneath.
 
-Residuals are the operands, out and lse, and whether a bias' gradient is wanted. `out` and `lse`
-carry the checkpoint name "context", so that a remat policy which saves that name keeps the forward
-kernel out of the backward pass.
+Reverse mode runs the backward operation, forward mode differentiates the code of the forward one,
+where that is ordinary code. The residuals are the operands, out and lse; `out` and `lse` carry the
+checkpoint name "context", so that a remat policy which saves that name keeps the forward kernel out
+of the backward pass.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import (
-    SymbolicZero,
-    custom_vjp_primal_tree_values,
-    zero_from_primal,
-)
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jax_fa3 import sharding
 from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.linear_map import linear_map
 from jax_fa3.operands import Operands, Outputs
-from jax_fa3.operations import Operations, undifferentiable
+from jax_fa3.operations import FIRST_ORDER_ONLY, Operations, refuse, undifferentiable
 from jax_fa3.options import AttentionOptions
 
 CHECKPOINT_NAME = "context"
@@ -40,7 +38,7 @@ def attend(
 
     `operations` are those of sharding, or others for operands that are divided otherwise.
     """
-    # Outside of the custom_vjp, so that JAX sums the gradients of what a shard_map replicates.
+    # Outside of the custom_jvp, so that JAX sums the gradients of what a shard_map replicates.
     operands = vary_together(operands)
     if operands.alibi_slopes is not None:
         constant = undifferentiable(lambda x: x, NO_SLOPE_GRADIENT)
@@ -52,40 +50,47 @@ def attend(
     return _attention(operations, options, operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attention(operations, options, operands):
     return _asked_for(options, operations.forward(options, operands))
 
 
-def _forward(operations, options, operands):
-    """Of operands that JAX has marked as perturbed or not.
-
-    Whether the bias is perturbed stays until the backward pass as the extent of an array. It must
-    not be in the tree of the residuals: where one traced call is differentiated twice, by different
-    arguments, JAX (0.10.2) may hand the tree of the one's to the other.
-    """
-    bias = operands.bias
-    wanted = None if bias is None else jnp.zeros(1 if bias.perturbed else 0)
-    operands = custom_vjp_primal_tree_values(operands)
+def _derivative(operations, options, primals, tangents):
+    (operands,), (tangents,) = primals, tangents
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
-    return _asked_for(options, outputs), (operands, outputs.replace(max_logits=None), wanted)
+    moving = [name for name, x in tangents.present().items() if not isinstance(x, SymbolicZero)]
+    options = dataclasses.replace(options, bias_gradient="bias" in moving)
+    tangents, results = tangents.only(moving), _asked_for(options, outputs)
+    # max_logits are a constant to what differentiates.
+    options = dataclasses.replace(options, return_max_logits=False)
+    residuals = operands, outputs.replace(max_logits=None)
+
+    def tangents_of_outputs(residuals, tangents):
+        if operations is not sharding or not options.is_ordinary_code:
+            refuse(FIRST_ORDER_ONLY)
+
+        def forward(moving):
+            all_operands = residuals[0].replace(**moving.present())
+            return _asked_for(options, operations.forward(options, all_operands))
+
+        return jax.jvp(forward, (residuals[0].only(moving),), (tangents,))[1]
+
+    def gradients(residuals, cotangents):
+        if cotangents.out is None:
+            cotangents = cotangents.replace(out=jnp.zeros_like(residuals[1].out))
+        return operations.backward(options, *residuals, cotangents).only(moving)
+
+    moved = linear_map(
+        tangents_of_outputs, gradients, residuals, tangents, results.replace(max_logits=None)
+    )
+    if results.max_logits is not None:
+        moved = moved.replace(max_logits=zero_from_primal(results.max_logits, symbolic_zeros=True))
+    return results, moved
 
 
-def _backward(operations, options, residuals, cotangents):
-    operands, outputs, wanted = residuals
-    cotangents = cotangents.replace(max_logits=None)
-    if wanted is not None:
-        options = dataclasses.replace(options, bias_gradient=wanted.size > 0)
-    if isinstance(cotangents.lse, SymbolicZero):
-        cotangents = cotangents.replace(lse=None)
-    if isinstance(cotangents.out, SymbolicZero):
-        cotangents = cotangents.replace(out=zero_from_primal(outputs.out))
-    return (operations.backward(options, operands, outputs, cotangents),)
+_attention.defjvp(_derivative, symbolic_zeros=True)
 
 
 def _asked_for(options: AttentionOptions, outputs: Outputs) -> Outputs:
     return outputs if options.return_residual else outputs.replace(lse=None)
-
-
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)

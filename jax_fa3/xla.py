@@ -2,8 +2,9 @@
 
 The forward pass is the online softmax (arXiv:2205.14135), a scan over key blocks that carries
 the row maximum, the row sum and the output; the backward pass recomputes each block's
-probabilities from the LSE. Memory grows linearly with the sequence lengths. Products accumulate
-in float32; probabilities and dS are rounded to the input dtype between products, as in the kernels.
+probabilities from the LSE. Memory grows linearly with the sequence lengths; a call of few scores is
+one block, without a loop. Products accumulate in float32; probabilities and dS are rounded to the
+input dtype between products, as in the kernels.
 
 Letters in einsums and comments: b batch, q query rows, k key rows of one block, h key/value
 heads, g query heads of one key/value head, d head_dim, e head_dim of value. Scores are [b, h, q,
@@ -24,7 +25,8 @@ from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import FLOAT8, AttentionOptions
 
-SCORES_PER_BLOCK = 1 << 25  # float32 scores held at a time, as far as MIN_BLOCK allows
+SCORES_AT_ONCE = 1 << 24  # float32 scores of a call that is one block: 64 MiB
+SCORES_PER_BLOCK = 1 << 25  # of a block of one that is not, as far as MIN_BLOCK allows
 MIN_BLOCK = 128  # key rows
 MAX_BLOCK = 1024
 PROBS_SCALE = 2.0**8  # of probabilities in float8: at most 256, where float8 ends at 448
@@ -51,7 +53,7 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     stats = _full(query, (b, h, q, g), -jnp.inf)
     sums = _full(query, (*stats.shape, head_dim_v + problem.more_columns), 0)
     init = (stats, _full(query, stats.shape, 0), sums)
-    (row_max, row_sum, acc), _ = lax.scan(step, init, problem.starts())
+    (row_max, row_sum, acc), _ = problem.over_blocks(step, init)
 
     empty = row_sum == 0
     row_sum = jnp.where(empty, 1, row_sum)
@@ -105,21 +107,29 @@ def backward(
         dsinks = _sum_to(dsinks[..., None], (*sinks.shape, 1, 1))[..., 0, 0]
     lse = _finite_or_zero(lse)
 
-    def step(dquery, start):
+    def step(carry, start):
+        dquery, dbias = carry
         block = problem.block(start)
         scores = problem.scores(rows, block)
         probs = jnp.exp(scores - lse[..., None])
         dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = score.before_cap(options, probs * (dprobs - delta[..., None]), scores)
-        dscores = dlogits.astype(query.dtype)
-        dquery += _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
-        dkey = options.scale * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
+        unit = _unit(dout, block.operands.value, delta)
+        dscores = (dlogits / unit).astype(query.dtype)
+        dquery += unit * _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
+        unit = options.scale * jnp.reshape(unit, (-1, 1, 1, 1))
+        dkey = unit * _dot("bhqgk,bqhgd->bkhd", dscores, rows)
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
-        dbias = _sum_to(dlogits, bias.shape) if wants_dbias else None
-        return dquery, (dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias)
+        if wants_dbias:
+            dbias = _with_block(dbias, _sum_to(dlogits, bias.shape), start)
+        return (dquery, dbias), (dkey.astype(key.dtype), dvalue.astype(value.dtype))
 
-    init = _full(query, (b, h, q, g, query.shape[-1]), 0)
-    dquery, (dkey, dvalue, dbias) = lax.scan(step, init, problem.starts())
+    dbias = None
+    if wants_dbias:
+        dbias = _full(query, (*bias.shape[:3], problem.operands.bias.shape[3]), 0)
+        dbias = dbias if bias.shape[-1] == 1 else dbias.astype(bias.dtype)
+    init = _full(query, (b, h, q, g, query.shape[-1]), 0), dbias
+    (dquery, dbias), (dkey, dvalue) = problem.over_blocks(step, init)
     if is_illegal is not None:
         of_keys = is_illegal.any((2, 3))[:, None, :, None]
         dquery = jnp.where(is_illegal[..., None], jnp.nan, dquery)
@@ -127,8 +137,7 @@ def backward(
     dquery = jnp.moveaxis(options.scale * dquery, 1, 2).reshape(query.shape).astype(query.dtype)
     dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
     if wants_dbias:
-        dbias = dbias.sum(0) if bias.shape[-1] == 1 else problem.join_blocks(dbias, 3)
-        dbias = dbias.astype(bias.dtype)
+        dbias = lax.slice_in_dim(dbias, 0, bias.shape[-1], axis=3).astype(bias.dtype)
     return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias, sinks=dsinks)
 
 
@@ -150,7 +159,8 @@ class _Problem:
         self.num_blocks, self.block_size = _cut(operands.query, self.seqlen_k)
         is_row = mask.is_row(operands, self.seqlen_q)
         self.is_row = None if is_row is None else self.by_group(is_row[..., None])[..., 0]
-        self.operands = mask.within_sight(operands).map(self.for_each_sequence).map(self.filled)
+        operands = mask.within_window(options, mask.within_sight(operands))
+        self.operands = operands.map(self.for_each_sequence).map(self.filled)
         self.slopes = self.by_group(_with_ones(self.operands.alibi_slopes))
         sinks = self.by_group(_with_ones(self.operands.sinks))
         self.sinks = None if sinks is None else sinks[..., 0]  # [b | 1, h, 1, g]
@@ -180,8 +190,12 @@ class _Problem:
         x = x.reshape(*x.shape[:axis], self.num_blocks * self.block_size, *x.shape[axis + 2 :])
         return lax.slice_in_dim(x, 0, self.seqlen_k, axis=axis)
 
-    def starts(self):
-        return self.block_size * jnp.arange(self.num_blocks, dtype=jnp.int32)
+    def over_blocks(self, step, carry):
+        """lax.scan of step(carry, first key) over the blocks; a single one needs no loop."""
+        if isinstance(self.num_blocks, int) and self.num_blocks == 1:
+            carry, results = step(carry, jnp.int32(0))
+            return carry, jax.tree.map(lambda x: x[None], results)
+        return lax.scan(step, carry, self.block_size * jnp.arange(self.num_blocks, dtype=jnp.int32))
 
     def query_heads(self, x):
         """[b, q, h * g, ...] -> [b, q, h, g, ...]."""
@@ -313,12 +327,33 @@ class _Float8Problem(_Problem):
 
 
 def _cut(query, seqlen_k: int) -> tuple[int, int]:
-    """(number of key blocks, key rows of a block), both at least 1."""
-    rows = math.prod(n for n in query.shape[:3] if isinstance(n, int))
+    """(number of key blocks, key rows of a block), both at least 1. Where the number of keys is a
+    symbol, blocks are small, because a short sequence is filled up to one."""
+    if not isinstance(seqlen_k, int):
+        return -(-seqlen_k // MIN_BLOCK), MIN_BLOCK
+    known = [n for n in query.shape[:3] if isinstance(n, int)]
+    rows = math.prod(known)
+    if len(known) == 3 and rows * seqlen_k <= SCORES_AT_ONCE:
+        return 1, max(seqlen_k, 1)
     largest = min(max(SCORES_PER_BLOCK // max(rows, 1), MIN_BLOCK), MAX_BLOCK)
     num_blocks = max(-(-seqlen_k // largest), 1)
     size = max(-(-seqlen_k // num_blocks), 1)
     return num_blocks, size if num_blocks == 1 else -(-size // 8) * 8
+
+
+def _unit(dout, value, delta):
+    """A power of two, [b, 1, 1, 1, 1], that dS is measured in: in float16, where dS may be larger
+    than all gradients, what brings it near the end of the range; otherwise 1."""
+    if dout.dtype != jnp.float16:
+        return 1.0
+
+    def norm(x):
+        squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+        return jnp.sqrt(squares.max(tuple(range(1, x.ndim)))).reshape(-1, 1, 1, 1, 1)
+
+    largest = lax.stop_gradient(norm(dout) * norm(value) + norm(delta[..., None]))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100) - 15)
 
 
 def _sum_to(x, shape: tuple[int, ...]):
@@ -335,6 +370,13 @@ def _sum_to(x, shape: tuple[int, ...]):
 def _with_ones(x):
     """[b, heads] -> [b, heads, 1, 1]."""
     return None if x is None else x[..., None, None]
+
+
+def _with_block(dbias, block, start):
+    """dbias with the part of one block, in place; a sum where the bias broadcasts over the keys."""
+    if dbias.shape[3] == 1:
+        return dbias + block
+    return lax.dynamic_update_slice_in_dim(dbias, block.astype(dbias.dtype), start, 3)
 
 
 def _dot(subscripts: str, x, y):

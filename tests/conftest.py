@@ -38,3 +38,14 @@ def forward_kernel_alone():
 def pytest_report_header():
     if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
         return "tests/gpu: left out, JAX_FA3_REQUIRE_GPU is not set"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scores_at_once():
+    """Calls through XLA of more than 1024 keys run in blocks, as large ones do, however few scores
+    they have; the value is the usual limit."""
+    from jax_fa3 import xla
+
+    usual, xla.SCORES_AT_ONCE = xla.SCORES_AT_ONCE, 0
+    yield usual
+    xla.SCORES_AT_ONCE = usual

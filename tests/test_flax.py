@@ -447,3 +447,11 @@ def test_a_table_for_flax():
     ids = np.broadcast_to(np.repeat([1, 2, 0], [4, 3, 2]), (2, 3, 9))
     got = make_attention_fn(visibility=table)(*x)
     np.testing.assert_array_equal(got, make_attention_fn(query_segment_ids=ids)(*x))
+
+
+def test_the_function_itself_is_no_attention_fn():
+    """Of nnx; linen passes a function only what its signature has."""
+    call = jax_fa3.dot_product_attention
+    layer = nnx.MultiHeadAttention(2, 8, attention_fn=call, decode=False, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="expected.*pass jax_fa3.flax.attention_fn there"):
+        layer(np.ones((1, 4, 8), np.float32))

@@ -18,6 +18,7 @@ SRC = ROOT / "src"
 PYTHON_LAYERS = [
     ["__init__"],
     ["context_parallel.public", "flax", "doctor", "varlen", "cached.flash"],
+    ["explanation", "export_checks"],
     ["api", "float8.public", "cached.public", "combine"],
     ["visibility.public", "cached.steps"],
     ["vjp", "cached.calls"],
@@ -32,7 +33,7 @@ PYTHON_LAYERS = [
     ["visibility.table"],
     ["operands", "score", "cached.problem", "cached.rotary"],
     ["visibility.layout", "cached.layout"],
-    ["options", "result_type"],
+    ["options", "result_type", "linear_map"],
     ["_C", "cached", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}

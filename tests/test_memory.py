@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_fa3 import dot_product_attention
+from jax_fa3 import dot_product_attention, xla
 
 OPTIONS = {
     "full": {},
@@ -77,6 +77,35 @@ def test_compiled_memory_is_linear(options):
         compiled = jax.jit(functools.partial(gradients, options)).lower(*operands(seqlen)).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert sizes[1] <= 4.5 * sizes[0]
+
+
+def test_gradient_of_a_bias_is_made_in_place():
+    """No buffer beside the gradient itself has its size; of bfloat16 XLA for CPUs makes float32."""
+
+    def loss(bias, *x):
+        return dot_product_attention(*x, bias, implementation="xla").sum()
+
+    seqlen = 1 << 13
+    x = jax.ShapeDtypeStruct((1, seqlen, 1, 8), "float32")
+    bias = jax.ShapeDtypeStruct((seqlen, seqlen), "float32")
+    memory = jax.jit(jax.grad(loss)).lower(bias, x, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * seqlen * seqlen
+
+
+def test_a_call_of_few_scores_has_no_loop(monkeypatch, scores_at_once):
+    """Up to 2^24 scores; above, blocks."""
+    monkeypatch.setattr(xla, "SCORES_AT_ONCE", scores_at_once)
+
+    def loops(seqlen):
+        return [
+            equation.primitive.name
+            for sub in subjaxprs(
+                jax.make_jaxpr(functools.partial(gradients, {}))(*operands(seqlen)).jaxpr
+            )
+            for equation in sub.eqns
+        ].count("scan")
+
+    assert (loops(1 << 12), loops((1 << 12) + 8)) == (0, 2)
 
 
 def test_the_dense_program_would_fail():

@@ -279,12 +279,6 @@ def test_array_likes_are_accepted():
     assert_near(got, dot_product_attention(query, key, value, is_causal=True))
 
 
-def test_forward_mode_is_refused():
-    x = operands()
-    with pytest.raises((TypeError, NotImplementedError)):
-        jax.jvp(lambda q: attend(q, *x[1:])[0], x[:1], x[:1])
-
-
 def test_second_derivatives_of_the_kernels_are_refused():
     x = operands()
     with pytest.raises(NotImplementedError, match="implementation='xla'"):

@@ -24,6 +24,7 @@ from jax_fa3.result_type import result_type
 
 FORWARD_CACHED = "jax_fa3_forward_cached"
 APPEND = "jax_fa3_append"
+TARGETS = (FORWARD_CACHED, APPEND)
 
 
 def attend(options: CachedOptions, operands: CachedOperands) -> Attended:

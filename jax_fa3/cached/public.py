@@ -197,17 +197,18 @@ def _is_interleaved(rotary: Rotary | None) -> bool:
 def _route(function: str, arguments: CachedArguments, reason: str | None) -> Route:
     """What runs a call, where `reason` is why no kernel would."""
     if arguments.implementation == "xla":
+        route.tell(arguments, route.FORCED)
         return "xla"
-    device = route.device_reason()
-    if reason or device:
-        runs = "its XLA implementation"
+    reasons = route.Reasons(reason, None, None, route.device_reason())
+    route.tell(arguments, reasons)
+    if reasons.first:
         if arguments.implementation == "fa3":
             raise NotImplementedError(
-                f"implementation is 'fa3', which cannot run this call: {reason or device}. "
-                f"implementation=None runs {runs}."
+                f"implementation is 'fa3', which cannot run this call: {reasons.first}. "
+                f"implementation=None runs {reasons.runs}."
             )
-        route.log_fallback(runs, reason or device, function)
-    if reason or (device and route.has_gpu()):
+        route.log_fallback(reasons.runs, reasons.first, function)
+    if reason or (reasons.device and route.has_gpu()):
         return "xla"
     return "auto" if arguments.implementation is None else "fa3"
 

@@ -37,6 +37,11 @@ def check_call(arguments: Arguments) -> None:
                 f"{name} has shape {shape_of(x)}; expected {one_of(tuple(map(str, allowed)))}"
             )
     extents = arguments.extents
+    if arguments.makes_visibility and not extents.have_static_lengths:
+        raise NotImplementedError(
+            f"{arguments.source_of_visibility} needs static sequence lengths, not "
+            f"{extents.seqlen_q} query rows and {extents.seqlen_k} keys; a dense mask does not"
+        )
     check_ids(arguments.sources, extents.seqlen_q, extents.seqlen_k)
 
 
