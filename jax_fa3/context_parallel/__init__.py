@@ -58,9 +58,9 @@ class Divided(NamedTuple):
         cotangents: Outputs,
     ) -> Operands:
         _check(operands)
-        # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
-        key, value = lax.optimization_barrier((operands.key, operands.value))
-        operands = operands.replace(key=key, value=value)
+        # Else XLA takes these exchanges for those of `forward` and keeps their results until here,
+        # or has both made by one.
+        operands, outputs, cotangents = lax.optimization_barrier((operands, outputs, cotangents))
         strategy = _STRATEGIES[self.strategy]
         return strategy.backward(self._part(), options, operands, outputs, cotangents)
 
