@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.operands import Bundle
+from jax_fa3.operands import Bundle, Row
 from jax_fa3.operations import Operations
 from jax_fa3.options import AttentionOptions
 
@@ -195,7 +195,7 @@ class Packed:
 
     @classmethod
     def of(cls, *bundles: Bundle) -> Packed:
-        bundles = tuple(bundle.map(_by_row) for bundle in bundles)
+        bundles = tuple(bundle.map(by_row) for bundle in bundles)
         groups = defaultdict(list)
         for i, bundle in enumerate(bundles):
             for name, x in bundle.present().items():
@@ -211,15 +211,16 @@ class Packed:
             for (i, name), x in zip(group, unpack(packed, *like), strict=True):
                 found[i][name] = x
         pairs = zip(self.like, found, strict=True)
-        return tuple(type(bundle)(**arrays).map(_from_row) for bundle, arrays in pairs)
+        return tuple(type(bundle)(**arrays).map(from_row) for bundle, arrays in pairs)
 
 
-def _by_row(row, x):
+def by_row(row: Row, x: jax.Array) -> jax.Array:
     """[batch, rows, heads, width] of an array that may be [batch, heads, rows]."""
     return x.swapaxes(1, 2)[..., None] if row.dims == "bhs" else x
 
 
-def _from_row(row, x):
+def from_row(row: Row, x: jax.Array) -> jax.Array:
+    """The array of which `by_row` made x."""
     return x[..., 0].swapaxes(1, 2) if row.dims == "bhs" else x
 
 

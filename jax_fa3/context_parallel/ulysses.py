@@ -1,29 +1,48 @@
 """Strategy "ulysses": sequence parts are exchanged for heads (arXiv:2309.14509).
 
-    forward     all_to_all Q, K, V, O, LSE
-    backward    all_to_all Q, K, V, O, LSE, dO, dQ, dK, dV
+    forward     all_to_all of Q, K, V; of O, LSE
+    backward    all_to_all of Q, K, V, O, LSE, dO; of dQ, dK, dV
 
 Each device attends to the whole sequence with its share of the query heads. Key/value heads that
 several devices need are repeated before the exchange, and their gradients summed after it, in
 float32.
+
+A device's heads come in groups, as many as its key/value heads allow, one after the other: beside
+the kernel of one group, the next one's arrays arrive and the last one's results leave, all in one
+exchange. The first group's arrays and the last group's results travel alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fa3.context_parallel.layout import Part, zigzag_permute, zigzag_unpermute
-from jax_fa3.operands import Bundle, Operands, Outputs
+from jax_fa3.context_parallel.layout import (
+    Part,
+    by_row,
+    from_row,
+    pack,
+    unpack,
+    zigzag_permute,
+    zigzag_unpermute,
+)
+from jax_fa3.context_parallel.pieces import beside
+from jax_fa3.operands import Bundle, Operands, Outputs, Row
 from jax_fa3.options import AttentionOptions
+
+# Groups of heads at most. Each one is a kernel call; the first one's exchanges are not hidden.
+GROUPS = 4
 
 
 def forward(part: Part, options: AttentionOptions, operands: Operands) -> Outputs:
-    exchange = _Exchange(part, operands)
-    outputs = part.local.forward(options, exchange.to_heads(operands))
-    return exchange.to_sequence(outputs)
+    def attend(operands):
+        return part.local.forward(options, operands)
+
+    return _by_groups(_Exchange(part, operands), attend, operands)
 
 
 def backward(
@@ -33,13 +52,34 @@ def backward(
     outputs: Outputs,
     cotangents: Outputs,
 ) -> Operands:
-    exchange = _Exchange(part, operands)
-    bundles = (exchange.to_heads(x) for x in (operands, outputs, cotangents))
-    return exchange.to_sequence(part.local.backward(options, *bundles))
+    def pull_back(*bundles):
+        return part.local.backward(options, *bundles)
+
+    return _by_groups(_Exchange(part, operands), pull_back, operands, outputs, cotangents)
+
+
+def _by_groups(exchange: _Exchange, attend: Callable[..., Bundle], *bundles: Bundle) -> Bundle:
+    """This device's rows of attend(*bundles), with all heads."""
+    waiting = [exchange.to_heads(group, bundles) for group in range(exchange.groups)]
+    arriving, leaving, returned = waiting.pop(0), [], []
+    arrived, waiting = beside(exchange.swap(arriving), waiting)
+    for _ in range(exchange.groups):
+        here = exchange.whole_sequences(unpack(arrived, *arriving), bundles)
+        arriving = waiting.pop(0) if waiting else []
+        sent = [*arriving, *leaving]
+        results, (arrived, waiting) = beside(attend(*here), (exchange.swap(sent), waiting))
+        if leaving:
+            returned.append(unpack(arrived, *sent)[len(arriving) :])
+        leaving = exchange.to_rows(results)
+    returned.append(unpack(exchange.swap(leaving), *leaving))
+    return exchange.all_heads(results, returned)
 
 
 class _Exchange:
-    """Arrays of part of the sequence with all heads, to the whole with some heads, and back."""
+    """Arrays of part of the sequence with all heads, to the whole with some heads, and back.
+
+    They travel as [device, batch, rows, heads and width], the device they go to or come from.
+    """
 
     def __init__(self, part: Part, operands: Operands):
         self.axis, self.layout = part.axis, part.layout
@@ -53,35 +93,81 @@ class _Exchange:
         group = n.num_heads_q // n.num_heads_kv
         # The largest groups that divide both a device's query heads and those of a key/value head.
         self.repeats = group // math.gcd(group, n.num_heads_q // self.axis.size)
+        heads = n.num_heads_kv * self.repeats // self.axis.size
+        self.groups = max(count for count in range(1, GROUPS + 1) if heads % count == 0)
 
-    def to_heads(self, bundle: Bundle) -> Bundle:
-        """Whole sequences of the heads that belong to this device's query heads."""
-        return bundle.map(self._to_heads)
+    def swap(self, arrays: Sequence[jax.Array]) -> jax.Array | None:
+        """What the devices have for each other of these arrays, packed."""
+        if not arrays:
+            return None
+        packed = pack(*arrays)
+        axis = packed.ndim - arrays[0].ndim
+        return lax.all_to_all(packed, self.axis.name, axis, axis, tiled=True)
 
-    def to_sequence(self, bundle: Bundle) -> Bundle:
-        """This device's part of the sequence of results, with all heads."""
-        return bundle.map(self._to_sequence)
+    def to_heads(self, group: int, bundles: Sequence[Bundle]) -> list[jax.Array]:
+        """The arrays of one group of heads of each device, to be sent there."""
 
-    def _to_heads(self, row, x):
-        heads, sequence = row.axis("hk"), row.axis("st")
-        if heads is None and sequence is None:
-            return x
-        if sequence is None:
-            raise NotImplementedError(f"'ulysses' cannot divide the heads of dimensions {row.dims}")
-        if heads is None:
-            x = lax.all_gather(x, self.axis.name, axis=sequence, tiled=True)
-        else:
-            if row.dims[heads] == "k":
-                x = jnp.repeat(x, self.repeats, axis=heads)
-            x = lax.all_to_all(x, self.axis.name, heads, sequence, tiled=True)
-        return zigzag_unpermute(x, sequence, self.axis.size) if self.layout == "zigzag" else x
+        def sent(row, x):
+            x = by_row(row, x)
+            if "k" in row.dims:
+                x = jnp.repeat(x, self.repeats, axis=2)
+            batch, rows, heads, width = x.shape
+            count = heads // (self.axis.size * self.groups)
+            x = x.reshape(batch, rows, self.axis.size, self.groups, count * width)
+            return jnp.moveaxis(x[:, :, :, group], 2, 0)
 
-    def _to_sequence(self, row, x):
-        heads, sequence = row.axis("hk"), row.axis("st")
-        if self.layout == "zigzag":
-            x = zigzag_permute(x, sequence, self.axis.size)
-        x = lax.all_to_all(x, self.axis.name, sequence, heads, tiled=True)
-        return self._sum_repeats(x) if row.dims[heads] == "k" else x
+        return [sent(row, x) for bundle in bundles for row, x in self._exchanged(bundle)]
+
+    def whole_sequences(
+        self, arrays: Sequence[jax.Array], bundles: Sequence[Bundle]
+    ) -> list[Bundle]:
+        """Bundles with what has arrived from all devices for a group of this one's heads."""
+        arrays = iter(arrays)
+
+        def whole(row, x):
+            if not _is_exchanged(row):
+                return x
+            width = by_row(row, x).shape[-1]
+            parts = jnp.moveaxis(next(arrays), 0, 1)
+            batch, size, rows, columns = parts.shape
+            parts = parts.reshape(batch, size * rows, columns // width, width)
+            if self.layout == "zigzag":
+                parts = zigzag_unpermute(parts, 1, size)
+            return from_row(row, parts)
+
+        return [bundle.map(whole) for bundle in bundles]
+
+    def to_rows(self, results: Bundle) -> list[jax.Array]:
+        """Results for a group of heads, to be sent to the devices whose rows they are of."""
+
+        def sent(row, x):
+            x, size = by_row(row, x), self.axis.size
+            if self.layout == "zigzag":
+                x = zigzag_permute(x, 1, size)
+            batch, rows, heads, width = x.shape
+            return jnp.moveaxis(x.reshape(batch, size, rows // size, heads * width), 1, 0)
+
+        return [sent(row, x) for row, x in self._exchanged(results)]
+
+    def all_heads(self, like: Bundle, returned: Sequence[Sequence[jax.Array]]) -> Bundle:
+        """The results of all groups, which came back as arrays; one group's are `like` these."""
+        by_array = zip(*returned, strict=True)
+
+        def joined(row, x):
+            groups = jnp.stack(next(by_array))  # [group, device, batch, rows, heads and width]
+            width = by_row(row, x).shape[-1]
+            count, size, batch, rows, columns = groups.shape
+            results = jnp.moveaxis(groups, (0, 1), (3, 2))
+            results = results.reshape(batch, rows, count * size * columns // width, width)
+            return from_row(row, self._sum_repeats(results) if "k" in row.dims else results)
+
+        return like.map(joined)
+
+    def _exchanged(self, bundle):
+        rows = bundle.rows()
+        return [
+            (rows[name], x) for name, x in bundle.present().items() if _is_exchanged(rows[name])
+        ]
 
     def _sum_repeats(self, x):
         """The gradient of `repeats` copies of each head, of that head."""
@@ -89,3 +175,11 @@ class _Exchange:
             return x
         copies = x.reshape(*x.shape[:2], -1, self.repeats, x.shape[3])
         return copies.sum(3, dtype=jnp.float32).astype(x.dtype)
+
+
+def _is_exchanged(row: Row) -> bool:
+    """Whether an array has both the rows and the heads of a sequence; else it has neither."""
+    heads, sequence = row.axis("hk"), row.axis("st")
+    if (heads is None) != (sequence is None):
+        raise NotImplementedError(f"'ulysses' cannot divide dimensions {row.dims}")
+    return heads is not None
