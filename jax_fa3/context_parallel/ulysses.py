@@ -61,15 +61,18 @@ def backward(
 def _by_groups(exchange: _Exchange, attend: Callable[..., Bundle], *bundles: Bundle) -> Bundle:
     """This device's rows of attend(*bundles), with all heads."""
     waiting = [exchange.to_heads(group, bundles) for group in range(exchange.groups)]
-    arriving, leaving, returned = waiting.pop(0), [], []
-    arrived, waiting = beside(exchange.swap(arriving), waiting)
+    arriving, waiting = beside(exchange.swap(waiting[0]), waiting)
+    here = unpack(arriving, *waiting.pop(0))
+    leaving, returned = [], []
     for _ in range(exchange.groups):
-        here = exchange.whole_sequences(unpack(arrived, *arriving), bundles)
-        arriving = waiting.pop(0) if waiting else []
-        sent = [*arriving, *leaving]
-        results, (arrived, waiting) = beside(attend(*here), (exchange.swap(sent), waiting))
+        following = waiting.pop(0) if waiting else []
+        sent = [*following, *leaving]
+        results = attend(*exchange.whole_sequences(here, bundles))
+        results, (arriving, waiting) = beside(results, (exchange.swap(sent), waiting))
+        arrived = unpack(arriving, *sent) if sent else []
+        here = arrived[: len(following)]
         if leaving:
-            returned.append(unpack(arrived, *sent)[len(arriving) :])
+            returned.append(arrived[len(following) :])
         leaving = exchange.to_rows(results)
     returned.append(unpack(exchange.swap(leaving), *leaving))
     return exchange.all_heads(results, returned)
