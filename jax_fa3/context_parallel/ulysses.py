@@ -81,7 +81,7 @@ def _by_groups(exchange: _Exchange, attend: Callable[..., Bundle], *bundles: Bun
 class _Exchange:
     """Arrays of part of the sequence with all heads, to the whole with some heads, and back.
 
-    They travel as [device, batch, rows, heads and width], the device they go to or come from.
+    They travel as [device, batch, elements], the device they go to or come from.
     """
 
     def __init__(self, part: Part, operands: Operands):
@@ -117,7 +117,8 @@ class _Exchange:
             batch, rows, heads, width = x.shape
             count = heads // (self.axis.size * self.groups)
             x = x.reshape(batch, rows, self.axis.size, self.groups, count * width)
-            return jnp.moveaxis(x[:, :, :, group], 2, 0)
+            x = jnp.moveaxis(x[:, :, :, group], 2, 0)
+            return x.reshape(self.axis.size, batch, rows * count * width)
 
         return [sent(row, x) for bundle in bundles for row, x in self._exchanged(bundle)]
 
@@ -130,12 +131,14 @@ class _Exchange:
         def whole(row, x):
             if not _is_exchanged(row):
                 return x
-            width = by_row(row, x).shape[-1]
+            batch, rows, heads, width = by_row(row, x).shape
+            if "k" in row.dims:
+                heads *= self.repeats
+            count = heads // (self.axis.size * self.groups)
             parts = jnp.moveaxis(next(arrays), 0, 1)
-            batch, size, rows, columns = parts.shape
-            parts = parts.reshape(batch, size * rows, columns // width, width)
+            parts = parts.reshape(batch, self.axis.size * rows, count, width)
             if self.layout == "zigzag":
-                parts = zigzag_unpermute(parts, 1, size)
+                parts = zigzag_unpermute(parts, 1, self.axis.size)
             return from_row(row, parts)
 
         return [bundle.map(whole) for bundle in bundles]
@@ -147,8 +150,9 @@ class _Exchange:
             x, size = by_row(row, x), self.axis.size
             if self.layout == "zigzag":
                 x = zigzag_permute(x, 1, size)
-            batch, rows, heads, width = x.shape
-            return jnp.moveaxis(x.reshape(batch, size, rows // size, heads * width), 1, 0)
+            batch, rows, count, width = x.shape
+            x = x.reshape(batch, size, rows // size * count * width)
+            return jnp.moveaxis(x, 1, 0)
 
         return [sent(row, x) for row, x in self._exchanged(results)]
 
@@ -157,11 +161,12 @@ class _Exchange:
         by_array = zip(*returned, strict=True)
 
         def joined(row, x):
-            groups = jnp.stack(next(by_array))  # [group, device, batch, rows, heads and width]
-            width = by_row(row, x).shape[-1]
-            count, size, batch, rows, columns = groups.shape
-            results = jnp.moveaxis(groups, (0, 1), (3, 2))
-            results = results.reshape(batch, rows, count * size * columns // width, width)
+            batch, rows, count, width = by_row(row, x).shape
+            rows //= self.axis.size
+            groups = jnp.stack(next(by_array))  # [group, device, batch, elements]
+            groups = groups.reshape(*groups.shape[:2], batch, rows, count, width)
+            results = groups.transpose(2, 3, 1, 0, 4, 5)
+            results = results.reshape(batch, rows, self.axis.size * self.groups * count, width)
             return from_row(row, self._sum_repeats(results) if "k" in row.dims else results)
 
         return like.map(joined)
