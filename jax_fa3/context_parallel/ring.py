@@ -1,13 +1,14 @@
 """Strategy "ring": keys and values travel around the devices, a part at a time.
 
-    forward     N - 1 permutes of K and V together                     [+ Q, KV, O, LSE mirrored]
-    backward    the same, and N - 1 permutes of dK and dV in float32   [+ their gradients too]
+    forward     N - 1 permutes of K and V together        [+ Q, KV; O and LSE mirrored]
+    backward    the same, and N - 1 of dK and dV          [+ Q, O, dO and LSE, KV; gradients]
+                in float32, which go with the keys of
+                the visit after the next one
 
 At the visit of distance i a device holds the keys of the i-th device before it. Visits that no
-device needs are passed over, in one permute of a greater distance. Each permute is independent of
-the pieces computed next to it in the program, so that XLA can run them at the same time: keys leave
-for the next visit before they are used, and the gradients of a visit's keys arrive while the next
-ones are computed. A device's gradients for its own keys stay at home.
+device needs are passed over, in one permute of a greater distance. While a visit's pieces run, the
+keys of the next one arrive, and so do the gradients of the keys of the one before; only the last
+gradients come home alone. A device's gradients for its own keys stay at home.
 
 Where attention is causal and nothing else, devices hold a low and a high chunk of the sequence,
 and all work is one of
