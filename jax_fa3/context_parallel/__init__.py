@@ -78,8 +78,8 @@ def choose(options: AttentionOptions, operands: Operands, axis_size: int) -> Str
     alone, and it holds one part of the keys at a time; it merges a partial result at each step.
     Prefer it where a window skips most steps, where the gathered keys are as many as all queries
     (without groups of query heads), and where they take too much memory. Otherwise gather: few
-    large calls, and one merge. Ulysses depends on the number of heads and moves queries and outputs too; it is
-    never picked.
+    large calls, and one merge. Ulysses depends on the number of heads and moves queries and outputs
+    too; it is never picked.
     """
     n = operands.extents
     row_bytes = n.num_heads_kv * (n.head_dim + n.head_dim_v) * operands.key.dtype.itemsize

@@ -202,8 +202,8 @@ def ulysses_attention(
 
     Communication:
       For each group of heads, all-to-alls of Q, K and V together, and of out and lse; backward, of
-      Q, K, V, out, lse and dout, and of the three gradients. A device's heads are up to four groups,
-      as its number of key/value heads allows.
+      Q, K, V, out, lse and dout, and of the three gradients. A device's heads are up to four
+      groups, as its number of key/value heads allows.
 
     Source: DeepSpeed Ulysses, arXiv:2309.14509.
     """
