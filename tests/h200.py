@@ -1,4 +1,7 @@
-"""Programs compiled for H200s that are not here, which JAX's CUDA plugin does without a GPU."""
+"""Programs compiled for H200s that are not here, which JAX's CUDA plugin does without a GPU.
+
+`make test` has the plugin in the environment's folder cuda, without CUDA.
+"""
 
 import ctypes
 import functools
