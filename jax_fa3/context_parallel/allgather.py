@@ -163,7 +163,8 @@ class _Apart(Piecewise):
         queries = Chunks.of(chunk_table(order, size), n.seqlen_q)
         super().__init__(part, order, queries, Chunks.of(table, n.seqlen_k), operands, *rest)
         self.trades = self.is_causal and order == "halves"
-        # Rows that come after all own keys see none of them in a length, so that they may stay.
+        # Contiguous causal rows see others' keys before their own; this device's own ones may stand
+        # there for the partner's rows, which see them.
         self.with_own = self.is_causal and part.layout == "contiguous"
         self.slots = _slots(table, self.with_own)
         if not self.is_causal:
