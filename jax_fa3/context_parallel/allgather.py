@@ -6,7 +6,7 @@ all other devices when it has gathered them.
 
 Own keys are attended to beside the exchanges. Of the others, in the order of the sequence, a row
 without a mask or under a causal one sees the first, as many as a length says. Any other mask is
-taken with an offset over all gathered keys, and its exchanges have no kernel beside them.
+taken with an offset over all gathered keys, which have to be there first: gathered.py.
 
 Where attention is causal and nothing else, a device has two chunks of rows, and its own work is
 
@@ -32,20 +32,13 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.context_parallel.layout import (
-    Packed,
-    Part,
-    balanced,
-    chunk_table,
-    zigzag_permute,
-    zigzag_unpermute,
-)
+from jax_fa3.context_parallel import gathered
+from jax_fa3.context_parallel.layout import Packed, Part, chunk_table
 from jax_fa3.context_parallel.pieces import (
     Chunks,
     Partials,
     Piece,
     Piecewise,
-    all_pieces,
     beside,
     divided,
     held,
@@ -63,7 +56,7 @@ KEYS = "key", "value"
 
 def forward(part: Part, options: AttentionOptions, operands: Operands) -> Outputs:
     if not _is_apart(part, options, operands):
-        return _forward_whole(part, options, operands)
+        return gathered.forward(part, options, operands)
     work = _Apart(part, options, operands)
     outs = Partials(work.queries, merge)
 
@@ -97,7 +90,7 @@ def backward(
     cotangents: Outputs,
 ) -> Operands:
     if not _is_apart(part, options, operands):
-        return _backward_whole(part, options, operands, outputs, cotangents)
+        return gathered.backward(part, options, operands, outputs, cotangents)
     work = _Apart(part, options, operands, outputs, cotangents)
     dqueries, dkeys = Partials(work.queries, total), Partials(work.keys, total)
 
@@ -231,9 +224,9 @@ class _Apart(Piecewise):
         packed = Packed.of(self.own_keys)
         return jax.tree.map(lambda x: lax.all_gather(x, self.axis.name), packed)
 
-    def in_order(self, gathered: Packed) -> Operands:
+    def in_order(self, arrived: Packed) -> Operands:
         """Others' keys in the order of the sequence."""
-        (keys,) = jax.vmap(Packed.unpacked)(gathered)
+        (keys,) = jax.vmap(Packed.unpacked)(arrived)
 
         def ordered(x):
             chunks = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, self.keys.rows, *x.shape[3:])
@@ -274,56 +267,3 @@ def _slots(table: np.ndarray, with_own: bool) -> np.ndarray:
     return np.stack(
         [[slots[i] for i in numbers if with_own or i not in own] for own in table.T], axis=1
     )
-
-
-def _forward_whole(part: Part, options: AttentionOptions, operands: Operands) -> Outputs:
-    work = _Whole(part, options, operands)
-    whole, outs = work.gather(operands), Partials(work.queries, merge)
-    for piece in work.pieces:
-        outs.add(piece.queries, work.forward(piece, whole))
-    return work.outputs_of(outs)
-
-
-def _backward_whole(
-    part: Part, options: AttentionOptions, operands: Operands, *rest: Outputs
-) -> Operands:
-    work = _Whole(part, options, operands, *rest)
-    whole = work.gather(operands)
-    dqueries, dkeys = Partials(work.queries, total), Partials(work.keys, total)
-    for piece in work.pieces:
-        gradients = work.backward(piece, whole)
-        dqueries.add(piece.queries, gradients.only(["query"]))
-        dkeys.add(piece.keys, gradients.only(KEYS))
-    (shares,) = dkeys.results()
-    sums = shares.map(lambda _, x: work.scatter(x).astype(operands.key.dtype))
-    return sums.replace(query=work.dquery_of(dqueries))
-
-
-class _Whole(Piecewise):
-    """A device's rows against the whole sequence of keys."""
-
-    def __init__(self, part: Part, options: AttentionOptions, operands: Operands, *rest: Outputs):
-        size, n = part.axis.size, operands.extents
-        order = balanced(part.layout, options, size, n.seqlen_q)
-        queries = Chunks.of(chunk_table(order, size), n.seqlen_q)
-        keys = Chunks(np.zeros((1, size), int), n.seqlen_k * size)
-        super().__init__(part, order, queries, keys, operands, *rest)
-        self.pieces = all_pieces(self, options, keys, own=True)
-
-    def gather(self, operands: Operands) -> Operands:
-        """The arrays of key rows of the whole sequence."""
-        return keys_of(operands).map(lambda row, x: self._whole(x, row.axis("t")))
-
-    def _whole(self, x, dim):
-        if x.shape[dim] == 0:  # which XLA refuses
-            return x
-        x = lax.all_gather(x, self.axis.name, axis=dim, tiled=True)
-        return zigzag_unpermute(x, dim, self.axis.size) if self.order == "zigzag" else x
-
-    def scatter(self, x: jax.Array) -> jax.Array:
-        """The sum over all devices of x [batch, whole sequence, ...], this device's rows of it."""
-        if x.shape[1] == 0:
-            return x
-        if self.order == "zigzag":
-            x = zigzag_permute(x, 1, self.axis.size)
-        return lax.psum_scatter(x, self.axis.name, scatter_dimension=1, tiled=True)
