@@ -30,6 +30,7 @@ OTHERS = [
     ("ring", "contiguous", dict(local_window_size=(TOKENS // 4, 0)), "P(F) F P(B) B P"),
     # Masks that no length can tell: all keys at once, when they are there.
     ("allgather", "contiguous", dict(local_window_size=(9, 0)), "G G F G G B S S"),
+    ("allgather", "contiguous", dict(alibi_slopes=np.ones(HEADS, "f")), "G G F G G B S S"),
 ]
 
 
@@ -91,6 +92,14 @@ def test_automatic_axes(mesh, strategy):
 @pytest.mark.parametrize(("strategy", "layout", "options", "expected"), OTHERS, ids=str)
 def test_other_masks(mesh, strategy, layout, options, expected):
     assert schedule(compiled(mesh, mapped(mesh, strategy, layout, **options), "plain")) == expected
+
+
+@pytest.mark.parametrize(("strategy", "layout"), CAUSAL)
+def test_sinks_and_a_cap_change_nothing(mesh, strategy, layout):
+    attend = mapped(
+        mesh, strategy, layout, is_causal=True, sinks=np.ones(HEADS, "f"), logits_soft_cap=30.0
+    )
+    assert schedule(compiled(mesh, attend, "plain")) == " ".join(CAUSAL[strategy, layout])
 
 
 def test_more_groups_of_heads(mesh):

@@ -5,8 +5,9 @@ all other devices when it has gathered them.
     backward    all_gather K, V; reduce_scatter dK, dV       [+ rows of Q, O, dO, LSE, dQ traded]
 
 Own keys are attended to beside the exchanges. Of the others, in the order of the sequence, a row
-without a mask or under a causal one sees the first, as many as a length says. Any other mask, and
-slopes of distances, take an offset over all gathered keys, which have to be there first: gathered.py.
+without a mask or under a causal one sees the first, as many as a length says. Any other mask is
+taken with an offset over all gathered keys, and so are slopes; keys have to be there first:
+gathered.py.
 
 Where attention is causal and nothing else, a device has two chunks of rows, and its own work is
 

@@ -166,13 +166,15 @@ def allgather_attention(
     Numerics:
       Without a mask, or under a causal one alone, results for a device's own keys and for the
       others' are each rounded to the input dtype by the kernels and merged in float32; under other
-      masks the forward pass is that of a single device, row by row. Each device's share of the
-      gradients of key and value is rounded to the input dtype; they are added in float32.
+      masks, and with alibi_slopes, the forward pass is that of a single device, row by row. Each
+      device's share of the gradients of key and value is rounded to the input dtype; they are added
+      in float32.
 
     Communication:
       Forward, one all-gather of K and V; backward, that and one reduce-scatter of dK and dV in
       float32. Causal attention over contiguous parts trades halves of queries and of results, as in
-      `ring_attention`. Other masks than a causal one have exchanges of their own for K and V.
+      `ring_attention`. Other masks than a causal one, and alibi_slopes, have exchanges of their own
+      for K and V.
 
     Source: Llama 3, arXiv:2407.21783, section 3.3.2.
     """
