@@ -30,7 +30,6 @@ OTHERS = [
     ("ring", "contiguous", dict(local_window_size=(TOKENS // 4, 0)), "P(F) F P(B) B P"),
     # Masks that no length can tell: all keys at once, when they are there.
     ("allgather", "contiguous", dict(local_window_size=(9, 0)), "G G F G G B S S"),
-    ("allgather", "contiguous", dict(alibi_slopes=np.ones(HEADS, "f")), "G G F G G B S S"),
 ]
 
 
@@ -96,10 +95,15 @@ def test_other_masks(mesh, strategy, layout, options, expected):
 
 @pytest.mark.parametrize(("strategy", "layout"), CAUSAL)
 def test_sinks_and_a_cap_change_nothing(mesh, strategy, layout):
-    attend = mapped(
-        mesh, strategy, layout, is_causal=True, sinks=np.ones(HEADS, "f"), logits_soft_cap=30.0
-    )
-    assert schedule(compiled(mesh, attend, "plain")) == " ".join(CAUSAL[strategy, layout])
+    scores = dict(sinks=np.ones(HEADS, "float32"), logits_soft_cap=30.0)
+    program = compiled(mesh, mapped(mesh, strategy, layout, is_causal=True, **scores), "plain")
+    assert schedule(program) == " ".join(CAUSAL[strategy, layout])
+
+
+def test_slopes_take_all_keys_at_once(mesh):
+    slopes = dict(alibi_slopes=np.ones(HEADS, "float32"))
+    program = compiled(mesh, mapped(mesh, "allgather", "contiguous", **slopes), "plain")
+    assert schedule(program) == "G G F G G B S S"
 
 
 def test_more_groups_of_heads(mesh):
