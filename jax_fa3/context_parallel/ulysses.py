@@ -187,14 +187,18 @@ class _Exchange:
 
     def _heads_of(self, group, x):
         """This device's heads of a group, of x [batch, query heads]."""
-        heads = x.reshape(x.shape[0], self.axis.size, self.groups, -1)
-        return lax.dynamic_index_in_dim(heads, self.axis.rank, 1, keepdims=False)[:, group]
+        batch, heads = x.shape
+        count = heads // (self.axis.size * self.groups)
+        x = x.reshape(batch, self.axis.size, self.groups, count)
+        return lax.dynamic_index_in_dim(x, self.axis.rank, 1, keepdims=False)[:, group]
 
     def _among_all(self, groups, absent):
         """[batch, query heads] of this device's groups of heads, the inverse of `_heads_of`."""
-        own = jnp.stack(groups, 1)[:, None]  # [batch, 1, group, heads]
-        is_own = jnp.arange(self.axis.size)[:, None, None] == self.axis.rank
-        return jnp.where(is_own, own, absent).reshape(own.shape[0], -1)
+        own = jnp.concatenate(groups, 1)
+        batch, heads = own.shape
+        is_own = jnp.arange(self.axis.size)[:, None] == self.axis.rank
+        x = jnp.where(is_own, own[:, None], absent)
+        return x.reshape(batch, self.axis.size * heads)
 
     def _exchanged(self, bundle):
         rows = bundle.rows()
