@@ -60,6 +60,7 @@ def backward(
 
 def _by_groups(exchange: _Exchange, attend: Callable[..., Bundle], *bundles: Bundle) -> Bundle:
     """This device's rows of attend(*bundles), with all heads."""
+    bundles = [bundle.map(exchange.gather) for bundle in bundles]
     waiting = [exchange.to_heads(group, bundles) for group in range(exchange.groups)]
     arriving, waiting = beside(exchange.swap(waiting[0]), waiting)
     here = unpack(arriving, *waiting.pop(0))
@@ -98,6 +99,14 @@ class _Exchange:
         self.repeats = group // math.gcd(group, n.num_heads_q // self.axis.size)
         heads = n.num_heads_kv * self.repeats // self.axis.size
         self.groups = max(count for count in range(1, GROUPS + 1) if heads % count == 0)
+
+    def gather(self, row: Row, x: jax.Array) -> jax.Array:
+        """Whole sequences of an array that has rows and no heads."""
+        if row.axis("st") is None or row.axis("hk") is not None:
+            return x
+        dim = row.axis("st")
+        x = lax.all_gather(x, self.axis.name, axis=dim, tiled=True)
+        return zigzag_unpermute(x, dim, self.axis.size) if self.layout == "zigzag" else x
 
     def swap(self, arrays: Sequence[jax.Array]) -> jax.Array | None:
         """What the devices have for each other of these arrays, packed."""
@@ -186,8 +195,8 @@ class _Exchange:
 
 
 def _is_exchanged(row: Row) -> bool:
-    """Whether an array has both the rows and the heads of a sequence; else it has neither."""
+    """Whether an array has both rows and heads."""
     heads, sequence = row.axis("hk"), row.axis("st")
-    if (heads is None) != (sequence is None):
-        raise NotImplementedError(f"'ulysses' cannot divide dimensions {row.dims}")
+    if sequence is None and heads is not None:
+        raise NotImplementedError(f"'ulysses' cannot divide the heads of dimensions {row.dims}")
     return heads is not None
