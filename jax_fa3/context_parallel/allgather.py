@@ -135,7 +135,7 @@ def _is_apart(part: Part, options: AttentionOptions, operands: Operands) -> bool
     n = operands.extents
     causal = n.seqlen_q == n.seqlen_k and mask.is_causal_alone(options, operands)
     some = part.axis.size > 1 and n.seqlen_q * n.seqlen_k > 0
-    return some and (causal or not mask.has_positions(options, operands))
+    return some and (causal or mask.is_by_length(options, operands))
 
 
 class _Apart(Piecewise):

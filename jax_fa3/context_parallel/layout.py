@@ -215,13 +215,23 @@ class Packed:
 
 
 def by_row(row: Row, x: jax.Array) -> jax.Array:
-    """[batch, rows, heads, width] of an array that may be [batch, heads, rows]."""
-    return x.swapaxes(1, 2)[..., None] if row.dims == "bhs" else x
+    """[batch, rows, heads, width] of an array of rows, which may have heads before its rows, or
+    none of the last two."""
+    heads = row.axis("hk")
+    if heads is None:
+        x = x[:, :, None]
+    elif heads < row.axis("st"):
+        x = x.swapaxes(1, 2)
+    return x if row.axis("de") else x[..., None]
 
 
 def from_row(row: Row, x: jax.Array) -> jax.Array:
     """The array of which `by_row` made x."""
-    return x[..., 0].swapaxes(1, 2) if row.dims == "bhs" else x
+    x = x if row.axis("de") else x[..., 0]
+    heads = row.axis("hk")
+    if heads is None:
+        return x[:, :, 0]
+    return x.swapaxes(1, 2) if heads < row.axis("st") else x
 
 
 class Part(NamedTuple):

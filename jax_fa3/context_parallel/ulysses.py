@@ -66,6 +66,7 @@ def _by_groups(
 ) -> Bundle:
     """This device's rows of attend(*bundles), with all heads; of what has no rows, `absent` for the
     heads of other devices."""
+    bundles = [bundle.map(exchange.gather) for bundle in bundles]
     waiting = [exchange.to_heads(group, bundles) for group in range(exchange.groups)]
     arriving, waiting = beside(exchange.swap(waiting[0]), waiting)
     here = unpack(arriving, *waiting.pop(0))
@@ -105,6 +106,14 @@ class _Exchange:
         self.repeats = group // math.gcd(group, n.num_heads_q // self.axis.size)
         heads = n.num_heads_kv * self.repeats // self.axis.size
         self.groups = max(count for count in range(1, GROUPS + 1) if heads % count == 0)
+
+    def gather(self, row: Row, x: jax.Array) -> jax.Array:
+        """Whole sequences of an array that has rows and no heads."""
+        if row.axis("st") is None or row.axis("hk") is not None:
+            return x
+        dim = row.axis("st")
+        x = lax.all_gather(x, self.axis.name, axis=dim, tiled=True)
+        return zigzag_unpermute(x, dim, self.axis.size) if self.layout == "zigzag" else x
 
     def swap(self, arrays: Sequence[jax.Array]) -> jax.Array | None:
         """What the devices have for each other of these arrays, packed."""
@@ -215,9 +224,9 @@ class _Exchange:
 
 
 def _is_exchanged(row: Row) -> bool:
-    """Whether an array has both the rows and the heads of a sequence; else it has no rows, and
-    query heads if any."""
+    """Whether an array has both rows and heads; else it is whole on every device, with rows or with
+    query heads if it has any."""
     heads, sequence = row.axis("hk"), row.axis("st")
-    if (heads is None and sequence is not None) or (sequence is None and "k" in row.dims):
-        raise NotImplementedError(f"'ulysses' cannot divide dimensions {row.dims}")
-    return sequence is not None
+    if sequence is None and "k" in row.dims:
+        raise NotImplementedError(f"'ulysses' cannot divide the heads of dimensions {row.dims}")
+    return heads is not None and sequence is not None
