@@ -162,6 +162,15 @@ gpu-module:
 TAKES_NEWEST = $*/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	{ echo "PINS=newest needs Python >= 3.12, as the newest JAX does; set BASE_PYTHON."; exit 1; }
 
+# JAX's CUDA plugin without CUDA, beside the environment's packages: tests/conftest.py finds it there
+# for programs that are compiled for GPUs and not run.
+define COMPILER_FOR_GPUS
+$*/bin/pip install -q --disable-pip-version-check --no-deps --upgrade --target $*/cuda \
+	$$($*/bin/python -c 'from jax import __version__ as x; \
+	print(f"jax-cuda13-plugin=={x} jax-cuda13-pjrt=={x}")') \
+	|| echo "No CUDA plugin for this machine: tests of programs compiled for GPUs are left out."
+endef
+
 %/.ready: requirements/dev.txt
 	@test -x $*/bin/python || test -n "$(BASE_PYTHON)" || \
 		{ echo "No Python >= 3.11 with its headers (python3-dev) and venv found; set BASE_PYTHON."; exit 1; }
@@ -170,6 +179,7 @@ TAKES_NEWEST = $*/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12)
 	@echo "Installing $< into $*; the first time takes minutes."
 	$(if $(filter newest,$(PINS)),sed 's/==.*//',cat) $< $(if $(HAS_GPU),| sed 's/^jax\b/jax[cuda13]/') \
 		| $*/bin/pip install -q --disable-pip-version-check --upgrade -r /dev/stdin
+	$(if $(HAS_GPU),,$(COMPILER_FOR_GPUS))
 	@touch $@
 
 ifneq ($(VENV),$(TOOLS))

@@ -6,8 +6,8 @@
     python -m benchmarks.scores --dry-run               # trace and lower only; needs no GPU
 
 The problems are those of benchmarks.attention, and all calls are of jax_fa3. Sinks are low, the cap
-is high and slopes are slight: what the kernels do does not depend on them, and the answers are those
-without, by which they are checked.
+is high and slopes are slight: what the kernels do does not depend on them, and the answers are
+those without, by which they are checked.
 """
 
 import argparse

@@ -142,12 +142,18 @@ def is_triangular(options: AttentionOptions) -> bool:
 def is_causal_alone(options: AttentionOptions, operands: Operands) -> bool:
     """Whether rows see the keys up to their own position, and nothing else but the keys' lengths
     has a say, nor do positions in scores. An array that is not named here may have one."""
-    known = {"query", "key", "value", "key_lengths", "sinks"}
     return (
         options.window_left == UNBOUNDED
         and options.window_right == options.query_offset == 0
-        and operands.present().keys() <= known
+        and operands.present().keys() <= {"query", "key", "value", "key_lengths", "sinks"}
     )
+
+
+def is_by_length(options: AttentionOptions, operands: Operands) -> bool:
+    """Whether nothing but lengths has a say in what rows see, wherever they stand, and positions
+    none in scores."""
+    known = {"query", "key", "value", "query_lengths", "key_lengths", "query_offset", "sinks"}
+    return not has_window(options) and operands.present().keys() <= known
 
 
 def reach(options: AttentionOptions) -> int:

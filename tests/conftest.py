@@ -6,12 +6,14 @@ The variables must be set before JAX is first imported, hence here.
 
 import glob
 import os
+import sys
 
 import pytest
 
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.append(os.path.join(sys.prefix, "cuda"))  # the compiler for GPUs: see Makefile
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
     ).strip()

@@ -97,12 +97,21 @@ def test_causal_over_any_number_of_devices(strategy, layout, size):
     [
         (CAUSAL, "zigzag", 4),
         (dataclasses.replace(CAUSAL, heads_kv=1), "contiguous", 8),
+        (dataclasses.replace(CAUSAL, heads_kv=8), "zigzag", 2),
         (dataclasses.replace(CAUSAL, heads_q=12, heads_kv=4), "contiguous", 2),
         (dataclasses.replace(CAUSAL, heads_q=12, heads_kv=4, window=(9, 0)), "contiguous", 3),
         (dataclasses.replace(CASES[6], seqlen_k=32), "zigzag", 2),
         (dataclasses.replace(CAUSAL, offset=(-20, 9), seqlen_k=128), "contiguous", 4),
     ],
-    ids=["GQA", "MQA", "groups kept", "groups cut unevenly", "lengths", "offsets"],
+    ids=[
+        "GQA",
+        "MQA",
+        "four exchanges",
+        "groups kept",
+        "groups cut unevenly",
+        "lengths",
+        "offsets",
+    ],
 )
 def test_ulysses(case, layout, size):
     if size == 3:
@@ -110,9 +119,19 @@ def test_ulysses(case, layout, size):
     check_strategy(case, "ulysses", layout, size)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "allgather"])
-def test_odd_number_of_rows_goes_without_halves(strategy):
-    check_strategy(dataclasses.replace(CAUSAL, seqlen_q=36, seqlen_k=36), strategy, "contiguous", 4)
+@pytest.mark.parametrize(
+    ("strategy", "causal"), [("ring", True), ("allgather", True), ("allgather", False)]
+)
+def test_odd_number_of_rows_goes_without_halves(strategy, causal):
+    case = dataclasses.replace(CAUSAL, seqlen_q=36, seqlen_k=36, causal=causal)
+    check_strategy(case, strategy, "contiguous", 4)
+
+
+def test_key_lengths_that_end_within_own_and_others_keys():
+    """Own keys are taken out of the gathered ones, in layout "zigzag" two chunks of them."""
+    case = dataclasses.replace(CAUSAL, batch=5, key_lengths=(0, 5, 20, 43, 64))
+    check_strategy(case, "allgather", "zigzag", 4)
+    check_strategy(dataclasses.replace(case, causal=False), "allgather", "zigzag", 4)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "allgather"])

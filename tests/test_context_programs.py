@@ -54,10 +54,11 @@ def collectives(function, args):
     return {name: sorted(sizes) for name, sizes in found.items()}
 
 
-KV = 2 * KEY  # keys and values in one permute
-HALVES = [KV // 2, QUERY // 2, QUERY // 2]  # keys and values; query; out
-BACKWARD_HALVES = [  # lse; query, out and dout at once; keys and values; the gradients
-    *[LSE // 2, 3 * QUERY // 2, KV // 2],
+KV = 2 * KEY  # keys and values in one exchange
+RING = [KV, KV, 2 * KV, KV, KV]  # two keys; the third with the first gradients; two gradients
+HALVES = [KV // 2, QUERY // 2, (QUERY + LSE) // 2]  # keys and values; query; out and lse
+BACKWARD_HALVES = [  # query, out, dout and lse; keys and values; the gradients
+    *[(3 * QUERY + LSE) // 2, KV // 2],
     *[QUERY // 2, KV // 2],
 ]
 
@@ -65,31 +66,32 @@ BACKWARD_HALVES = [  # lse; query, out and dout at once; keys and values; the gr
 @pytest.mark.parametrize(
     ("strategy", "layout", "options", "forward", "backward"),
     [
-        ("ring", "zigzag", {}, [KV] * 3, [KV] * 6),
-        ("ring", "contiguous", {}, [KV] * 3 + HALVES, [KV] * 6 + BACKWARD_HALVES),
-        ("ring", "contiguous", dict(is_causal=False), [KV] * 3, [KV] * 6),
+        ("ring", "zigzag", {}, [KV] * 3, RING),
+        ("ring", "contiguous", {}, [KV] * 3 + HALVES, RING + BACKWARD_HALVES),
+        ("ring", "contiguous", dict(is_causal=False), [KV] * 3, RING),
         ("ring", "contiguous", dict(local_window_size=ROWS // 2), [KV], [KV] * 2),
-        ("ring", "contiguous", dict(local_window_size=ROWS + 2), [KV] * 2, [KV] * 4),
-        ("allgather", "zigzag", {}, [], []),
         (
-            "allgather",
+            "ring",
             "contiguous",
-            {},
-            [HALVES[0], *HALVES[2:]],
-            [*BACKWARD_HALVES[:2], QUERY // 2],
+            dict(local_window_size=ROWS + 2),
+            [KV] * 2,
+            [KV] * 4,
         ),
+        ("allgather", "zigzag", {}, [], []),
+        ("allgather", "contiguous", {}, HALVES[1:], [BACKWARD_HALVES[0], QUERY // 2]),
+        ("allgather", "contiguous", dict(local_window_size=2), [], []),
     ],
     ids=str,
 )
 def test_permutes(strategy, layout, options, forward, backward):
-    """The ring's permutes, keys and values in one; halves traded for contiguous causal parts. The
-    gradient's program has the forward pass in it."""
+    """The ring's permutes, keys and values in one; halves traded for contiguous causal parts."""
     (found, found_backward) = (collectives(*x) for x in programs(strategy, layout, **options))
     assert found.pop("collective-permute", []) == sorted(forward)
     assert found_backward.pop("collective-permute", []) == sorted(backward)
     if strategy == "allgather":
-        assert found == {"all-gather": [KEY * DEVICES] * 2}
-        assert found_backward == found | {"reduce-scatter": [KEY] * 2}
+        sizes = [KEY, KEY] if "local_window_size" in options else [KV]
+        assert found == {"all-gather": [DEVICES * size for size in sizes]}
+        assert found_backward == found | {"reduce-scatter": sizes}
     else:
         assert found == found_backward == {}
 
@@ -98,7 +100,7 @@ def test_exchanges_of_ulysses():
     """Query, keys, values (as many heads as devices) and out; all and their gradients."""
     found, found_backward = (collectives(*x) for x in programs("ulysses"))
     assert {*found} == {*found_backward} == {"all-to-all"}
-    assert sum(found["all-to-all"]) == 4 * QUERY
+    assert sum(found["all-to-all"]) == 4 * QUERY + LSE
     assert sum(found_backward["all-to-all"]) == 8 * QUERY + LSE
 
 
@@ -111,9 +113,11 @@ def test_exchanges_of_ulysses():
         ("ring", "contiguous", dict(is_causal=False), 4),
         ("ring", "zigzag", dict(is_causal=False), 4),
         ("ring", "zigzag", dict(local_window_size=2), 3 + 2),  # own; neighbours in the sequence
-        ("allgather", "zigzag", {}, 2),
-        ("allgather", "zigzag", dict(is_causal=False), 1),
-        ("allgather", "contiguous", dict(is_causal=False), 1),
+        ("allgather", "zigzag", {}, (3, 4)),
+        ("allgather", "zigzag", dict(is_causal=False), (2, 3)),
+        ("allgather", "contiguous", {}, 5),
+        ("allgather", "contiguous", dict(is_causal=False), (2, 3)),
+        ("allgather", "contiguous", dict(local_window_size=2), 1),
         ("ulysses", "contiguous", {}, 1),
     ],
     ids=str,
@@ -121,7 +125,10 @@ def test_exchanges_of_ulysses():
 def test_kernel_calls(strategy, layout, options, count):
     """For CUDA: one call a step, in both directions; the steps of a causal ring without a mask."""
     both = programs(strategy, layout, "bfloat16", **options)
-    for direction, (function, args) in zip(("forward", "backward"), both, strict=True):
+    counts = count if isinstance(count, tuple) else (count, count)
+    for direction, count, (function, args) in zip(
+        ("forward", "backward"), counts, both, strict=True
+    ):
         calls = custom_calls(lower(function, *args))
         assert [call[0] for call in calls] == [f"jax_fa3_{direction}"] * count
         if strategy == "ring" and count == 4 and not options:

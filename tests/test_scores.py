@@ -440,6 +440,9 @@ ON_MESH = Case(
 SLOPES = dict(alibi="any")
 WINDOW = dict(alibi="any", window=(6, 0), offset=3)
 CAPPED = dict(alibi="any", softcap=2.0, causal=False)
+ALONE = dict(query_lengths=None)  # nothing but causal and the keys' lengths
+UNMASKED = dict(softcap=2.0, causal=False)
+GROUPS = dict(alibi="any", heads_q=8, heads_kv=4)
 
 
 def case_of(options):
@@ -526,9 +529,15 @@ def test_split_sequence(kind, strategy):
         ("ring", "contiguous", 2, {}),
         ("ring", "contiguous", 4, WINDOW),
         ("ring", "zigzag", 2, CAPPED),
+        ("ring", "zigzag", 4, ALONE),
+        ("ring", "contiguous", 2, UNMASKED),
         ("allgather", "contiguous", 2, SLOPES),
         ("allgather", "zigzag", 2, CAPPED),
+        ("allgather", "contiguous", 4, ALONE),
+        ("allgather", "zigzag", 2, ALONE),
+        ("allgather", "contiguous", 2, UNMASKED),
         ("ulysses", "zigzag", 2, WINDOW),
+        ("ulysses", "contiguous", 2, GROUPS),
     ],
 )
 def test_divided_sequence(strategy, layout, size, options):

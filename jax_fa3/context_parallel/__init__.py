@@ -7,9 +7,12 @@ work are calls of `local`, which is operations.py, or what partitions these furt
 
 Three strategies, each a forward and a backward function:
 
-    allgather   every device gathers all keys and values, and attends with its own queries
+    allgather   every device attends to its own keys, and gathers all others' meanwhile
     ring        keys and values travel from device to device, one part at a time
     ulysses     sequence parts are exchanged for heads, and each device attends to whole sequences
+
+An exchange hides under kernels that do not need it. XLA has one under way at a time, and does not
+know how long a kernel takes: pieces.beside gives each exchange its kernels.
 
 What becomes of an array follows from its row: arrays of query rows stay with the queries, arrays of
 key rows go where keys go, positions are counted anew for each piece. What has no such rule raises.
@@ -64,9 +67,9 @@ class Divided(NamedTuple):
         cotangents: Outputs,
     ) -> Operands:
         _check(operands)
-        # Else XLA takes these exchanges for those of `forward` and keeps their results until here.
-        key, value = lax.optimization_barrier((operands.key, operands.value))
-        operands = operands.replace(key=key, value=value)
+        # Else XLA takes these exchanges for those of `forward` and keeps their results until here,
+        # or has both made by one.
+        operands, outputs, cotangents = lax.optimization_barrier((operands, outputs, cotangents))
         strategy = _STRATEGIES[self.strategy]
         return strategy.backward(self._part(), options, operands, outputs, cotangents)
 
@@ -77,12 +80,12 @@ class Divided(NamedTuple):
 def choose(options: AttentionOptions, operands: Operands, axis_size: int) -> Strategy:
     """The strategy for these local arrays, or their types, over `axis_size` devices.
 
-    A ring moves as many bytes as gathering does, but next to its kernels, and it holds one part of
-    the keys at a time; it merges a partial result at each step. Prefer it where a window skips most
-    steps, where the gathered keys are as many as all queries (without groups of query heads), and
-    where they take too much memory. Otherwise gather: two calls at full size, with the sums of a
-    single device. Ulysses depends on the number of heads and moves queries and outputs too; it is
-    never picked.
+    A ring moves as many bytes as gathering does, beside all of its kernels and not the first ones
+    alone, and it holds one part of the keys at a time; it merges a partial result at each step.
+    Prefer it where a window skips most steps, where the gathered keys are as many as all queries
+    (without groups of query heads), and where they take too much memory. Otherwise gather: few
+    large calls, and one merge. Ulysses depends on the number of heads and moves queries and outputs
+    too; it is never picked.
     """
     n = operands.extents
     row_bytes = n.num_heads_kv * (n.head_dim + n.head_dim_v) * operands.key.dtype.itemsize

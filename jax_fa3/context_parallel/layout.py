@@ -7,7 +7,7 @@ this device.
 Causal attention is balanced when a device holds, of 2N chunks, one from each end:
 
     device         0     1     2     3            chunks 0..7 of the sequence, N = 4
-    contiguous   0 1   2 3   4 5   6 7
+    contiguous   0 1   2 3   4 5   6 7            or "halves", where they are worked on apart
     zigzag       0 7   1 6   2 5   3 4
     mirrored     0 7   2 5   3 4   1 6            what `mirror` makes of contiguous
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,12 +24,12 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.operands import Bundle
+from jax_fa3.operands import Bundle, Row
 from jax_fa3.operations import Operations
 from jax_fa3.options import AttentionOptions
 
 Layout = Literal["contiguous", "zigzag"]
-Order = Literal["contiguous", "zigzag", "mirrored"]
+Order = Literal["contiguous", "halves", "zigzag", "mirrored"]
 
 
 def zigzag_permute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
@@ -82,6 +81,8 @@ def chunk_table(order: Order, size: int) -> np.ndarray:
     rank = np.arange(size)
     if order == "contiguous":
         return rank[None]
+    if order == "halves":
+        return np.stack([2 * rank, 2 * rank + 1])
     low = rank if order == "zigzag" else np.minimum(2 * rank, 2 * size - 1 - 2 * rank)
     return np.stack([low, 2 * size - 1 - low])
 
@@ -108,13 +109,13 @@ class Axis:
         return cls(name, lax.axis_size(name), lax.axis_index(name))
 
     def pick(self, table: np.ndarray) -> jax.Array:
-        """int32 []: this device's entry of a table with one entry per device."""
-        return jnp.asarray(table, jnp.int32)[self.rank]
+        """int32: this device's entries of a table, which has the devices in its last dimension."""
+        return jnp.asarray(table, jnp.int32)[..., self.rank]
 
-    def shift(self, x: jax.Array, distance: int) -> jax.Array:
+    def shift(self, x: Any, distance: int) -> Any:
         """x of the device `distance` before this one, around the ring."""
         pairs = [(rank, (rank + distance) % self.size) for rank in range(self.size)]
-        return lax.ppermute(x, self.name, pairs)
+        return jax.tree.map(lambda x: lax.ppermute(x, self.name, pairs), x)
 
     def mirror(self, x: jax.Array, dim: int) -> jax.Array:
         """Contiguous rows to mirrored ones: the second half is traded with device N - 1 - rank.
@@ -123,18 +124,19 @@ class Axis:
         that is the one that stayed.
         """
         own, given = jnp.split(x, 2, dim)
-        got = self._reflect(given)
+        got = self.reflect(given)
         return jnp.concatenate([self._first(own, got), self._first(got, own)], dim)
 
     def unmirror(self, x: jax.Array, dim: int) -> jax.Array:
         """The inverse of `mirror`."""
         low, high = jnp.split(x, 2, dim)
         own, given = self._first(low, high), self._first(high, low)
-        return jnp.concatenate([own, self._reflect(given)], dim)
+        return jnp.concatenate([own, self.reflect(given)], dim)
 
-    def _reflect(self, x):
+    def reflect(self, x: Any) -> Any:
+        """x of device N - 1 - rank."""
         pairs = [(rank, self.size - 1 - rank) for rank in range(self.size)]
-        return lax.ppermute(x, self.name, pairs)
+        return jax.tree.map(lambda x: lax.ppermute(x, self.name, pairs), x)
 
     def _first(self, x, y):
         return jnp.where(2 * self.rank < self.size, x, y)
@@ -143,60 +145,93 @@ class Axis:
 def pack(*arrays: jax.Array) -> jax.Array:
     """Arrays that travel as one, whose shapes differ in the last dimension at most. A new leading
     axis keeps each of them dense and its dimensions as they were sharded; unequal arrays share
-    their last dimension.
+    their last dimension, those of unequal dtypes as 16-bit words.
     """
-    if len({x.shape for x in arrays}) == 1:
+    if len({(x.shape, x.dtype) for x in arrays}) == 1:
         return jnp.stack(arrays)
-    return jnp.concatenate(arrays, axis=-1)
+    if _are_mixed(arrays):
+        arrays = map(_words, arrays)
+    return jnp.concatenate(tuple(arrays), axis=-1)
 
 
 def unpack(packed: jax.Array, *like: jax.Array) -> list[jax.Array]:
-    """The arrays of `pack`, which had the shapes of `like`."""
+    """The arrays of `pack`, which had the shapes and dtypes of `like`."""
     if packed.ndim > like[0].ndim:
         return [packed[i] for i in range(len(like))]
-    return jnp.split(packed, np.cumsum([x.shape[-1] for x in like])[:-1], axis=-1)
+    in_words = _are_mixed(like)
+    widths = [x.shape[-1] * (x.dtype.itemsize // 2 if in_words else 1) for x in like]
+    parts = jnp.split(packed, np.cumsum(widths)[:-1], axis=-1)
+    if not in_words:
+        return parts
+    return [_from_words(part, x) for part, x in zip(parts, like, strict=True)]
 
 
+def _are_mixed(arrays) -> bool:
+    return len({x.dtype for x in arrays}) > 1
+
+
+def _words(x):
+    words = lax.bitcast_convert_type(x, jnp.uint16)
+    return words.reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize // 2)
+
+
+def _from_words(words, like):
+    count = like.dtype.itemsize // 2
+    if count > 1:
+        words = words.reshape(*like.shape, count)
+    return lax.bitcast_convert_type(words, like.dtype)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The arrays of some bundles, those that differ in no more than their last dimension as one."""
+    """The arrays of some bundles, those of equal batch, rows and heads as one. jax.tree.map over it
+    exchanges them: arrays have their rows in dimension -3, before heads and width.
+    """
 
-    bundles: tuple[Bundle, ...]
-    groups: dict[tuple, list[tuple[int, str]]]  # by dimensions and dtype: bundle and name
-    arrays: dict[tuple, jax.Array]
+    arrays: tuple[jax.Array, ...]
+    groups: tuple = dataclasses.field(metadata=dict(static=True))  # for each: (bundle, name), ...
+    like: tuple = dataclasses.field(metadata=dict(static=True))  # the bundles, of types by row
 
     @classmethod
     def of(cls, *bundles: Bundle) -> Packed:
+        bundles = tuple(bundle.map(by_row) for bundle in bundles)
         groups = defaultdict(list)
         for i, bundle in enumerate(bundles):
-            for (name, x), dims in zip(bundle.present().items(), bundle.dims(), strict=True):
-                groups[dims.rstrip("de"), len(dims), x.dtype].append((i, name))
-        arrays = {
-            kind: pack(*(getattr(bundles[i], name) for i, name in group))
-            for kind, group in groups.items()
-        }
-        return cls(bundles, groups, arrays)
-
-    def each(self, function: Callable[[jax.Array], jax.Array]) -> Packed:
-        arrays = {kind: function(x) for kind, x in self.arrays.items()}
-        return dataclasses.replace(self, arrays=arrays)
-
-    def along(self, function: Callable[[jax.Array, int], jax.Array]) -> Packed:
-        """function(array, dimension of its sequence, from the end)."""
-
-        def dim(dims, ndim, _):
-            return next(dims.index(letter) for letter in "st" if letter in dims) - ndim
-
-        arrays = {kind: function(x, dim(*kind)) for kind, x in self.arrays.items()}
-        return dataclasses.replace(self, arrays=arrays)
+            for name, x in bundle.present().items():
+                groups[x.shape[:-1]].append((i, name))
+        groups = tuple(map(tuple, groups.values()))
+        arrays = (pack(*(getattr(bundles[i], name) for i, name in group)) for group in groups)
+        return cls(tuple(arrays), groups, jax.tree.map(jax.typeof, bundles))
 
     def unpacked(self) -> tuple[Bundle, ...]:
-        found = [{} for _ in self.bundles]
-        for kind, group in self.groups.items():
-            like = [getattr(self.bundles[i], name) for i, name in group]
-            for (i, name), x in zip(group, unpack(self.arrays[kind], *like), strict=True):
+        found = [{} for _ in self.like]
+        for group, packed in zip(self.groups, self.arrays, strict=True):
+            like = [getattr(self.like[i], name) for i, name in group]
+            for (i, name), x in zip(group, unpack(packed, *like), strict=True):
                 found[i][name] = x
-        return tuple(type(x)(**arrays) for x, arrays in zip(self.bundles, found, strict=True))
+        pairs = zip(self.like, found, strict=True)
+        return tuple(type(bundle)(**arrays).map(from_row) for bundle, arrays in pairs)
+
+
+def by_row(row: Row, x: jax.Array) -> jax.Array:
+    """[batch, rows, heads, width] of an array of rows, which may have heads before its rows, or
+    none of the last two."""
+    heads = row.axis("hk")
+    if heads is None:
+        x = x[:, :, None]
+    elif heads < row.axis("st"):
+        x = x.swapaxes(1, 2)
+    return x if row.axis("de") else x[..., None]
+
+
+def from_row(row: Row, x: jax.Array) -> jax.Array:
+    """The array of which `by_row` made x."""
+    x = x if row.axis("de") else x[..., 0]
+    heads = row.axis("hk")
+    if heads is None:
+        return x[:, :, 0]
+    return x.swapaxes(1, 2) if heads < row.axis("st") else x
 
 
 class Part(NamedTuple):

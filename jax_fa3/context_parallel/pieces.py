@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,10 @@ class Chunks(NamedTuple):
         """Chunks that hold `seqlen` rows together, with the global numbers in `table`."""
         rows = seqlen // len(table)
         return cls(table * rows, rows)
+
+    def at(self, chosen: tuple[int, ...]) -> Chunks:
+        """Some of the chunks."""
+        return self._replace(starts=self.starts[list(chosen)])
 
     def held_by(self, distance: int) -> Chunks:
         """The chunks of the device `distance` before each one, around the ring."""
@@ -130,14 +134,26 @@ def held(axis: Axis, queries: Chunks, keys: Chunks) -> Callable[[Counts, jax.Arr
     return recount
 
 
-def keys_of(operands: Operands) -> dict[str, jax.Array]:
+def keys_of(operands: Operands) -> Operands:
     """The arrays that are divided with the key rows."""
-    rows = operands.rows()
-    return {name: x for name, x in operands.present().items() if rows[name].splits == "keys"}
+    return _dividing("keys", operands)
+
+
+def rows_of(bundle: Bundle) -> Bundle:
+    """The arrays that are divided with the query rows."""
+    return _dividing("queries", bundle)
+
+
+def _dividing(rows, bundle):
+    return bundle.only([name for name, row in bundle.rows().items() if row.splits == rows])
 
 
 class Piecewise:
-    """A device's share of the work in the order it is done in; runs pieces of it."""
+    """A device's share of the work in the order it is done in; runs pieces of it.
+
+    What has no rows, the largest logits and the gradients of sinks, does not go with the results of
+    a piece: it is kept here until all pieces are done.
+    """
 
     def __init__(
         self,
@@ -150,67 +166,62 @@ class Piecewise:
     ):
         self.local, self.axis, self.order = part.local, part.axis, order
         self.queries, self.keys = queries, keys
-        self.operands, *self.rest = self._reordered(operands, *rest)
+        self.operands, *self.rest = self._with_rows(operands, *rest)
         self.max_logits, self.dsinks = [], []  # of the pieces so far
 
-    def _reordered(self, *bundles: Bundle) -> tuple[Bundle, ...]:
+    def _with_rows(self, *bundles: Bundle) -> tuple[Bundle, ...]:
         """The bundles with the query rows that this device works on in place of its own."""
-        if self.order != "mirrored":
-            return bundles
-        rows = [
-            bundle.only([n for n, row in bundle.rows().items() if row.splits == "queries"])
-            for bundle in bundles
-        ]
-        mirrored = Packed.of(*rows).along(self.axis.mirror).unpacked()
-        pairs = zip(bundles, mirrored, strict=True)
+        pairs = zip(bundles, self.reordered(*map(rows_of, bundles)), strict=True)
         return tuple(bundle.replace(**rows.present()) for bundle, rows in pairs)
 
-    def restore(self, x: jax.Array, dim: int) -> jax.Array:
-        """A result for the rows worked on to that for this device's, along dimension `dim`."""
-        return self.axis.unmirror(x, dim) if self.order == "mirrored" else x
+    def reordered(self, *bundles: Bundle) -> tuple[Bundle, ...]:
+        """Arrays of this device's rows to those of the rows that it works on."""
+        if self.order != "mirrored":
+            return bundles
+        mirror = functools.partial(self.axis.mirror, dim=-3)
+        return jax.tree.map(mirror, Packed.of(*bundles)).unpacked()
 
-    def forward(self, piece: Piece, here: dict[str, jax.Array]) -> Iterable:
-        """(out, lse) for each of the piece's query chunks; `here` has the arrays of key rows."""
-        outputs = self.local.forward(piece.options, self._operands(piece, here))
+    def restored(self, results: Bundle) -> Bundle:
+        """Results for the rows worked on to those for this device's."""
+        if self.order != "mirrored":
+            return results
+        back = functools.partial(self.axis.unmirror, dim=-3)
+        return jax.tree.map(back, Packed.of(results)).unpacked()[0]
+
+    def forward(self, piece: Piece, keys: Bundle) -> Outputs:
+        """The outputs for the rows of a piece; `keys` has the arrays of key rows."""
+        outputs = self.local.forward(piece.options, self._operands(piece, keys))
         if outputs.max_logits is not None:
             self.max_logits.append(outputs.max_logits)
-        count = len(piece.queries)
-        return zip(jnp.split(outputs.out, count, 1), jnp.split(outputs.lse, count, 2), strict=True)
+        return rows_of(outputs)
 
-    def backward(self, piece: Piece, here: dict[str, jax.Array]) -> tuple[Iterable, Iterable]:
-        """dquery for each of the piece's query chunks, (dkey, dvalue) for each key chunk."""
+    def backward(self, piece: Piece, keys: Bundle) -> Operands:
+        """The gradients of the rows and keys of a piece."""
         take = functools.partial(self._take, piece)
         rest = (x.map(take) for x in self.rest)
-        gradients = self.local.backward(piece.options, self._operands(piece, here), *rest)
+        gradients = self.local.backward(piece.options, self._operands(piece, keys), *rest)
         if gradients.sinks is not None:
             self.dsinks.append(gradients.sinks)
-        count = len(piece.keys)
-        dkeys = (jnp.split(x, count, 1) for x in (gradients.key, gradients.value))
-        return jnp.split(gradients.query, len(piece.queries), 1), zip(*dkeys, strict=True)
+        return gradients.replace(sinks=None)
 
     def outputs_of(self, partials: Partials) -> Outputs:
-        """The merged out and lse of this device's rows."""
-        outs, lses = zip(*partials.results(), strict=True)
-        out = jnp.concatenate(outs, 1).astype(self.operands.query.dtype)
-        lse = self.restore(jnp.concatenate(lses, 2), -1)
-        max_logits = functools.reduce(jnp.maximum, self.max_logits) if self.max_logits else None
-        return Outputs(self.restore(out, -3), lse, max_logits)
+        """The merged outputs of this device's rows, and the largest logits of its pieces."""
+        merged = joined(partials.results())
+        out = merged.out.astype(self.operands.query.dtype)
+        outputs = self.restored(merged.replace(out=out))
+        if not self.max_logits:
+            return outputs
+        return outputs.replace(max_logits=functools.reduce(jnp.maximum, self.max_logits))
 
-    def gradients_of(self, dqueries: Partials, dkey: jax.Array, dvalue: jax.Array) -> Operands:
-        """The summed gradients of this device's arrays, and its share of those of sinks."""
-        return type(self.operands)(
-            query=self.dquery_of(dqueries),
-            key=dkey,
-            value=dvalue,
-            sinks=sum(self.dsinks) if self.dsinks else None,
-        )
+    def gradients_of(self, dqueries: Partials, dkeys: Operands) -> Operands:
+        """The gradients of this device's arrays, with its share of those of sinks; `dkeys` has
+        those of its keys."""
+        gradient = joined(dqueries.results())
+        dquery = gradient.query.astype(self.operands.query.dtype)
+        dquery = self.restored(gradient.replace(query=dquery)).query
+        return dkeys.replace(query=dquery, sinks=sum(self.dsinks) if self.dsinks else None)
 
-    def dquery_of(self, partials: Partials) -> jax.Array:
-        """The summed gradient of this device's query."""
-        dquery = jnp.concatenate(partials.results(), 1).astype(self.operands.query.dtype)
-        return self.restore(dquery, -3)
-
-    def _operands(self, piece: Piece, here: dict[str, jax.Array]) -> Operands:
+    def _operands(self, piece: Piece, keys: Bundle) -> Operands:
         """The arrays of a piece: of its rows and keys, positions counted from where these start."""
         given = {
             name: None if x is None else jnp.broadcast_to(x, self.operands.query.shape[:1])
@@ -221,7 +232,7 @@ class Piecewise:
             x = self._take(piece, row, x)
             return piece.recount(row.counts, x) if row.counts else x
 
-        operands = self.operands.replace(**here | dict.fromkeys(given))
+        operands = self.operands.replace(**keys.present() | dict.fromkeys(given))
         return vary_together(operands.map(of_piece).replace(**given))
 
     def _take(self, piece: Piece, row: Row, x: jax.Array) -> jax.Array:
@@ -242,33 +253,61 @@ class Piecewise:
 class Partials:
     """Partial results of each chunk, combined in float32 when there are KEPT of them."""
 
-    def __init__(self, chunks: Chunks, combine: Callable[[list], Any]):
-        self.parts: list[list] = [[] for _ in chunks.starts]
+    def __init__(self, chunks: Chunks, combine: Callable[[list[Bundle]], Bundle]):
+        self.parts: list[list[Bundle]] = [[] for _ in chunks.starts]
         self.combine = combine
 
-    def add(self, chunks: tuple[int, ...], results: Iterable) -> None:
-        for chunk, result in zip(chunks, results, strict=True):
+    def add(self, chunks: tuple[int, ...], results: Bundle) -> None:
+        """Results for the rows of some chunks, one after the other."""
+        for chunk, result in zip(chunks, divided(results, len(chunks)), strict=True):
             if len(self.parts[chunk]) == KEPT:
                 # Without the barrier XLA fuses all of a chunk's sums into one after the last piece.
                 self.parts[chunk] = [lax.optimization_barrier(self.combine(self.parts[chunk]))]
             self.parts[chunk].append(result)
 
-    def results(self) -> list:
+    def results(self) -> list[Bundle | None]:
         """The combined result of each chunk; None for a chunk without partial results."""
         return [self.combine(parts) if parts else None for parts in self.parts]
 
 
-def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of disjoint sets of keys to that of their union; out in float32."""
+def divided(bundle: Bundle, count: int) -> list[Bundle]:
+    """`count` equal parts of the rows of all arrays."""
+
+    def part(i):
+        return bundle.map(lambda row, x: jnp.split(x, count, row.axis("st"))[i])
+
+    return [part(i) for i in range(count)]
+
+
+def joined(parts: list[Bundle]) -> Bundle:
+    """The bundle of all the rows in `parts`."""
+    first, *others = parts
+    return first.map(lambda row, *x: jnp.concatenate(x, row.axis("st")), *others)
+
+
+def merge(parts: list[Outputs]) -> Outputs:
+    """The outputs for disjoint sets of keys to those for their union; out in float32."""
     if len(parts) == 1:
         return parts[0]
-    outs, lses = zip(*parts, strict=True)
+    lses = [x.lse for x in parts]
     lse = jax.nn.logsumexp(jnp.stack(lses), axis=0)
     origin = jnp.where(lse == -jnp.inf, 0, lse)
     weights = (jnp.exp(x - origin).swapaxes(1, 2)[..., None] for x in lses)
-    return functools.reduce(operator.add, map(operator.mul, weights, outs)), lse
+    weighted = (weight * x.out for weight, x in zip(weights, parts, strict=True))
+    return Outputs(functools.reduce(operator.add, weighted), lse)
 
 
-def total(parts: list) -> Any:
-    """The float32 sum of equal trees of arrays."""
+def total(parts: list[Operands]) -> Operands:
+    """The float32 sum of gradients."""
     return jax.tree.map(lambda *x: sum(y.astype(jnp.float32) for y in x), *parts)
+
+
+def beside(results: Any, arriving: Any) -> tuple[Any, Any]:
+    """What kernels give and what exchanges bring while they run, both there when both are.
+
+    XLA by itself starts an exchange when its operands are there and waits for it as soon as it
+    has nothing else to do, with the kernels still to come. What is done next needs what this
+    function returns, so that the exchange has only these kernels to run beside. By default XLA has
+    one exchange under way at a time: give each exchange kernels of its own.
+    """
+    return lax.optimization_barrier((results, arriving))

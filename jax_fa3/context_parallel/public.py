@@ -164,13 +164,17 @@ def allgather_attention(
     Args, Returns, Raises: those of `ring_attention`.
 
     Numerics:
-      The forward pass is that of a single device, row by row. Each device's share of the gradients
-      of key and value is rounded to the input dtype; they are added in float32.
+      Without a mask, or under a causal one alone, results for a device's own keys and for the
+      others' are each rounded to the input dtype by the kernels and merged in float32; under other
+      masks, and with alibi_slopes, the forward pass is that of a single device, row by row. Each
+      device's share of the gradients of key and value is rounded to the input dtype; they are added
+      in float32.
 
     Communication:
-      Forward, one all-gather each of K and V; backward, those and one reduce-scatter each of dK and
-      dV in float32. Causal attention over contiguous parts trades halves of queries and of results,
-      as in `ring_attention`.
+      Forward, one all-gather of K and V; backward, that and one reduce-scatter of dK and dV in
+      float32. Causal attention over contiguous parts trades halves of queries and of results, as in
+      `ring_attention`. Other masks than a causal one, and alibi_slopes, have exchanges of their own
+      for K and V.
 
     Source: Llama 3, arXiv:2407.21783, section 3.3.2.
     """
@@ -214,8 +218,9 @@ def ulysses_attention(
       input dtype once on each device that has them and then summed in float32.
 
     Communication:
-      Forward, one all-to-all each of Q, K, V, out and lse; backward, of Q, K, V, out, lse, dout and
-      the three gradients.
+      For each group of heads, all-to-alls of Q, K and V together, and of out and lse; backward, of
+      Q, K, V, out, lse and dout, and of the three gradients. A device's heads are up to four
+      groups, as its number of key/value heads allows.
 
     Source: DeepSpeed Ulysses, arXiv:2309.14509.
     """

@@ -1,13 +1,14 @@
 """Strategy "ring": keys and values travel around the devices, a part at a time.
 
-    forward     N - 1 permutes of K and V together                     [+ Q, KV, O, LSE mirrored]
-    backward    the same, and N - 1 permutes of dK and dV in float32   [+ their gradients too]
+    forward     N - 1 permutes of K and V together        [+ Q, KV; O and LSE mirrored]
+    backward    the same, and N - 1 of dK and dV          [+ Q, O, dO and LSE, KV; gradients]
+                in float32, which go with the keys of
+                the visit after the next one
 
 At the visit of distance i a device holds the keys of the i-th device before it. Visits that no
-device needs are passed over, in one permute of a greater distance. Each permute is independent of
-the pieces computed next to it in the program, so that XLA can run them at the same time: keys leave
-for the next visit before they are used, and the gradients of a visit's keys arrive while the next
-ones are computed. A device's gradients for its own keys stay at home.
+device needs are passed over, in one permute of a greater distance. While a visit's pieces run, the
+keys of the next one arrive, and so do the gradients of the keys of the one before; only the last
+gradients come home alone. A device's gradients for its own keys stay at home.
 
 Where attention is causal and nothing else, devices hold a low and a high chunk of the sequence,
 and all work is one of
@@ -22,15 +23,14 @@ so that the visits of others' keys are one call without a mask, of equal size on
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections import defaultdict
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import mask
-from jax_fa3.context_parallel.layout import Packed, Part, balanced, chunk_table, pack, unpack
+from jax_fa3.context_parallel.layout import Packed, Part, balanced, chunk_table
 from jax_fa3.context_parallel.pieces import (
     WITHOUT_SINKS,
     Chunks,
@@ -38,7 +38,9 @@ from jax_fa3.context_parallel.pieces import (
     Piece,
     Piecewise,
     all_pieces,
+    beside,
     held,
+    joined,
     keys_of,
     merge,
     total,
@@ -49,14 +51,13 @@ from jax_fa3.options import UNBOUNDED, AttentionOptions
 
 def forward(part: Part, options: AttentionOptions, operands: Operands) -> Outputs:
     ring = _Ring(part, options, operands)
-    keys = ring.packed_keys
-    outs = Partials(ring.queries, merge)
+    keys, outs = ring.own_keys, Partials(ring.queries, merge)
     for visit in ring.visits:
-        (here,) = keys.unpacked()
-        if visit.onward:
-            keys = keys.each(functools.partial(part.axis.shift, distance=visit.onward))
-        for piece in visit.pieces:
-            outs.add(piece.queries, ring.forward(piece, here.present()))
+        results = [ring.forward(piece, keys) for piece in visit.pieces]
+        results, arriving = beside(results, ring.sent(visit, keys))
+        keys, _ = ring.received(visit, arriving)
+        for piece, result in zip(visit.pieces, results, strict=True):
+            outs.add(piece.queries, result)
     return ring.outputs_of(outs)
 
 
@@ -67,29 +68,27 @@ def backward(
     outputs: Outputs,
     cotangents: Outputs,
 ) -> Operands:
-    ring, axis = _Ring(part, options, operands, outputs, cotangents), part.axis
-    keys = ring.packed_keys
+    ring = _Ring(part, options, operands, outputs, cotangents)
     dqueries = Partials(ring.queries, total)
-    own = travelling = None  # gradients of keys and values, packed, float32
+    keys, own, travelling = ring.own_keys, None, None
     for visit in ring.visits:
-        (here,) = keys.unpacked()
-        if visit.onward:
-            keys = keys.each(functools.partial(axis.shift, distance=visit.onward))
+        results = [ring.backward(piece, keys) for piece in visit.pieces]
+        results, arriving = beside(results, ring.sent(visit, keys, travelling))
+        keys, travelling = ring.received(visit, arriving)
         dkeys = Partials(ring.keys, total)
-        for piece in visit.pieces:
-            of_queries, of_keys = ring.backward(piece, here.present())
-            dqueries.add(piece.queries, of_queries)
-            dkeys.add(piece.keys, of_keys)
-        grads = ring.join(dkeys)
+        for piece, result in zip(visit.pieces, results, strict=True):
+            dqueries.add(piece.queries, result.only(["query"]))
+            dkeys.add(piece.keys, result.only(["key", "value"]))
+        gradients = ring.whole(dkeys)
         if visit.distance == 0:
-            own = grads
+            own = gradients
         else:
-            travelling = grads if travelling is None else travelling + grads
-            travelling = axis.shift(travelling, visit.onward or axis.size - visit.distance)
-    key, value = operands.key, operands.value
-    sums = (own if travelling is None else own + travelling).astype(key.dtype)
-    dkey, dvalue = unpack(ring.restore(sums, -3), key, value)
-    return ring.gradients_of(dqueries, dkey, dvalue)
+            travelling = total([x for x in (travelling, gradients) if x is not None])
+    if travelling is not None:
+        home = part.axis.shift(Packed.of(travelling), part.axis.size - ring.visits[-1].distance)
+        own = total([own, *home.unpacked()])
+    own = own.map(lambda _, x: x.astype(operands.key.dtype))
+    return ring.gradients_of(dqueries, ring.restored(own))
 
 
 class _Visit(NamedTuple):
@@ -97,6 +96,7 @@ class _Visit(NamedTuple):
 
     distance: int
     pieces: list[Piece]
+    since: int  # from the visit before
     onward: int  # 0: nowhere
 
 
@@ -109,29 +109,54 @@ class _Ring(Piecewise):
         table = chunk_table(order, size)
         chunks = (Chunks.of(table, n) for n in seqlens)
         super().__init__(part, order, *chunks, operands, *rest)
-        keys = Packed.of(operands.only(keys_of(operands)))
-        self.packed_keys = keys.along(self.axis.mirror) if order == "mirrored" else keys
+        (self.own_keys,) = self.reordered(keys_of(operands))
         halves = order != "contiguous" and seqlens[0] == seqlens[1]
         causal = halves and mask.is_causal_alone(options, operands)
         pieces_of = _causal_pieces if causal else _any_pieces
         found = [pieces_of(self, options, distance) for distance in range(size)]
         distances = [distance for distance in range(size) if found[distance]]
-        nexts = [*distances[1:], distances[-1]]
+        steps = np.diff(distances).tolist()
         self.visits = [
-            _Visit(distance, found[distance], following - distance)
-            for distance, following in zip(distances, nexts, strict=True)
+            _Visit(distance, found[distance], since, onward)
+            for distance, since, onward in zip(distances, [0, *steps], [*steps, 0], strict=True)
         ]
 
-    def join(self, partials: Partials) -> jax.Array:
-        """Gradients of key and value by chunk, packed like them; zeros where no piece gave any."""
+    def sent(
+        self, visit: _Visit, keys: Operands, gradients: Operands | None = None
+    ) -> dict[int, Packed]:
+        """What arrives during a visit, by how far it travels: the keys of the next one, and the
+        gradients of the keys of the one before. Those that go the same way go together.
+        """
+        loads = defaultdict(list)
+        if visit.onward:
+            loads[visit.onward].append(keys)
+        if gradients is not None:
+            loads[visit.since].append(gradients)
+        return {
+            distance: self.axis.shift(Packed.of(*load), distance)
+            for distance, load in loads.items()
+        }
+
+    def received(
+        self, visit: _Visit, arrived: dict[int, Packed]
+    ) -> tuple[Operands | None, Operands | None]:
+        """The keys and gradients of `sent`."""
+        loads = {distance: list(packed.unpacked()) for distance, packed in arrived.items()}
+        keys = loads[visit.onward].pop(0) if visit.onward else None
+        gradients = loads.get(visit.since)
+        return keys, gradients.pop() if gradients else None
+
+    def whole(self, partials: Partials) -> Operands:
+        """Gradients of all keys and values, in float32; zeros where no piece gave any."""
         n, chunks = self.operands.extents, []
         for grads in partials.results():
             if grads is None:
                 shape = (n.batch, self.keys.rows, n.num_heads_kv)
-                dims = (n.head_dim, n.head_dim_v)
-                grads = (jnp.zeros((*shape, dim), jnp.float32) for dim in dims)
-            chunks.append(pack(*grads))
-        return jnp.concatenate(chunks, -3)
+                widths = (n.head_dim, n.head_dim_v)
+                key, value = (jnp.zeros((*shape, width), jnp.float32) for width in widths)
+                grads = Operands(key=key, value=value)
+            chunks.append(grads)
+        return joined(chunks)
 
 
 def _any_pieces(ring: _Ring, options: AttentionOptions, distance: int) -> list[Piece]:
