@@ -13,7 +13,6 @@ from jax_fa3.flax import make_attention_fn
 LENGTHS = np.array([3, 8], "int32")
 attend = jax_fa3.dot_product_attention
 CALLS = {
-    "plain": attend,
     "lengths and offsets": functools.partial(
         attend,
         is_causal=True,
@@ -21,16 +20,12 @@ CALLS = {
         key_value_seq_lengths=LENGTHS,
         query_offset=LENGTHS,
     ),
-    "lengths through XLA": functools.partial(
-        attend, implementation="xla", key_value_seq_lengths=LENGTHS, query_offset=LENGTHS
-    ),
     "bias and mask": lambda q, k, v: attend(q, k, v, q[0].swapaxes(0, 1), q[0, :, 0] > 0),
     "documents": functools.partial(
         attend,
         query_segment_ids=np.ones((2, 6), "int32"),
         key_value_segment_ids=np.ones((2, 8), "int32"),
     ),
-    "chunks": functools.partial(attend, attention_chunk=4, query_offset=LENGTHS),
     "scores": functools.partial(
         attend,
         sinks=np.ones(4, "float32"),
@@ -78,11 +73,11 @@ def test_varlen():
     trace_gradient(lambda x: call(x, x, x), normal(6, 4)[0])
 
 
-@pytest.mark.parametrize("strategy", ["allgather", "ring"])
-def test_divided_sequence(strategy):
+def test_divided_sequence():
     mesh = jax.make_mesh((2,), ("sp",), axis_types=(jax.sharding.AxisType.Auto,))
-    call = getattr(jax_fa3, f"{strategy}_attention")
-    call = functools.partial(call, axis_name="sp", is_causal=True, key_value_seq_lengths=LENGTHS)
+    call = functools.partial(
+        jax_fa3.ring_attention, axis_name="sp", is_causal=True, key_value_seq_lengths=LENGTHS
+    )
     spec = jax.P(None, "sp")
     call = jax.shard_map(call, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     trace_gradient(call, normal(8, 4), normal(8, 2), normal(8, 2))
