@@ -63,7 +63,7 @@ def backward(
         operands = operands.replace(**rounded.present())
     kernel, portable = (functools.partial(x.backward, options) for x in (ffi, xla))
     bundles = operands, outputs, cotangents
-    differentiated = operands.differentiable(options).present()
+    differentiated = tuple(operands.differentiable(options).present())  # arrays would leak
     return _run(options.routes.backward, kernel, portable, *bundles, differentiated=differentiated)
 
 
