@@ -267,8 +267,7 @@ def test_fewer_key_heads_than_devices(function):
 @both_kinds
 def test_split_sequences(kind, function):
     """Rows that arrive split: right, whatever travels. Parts are rounded by themselves: dQ of
-    either rounding is within 0.056 of the gradient without one, so that the two are within 0.08.
-    """
+    either rounding is 0.056 away from the gradient without one, so that the two are within 0.08."""
     mesh = mesh_of(kind, seq=4)
     with jax.set_mesh(mesh):
         specs = [ROWS if spec == ARRAY else P() for spec in PLACES[function]]
