@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,8 +152,8 @@ def _dividing(rows, bundle):
 class Piecewise:
     """A device's share of the work in the order it is done in; runs pieces of it.
 
-    What has no rows, the largest logits and the gradients of sinks, does not go with the results of
-    a piece: it is kept here until all pieces are done.
+    What has no rows, the largest logits and gradients as those of sinks, does not go with the
+    results of a piece: it is kept here until all pieces are done.
     """
 
     def __init__(
@@ -167,7 +168,9 @@ class Piecewise:
         self.local, self.axis, self.order = part.local, part.axis, order
         self.queries, self.keys = queries, keys
         self.operands, *self.rest = self._with_rows(operands, *rest)
-        self.max_logits, self.dsinks = [], []  # of the pieces so far
+        # Of the pieces so far; gradients by name.
+        self.max_logits: list[jax.Array] = []
+        self.shares: dict[str, list[jax.Array]] = defaultdict(list)
 
     def _with_rows(self, *bundles: Bundle) -> tuple[Bundle, ...]:
         """The bundles with the query rows that this device works on in place of its own."""
@@ -200,9 +203,10 @@ class Piecewise:
         take = functools.partial(self._take, piece)
         rest = (x.map(take) for x in self.rest)
         gradients = self.local.backward(piece.options, self._operands(piece, keys), *rest)
-        if gradients.sinks is not None:
-            self.dsinks.append(gradients.sinks)
-        return gradients.replace(sinks=None)
+        shares = _dividing(None, gradients).present()
+        for name, share in shares.items():
+            self.shares[name].append(share)
+        return gradients.replace(**dict.fromkeys(shares))
 
     def outputs_of(self, partials: Partials) -> Outputs:
         """The merged outputs of this device's rows, and the largest logits of its pieces."""
@@ -214,12 +218,13 @@ class Piecewise:
         return outputs.replace(max_logits=functools.reduce(jnp.maximum, self.max_logits))
 
     def gradients_of(self, dqueries: Partials, dkeys: Operands) -> Operands:
-        """The gradients of this device's arrays, with its share of those of sinks; `dkeys` has
-        those of its keys."""
+        """The gradients of this device's arrays, with its shares of those of arrays without rows;
+        `dkeys` has those of its keys."""
         gradient = joined(dqueries.results())
         dquery = gradient.query.astype(self.operands.query.dtype)
         dquery = self.restored(gradient.replace(query=dquery)).query
-        return dkeys.replace(query=dquery, sinks=sum(self.dsinks) if self.dsinks else None)
+        shares = {name: sum(parts) for name, parts in self.shares.items()}
+        return dkeys.replace(query=dquery, **shares)
 
     def _operands(self, piece: Piece, keys: Bundle) -> Operands:
         """The arrays of a piece: of its rows and keys, positions counted from where these start."""
