@@ -142,6 +142,10 @@ def test_signature_extends_theirs():
         "kv_end",
         "attention_chunk",
         "visibility",
+        "sinks",
+        "alibi_slopes",
+        "logits_soft_cap",
+        "return_max_logits",
     }
     assert all(p.kind is p.KEYWORD_ONLY and p.default in (None, "auto", 0) for p in added)
 

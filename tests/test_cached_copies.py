@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import h200
 from jax_fa3 import cached_attention, native
 from test_cpp import COMPILER, ROOT, ffi_headers
-from test_visibility_programs import TARGET, has_plugin
 
 LAYERS, PAGES, SLOTS, HEADS, DIM = 3, 512, 16, 2, 64
 CACHE = (PAGES, SLOTS, HEADS, DIM)
@@ -117,14 +116,12 @@ def nbytes(caches):
 
 
 @pytest.fixture(scope="module")
-def h200(tmp_path_factory):
+def an_h200(tmp_path_factory):
     """A sharding on an H200 that is not here, for which the custom calls have handlers."""
-    if not has_plugin():
-        pytest.skip("JAX's CUDA plugin is not installed")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    devices = np.array(h200.devices(1))
     if not set(CALLS) <= native.registrations().keys():
         _register_stubs(tmp_path_factory.mktemp("stub") / "stub.so")
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), P())
+    return NamedSharding(Mesh(devices, ("x",)), P())
 
 
 def _register_stubs(library):
@@ -153,8 +150,8 @@ def copies(text):
 
 
 @pytest.mark.parametrize("program", (*IN_PLACE, *COPYING), ids=lambda x: x.__name__)
-def test_compiled_for_an_h200(h200, plans, program):
-    x = arguments(program, "bfloat16", h200)
+def test_compiled_for_an_h200(an_h200, plans, program):
+    x = arguments(program, "bfloat16", an_h200)
     compiled = jax.jit(program, donate_argnums=0).trace(*x).lower().compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert all(f'custom_call_target="{name}"' in text for name in CALLS)
@@ -165,9 +162,9 @@ def test_compiled_for_an_h200(h200, plans, program):
         assert memory.temp_size_in_bytes < nbytes(x[0]) / 8
 
 
-def test_a_cache_that_is_kept_is_copied_for_an_h200(h200, plans):
+def test_a_cache_that_is_kept_is_copied_for_an_h200(an_h200, plans):
     """Not donated: one copy of each, and the caller's has its bits."""
-    x = arguments(step, "bfloat16", h200)
+    x = arguments(step, "bfloat16", an_h200)
     text = jax.jit(step).trace(*x).lower().compile().as_text()
     assert len(copies(text)) == 2
 

@@ -181,7 +181,7 @@ void dense_kernels() {
       CHECK(backward_key(128, bias, deterministic).variant == kBias);
       CHECK(backward_key(128, bias, deterministic).separate_dq);
       CHECK(backward_key(128, mask, deterministic).separate_dq == deterministic);
-      CHECK(backward_key(128, mask, deterministic).dense == (deterministic ? kBias : kMask));
+      CHECK(backward_key(128, mask, deterministic).variant == (deterministic ? kBias : kMask));
       CHECK(backward_key(128, other, deterministic).variant == kNone);
     }
   }
@@ -193,8 +193,8 @@ void dense_kernels() {
   const auto refuses = [](const Status& status, const char* what) {
     CHECK_REFUSES(status, what);
     CHECK_REFUSES(status,
-                  "kernel with a bias or mask for bf16 head_dim=192: this build has bf16 "
-                  "head dims [32, 128] with them; rebuild");
+                  "kernel with a bias for bf16 head_dim=192: this build has bf16 "
+                  "head dims [32, 128] with it; rebuild");
   };
   const Shape s = shape(1, 1, 1, 192);
   const IndexPresence dense{false, false, kBias};
