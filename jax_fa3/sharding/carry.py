@@ -14,11 +14,11 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operations import first_order_only
 from jax_fa3.sharding.meshes import axes_by_dimension, axes_of, decode, mesh_of
 from jax_fa3.sharding.operation import Operation, Results
 from jax_fa3.sharding.split import Split
+from jax_fa3.varying import vary_together
 
 
 def distribute(operation: Operation, operands: Sequence[jax.Array]) -> Results:
