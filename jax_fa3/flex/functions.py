@@ -7,6 +7,7 @@ become further captured arrays: they are operands of the call, and no part of wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from jax_fa3.varying import vary_together
 
 NONE, PARTIAL, FULL = 0, 1, 3  # bits of a block: some pair is seen, every pair is
+
+NO_MESH = AbstractMesh((), ())
+VARYING = ("pvary", "pcast")  # what makes an array vary over axes of jax.shard_map
 
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 PAIR = dict.fromkeys(("batch", "head", "q_idx", "kv_idx"), INDEX)
@@ -31,19 +35,20 @@ class ScalarFunction:
     """A traced function of scalars and captured arrays.
 
     Called with its scalars and all captured arrays of the call, of which it takes the first
-    `num_given`, as its user passes them, and those it closes over, from `first_closed_over` on.
+    `num_given`, as its user passes them, and those it closed over, from `first_closed_over` on.
     """
 
     key: Hashable  # of the jaxpr: equal for equal computations
+    num_scalars: int
     num_given: int
     first_closed_over: int
-    jaxpr: core.Jaxpr = dataclasses.field(compare=False, repr=False)
+    jaxpr: core.Jaxpr = dataclasses.field(compare=False, repr=False)  # without constants
 
     def __call__(self, *x: Any) -> jax.Array:
-        num_scalars = len(self.jaxpr.invars) - self.num_given
-        scalars, captured = x[:num_scalars], x[num_scalars:]
-        closed_over = captured[self.first_closed_over :][: len(self.jaxpr.constvars)]
-        (result,) = _evaluate(self.jaxpr, closed_over, (*scalars, *captured[: self.num_given]))
+        scalars, captured = x[: self.num_scalars], x[self.num_scalars :]
+        given = *scalars, *captured[: self.num_given]
+        closed_over = captured[self.first_closed_over :][: len(self.jaxpr.invars) - len(given)]
+        (result,) = _evaluate(self.jaxpr, (), (*given, *closed_over))
         return result
 
 
@@ -131,14 +136,32 @@ def trace(
     def flat(*x):
         return function(*x[: len(scalars)], *tree.unflatten(x[len(scalars) :]))
 
-    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    # Without the caller's mesh: a jaxpr is evaluated where XLA or shard_map has divided the call.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        closed = jax.make_jaxpr(flat)(*scalars.values(), *types)
-    _check_result(name, closed.out_avals, "float32" if name == "score_mod" else "bool")
-    key = _key_of(closed.jaxpr)
-    traced = ScalarFunction(key, len(leaves), num_before, closed.jaxpr)
-    return traced, [*map(jnp.asarray, closed.consts)]
+    types = *scalars.values(), *map(_type_of, leaves)
+    with _whole_arrays():
+        found = jax.make_jaxpr(flat)(*types)
+    _check_result(name, found.out_avals, "float32" if name == "score_mod" else "bool")
+    consts = [*map(jnp.asarray, found.consts)]
+
+    def of_captured(*x):
+        return _evaluate(found.jaxpr, x[len(types) :], x[: len(types)])
+
+    # Once more with its constants as arguments, so that nothing holds them but the call.
+    with jax.sharding.use_abstract_mesh(NO_MESH):
+        jaxpr = jax.make_jaxpr(of_captured)(*types, *map(_type_of, consts)).jaxpr
+    return ScalarFunction(_key_of(jaxpr), len(scalars), len(leaves), num_before, jaxpr), consts
+
+
+def _type_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _whole_arrays() -> contextlib.AbstractContextManager[Any]:
+    """Where arrays that a function closes over are indexed as if they were on one device. Inside of
+    jax.shard_map they are, and JAX wants to know of its axes."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Manual in kinds:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(NO_MESH)
 
 
 def _check_result(name: str, types: Sequence[Any], dtype: str) -> None:
@@ -167,6 +190,8 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]
         if equation.primitive.name == "jit":
             inner = equation.params["jaxpr"]
             results = _evaluate(inner.jaxpr, inner.consts, given)
+        elif equation.primitive.name in VARYING:
+            results = given
         else:
             params = equation.primitive.get_bind_params(equation.params)
             results = equation.primitive.bind(*vary_together(given), **params)
@@ -186,7 +211,7 @@ def _key_of(jaxpr: core.Jaxpr) -> Hashable:
         return tuple(x.aval for x in variables)
 
     def atom(x):
-        return _constant(x.val) if isinstance(x, core.Literal) else number[x]
+        return (x.aval, _constant(x.val)) if isinstance(x, core.Literal) else number[x]
 
     given = declared(jaxpr.constvars), declared(jaxpr.invars)
     equations = tuple(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_fa3.operands import Operands, row
+from jax_fa3.operands import Extents, Operands, row
 from jax_fa3.options import AttentionOptions
 
 CAPTURED = "captured_"
@@ -32,10 +32,13 @@ class FlexOperands(Operands):
 
     @classmethod
     def of(
-        cls, operands: Operands, captured: Sequence[Array], block_states: Array | None
+        cls,
+        operands: Operands,
+        extents: Extents,
+        captured: Sequence[Array],
+        block_states: Array | None,
     ) -> FlexOperands:
-        """Of a call of `operands` of the user's shapes."""
-        extents = operands.extents
+        """Of a call of these operands, of the user's shapes, and extents."""
         facts = tuple((x.ndim, bool(jnp.issubdtype(x.dtype, jnp.floating))) for x in captured)
         return _with_captured(facts)(
             **operands.present(),

@@ -137,7 +137,7 @@ def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
     made = Functions(**functions, block=(0, 0) if blocks is None else blocks.block_size)
     states = None if blocks is None else blocks.states
     options = dataclasses.replace(options, functions=made)
-    operands = FlexOperands.of(operands, arrays, states)
+    operands = FlexOperands.of(operands, arguments.extents, arrays, states)
     return api.public_results(api.fa3_attention(options, operands))
 
 
