@@ -160,19 +160,17 @@ def test_scores_that_the_function_hides_or_makes_nan_of():
     arrays = inputs("float32")
 
     def function(score, b, h, q, k):
-        far = jnp.where((q >= k) & (q != 3), score, -jnp.inf)
-        return far + 0 * jnp.sqrt(score * (q - k >= 0) + 50.0 * (q - k))
+        root = jnp.sqrt(score + jnp.where(q > k, 50.0, -50.0))
+        return jnp.where(q == 3, -jnp.inf, root)
 
-    def masks(b, h, q, k):
-        return (q - k >= 0) & (q % 7 != 1)
+    def change(scores):
+        _, _, i, j = grid()
+        root = np.sqrt(scores + np.where(i > j, 50.0, np.inf))
+        return root, 0.5 / root
 
     _, _, i, j = grid()
-    meaning = Meaning((i >= j) & (i != 3) & (i % 7 != 1) & (50.0 * (i - j) > 0))
-
-    def seen(b, h, q, k):
-        return masks(b, h, q, k) & (q > k)
-
-    got = results(attend(Functions(function, seen)), *arrays)
+    meaning = Meaning((i > j) & (i != 3), dict(change=change))
+    got = results(attend(Functions(function, lambda b, h, q, k: q > k)), *arrays)
     compare(got, arrays, meaning)
     assert np.isneginf(np.asarray(got[1])[:, 3]).all() and not np.asarray(got[0])[:, 3].any()
 
@@ -232,9 +230,7 @@ def test_block_mask(name, batch, heads, block, small_blocks):
     want = dense_states(sees, *np.broadcast_to(block, 2).tolist())
     np.testing.assert_array_equal(made.states, want)
     arrays = inputs("bfloat16")
-    got = results(attend(functions, block_mask=made), *arrays)
-    for x, y in zip(got, results(attend(functions), *arrays), strict=True):
-        np.testing.assert_array_equal(x, y)
+    compare(results(attend(functions, block_mask=made), *arrays), arrays, functions.meaning)
 
 
 def test_whole_blocks_decide_alone():

@@ -106,16 +106,30 @@ def flex_attention(
     Source: FlexAttention, arXiv:2412.05496.
     """
     arguments = FlexArguments(**locals())
-    if not arguments.has_functions:
-        if block_mask is not None:
-            raise ValueError(
-                "block_mask is given and mask_mod is None; expected the function that it was made "
-                "of: blocks that are seen in part ask it"
-            )
-        names = {field.name for field in dataclasses.fields(Arguments)}
-        given = {name: x for name, x in vars(arguments).items() if name in names}
-        return api.attention(Arguments(**given))
-    return _attention(arguments)
+    _check_companions(arguments)
+    if arguments.has_functions:
+        return _attention(arguments)
+    names = {field.name for field in dataclasses.fields(Arguments)}
+    return api.attention(Arguments(**{name: getattr(arguments, name) for name in names}))
+
+
+def _check_companions(arguments: FlexArguments) -> None:
+    """What is for functions comes with them."""
+    if arguments.block_mask is not None and arguments.mask_mod is None:
+        raise ValueError(
+            "block_mask is given and mask_mod is None; expected the function that it was made of: "
+            "blocks that are seen in part ask it"
+        )
+    if not isinstance(arguments.captured, (tuple, list)):
+        raise TypeError(
+            f"captured is a {type(arguments.captured).__name__}; expected a tuple: the arguments "
+            "of the functions behind kv_idx"
+        )
+    if arguments.captured and not arguments.has_functions:
+        raise ValueError(
+            "captured is given and score_mod and mask_mod are None; expected a function that takes "
+            "it"
+        )
 
 
 def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
@@ -143,11 +157,6 @@ def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
 
 def _captured(captured: Any) -> tuple[list[jax.Array], Any]:
     """Its arrays and the structure that they stand in."""
-    if not isinstance(captured, (tuple, list)):
-        raise TypeError(
-            f"captured is a {type(captured).__name__}; expected a tuple: the arguments of the "
-            "functions behind kv_idx"
-        )
     leaves, tree = jax.tree.flatten(tuple(captured))
     arrays = []
     for i, x in enumerate(leaves):
@@ -165,11 +174,6 @@ def _check_block_mask(arguments: FlexArguments) -> None:
     blocks, n = arguments.block_mask, arguments.extents
     if blocks is None:
         return
-    if arguments.mask_mod is None:
-        raise ValueError(
-            "block_mask is given and mask_mod is None; expected the function that it was made of: "
-            "blocks that are seen in part ask it"
-        )
     if not isinstance(blocks, BlockMask):
         raise TypeError(
             f"block_mask is a {type(blocks).__name__}; expected what jax_fa3.create_block_mask "
@@ -182,9 +186,11 @@ def _check_block_mask(arguments: FlexArguments) -> None:
         )
     rows, keys = blocks.block_size
     of_blocks = -(-blocks.q_len // rows), -(-blocks.kv_len // keys)
-    *batch, heads, height, width = (0, *blocks.states.shape)[-4:]
-    if (height, width) != of_blocks or heads not in (1, n.num_heads_q):
+    allowed = (1, n.batch), (1, n.num_heads_q), of_blocks[:1], of_blocks[1:]
+    shape = blocks.states.shape
+    if len(shape) != 4 or any(x not in some for x, some in zip(shape, allowed, strict=True)):
+        expected = (one_of(tuple(map(str, dict.fromkeys(some)))) for some in allowed)
         raise ValueError(
-            f"block_mask has states of shape {shape_of(blocks.states)}; expected (batch or 1, "
-            f"{one_of(tuple(map(str, dict.fromkeys((1, n.num_heads_q)))))}, {height}, {width})"
+            f"block_mask has states of shape {shape_of(blocks.states)}; expected "
+            f"({', '.join(expected)})"
         )
