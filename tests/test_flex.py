@@ -1,5 +1,8 @@
 """flex_attention against the oracle: the library, what stands beside functions, and block masks."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,6 +285,21 @@ def test_block_mask_never_has_all_pairs():
         lambda: create_block_mask(lambda b, h, q, k: q >= k + b + h, 3, 5, 512, 768).states
     )()
     assert 128 * 768 <= max(sizes(made.jaxpr)) < 2 * 128 * 768
+
+
+def test_examples_of_the_docs():
+    """Each program of docs/flex.md runs; the last one's mask is what it says."""
+    page = pathlib.Path(__file__).parents[1] / "docs/flex.md"
+    names = {}
+    for program in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(program, names)
+    i, j = np.ogrid[:256, :256]
+    prefix = np.array([16, 100])[:, None, None, None]
+    sees = ((j < prefix) | (i >= j)) & (abs(i - j) < 128)
+    x = names["q"], names["k"], names["v"]
+    want = dot_product_attention(*x, mask=sees, logits_soft_cap=30.0, implementation="xla")
+    np.testing.assert_array_equal(names["out"], want)
+    assert names["dtable"].shape == (32, 4) and np.abs(names["dtable"]).max() > 0
 
 
 def test_shapes_of_the_constants():

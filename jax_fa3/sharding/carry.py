@@ -79,8 +79,9 @@ def _over_explicit(operation: Operation, operands: Sequence[jax.Array]) -> Resul
         out_specs=tuple(map(split.spec, operation.results)),
         axis_names=set(axes_of(mesh, AxisType.Explicit) if mixed else ()),
         # Where heads do not meet, results of key and value are equal on devices that share them,
-        # which cannot be inferred from one custom call for all.
-        check_vma=operation.heads_meet,
+        # which cannot be inferred from one custom call for all. Loops and derivative rules in a
+        # user's function have constants that do not vary with its scores.
+        check_vma=operation.heads_meet and operation.options.functions is None,
     )(*operands)
 
 
