@@ -11,10 +11,8 @@ import pytest
 import tolerance
 from flex import (
     BATCH,
-    DIM,
     HEADS,
     KEYS,
-    KV_HEADS,
     ROWS,
     Functions,
     Meaning,
@@ -178,6 +176,26 @@ def test_scores_that_the_function_hides_or_makes_nan_of():
     assert np.isneginf(np.asarray(got[1])[:, 3]).all() and not np.asarray(got[0])[:, 3].any()
 
 
+def test_keys_that_fill_a_block_up_are_not_asked_for(small_blocks):
+    """An index behind the last key would make NaN, in the gradient of a captured factor too."""
+    query, key, value, dout, dlse = inputs("float32")
+
+    def function(score, b, h, q, k, factor, table):
+        return score + factor * table.at[k].get(mode="fill", fill_value=jnp.nan)
+
+    def call(*x):
+        *qkv, factor, table = x
+        return flex_attention(*qkv, function, captured=(factor, table), return_residual=True)
+
+    table = random((KEYS,), 8)
+    assert KEYS % xla.MIN_BLOCK
+    *got, dfactor, dtable = results(call, query, key, value, dout, dlse, np.float32(0.5), table)
+    meaning = Meaning(words=dict(bias=0.5 * table.astype("float64")[None, None, None]))
+    want = compare(got, (query, key, value, dout, dlse), meaning).dbias[0, 0, 0]
+    tolerance.check("dtable", dtable, 0.5 * want, 0.5 * want)
+    np.testing.assert_allclose(dfactor, (want * table).sum(), atol=1e-3)
+
+
 def test_float16_gradients_where_the_slope_is_large():
     """dS would not fit float16; the gradients do."""
     query, key, value, dout, dlse = inputs("float16")
@@ -300,8 +318,3 @@ def test_examples_of_the_docs():
     want = dot_product_attention(*x, mask=sees, logits_soft_cap=30.0, implementation="xla")
     np.testing.assert_array_equal(names["out"], want)
     assert names["dtable"].shape == (32, 4) and np.abs(names["dtable"]).max() > 0
-
-
-def test_shapes_of_the_constants():
-    """The tests' problem has groups, uneven lengths and blocks that do not divide them."""
-    assert HEADS > KV_HEADS > 1 and ROWS != KEYS and KEYS % 16 and DIM % 8 == 0

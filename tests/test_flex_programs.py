@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fa3
-from flex import BATCH, HEADS, KEYS, KV_HEADS, ROWS, inputs, random
+from flex import BATCH, HEADS, KEYS, KV_HEADS, ROWS, random
 from jax_fa3 import api, create_block_mask, flex, flex_attention, route
 from jax_fa3.arguments import Arguments
 from jax_fa3.flex.functions import trace
@@ -144,6 +144,15 @@ def test_derivative_rules_are_kept_apart():
         return jax.grad(lambda query: jnp.sin(call(query, key, value)).sum())(query)
 
     near(dquery(3.0), 3 * dquery(1.0))
+
+
+def test_gradients_of_captured_arrays_are_made_where_they_are_asked_for():
+    *x, ids = problem()
+
+    def program(*which):
+        return str(jax.make_jaxpr(jax.grad(functools.partial(total, attend, ids), which))(*x))
+
+    assert "scatter" in program(0, 3) and "scatter" not in program(0, 1, 2)
 
 
 # ---- Transforms
@@ -409,7 +418,3 @@ def test_errors_of_block_masks(change, error, words):
 def test_masks_to_be_combined_are_functions():
     with pytest.raises(TypeError, match="mask_mods has 3; expected functions"):
         flex.and_masks(flex.causal_mask, 3)
-
-
-def test_the_problem_is_grouped():
-    assert inputs("float32")[0].shape[2] == 2 * KV_HEADS == HEADS
