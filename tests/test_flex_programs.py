@@ -415,6 +415,30 @@ def test_errors_of_block_masks(change, error, words):
         create_block_mask(**given | change)
 
 
-def test_masks_to_be_combined_are_functions():
-    with pytest.raises(TypeError, match="mask_mods has 3; expected functions"):
-        flex.and_masks(flex.causal_mask, 3)
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: flex.and_masks(flex.causal_mask, 3), TypeError, "mask_mods has 3; expected"),
+        (lambda: flex.generate_sliding_window(-1), ValueError, "window_size is -1; expected at"),
+        (lambda: flex.generate_prefix_lm_mask(1.5), TypeError, "prefix_length has dtype float32"),
+        (lambda: flex.generate_doc_mask_mod(3), ValueError, "document_ids has 0 dimensions"),
+        (lambda: flex.generate_alibi_bias(0), ValueError, "num_heads is 0; expected at least 1"),
+        (lambda: flex.generate_tanh_softcap(0.0), ValueError, "soft_cap is 0.0; expected a pos"),
+        (lambda: flex.generate_tanh_softcap(None), TypeError, "soft_cap is None; expected a pos"),
+        (
+            lambda: flex.generate_relative_position_bias(jnp.zeros((4, 6))),
+            ValueError,
+            r"table has shape \(4, 6\); expected \(heads, 2 R \+ 1\)",
+        ),
+        (lambda: flex.generate_t5_bias(jnp.zeros(4, int)), TypeError, "table has dtype int32"),
+        (lambda: flex.t5_bucket(1, num_buckets=5), ValueError, "num_buckets is 5; expected an"),
+        (
+            lambda: flex.t5_bucket(1, num_buckets=32, max_distance=8),
+            ValueError,
+            "max_distance is 8; expected more than 8",
+        ),
+    ],
+)
+def test_errors_of_the_library(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -27,7 +27,8 @@ PYTHON_LAYERS = [
     ["operations", "cached.operations"],
     ["cached.few_rows"],
     ["ffi", "xla", "reference", "cached.ffi", "cached.xla"],
-    ["float8.rounding", "visibility.checks", "cached.arguments", "flex.block_mask"],
+    ["flex"],
+    ["float8.rounding", "visibility.checks", "cached.arguments", "flex.block_mask", "flex.library"],
     ["mask", "route", "validate"],
     ["arguments", "native"],
     ["visibility.table"],
@@ -36,8 +37,7 @@ PYTHON_LAYERS = [
     ["visibility.layout", "cached.layout"],
     ["flex.functions"],
     ["options", "result_type", "linear_map", "varying"],
-    ["_C", "cached", "float8", "visibility", "flex"],
-    ["flex.library"],
+    ["_C", "cached", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_fa3.validate import as_int, check_soft_cap, one_of, shape_of
+
 Mask = Callable[..., Any]
 Score = Callable[..., Any]
 
@@ -60,6 +62,8 @@ def _combined(combine, initial: bool, mask_mods: tuple[Mask, ...]) -> Mask:
 
 def generate_sliding_window(window_size: int) -> Mask:
     """A mask function by which row i sees the keys i - window_size <= j <= i."""
+    if as_int("window_size", window_size, "an int") < 0:
+        raise ValueError(f"window_size is {window_size}; expected at least 0")
 
     def sliding_window(batch, head, q_idx, kv_idx, *captured):
         return (q_idx >= kv_idx) & (q_idx - kv_idx <= window_size)
@@ -73,7 +77,7 @@ def generate_prefix_lm_mask(prefix_length: ArrayLike) -> Mask:
     Args:
       prefix_length: an int, or integers (B,), one for each sequence.
     """
-    lengths = jnp.asarray(prefix_length)
+    lengths = _array("prefix_length", prefix_length, jnp.integer, (0, 1))
 
     def prefix_lm(batch, head, q_idx, kv_idx, *captured):
         length = lengths[batch] if lengths.ndim else lengths
@@ -89,7 +93,7 @@ def generate_doc_mask_mod(document_ids: ArrayLike, mask_mod: Mask = causal_mask)
       document_ids: integers (T,) or (B, T), T = S: the document of each row and key, in any order.
       mask_mod: of rows and keys as they are numbered within their sequence, not their document.
     """
-    ids = jnp.asarray(document_ids)
+    ids = _array("document_ids", document_ids, jnp.integer, (1, 2))
 
     def document(batch, head, q_idx, kv_idx, *captured):
         own = ids if ids.ndim == 1 else ids[batch]
@@ -107,6 +111,8 @@ def generate_alibi_bias(num_heads: int) -> Score:
 
     Source: ALiBi, arXiv:2108.12409.
     """
+    if as_int("num_heads", num_heads, "an int") < 1:
+        raise ValueError(f"num_heads is {num_heads}; expected at least 1")
 
     def alibi(score, batch, head, q_idx, kv_idx, *captured):
         slope = jnp.exp2(-8 / num_heads * (head + 1).astype(jnp.float32))
@@ -117,6 +123,9 @@ def generate_alibi_bias(num_heads: int) -> Score:
 
 def generate_tanh_softcap(soft_cap: float) -> Score:
     """A score function that makes soft_cap * tanh(score / soft_cap) of a score."""
+    if soft_cap is None:
+        raise TypeError("soft_cap is None; expected a positive number")
+    check_soft_cap(soft_cap, "soft_cap")
 
     def softcap(score, batch, head, q_idx, kv_idx, *captured):
         return soft_cap * jnp.tanh(score / soft_cap)
@@ -130,7 +139,12 @@ def generate_relative_position_bias(table: ArrayLike) -> Score:
     Args:
       table: floats (N, 2 R + 1): those of the distances j - i from -R to R.
     """
-    table = jnp.asarray(table)
+    table = _array("table", table, jnp.floating, (2,))
+    if table.shape[1] % 2 == 0:
+        raise ValueError(
+            f"table has shape {shape_of(table)}; expected (heads, 2 R + 1): an odd number of "
+            "distances"
+        )
     reach = table.shape[1] // 2
 
     def relative_position(score, batch, head, q_idx, kv_idx, *captured):
@@ -149,7 +163,7 @@ def generate_t5_bias(
       table: floats (buckets, N).
       bidirectional, max_distance: as in `t5_bucket`.
     """
-    table = jnp.asarray(table)
+    table = _array("table", table, jnp.floating, (2,))
 
     def t5(score, batch, head, q_idx, kv_idx, *captured):
         bucket = t5_bucket(
@@ -175,17 +189,28 @@ def t5_bucket(
 
     Args:
       distance: integers of any shape.
-      num_buckets: their number, at least 4, and even if bidirectional.
+      num_buckets: their number, even, at least 4 if bidirectional and 2 if not.
       bidirectional: half of the buckets are for keys behind the row; otherwise all of those share
         bucket 0 with the row's own.
-      max_distance: all distances from there on share the last bucket.
+      max_distance: all distances from there on share the last bucket; more than have a bucket of
+        their own, num_buckets / 4 if bidirectional and num_buckets / 2 if not.
 
     Returns:
       int32 of the shape of `distance`, from 0 to num_buckets - 1.
 
     Source: T5, arXiv:1910.10683.
     """
-    distance = jnp.asarray(distance)
+    distance = _array("distance", distance, jnp.integer)
+    least = 4 if bidirectional else 2
+    if as_int("num_buckets", num_buckets, "an int") < least or num_buckets % 2:
+        raise ValueError(
+            f"num_buckets is {num_buckets}; expected an even number of at least {least}"
+        )
+    if as_int("max_distance", max_distance, "an int") <= num_buckets // least:
+        raise ValueError(
+            f"max_distance is {max_distance}; expected more than {num_buckets // least}, the "
+            "distances with a bucket of their own"
+        )
     if bidirectional:
         buckets = num_buckets // 2
         first, length = jnp.where(distance > 0, buckets, 0), jnp.abs(distance)
@@ -200,3 +225,16 @@ def t5_bucket(
     return (first + jnp.where(length < near, length, jnp.minimum(far, buckets - 1))).astype(
         jnp.int32
     )
+
+
+def _array(name: str, x: Any, kind: Any, ndims: tuple[int, ...] = ()) -> jax.Array:
+    """`x` as an array of integers or floats, with one of these numbers of dimensions if any."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, kind):
+        raise TypeError(f"{name} has dtype {x.dtype}; expected {kind.__name__} numbers")
+    if ndims and x.ndim not in ndims:
+        raise ValueError(
+            f"{name} has {x.ndim} dimensions, shape {shape_of(x)}; expected "
+            f"{one_of(tuple(map(str, ndims)))}"
+        )
+    return x
