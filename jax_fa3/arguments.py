@@ -62,6 +62,13 @@ class Arguments:
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
     Operands: ClassVar[type[Operands]] = Operands
 
+    function: ClassVar[str] = "dot_product_attention"  # the public one
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions of the user change scores or hide pairs."""
+        return False
+
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
         """The array arguments that are given, by their fields of Operands; of a table of visibility

@@ -281,7 +281,7 @@ def in_row_dims(operands: Operands) -> Operands:
     batch = operands.query.shape[0] if is_batched else 1
 
     def shaped(row, x):
-        if row.form == "blocks":
+        if row.form == "blocks" or not row.dims.startswith("b"):
             return x
         if row.form == "broadcast":
             return x.reshape((1,) * (len(row.dims) - x.ndim) + x.shape)

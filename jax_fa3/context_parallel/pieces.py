@@ -24,9 +24,10 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.context_parallel.layout import Axis, Order, Packed, Part, vary_together
+from jax_fa3.context_parallel.layout import Axis, Order, Packed, Part
 from jax_fa3.operands import Bundle, Counts, Operands, Outputs, Row
 from jax_fa3.options import AttentionOptions
+from jax_fa3.varying import vary_together
 
 # Partial results that are kept before they are summed. Summing each one as it comes reads and
 # writes a float32 sum every time; keeping all of them takes the memory of the whole sequence.

@@ -17,8 +17,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_fa3 import api, sharding
 from jax_fa3.arguments import Arguments
 from jax_fa3.context_parallel import Divided, Strategy
-from jax_fa3.context_parallel.layout import Layout, vary_together
+from jax_fa3.context_parallel.layout import Layout
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
+from jax_fa3.varying import vary_together
 from jax_fa3.vjp import attend
 
 LAYOUTS = ("contiguous", "zigzag")

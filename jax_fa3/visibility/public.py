@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
 from jax_fa3.arguments import Arguments, as_indices, is_array
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.varying import vary_together
 from jax_fa3.visibility import checks, table
 from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import CHECKPOINT_NAME
