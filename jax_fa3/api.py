@@ -348,18 +348,26 @@ def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, ...]:
 
 def reasons_against(arguments: Arguments) -> route.Reasons:
     """Why the kernels would not run a call of these arguments, if there is a reason."""
-    arguments = arguments.with_arrays()
-    validate.check_call(arguments)
-    checks.check_call(arguments)
+    arguments = checked(arguments)
     return route.reasons_of(arguments, arguments.options())
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
-    """Checks the arguments and makes the static choices; the arrays are still the user's, but for
-    the scales, which have their rows' dimensions, and the sign of the scale, which query has."""
+    """`prepared` of these arguments, once they are checked."""
+    return prepared(checked(arguments))
+
+
+def checked(arguments: Arguments) -> Arguments:
+    """The arguments, which are legal, with an array wherever something stood for one."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
     checks.check_call(arguments)
+    return arguments
+
+
+def prepared(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
+    """The static choices of checked arguments; the arrays are still the user's, but for the scales,
+    which have their rows' dimensions, and the sign of the scale, which query has."""
     options = route.decide(arguments, arguments.options())
     query, arrays = arguments.query, dict(arguments.arrays)
     if arguments.is_float8:

@@ -104,11 +104,18 @@ class Arguments:
     @property
     def needs_whole(self) -> str | None:
         """The first argument given with which sequences cannot stay divided."""
-        if self.makes_visibility:
-            return self.source_of_visibility
         rows = self.Operands.rows().items()
         names = [row.argument or name for name, row in rows if row.needs_whole]
         return next((name for name in names if getattr(self, name, None) is not None), None)
+
+    @property
+    def whole_seqlens(self) -> tuple[int, int]:
+        """Query rows and keys of the whole sequences, of which a table of visibility is."""
+        return self.extents.seqlen_q, self.extents.seqlen_k
+
+    def whole(self, source: Any) -> Any:
+        """A source of visibility, whose last dimension has rows or keys, of the whole sequences."""
+        return source
 
     def _type_of_visibility(self) -> jax.ShapeDtypeStruct | None:
         if not self.makes_visibility and self.visibility is None:

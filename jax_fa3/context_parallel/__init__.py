@@ -16,11 +16,13 @@ know how long a kernel takes: pieces.beside gives each exchange its kernels.
 
 What becomes of an array follows from its row: arrays of query rows stay with the queries, arrays of
 key rows go where keys go, positions are counted anew for each piece. What has no such rule raises.
-What has no rows is whole on every device. Of its gradients a device gives a share, of the largest
+What has no rows is whole on every device; a table of visibility is that of the whole sequence, of
+which each piece has a table of its own (sight.py). Of its gradients a device gives a share, of the largest
 logits those of its own rows, of which `Divided` takes the maximum.
 
 A layout says which rows a device holds: "contiguous" (device r the r-th part) or "zigzag" (of 2N
-chunks the r-th and the r-th from the end, so that causal work is equal; see layout.py).
+chunks the r-th and the r-th from the end, so that causal work is equal) or "striped" (stripes of
+256 rows dealt round, so that documents' work is nearly equal; see layout.py).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from jax_fa3 import mask, operations
 from jax_fa3.context_parallel import allgather, ring, ulysses
 from jax_fa3.context_parallel.layout import Axis, Layout, Part
 from jax_fa3.operands import Operands, Outputs
-from jax_fa3.operations import Operations
+from jax_fa3.operations import LocalOperations
 from jax_fa3.options import AttentionOptions
 
 Strategy = Literal["allgather", "ring", "ulysses"]
@@ -49,7 +51,7 @@ class Divided(NamedTuple):
     strategy: Strategy
     axis_name: str | tuple[str, ...]
     layout: Layout = "contiguous"
-    local: Operations = operations
+    local: LocalOperations = operations
 
     def forward(self, options: AttentionOptions, operands: Operands) -> Outputs:
         _check(operands)
@@ -68,8 +70,11 @@ class Divided(NamedTuple):
     ) -> Operands:
         _check(operands)
         # Else XLA takes these exchanges for those of `forward` and keeps their results until here,
-        # or has both made by one.
-        operands, outputs, cotangents = lax.optimization_barrier((operands, outputs, cotangents))
+        # or has both made by one. Tables of visibility are to be made by one.
+        table = operands.visibility
+        bundles = operands.replace(visibility=None), outputs, cotangents
+        operands, outputs, cotangents = lax.optimization_barrier(bundles)
+        operands = operands.replace(visibility=table)
         strategy = _STRATEGIES[self.strategy]
         return strategy.backward(self._part(), options, operands, outputs, cotangents)
 

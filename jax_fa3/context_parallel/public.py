@@ -17,15 +17,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_fa3 import api, sharding
 from jax_fa3.arguments import Arguments
 from jax_fa3.context_parallel import Divided, Strategy
-from jax_fa3.context_parallel.layout import Layout, vary_together
+from jax_fa3.context_parallel.layout import STRIPE, Layout, vary_together, whole
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
+from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("contiguous", "zigzag", "striped")
 INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
-    "of jax.shard_map, which gathers a sequence that arrives split; of what hides keys a divided "
-    "one has is_causal, local_window_size, query_offset and lengths alone"
+    "of jax.shard_map, which gathers a sequence that arrives split"
 )
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -76,6 +76,12 @@ def ring_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -158,6 +164,12 @@ def allgather_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -204,6 +216,12 @@ def ulysses_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
@@ -227,6 +245,22 @@ def ulysses_attention(
     return _attend("ulysses", **locals())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OfPart(Arguments):
+    """Those of one device, whose arrays of rows are parts of the whole sequence's."""
+
+    axis_name: Any = None
+    layout: Any = None
+
+    @property
+    def whole_seqlens(self) -> tuple[int, int]:
+        size = lax.axis_size(self.axis_name)
+        return self.extents.seqlen_q * size, self.extents.seqlen_k * size
+
+    def whole(self, source: Any) -> Any:
+        return whole(source, source.ndim - 1, self.axis_name, self.layout)
+
+
 def _attend(strategy, axis_name, layout, **arguments):
     return attention(Arguments(**arguments), strategy, axis_name, layout)
 
@@ -241,8 +275,11 @@ def attention(
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
         raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
-    options, operands = api.prepare(arguments)
-    _check_layout(layout, size, query=operands.query, key=operands.key)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Arguments)}
+    checked = api.checked(_OfPart(**given, axis_name=axis_name, layout=layout))
+    _check_layout(layout, strategy, checked)
+    _check_rows(layout, size, query=checked.query, key=checked.key)
+    options, operands = api.prepared(checked)
     # A device's part of the work goes through sharding, which divides batch and heads where their
     # axes are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)
@@ -265,9 +302,24 @@ def _axis_size(function, axis_name) -> int:
         ) from error
 
 
-def _check_layout(layout, size, **arrays) -> None:
+def _check_layout(layout, strategy, arguments) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    if layout != "striped":
+        return
+    if strategy == "ring":
+        raise ValueError(
+            "layout is 'striped'; expected 'contiguous' or 'zigzag' for a ring, or "
+            "allgather_attention or ulysses_attention"
+        )
+    if strategy == "allgather" and arguments.alibi_slopes is not None:
+        raise ValueError(
+            "layout is 'striped' and alibi_slopes is given; expected layout 'contiguous' or "
+            "'zigzag' with it: slopes need rows that are neighbours"
+        )
+
+
+def _check_rows(layout, size, **arrays) -> None:
     for name, x in arrays.items():
         if x.dtype.name == FLOAT8:
             raise TypeError(
@@ -279,6 +331,11 @@ def _check_layout(layout, size, **arrays) -> None:
             raise ValueError(
                 f"{name} has seq = {seqlen} on each device; expected an even number for layout "
                 "'zigzag'"
+            )
+        if layout == "striped" and seqlen % STRIPE:
+            raise ValueError(
+                f"{name} has seq = {seqlen} on each device; expected a multiple of {STRIPE} for "
+                "layout 'striped'"
             )
         if seqlen * size >= MAX_SEQLEN:
             raise ValueError(

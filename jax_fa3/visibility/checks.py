@@ -174,10 +174,12 @@ def _check_visibility(arguments: Arguments) -> None:
             "them: make_visibility takes such arguments"
         )
     made = visibility.options.seqlen_q, visibility.options.seqlen_k
-    if made != (n.seqlen_q, n.seqlen_k):
+    whole = arguments.whole_seqlens
+    if made != whole:
+        are_parts = whole != (n.seqlen_q, n.seqlen_k)
         raise ValueError(
-            f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
-            f"{n.seqlen_k} like query and key"
+            f"visibility is of {made[0]} query rows and {made[1]} keys; expected {whole[0]} and "
+            f"{whole[1]} like query and key{' on all devices together' if are_parts else ''}"
         )
     _check_table(visibility)
     *batch, heads, _ = visibility.table.shape

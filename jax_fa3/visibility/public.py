@@ -127,15 +127,18 @@ def of_call(arguments: Arguments) -> jax.Array:
         made = arguments.visibility.table
         made = made if made.ndim == 3 else made[None]  # a plane of each head, as jax.vmap maps it
     else:
-        offset, n = arguments.query_offset, arguments.extents
+        offset, seqlens = arguments.query_offset, arguments.whole_seqlens
         chunk = _chunk(arguments.attention_chunk)
         options = VisibilityOptions(
-            seqlen_q=n.seqlen_q,
-            seqlen_k=n.seqlen_k,
+            seqlen_q=seqlens[0],
+            seqlen_k=seqlens[1],
             query_offset=0 if is_array(offset) or not chunk else int(offset or 0),
             attention_chunk=chunk,
         )
-        sources = dict(arguments.sources)
+        sources = {
+            name: x if name == "query_offset" else arguments.whole(x)
+            for name, x in arguments.sources.items()
+        }
         for name in checks.BY_HEAD:
             if arguments.query.ndim == 3 and name in sources and sources[name].ndim == 2:
                 sources[name] = sources[name][None]
@@ -157,7 +160,7 @@ def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)
     sources = vary_together(table.in_row_dims(sources))
-    return sharding.visibility(how, options, sources)
+    return sharding.visibility(how, options, sources).visibility
 
 
 def _chunk(attention_chunk: int | None) -> int:
