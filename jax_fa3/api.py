@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import route, score, validate
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs, in_row_dims
 from jax_fa3.options import AttentionOptions, SequenceParallel
@@ -357,15 +357,17 @@ def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
     return prepared(checked(arguments))
 
 
-def checked(arguments: Arguments) -> Arguments:
+def checked(arguments: Arguments, division: Division = UNDIVIDED) -> Arguments:
     """The arguments, which are legal, with an array wherever something stood for one."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
-    checks.check_call(arguments)
+    checks.check_call(arguments, division)
     return arguments
 
 
-def prepared(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
+def prepared(
+    arguments: Arguments, division: Division = UNDIVIDED
+) -> tuple[AttentionOptions, Operands]:
     """The static choices of checked arguments; the arrays are still the user's, but for the scales,
     which have their rows' dimensions, and the sign of the scale, which query has."""
     options = route.decide(arguments, arguments.options())
@@ -374,7 +376,7 @@ def prepared(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
         arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
     if "visibility" in arrays:
-        arrays["visibility"] = public.of_call(arguments)
+        arrays["visibility"] = public.of_call(arguments, division)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])
     arrays["query"] = score.carry_sign(query, scale)
     return options, arguments.Operands(**arrays)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, sharding
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, Division
 from jax_fa3.context_parallel import Divided, Strategy
 from jax_fa3.context_parallel.layout import STRIPE, Layout, vary_together, whole
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
@@ -245,22 +245,6 @@ def ulysses_attention(
     return _attend("ulysses", **locals())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _OfPart(Arguments):
-    """Those of one device, whose arrays of rows are parts of the whole sequence's."""
-
-    axis_name: Any = None
-    layout: Any = None
-
-    @property
-    def whole_seqlens(self) -> tuple[int, int]:
-        size = lax.axis_size(self.axis_name)
-        return self.extents.seqlen_q * size, self.extents.seqlen_k * size
-
-    def whole(self, source: Any) -> Any:
-        return whole(source, source.ndim - 1, self.axis_name, self.layout)
-
-
 def _attend(strategy, axis_name, layout, **arguments):
     return attention(Arguments(**arguments), strategy, axis_name, layout)
 
@@ -275,11 +259,11 @@ def attention(
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
         raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Arguments)}
-    checked = api.checked(_OfPart(**given, axis_name=axis_name, layout=layout))
-    _check_layout(layout, strategy, checked)
-    _check_rows(layout, size, query=checked.query, key=checked.key)
-    options, operands = api.prepared(checked)
+    division = Division(size, lambda x: whole(x, x.ndim - 1, axis_name, layout))
+    arguments = api.checked(arguments, division)
+    _check_layout(layout, strategy, arguments)
+    _check_rows(layout, size, query=arguments.query, key=arguments.key)
+    options, operands = api.prepared(arguments, division)
     # A device's part of the work goes through sharding, which divides batch and heads where their
     # axes are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)

@@ -39,8 +39,8 @@ class Sight(Bundle):
         return cls(begin, end, plane.rows_end, plane.is_valid)
 
     def table(self, local: LocalOperations, route: Route, n: Extents) -> jax.Array:
-        """The table of a piece of these extents, whose rows and keys this is counted by. Its padding
-        is that of the whole: a row that sees none of these keys may see others."""
+        """The table of a piece of these extents, by whose rows and keys this is counted. Padding is
+        that of the whole sequence: a row that sees none of these keys may see others."""
         options = VisibilityOptions(seqlen_q=n.seqlen_q, seqlen_k=n.seqlen_k)
         sources = Sources(kv_start=self.begin, kv_end=self.end)
         made = local.visibility(route, options, sources).visibility
