@@ -20,6 +20,7 @@ from meshes import (
     both_kinds,
     check_strategy,
     compiled_for,
+    in_layout,
     mesh_of,
     place,
     run,
@@ -108,27 +109,78 @@ def test_a_sequence_that_arrives_split(kind, strategy):
     assert expected.get(strategy, "reduce-scatter") in moves
 
 
-def test_a_table_of_the_whole_sequence_serves_layers_on_every_device():
-    """Made outside of shard_map from cu_seqlens, with a batch of one for all sequences; mapped."""
+def test_a_table_of_the_whole_sequence():
+    """Made outside of shard_map from cu_seqlens, with a batch of one for all sequences. A row that
+    sees nothing of its own device's keys has a sink all the same."""
     ends = np.array([0, 5, 35, 60, 60], np.int32)
     case = of(documents=((5, 30, 25),) * 2, causal=True, heads_q=4, sinks="small", max_logits=True)
-    options = case.options | dict(sinks=case.sinks_array[0], return_residual=True)
 
-    def attend(visibility, *x):
-        call = functools.partial(
-            jax_fa3.ring_attention, axis_name="seq", visibility=visibility, **options
-        )
-        return call(*x)
+    def attend(table, sinks, *x):
+        call = functools.partial(jax_fa3.ring_attention, axis_name="seq", **case.options)
+        return call(*x, visibility=table, sinks=sinks, return_residual=True)
 
-    def results(ends, query, key, value, dout, dlse):
+    def results(ends, sinks, query, key, value, dout, dlse):
         table = make_visibility(cu_seqlens_q=ends, seqlen_q=64)
         mapped = jax.shard_map(
-            attend, mesh=mesh_of(seq=2), in_specs=(P(), *(PART,) * 3), out_specs=(PART, PART, P())
+            functools.partial(attend),
+            mesh=mesh_of(seq=2),
+            in_specs=(P(), P(), *(PART,) * 3),
+            out_specs=(PART, PART, P()),
         )
-        primals, vjp = jax.vjp(functools.partial(mapped, table), query, key, value)
-        zeros = jnp.zeros_like(primals[2])
-        return *primals[:2], *vjp((dout, dlse, zeros)), primals[2]
+        (out, lse, largest), vjp = jax.vjp(
+            functools.partial(mapped, table), sinks, query, key, value
+        )
+        dsinks, *gradients = vjp((dout, dlse, jnp.zeros_like(largest)))
+        return out, lse, *gradients, None, dsinks[None], largest
 
-    out, lse, dquery, dkey, dvalue, largest = map(np.asarray, run(results, ends, *case.inputs()))
-    got = Results(out, lse, dquery, dkey, dvalue, max_logits=largest)
+    got = run(results, ends, case.sinks_array[0], *case.inputs())
+    got = Results(*(None if x is None else np.asarray(x) for x in got))
     contract.compare(case, case.inputs(), got)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "size"),
+    [("ring", "contiguous", 2), ("allgather", "striped", 2), ("ulysses", "zigzag", 2)],
+)
+def test_ids_that_come_back_give_nan(strategy, layout, size):
+    """In their sequence alone."""
+    seqlen = 512 if layout == "striped" else 32
+    case = Case(batch=2, seqlen_q=seqlen, seqlen_k=seqlen, heads_q=2, head_dim=16, causal=True)
+    ids = np.ones((2, seqlen), np.int32)
+    ids[1, 8:12] = 2
+
+    def attend(ids, *x):
+        call = functools.partial(STRATEGIES[strategy], axis_name="seq", layout=layout)
+        out, vjp = jax.vjp(functools.partial(call, is_causal=True, query_segment_ids=ids), *x)
+        return out, *vjp(jnp.ones_like(out))
+
+    mapped = jax.shard_map(attend, mesh=mesh_of(seq=size), in_specs=(PART,) * 4, out_specs=PART)
+    for x in map(
+        np.asarray, run(mapped, *(in_layout(layout, size, x) for x in (ids, *case.inputs()[:3])))
+    ):
+        assert np.isnan(x[1]).all() and not np.isnan(x[0]).any()
+
+
+def test_arguments_that_do_not_fit_raise():
+    x, ids = jnp.zeros((1, 1024, 2, 16), "bfloat16"), jnp.ones((1, 1024), jnp.int32)
+    wrong = {
+        "1024 query rows and 1024 keys; expected 2048 and 2048 .* on all devices": dict(
+            visibility=make_visibility(ids)
+        ),
+        "visibility is given and so is kv_end": dict(
+            visibility=make_visibility(seqlen_q=2048, seqlen_k=2048, attention_chunk=3), kv_end=ids
+        ),
+        r"kv_start has shape \(1, 3\)": dict(kv_start=ids[:, :3]),
+        "'striped'; expected 'contiguous' or 'zigzag' for a ring": dict(layout="striped"),
+        "'striped' and alibi_slopes": dict(layout="striped", alibi_slopes=jnp.ones(2)),
+    }
+    for words, options in wrong.items():
+        strategy = "allgather" if "alibi_slopes" in options else "ring"
+        call = functools.partial(STRATEGIES[strategy], axis_name="seq", **options)
+        mapped = jax.shard_map(call, mesh=mesh_of(seq=2), in_specs=P(), out_specs=P())
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(mapped, x, x, x)
+    call = functools.partial(STRATEGIES["allgather"], axis_name="seq", layout="striped")
+    mapped = jax.shard_map(call, mesh=mesh_of(seq=2), in_specs=PART, out_specs=PART)
+    with pytest.raises(ValueError, match="query has seq = 300 .* multiple of 256 .*'striped'"):
+        jax.eval_shape(mapped, *(x[:, :600],) * 3)
