@@ -155,9 +155,8 @@ def test_ids_that_come_back_give_nan(strategy, layout, size):
         return out, *vjp(jnp.ones_like(out))
 
     mapped = jax.shard_map(attend, mesh=mesh_of(seq=size), in_specs=(PART,) * 4, out_specs=PART)
-    for x in map(
-        np.asarray, run(mapped, *(in_layout(layout, size, x) for x in (ids, *case.inputs()[:3])))
-    ):
+    inputs = (in_layout(layout, size, x) for x in (ids, *case.inputs()[:3]))
+    for x in map(np.asarray, run(mapped, *inputs)):
         assert np.isnan(x[1]).all() and not np.isnan(x[0]).any()
 
 
