@@ -221,8 +221,8 @@ def dot_product_attention(
         always is.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
-        picks one of the first two, "error" raises. With a bias, mask, segment ids, intervals,
-        chunks or float8 inputs only "auto", which gathers.
+        picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
+        which gathers.
       sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
         such as the collectives of a ring; 0 to 131.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,

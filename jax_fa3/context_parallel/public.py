@@ -96,7 +96,8 @@ def ring_attention(
         inside `jax.shard_map`.
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
-        (`zigzag_permute`), T and S even.
+        (`zigzag_permute`), T and S even. "striped", not for a ring: of stripes of 256 rows the
+        stripes r, r + N, r + 2N ... (`striped_permute`), T and S multiples of 256.
       scale, is_causal, local_window_size, implementation, return_residual, deterministic,
         sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
         travel, and each device brings what it has to float8.
@@ -104,7 +105,15 @@ def ring_attention(
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
       logits_soft_cap, return_max_logits: as in `dot_product_attention`.
-      alibi_slopes, sinks: float32 (heads,), the same on every device.
+      alibi_slopes, sinks: float32 (heads,), the same on every device; no slopes for
+        `allgather_attention` in layout "striped".
+      query_segment_ids, key_value_segment_ids: int32 (B, T) and (B, S), as in
+        `dot_product_attention`: the device's part of those of the whole sequences.
+      kv_start, kv_end: int32 (B, T), (B, heads, T) or (B, kv_heads, T), of the device's rows: key
+        positions in the whole sequence.
+      attention_chunk: as in `dot_product_attention`.
+      visibility: in place of these, the table of the whole sequences, N * T rows and N * S keys in
+        natural order, the same on every device.
 
     Returns:
       out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,
@@ -114,9 +123,8 @@ def ring_attention(
 
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
-        layout "zigzag" with an odd number of rows.
-      TypeError: also for a bias, mask, segment ids, intervals, chunks or a table of visibility,
-        which need whole sequences.
+        layout "zigzag" with an odd number of rows, "striped" with no multiple of 256 or for a ring.
+      TypeError: also for a bias or mask, which need whole sequences.
       NotImplementedError: as in `dot_product_attention`.
 
     Numerics:
@@ -128,7 +136,8 @@ def ring_attention(
       float32. Where a window hides a device's keys from all rows, its step is left out. Causal
       attention over contiguous parts trades halves of queries, keys and values between devices
       first, and halves of the results last, so that all devices have equal work; with an odd number
-      of rows a device, it goes without, and takes up to twice as long.
+      of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
+      gathered, 4 bytes each, where `visibility` is not given; with any of them no halves are traded.
 
     Example:
       >>> mesh = jax.make_mesh((8,), ("seq",))
