@@ -5,7 +5,12 @@ from jax_fa3.cached.flash import flash_attention_with_kvcache
 from jax_fa3.cached.public import append_to_cache, cached_attention
 from jax_fa3.cached.rotary import Rotary
 from jax_fa3.combine import combine
-from jax_fa3.context_parallel.layout import zigzag_permute, zigzag_unpermute
+from jax_fa3.context_parallel.layout import (
+    striped_permute,
+    striped_unpermute,
+    zigzag_permute,
+    zigzag_unpermute,
+)
 from jax_fa3.context_parallel.public import allgather_attention, ring_attention, ulysses_attention
 from jax_fa3.doctor import doctor
 from jax_fa3.explanation import ExplainedCall, explain
@@ -43,6 +48,8 @@ __all__ = [
     "make_visibility",
     "quantize_qkv",
     "ring_attention",
+    "striped_permute",
+    "striped_unpermute",
     "ulysses_attention",
     "zigzag_permute",
     "zigzag_unpermute",

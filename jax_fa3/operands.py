@@ -189,13 +189,7 @@ class Operands(Bundle):
         "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
     )
     query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
-    visibility: Array | None = row(
-        "bhv",
-        "int32",
-        form="broadcast",
-        flag=True,
-        needs_whole="segment ids, key intervals, chunks or documents",
-    )
+    visibility: Array | None = row("bhv", "int32", form="broadcast", flag=True)
     bias: Array | None = row(
         "bhst",
         *DTYPES,
