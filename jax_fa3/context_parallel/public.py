@@ -137,7 +137,8 @@ def ring_attention(
       attention over contiguous parts trades halves of queries, keys and values between devices
       first, and halves of the results last, so that all devices have equal work; with an odd number
       of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
-      gathered, 4 bytes each, where `visibility` is not given; with any of them no halves are traded.
+      gathered, 4 bytes each, where `visibility` is not given; with any of these no halves are
+      traded.
 
     Example:
       >>> mesh = jax.make_mesh((8,), ("seq",))
