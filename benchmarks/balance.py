@@ -59,8 +59,8 @@ def kernel_ms(run: Callable, *inputs) -> float:
     return statistics.median(times)
 
 
-def programs() -> dict[str, tuple[Callable, Callable]]:
-    """By mode, what prepares (query, key, value, table) once, and what is timed of that and dout."""
+def programs() -> dict[str, Callable]:
+    """By mode, what makes of (query, key, value) and a table the function of dout to be timed."""
     attend = our_attention()
 
     def forward(qkv, table, dout):

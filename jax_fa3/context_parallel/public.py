@@ -72,16 +72,16 @@ def ring_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -170,16 +170,16 @@ def allgather_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -222,16 +222,16 @@ def ulysses_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
