@@ -13,7 +13,6 @@ lengths or segment ids what a mask tells the others. "cudnn" and "xla" are jax.n
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -29,9 +28,9 @@ import jax.numpy as jnp
 import jax_fa3
 from benchmarks.attention import Group, dry_run, log, options, run
 from benchmarks.dense import MODES, Dense, dense_problems, largest_error
-from benchmarks.environment import save, version
+from benchmarks.environment import version
 from benchmarks.implementations import Function, Implementation, our_attention
-from benchmarks.packed import merged
+from benchmarks.merge import add_option, merge
 from benchmarks.render import NAMES, OURS, Results, not_measured, table
 from benchmarks.timing import Program
 
@@ -277,9 +276,7 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
-    )
+    add_option(parser)
     args = parser.parse_args()
     args.budget_s = args.budget_s or (150 if args.quick else 480)
     return args
@@ -288,9 +285,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.merge:
-        data = merged([json.loads(path.read_text()) for path in args.merge])
-        save(data, args.output / "bias.json")
-        log(write(data, args.output))
+        log(merge(args.merge, args.output / "bias.json", write))
         return 0
     problems = [x for x in dense_problems() if not args.quick or x.name in QUICK]
     groups = choose(problems, args.filter)

@@ -14,7 +14,6 @@ and a key that see each other count as work.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,8 +28,8 @@ import numpy as np
 
 import jax_fa3
 from benchmarks.attention import choose, dry_run, log, options, run
-from benchmarks.environment import save
 from benchmarks.implementations import Function, Implementation, our_attention
+from benchmarks.merge import add_option, merge
 from benchmarks.problems import (
     DOCUMENTS,
     FOURTEEN,
@@ -208,15 +207,6 @@ def markdown(results: PackedResults) -> str:
     return "\n".join([*parts, *not_measured(results)])
 
 
-def merged(runs: list[dict]) -> dict:
-    """Runs of one commit on one kind of GPU, of different cells, as one run."""
-    facts = {tuple(run["environment"][x] for x in ("commit", "device", "driver")) for run in runs}
-    if len(facts) > 1:
-        raise ValueError(f"the runs differ in commit, device or driver: {sorted(facts)}")
-    lists = {name: [x for run in runs for x in run[name]] for name in ("skipped", "records")}
-    return runs[0] | lists
-
-
 def write(data: dict, folder: Path) -> str:
     """Writes packed.md into folder; returns the report."""
     report = markdown(PackedResults(data))
@@ -227,9 +217,7 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="mean 1024 in 16k tokens only")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
-    )
+    add_option(parser)
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {PACKED_TOKENS}")
     args = parser.parse_args()
@@ -241,9 +229,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.merge:
-        data = merged([json.loads(path.read_text()) for path in args.merge])
-        save(data, args.output / "packed.json")
-        log(write(data, args.output))
+        log(merge(args.merge, args.output / "packed.json", write))
         return 0
     documents = DOCUMENTS[: 1 if args.quick else None]
     problems = packed_grid(args.tokens, args.head_dims, documents, "bf16")

@@ -1,11 +1,14 @@
 """Benchmarks that no test machine can run lower for the one that can; their counts are exact."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import float8, packed
+from benchmarks.merge import merge, merged
 from benchmarks.problems import (
     DOCUMENTS,
     FOURTEEN,
@@ -149,7 +152,15 @@ def test_packed_runs_become_one():
     other = packed_run()
     for record in other["records"]:
         record["head_dim"] = 64
-    joined = packed.merged([packed_run(), other])
+    joined = merged([packed_run(), other])
     assert len(packed.PackedResults(joined).problems()) == 4
     with pytest.raises(ValueError, match="differ in commit, device or driver"):
-        packed.merged([packed_run(), packed_run(commit="b")])
+        merged([packed_run(), packed_run(commit="b")])
+
+
+def test_merged_runs_are_saved_with_their_report(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(packed_run()))
+    report = merge([path, path], tmp_path / "packed.json", packed.write)
+    assert (tmp_path / "packed.md").read_text() == report
+    assert len(json.loads((tmp_path / "packed.json").read_text())["records"]) == 10
