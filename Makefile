@@ -6,6 +6,7 @@
 #   make demo-mesh    the same model on a mesh: eight simulated devices, or this machine's GPUs
 #   make demo-generate  train the same model for a while and generate text from a paged cache
 #   make test         the test suite; needs no GPU
+#   make fuzz         random calls against the oracle for SECONDS, on whatever this machine has
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
@@ -30,6 +31,8 @@
 #   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
 #   WITHOUT     parts that the forward kernels leave out (benchmarks/ablation_kernels); default: none
+#   SECONDS, SEED   of make fuzz; default: 60, and a random seed
+#   SHORT       1: the demos with small batches and few steps, as a check
 #   JOBS        parallel compile jobs
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -41,6 +44,7 @@ GPU_PYTHON ?= $(PYTHON)
 HEAD_DIMS ?= 32,64,96,128,192,256
 DTYPES ?= bf16,fp16,e4m3
 JOBS ?= $(shell nproc)
+SHORT_FLAG = $(if $(SHORT),--short)
 
 # The pinned environment also holds the build tools and headers, whatever PYTHON is.
 TOOLS := .venv
@@ -57,27 +61,30 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
 demo: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
+	PYTHONPATH=. $(PYTHON) examples/train_decoder.py $(SHORT_FLAG)
 
 demo-float8: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_float8.py
+	PYTHONPATH=. $(PYTHON) examples/train_float8.py $(SHORT_FLAG)
 
 # Interrupted and taken up again; the flag does nothing to GPUs.
 demo-mesh: export XLA_FLAGS += --xla_force_host_platform_device_count=8
 demo-mesh: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 60
-	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 100 --resume
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py $(SHORT_FLAG) --steps $(if $(SHORT),12,60)
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py $(SHORT_FLAG) --steps $(if $(SHORT),20,100) --resume
 
 demo-generate: inplace
-	PYTHONPATH=. $(PYTHON) examples/generate.py
+	PYTHONPATH=. $(PYTHON) examples/generate.py $(if $(SHORT),--short --tokens 8)
 
 test: inplace
 	$(PYTHON) -m pytest $(or $(PYTEST_ARGS),-q -n 2)
+
+fuzz: inplace
+	PYTHONPATH=. $(PYTHON) tests/fuzz.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 kernels: CUDA := ON
 kernels: module

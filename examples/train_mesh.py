@@ -31,6 +31,7 @@ import jax_fa3
 from training import (
     OUTPUT,
     Setup,
+    add_arguments,
     build,
     choose_setup,
     describe,
@@ -204,16 +205,16 @@ def main() -> int:
     )
     for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, help=f"size of the {axis} axis")
-    parser.add_argument("--steps", type=int, help="training steps in all (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--output", type=Path, default=OUTPUT / "mesh", help="where results go")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = choose_setup(vocabulary)
+    setup = choose_setup(vocabulary, args)
     config = replace(setup.config, dtype=jnp.bfloat16)
-    setup = replace(setup, config=config, steps=args.steps or setup.steps)
+    setup = replace(setup, config=config)
     shape = tuple(getattr(args, axis) for axis in AXES)
     if None in shape:
         if shape != (None, None, None):
