@@ -10,6 +10,7 @@
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
+#   make campaign     many random checks on a Hopper machine (docs/reliability.md)
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
@@ -31,6 +32,7 @@
 #   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
 #   WITHOUT     parts that the forward kernels leave out (benchmarks/ablation_kernels); default: none
+#   PARTS, BUDGET   of make campaign: parts, and seconds after which no task starts; default: all
 #   SECONDS, SEED   of make fuzz; default: 60, and a random seed
 #   SHORT       1: the demos with small batches and few steps, as a check
 #   JOBS        parallel compile jobs
@@ -61,7 +63,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -96,6 +98,9 @@ gpu-test: gpu-module
 
 gpu-mesh-test: gpu-module
 	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu/test_mesh.py $(PYTEST_ARGS)
+
+campaign: gpu-module
+	$(GPU_PYTHON) tests/gpu/campaign.py $(PARTS) $(if $(BUDGET),--budget-s $(BUDGET))
 
 bench: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention

@@ -5,13 +5,14 @@
 
 They run on the kernels where there is a Hopper GPU, and through XLA elsewhere. The seed is printed
 at the start. The first problem that fails is printed as a program that repeats it. While a problem
-runs, its program is also in build/fuzz.py, so that it survives a crash of the process.
+runs, its program is also in a temporary file, so that it survives a crash of the process.
 """
 
 import argparse
 import dataclasses
 import random
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -29,7 +30,7 @@ import scores
 from case import Case
 from jax_fa3 import dot_product_attention, route
 
-RUNNING = Path(__file__).resolve().parent.parent / "build" / "fuzz.py"
+RUNNING = Path(tempfile.gettempdir()) / "jax_fa3_fuzz.py"
 KERNEL_DIMS = ((64, None), (96, None), (128, None), (192, 128), (256, None), (80, 40))
 INT32 = np.iinfo(np.int32)
 
@@ -40,15 +41,8 @@ INT32 = np.iinfo(np.int32)
 def draw_values(number):
     """A case whose lengths and offsets are any int32."""
     rng = np.random.default_rng([11, number])
-
-    def near(n):
-        kind = rng.integers(4)
-        if kind == 0:
-            return int(rng.integers(INT32.min, INT32.max, endpoint=True))
-        return int(rng.choice([INT32.min, INT32.max]) if kind == 1 else rng.integers(-9, n + 9))
-
     seqlen_q, seqlen_k = (int(n) for n in rng.integers(1, 150, 2))
-    return Case(
+    case = Case(
         batch=3,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
@@ -57,10 +51,27 @@ def draw_values(number):
         head_dim=int(rng.choice([32, 64, 128])),
         causal=bool(rng.integers(2)),
         window=(int(rng.integers(99)), int(rng.integers(99))) if rng.integers(2) else None,
-        query_lengths=tuple(near(seqlen_q) for _ in range(3)),
-        key_lengths=tuple(near(seqlen_k) for _ in range(3)),
-        offset=tuple(near(seqlen_k) for _ in range(3)),
     )
+    return with_any_values(case, rng)
+
+
+def with_any_values(case, rng):
+    """Lengths and offsets for each sequence: near the extents, the ends of int32 or between."""
+
+    def values(n):
+        any_value = rng.integers(INT32.min, INT32.max, endpoint=True)
+        near = rng.integers(-9, n + 9, 2)
+        return int(rng.choice([any_value, rng.choice([INT32.min, INT32.max]), *near]))
+
+    drawn = {
+        name: tuple(values(extent) for _ in range(case.batch))
+        for name, extent in (
+            ("query_lengths", case.seqlen_q),
+            ("key_lengths", case.seqlen_k),
+            ("offset", case.seqlen_k),
+        )
+    }
+    return dataclasses.replace(case, **drawn)
 
 
 def check_values(implementation, case):
@@ -69,13 +80,12 @@ def check_values(implementation, case):
     def legal(lengths, extent):
         return tuple(np.clip(lengths, 0, extent).tolist())
 
-    inputs = case.inputs()
     meant = dataclasses.replace(
         case,
         query_lengths=legal(case.query_lengths, case.seqlen_q),
         key_lengths=legal(case.key_lengths, case.seqlen_k),
     )
-    inputs = contract.spoil_padding(meant, inputs)
+    inputs = contract.spoil_padding(meant, case.inputs())
     contract.compare(meant, inputs, implementation.run(case, inputs))
 
 
@@ -221,7 +231,6 @@ def fuzz(kinds, seed, seconds, log=print):
             problem = KINDS[kind].draw(rng.randrange(1 << 31))
             implementation = implementation_here()
             text = program(kind, implementation, problem)
-            RUNNING.parent.mkdir(exist_ok=True)
             RUNNING.write_text(text)
             try:
                 KINDS[kind].check(implementation, problem)
@@ -243,7 +252,11 @@ def main(arguments=None):
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 31) if args.seed is None else args.seed
-    print(f"seed {seed}, {implementation_here().name} on {jax.devices()[0].device_kind}")
+    print(
+        f"seed {seed}, {implementation_here().name} on {jax.devices()[0].device_kind}; "
+        f"the running problem is in {RUNNING}",
+        flush=True,
+    )
     passed, failed = fuzz(args.kinds, seed, args.seconds)
     print(", ".join(f"{count} {kind}" for kind, count in passed.items()) + " passed")
     if failed:
