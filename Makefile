@@ -22,6 +22,7 @@
 #   make bench-accuracy   errors on inputs with outliers, on any machine
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
+#   make wheels       source distribution and wheels with all kernels, checked, into dist/
 #   make inplace      build the module into jax_fa3/ for PYTHON
 #   make lint, make format, make clean
 #
@@ -35,6 +36,7 @@
 #   PARTS, BUDGET   of make campaign: parts, and seconds after which no task starts; default: all
 #   SECONDS, SEED   of make fuzz; default: 60, and a random seed
 #   SHORT       1: the demos with small batches and few steps, as a check
+#   WHEEL_PYTHONS   what wheels are built and tried with; names or paths; default: python3.11 python3.12
 #   JOBS        parallel compile jobs
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -63,7 +65,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module lint format clean
 
 setup: inplace
 
@@ -167,6 +169,37 @@ module: $(VENV)/.ready $(TOOLS)/.ready
 gpu-module:
 	@$(GPU_PYTHON) -c 'from jax_fa3 import _C; assert _C.cuda_enabled' 2>/dev/null || \
 		$(MAKE) inplace CUDA=ON PYTHON=$(GPU_PYTHON)
+
+# ---- wheels
+
+# One build folder for all Pythons: kernels do not depend on them and are compiled once.
+WHEEL_PYTHONS ?= python3.11 python3.12
+WHEEL_ENVIRONMENTS = $(addprefix build/wheels/,$(notdir $(WHEEL_PYTHONS)))
+WHEEL_SETTINGS = -C build-dir=build/wheels/$(CUDA) -C cmake.define.JAX_FA3_CUDA=$(CUDA) \
+	-C cmake.define.JAX_FA3_TOOLS_PYTHON=$(CURDIR)/$(TOOLS)/bin/python \
+	-C cmake.define.JAX_FA3_HEAD_DIMS=$(HEAD_DIMS) -C cmake.define.JAX_FA3_DTYPES=$(DTYPES) \
+	-C cmake.define.CMAKE_MAKE_PROGRAM=$(CURDIR)/$(TOOLS)/bin/ninja
+WHEEL_KERNELS = $(if $(filter OFF,$(CUDA)),NONE,$(if $(filter-out file,$(origin HEAD_DIMS) $(origin DTYPES)),SOME,ALL))
+
+build/wheels/%/.ready: requirements/wheels.txt requirements/dev.txt
+	$(filter $* %/$*,$(WHEEL_PYTHONS)) -m venv $(@D)
+	grep -E '^(scikit-build-core|nanobind|cmake|ninja)==' requirements/dev.txt | \
+		$(@D)/bin/pip install -q --disable-pip-version-check -r requirements/wheels.txt -r /dev/stdin
+	@touch $@
+
+wheels: CUDA := ON
+wheels: $(TOOLS)/.ready $(WHEEL_ENVIRONMENTS:%=%/.ready)
+	$(if $(filter ON,$(CUDA)),$(MAKE) --no-print-directory $(TOOLS)/.kernels-ready)
+	rm -rf dist build/wheels/unrepaired
+	$(firstword $(WHEEL_ENVIRONMENTS))/bin/python -m build --sdist --no-isolation --outdir dist
+	@for environment in $(WHEEL_ENVIRONMENTS); do \
+		CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $$environment/bin/python -m build --wheel --no-isolation \
+			--outdir build/wheels/unrepaired $(WHEEL_SETTINGS) || exit; \
+	done
+	PATH=$(CURDIR)/$(firstword $(WHEEL_ENVIRONMENTS))/bin:$$PATH \
+		auditwheel repair --wheel-dir dist build/wheels/unrepaired/*.whl
+	$(TOOLS)/bin/python tools/check_wheel.py dist --kernels $(WHEEL_KERNELS) \
+		--pythons $(WHEEL_PYTHONS)
 
 # ---- environments
 

@@ -110,9 +110,11 @@ def test_kernels(compiled, wanted, is_right):
     assert (check_wheel.kernel_problems(compiled, 9, wanted) == []) == is_right
 
 
-def test_pythons(monkeypatch, tmp_path):
-    (tmp_path / "python3.13").touch()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert check_wheel.python_for("cp312-abi3") == str(tmp_path / "python3.13")
-    assert check_wheel.python_for("cp311-cp311") is None
+def test_pythons():
+    """abi3 wheels are for the Python that they name and newer ones, others for that one alone."""
+    here, minor = sys.executable, sys.version_info.minor
+    for first, is_for in ((minor, True), (minor - 1, True), (minor + 1, False)):
+        tag = f"cp3{first}-abi3"
+        assert check_wheel.python_for(tag, [here]) == (here if is_for else None)
+        tag = f"cp3{first}-cp3{first}"
+        assert check_wheel.python_for(tag, [here]) == (here if first == minor else None)

@@ -1,6 +1,6 @@
 """Gate on the built wheels, before they are released.
 
-    python tools/check_wheel.py DIST [--kernels ALL | SOME | NONE]
+    python tools/check_wheel.py DIST [--kernels ALL | SOME | NONE] [--pythons PYTHON ...]
 
 DIST holds a source distribution and a wheel for each of the tags below, all of one version. Of each
 wheel the names, the size, the libraries and the symbols are read (nm and readelf of binutils). The
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -113,15 +112,13 @@ def kernel_problems(compiled: int, listed: int, wanted: str) -> list[str]:
     return [] if is_right else [f"{compiled} kernels of {listed}, expected {wanted}"]
 
 
-def python_for(tag: str) -> str | None:
-    """A Python of this machine that the tag names; abi3 wheels serve newer ones too."""
-    first = int(tag[3 : tag.index("-")].removeprefix("3"))
-    minors = range(first, first + 4) if tag.endswith("abi3") else [first]
-    folders = [*os.environ["PATH"].split(":"), *Path.home().glob(".pyenv/versions/*/bin")]
-    for minor in minors:
-        for python in (Path(folder) / f"python3.{minor}" for folder in folders):
-            if python.exists():
-                return str(python)
+def python_for(tag: str, pythons: list[str]) -> str | None:
+    """The first of these Pythons that a wheel of the tag is for."""
+    minor, abi = int(tag.split("-")[0].removeprefix("cp3")), tag.split("-")[1]
+    for python in pythons:
+        has = int(output_of(python, "-c", "import sys; print(sys.version_info.minor)"))
+        if has == minor or (abi == "abi3" and has > minor):
+            return python
     return None
 
 
@@ -150,13 +147,14 @@ def main() -> int:
     )
     parser.add_argument("dist", type=Path, help="folder of the source distribution and the wheels")
     parser.add_argument("--kernels", choices=("ALL", "SOME", "NONE"), default="ALL")
+    parser.add_argument("--pythons", nargs="+", default=["python3.11", "python3.12"])
     args = parser.parse_args()
     files = sorted(path for path in args.dist.iterdir() if path.is_file())
     problems = set_problems([path.name for path in files])
     for wheel in (path for path in files if path.suffix == ".whl"):
         found = wheel_problems(wheel)
         if not found:
-            python = python_for(NAME.fullmatch(wheel.name)["tag"])
+            python = python_for(NAME.fullmatch(wheel.name)["tag"], args.pythons)
             found += use_problems(wheel, args.kernels, python) if python else ["no Python for it"]
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
         problems += [f"{wheel.name}: {problem}" for problem in found]
