@@ -193,7 +193,7 @@ wheels: $(TOOLS)/.ready $(WHEEL_ENVIRONMENTS:%=%/.ready)
 	rm -rf dist build/wheels/unrepaired
 	$(firstword $(WHEEL_ENVIRONMENTS))/bin/python -m build --sdist --no-isolation --outdir dist
 	@for environment in $(WHEEL_ENVIRONMENTS); do \
-		CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $$environment/bin/python -m build --wheel --no-isolation \
+		CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $$environment/bin/python -m build --wheel --no-isolation --skip-dependency-check \
 			--outdir build/wheels/unrepaired $(WHEEL_SETTINGS) || exit; \
 	done
 	PATH=$(CURDIR)/$(firstword $(WHEEL_ENVIRONMENTS))/bin:$$PATH \
