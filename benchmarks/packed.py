@@ -16,9 +16,8 @@ and a key that see each other count as work.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from importlib import util
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import numpy as np
 
 import jax_fa3
 from benchmarks.attention import choose, dry_run, log, options, run
-from benchmarks.implementations import Function, Implementation, our_attention
+from benchmarks.implementations import Function, Implementation, available, our_attention
 from benchmarks.merge import add_option, merge
 from benchmarks.problems import (
     DOCUMENTS,
@@ -105,7 +104,10 @@ IMPLEMENTATIONS = (
         "jax_fa3 direct", direct, target="jax_fa3_{mode}",
         beside=lambda problem: (problem.segment_ids,),
     ),
-    Implementation("FA3", varlen, beside=lambda problem: (problem.cu_seqlens,)),
+    Implementation(
+        "FA3", varlen, package="dew_flash_attn",
+        beside=lambda problem: (problem.cu_seqlens,),
+    ),
     Implementation(
         "cuDNN packed", cudnn_packed,
         beside=lambda problem: (np.int32([problem.lengths]), problem.cu_seqlens[None]),
@@ -116,14 +118,6 @@ IMPLEMENTATIONS = (
         beside=lambda problem: (dense_mask(problem),),
     ),
 )  # fmt: skip
-
-
-def importable(implementations: Iterable[Implementation]) -> list[Implementation]:
-    """Without upstream's kernels where their package is absent, which is said."""
-    absent = util.find_spec("dew_flash_attn") is None
-    if absent:
-        log("FA3: left out, the package dew_flash_attn is not installed")
-    return [x for x in implementations if not (absent and x.name == "FA3")]
 
 
 class PackedResults(Results):
@@ -233,7 +227,7 @@ def main() -> int:
         return 0
     documents = DOCUMENTS[: 1 if args.quick else None]
     problems = packed_grid(args.tokens, args.head_dims, documents, "bf16")
-    groups = choose(problems, importable(IMPLEMENTATIONS), args.filter)
+    groups = choose(problems, available(IMPLEMENTATIONS, log), args.filter)
     if args.dry_run:
         return dry_run(groups)
     data = run(args, groups, "packed")
