@@ -10,6 +10,7 @@ runs, its program is also in a temporary file, so that it survives a crash of th
 
 import argparse
 import dataclasses
+import itertools
 import random
 import sys
 import tempfile
@@ -190,10 +191,11 @@ def check_cached(implementation, case):
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """draw(number) gives a problem whose repr is an expression; check(implementation, problem)
-    raises where a call is wrong."""
+    raises where a call is wrong. So many `in_turn` are checked before the next kind."""
 
     draw: Callable[[int], Any]
     check: Callable[[contract.Implementation, Any], None]
+    in_turn: int = 1
 
 
 KINDS = {
@@ -201,7 +203,7 @@ KINDS = {
     "scores": Kind(scores.random_case, dense.check),
     "cached": Kind(draw_cached, check_cached),
     "values": Kind(draw_values, check_values),
-    "illegal": Kind(draw_illegal, check_illegal),
+    "illegal": Kind(draw_illegal, check_illegal, in_turn=40),
 }
 
 
@@ -226,21 +228,22 @@ def fuzz(kinds, seed, seconds, log=print):
     """Checks problems of these kinds turn by turn until time is out or one fails. Returns how many
     of each kind passed, and the program of the one that failed, or None."""
     rng, passed, start = random.Random(seed), Counter(), time.monotonic()
-    while time.monotonic() - start < seconds:
-        for kind in kinds:
-            problem = KINDS[kind].draw(rng.randrange(1 << 31))
-            implementation = implementation_here()
-            text = program(kind, implementation, problem)
-            RUNNING.write_text(text)
-            try:
-                KINDS[kind].check(implementation, problem)
-            except Exception:
-                log(traceback.format_exc())
-                return passed, text
-            passed[kind] += 1
-        if sum(passed.values()) % 50 < len(kinds):
-            jax.clear_caches()
-    return passed, None
+    turn = [kind for kind in kinds for _ in range(KINDS[kind].in_turn)]
+    for kind in itertools.cycle(turn):
+        if time.monotonic() - start > seconds:
+            return passed, None
+        problem = KINDS[kind].draw(rng.randrange(1 << 31))
+        implementation = implementation_here()
+        text = program(kind, implementation, problem)
+        RUNNING.write_text(text)
+        try:
+            KINDS[kind].check(implementation, problem)
+        except Exception:
+            log(traceback.format_exc())
+            return passed, text
+        passed[kind] += 1
+        if passed.total() % len(turn) == 0:
+            jax.clear_caches()  # no program is met again
 
 
 def main(arguments=None):
