@@ -25,7 +25,7 @@ from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid
 from benchmarks.timing import Program, platform
 
 Group = tuple[Problem, list[Program]]
-TORCH_S = 120  # of torch's process, beside the budget of the others
+TORCH_SHARE = 0.25  # of the budget, for torch's process
 
 
 def log(text: str) -> None:
@@ -121,13 +121,14 @@ def run(args: argparse.Namespace, groups: list[Group], name: str, **facts) -> di
 
 
 def add_torch(data: dict, problems: list[tuple[Problem, str]], args: argparse.Namespace) -> None:
-    """The records of FlashAttention-2's kernels, of the problems whose labels match."""
+    """The records of FlashAttention-2's kernels, of the problems whose labels match, within the
+    budget in seconds."""
     name = torch_attention.NAME
     asked = [x for x in problems if re.search(args.filter, f"{name}:{x[1]}:{x[0].label}")]
     if why := torch_attention.absent():
         log(f"{name}: left out, {why}")
     elif asked:
-        data["records"] += torch_attention.records(asked, args.rounds, TORCH_S)
+        data["records"] += torch_attention.records(asked, args.rounds, args.budget_s)
         save(data, args.output / "attention.json")
 
 
@@ -179,8 +180,11 @@ def main() -> int:
     groups = choose(problems, available(IMPLEMENTATIONS, log), args.filter)
     if args.dry_run:
         return dry_run(groups)
+    for_torch = argparse.Namespace(**vars(args))
+    for_torch.budget_s = TORCH_SHARE * args.budget_s
+    args.budget_s -= 0 if torch_attention.absent() else for_torch.budget_s
     data = run(args, groups, "attention", tokens=args.tokens, hidden=args.hidden)
-    add_torch(data, problems, args)
+    add_torch(data, problems, for_torch)
     if not data["records"]:
         log("nothing was measured")
         return 1

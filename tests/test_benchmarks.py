@@ -213,7 +213,7 @@ def test_records_of_torch(end, timeout_s, why):
 
 
 def test_torch_is_a_column_of_the_grid(monkeypatch, tmp_path, capsys):
-    args = argparse.Namespace(filter="FA2:forward", rounds=3, output=tmp_path)
+    args = argparse.Namespace(filter="FA2:forward", rounds=3, budget_s=60, output=tmp_path)
     environment = dict(device="a GPU", torch="2.9")
     data = dict(environment=environment, tokens=1024, hidden=256, records=[], skipped=[])
     monkeypatch.setattr(torch_attention, "absent", lambda: "the package torch is not installed")
