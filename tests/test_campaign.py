@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import campaign
 import campaign_parts
 from campaign_parts import PARTS, Part
+
+import contract
 
 HERE = dict(source_hash="a" * 64, gpu="a GPU", date="today", driver="1", packages=dict(jax="0"))
 BY_NAME = {part.name: part for part in PARTS}
@@ -76,6 +80,32 @@ def test_a_launch_with_other_bits_is_seen(monkeypatch):
     monkeypatch.setattr(campaign_parts, "chain", chain)
     failures = [failure for _, failure in campaign_parts.soak(0, 80) if failure]
     assert failures == ["1 runs of 10 launches had other bits"]
+
+
+@pytest.mark.parametrize("target", ["jax_fa3_forward", "jax_fa3_backward"])
+def test_damages_reach_the_custom_call(monkeypatch, target):
+    """As a program for a GPU has it; each damage makes another one."""
+    monkeypatch.setattr(campaign_parts, "IMPLEMENTATION", contract.Implementation(None))
+    inputs = campaign_parts.small_inputs(0, seqlen=16)
+
+    def loss(*x):
+        return campaign_parts.chain(*x, length=1).astype(jnp.float32).sum()
+
+    def call():
+        """The custom call's line in the lowered text, without the names of values."""
+        jax.clear_caches()
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*inputs)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        (line,) = (line for line in text.splitlines() if f"@{target}(" in line)
+        return re.sub(r"%[a-z0-9_#:]+", "", line.split(f"@{target}")[1])
+
+    texts = [call()]
+    for damage in campaign_parts.DAMAGES.values():
+        ffi_call = campaign_parts.damaged(target, damage)
+        with mock.patch.object(jax.ffi, "ffi_call", ffi_call):
+            texts.append(call())
+    jax.clear_caches()
+    assert len(set(texts)) == 1 + len(campaign_parts.DAMAGES)
 
 
 def test_goals():

@@ -420,17 +420,11 @@ DAMAGES = {  # what Python never lets through to the handlers
 }
 
 
-def faults(task, checks):
-    """Calls that were damaged between Python and the handlers: an error of the custom call, and
-    the next call is right. Even tasks damage the forward, odd ones the backward call."""
-    inputs = small_inputs(0)
-    want = bits(jax.jit(chain)(*inputs))
-    target = ("jax_fa3_forward", "jax_fa3_backward")[task % 2]
-    name, damage = list(DAMAGES.items())[task // 2]
+def damaged(target, damage):
+    """jax.ffi.ffi_call, with the damage in the calls of a target."""
     real = jax.ffi.ffi_call
-    jax.clear_caches()  # traces of the right calls, and in the end those of the damaged ones
 
-    def damaged(called, results, **options):
+    def ffi_call(called, results, **options):
         if called != target:
             return real(called, results, **options)
 
@@ -438,12 +432,23 @@ def faults(task, checks):
             changed, arrays, attributes = damage(list(results), arrays, attributes)
             got = real(called, changed, **options)(*arrays, **attributes)
             # What follows takes results of the right shapes.
-            ones = [jnp.max(x).astype(jnp.float32) for x in got if x.size]
-            return [jnp.full(x.shape, sum(ones)).astype(x.dtype) for x in results]
+            largest = [jnp.max(x).astype(jnp.float32) for x in got if x.size]
+            return [jnp.full(x.shape, sum(largest)).astype(x.dtype) for x in results]
 
         return call
 
-    with mock.patch.object(jax.ffi, "ffi_call", damaged):
+    return ffi_call
+
+
+def faults(task, checks):
+    """Calls that were damaged between Python and the handlers: an error of the custom call, and
+    the next call is right. Even tasks damage the forward, odd ones the backward call."""
+    inputs = small_inputs(0)
+    want = bits(jax.jit(chain)(*inputs))
+    target = ("jax_fa3_forward", "jax_fa3_backward")[task % 2]
+    name, damage = list(DAMAGES.items())[task // 2]
+    jax.clear_caches()  # traces of the right calls, and in the end those of the damaged ones
+    with mock.patch.object(jax.ffi, "ffi_call", damaged(target, damage)):
         run = jax.jit(chain_gradient if task % 2 else functools.partial(chain, length=1))
         words = ["INVALID_ARGUMENT", "UNIMPLEMENTED", "INTERNAL", "FAILED_PRECONDITION"]
         failure = expect_error(lambda: run(*inputs), words)
