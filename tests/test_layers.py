@@ -31,10 +31,12 @@ PYTHON_LAYERS = [
     ["mask", "route", "validate"],
     ["arguments", "native"],
     ["visibility.table"],
+    ["flex.translate"],
+    ["flex.text"],
     ["operands", "score", "cached.problem", "cached.rotary"],
     ["visibility.layout", "cached.layout"],
     ["options", "result_type", "linear_map"],
-    ["_C", "cached", "float8", "visibility"],
+    ["_C", "cached", "flex", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}
 

@@ -1,0 +1,1 @@
+"""Score and mask functions of `jax_fa3.flex_attention`."""
