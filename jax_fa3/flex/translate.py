@@ -85,7 +85,8 @@ def translate(
 ) -> Translation:
     """The CUDA C text of a score function, its derivative, and a mask function.
 
-    The derivative is JAX's own, in reverse mode, so that a rule of jax.custom_vjp holds too.
+    The derivative is JAX's own: forward mode, or reverse mode for functions that have a rule of
+    jax.custom_vjp.
 
     Args:
       score_mod: f(score, batch, head, query, key, *captured), of a float32 and four int32 scalars,
@@ -118,7 +119,7 @@ def translate(
     if score_mod is not None:
         inputs = float32, *[int32] * 4, *given
         _check_result("score_mod", jax.make_jaxpr(score_mod)(*inputs), "float32")
-        jaxpr = jax.make_jaxpr(jax.value_and_grad(score_mod))(*inputs)
+        jaxpr = _with_slope(score_mod, inputs)
         arguments = [_scalar("score", "float32"), *indices, *arrays]
         score, slope = _values("score_mod", program, jaxpr, arguments)
         addend = _addend(program, score)
@@ -142,6 +143,25 @@ def translate(
         has_score=score_mod is not None,
         has_mask=mask_mod is not None,
         is_additive=addend is not None,
+    )
+
+
+def _with_slope(score_mod: Callable[..., jax.Array], inputs: Sequence[Any]) -> core.ClosedJaxpr:
+    """The jaxpr of (score, slope). Reverse mode is the second choice: it spreads the derivative of
+    an element over its array."""
+
+    def forward(score, *rest):
+        return jax.jvp(lambda x: score_mod(x, *rest), (score,), (jnp.ones_like(score),))
+
+    jaxpr = jax.make_jaxpr(forward)(*inputs)
+    if _has(jaxpr.jaxpr, "custom_lin"):  # what a rule of jax.custom_vjp leaves
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(score_mod))(*inputs)
+    return jaxpr
+
+
+def _has(jaxpr: core.Jaxpr, primitive: str) -> bool:
+    return any(x.primitive.name == primitive for x in jaxpr.eqns) or any(
+        _has(x, primitive) for x in core.subjaxprs(jaxpr)
     )
 
 
@@ -437,7 +457,7 @@ UNSIGNED_TEMPLATES = INTEGER_TEMPLATES | {"abs": "{0}", "sign": "({c})({0} != 0)
 BOOL_TEMPLATES = {
     "and": "{0} && {1}",
     "or": "{0} || {1}",
-    "xor": "{0} != {1}",
+    "xor": "({0} ^ {1}) != 0",
     "not": "!{0}",
     "min": "{0} && {1}",
     "max": "{0} || {1}",
@@ -452,7 +472,7 @@ def _writer(
     """Makes the element of a result from those of the operands of a primitive; None: unknown."""
     first = dtypes[0] if dtypes else ""
     if name in COMPARISONS:
-        return functools.partial(program.emit, "bool", f"{{0}} {COMPARISONS[name]} {{1}}")
+        return functools.partial(_compared, program, name, first)
     if name == "is_finite":
         return functools.partial(program.emit, "bool", "fabsf({0}) < JFA_INFINITY")
     if name == "select_n":
@@ -486,6 +506,8 @@ def _templates(dtype: str) -> dict[str, str]:
 def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
     """An operation on operands of its own dtype."""
     template = _templates(dtype)[name]
+    if name in ("min", "max") and operands[0] == operands[1]:
+        return operands[0]
     if dtype in INTEGERS:
         width = np.iinfo(dtype).bits
         words = {
@@ -499,6 +521,12 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
             template = template.replace(word, text)
     value = program.emit(TYPES[dtype], template, *operands)
     return value if name in EXACT else _rounded(program, value, dtype)
+
+
+def _compared(program: Program, name: str, dtype: str, x: str, y: str) -> str:
+    if x == y and dtype not in FLOATS:  # of which compilers warn
+        return literal(name in ("eq", "le", "ge"), "bool")
+    return program.emit("bool", f"{{0}} {COMPARISONS[name]} {{1}}", x, y)
 
 
 def _rounded(program: Program, value: str, dtype: str) -> str:
