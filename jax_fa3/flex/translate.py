@@ -328,7 +328,7 @@ def _interpret(
             return _constant(program, np.asarray(atom.val, atom.aval.dtype))
         return values[atom]
 
-    for equation in jaxpr.eqns:
+    for equation in _needed(jaxpr):
         here = line or source_info_util.summarize(equation.source_info)
         inputs = [read(x) for x in equation.invars]
         name, params = equation.primitive.name, equation.params
@@ -344,6 +344,17 @@ def _interpret(
                 raise _Reason(f"{reason} at {here}") from None
         values |= zip(equation.outvars, map(_remembered, results), strict=True)
     return [read(x) for x in jaxpr.outvars]
+
+
+def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """The equations that the results are made with."""
+    wanted = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}
+    needed = []
+    for equation in reversed(jaxpr.eqns):
+        if not wanted.isdisjoint(equation.outvars):
+            wanted |= {x for x in equation.invars if not isinstance(x, core.Literal)}
+            needed.append(equation)
+    return needed[::-1]
 
 
 def _opened(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -377,6 +388,8 @@ def _apply(
     outs = [Lazy(x.shape, str(x.dtype), lambda _: "") for x in types]
     if name in STRUCTURE:
         return [STRUCTURE[name](program, outs[0], params, *inputs)]
+    if name in PARTS:
+        return PARTS[name](program, outs, params, *inputs)
     write = _writer(program, name, params, [x.dtype for x in inputs], outs[0].dtype)
     if write is None:
         dtypes = ", ".join(x.dtype for x in inputs)
@@ -626,10 +639,6 @@ def _reshape(program, out, params, operand):
     return dataclasses.replace(out, element=element)
 
 
-def _squeeze(program, out, params, operand):
-    return _reshape(program, out, params, operand)
-
-
 def _transpose(program, out, params, operand):
     def element(index):
         old = dict(zip(params["permutation"], index, strict=True))
@@ -704,6 +713,50 @@ def _concatenate(program, out, params, *operands):
             is_before = program.emit("bool", f"{{0}} < {end}", at)
             value = _select(program, TYPES[out.dtype], is_before, value, part)
         return value
+
+    return dataclasses.replace(out, element=element)
+
+
+def _stack(program, out, params, *operands):
+    dim = params["axis"]
+
+    def expanded(operand):
+        shape = (*operand.shape[:dim], 1, *operand.shape[dim:])
+        return Lazy(shape, out.dtype, lambda x: operand.element((*x[:dim], *x[dim + 1 :])))
+
+    return _concatenate(program, out, {"dimension": dim}, *map(expanded, operands))
+
+
+def _unstack(program, outs, params, operand):
+    dim = params["axis"]
+
+    def part(i):
+        return lambda x: operand.element((*x[:dim], i, *x[dim:]))
+
+    return [dataclasses.replace(out, element=part(i)) for i, out in enumerate(outs)]
+
+
+def _split(program, outs, params, operand):
+    dim = params["axis"]
+
+    def part(start):
+        return lambda x: operand.element(
+            (*x[:dim], _plus(program, x[dim], start), *x[dim + 1 :])
+        )
+
+    starts = np.cumsum([0, *params["sizes"]]).tolist()
+    return [dataclasses.replace(out, element=part(n)) for out, n in zip(outs, starts, strict=False)]
+
+
+def _tile(program, out, params, operand):
+    def element(index):
+        index = index[len(out.shape) - len(operand.shape) :]
+        return operand.element(
+            tuple(
+                x % n if isinstance(x, int) else program.emit("int", f"{{0}} % {n}", x)
+                for x, n in zip(index, operand.shape, strict=True)
+            )
+        )
 
     return dataclasses.replace(out, element=element)
 
@@ -785,9 +838,12 @@ STRUCTURE: dict[str, Callable[..., Lazy]] = {
     "reshape": _reshape,
     "rev": _reversed,
     "slice": _slice,
-    "squeeze": _squeeze,
+    "squeeze": _reshape,
+    "stack": _stack,
+    "tile": _tile,
     "transpose": _transpose,
 }
+PARTS: dict[str, Callable[..., list[Lazy]]] = {"split": _split, "unstack": _unstack}
 SAME = ("copy", "copy_p", "optimization_barrier", "pcast", "pvary", "stop_gradient")
 
 
