@@ -30,7 +30,7 @@ MOVES = (
 
 @dataclasses.dataclass
 class Number:
-    """A value of a jaxpr, a float as float64, and its error's bound; exact ones have the number 0."""
+    """A value of a jaxpr, floats as float64, and the bound of its error, 0.0 if it is exact."""
 
     value: Any
     error: Any = 0.0

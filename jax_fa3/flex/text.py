@@ -198,10 +198,8 @@ def _integer_helpers(dtype: str) -> list[str]:
         "\n  if (y == -1) return 0;" if is_signed else "",
     )
     by_zero = "-1" if is_signed else high
-    width = f"({u})y >= {info.bits}u" if not is_signed else f"y < 0 || y >= {info.bits}"
-    own = f"unsigned {c}" if c in ("short", "int", "long long") else "unsigned char"
-    own = own if is_signed else c
-    sign = "x < 0 ? -1 : 0" if is_signed else "0"
+    too_far = f"y < 0 || y >= {info.bits}" if is_signed else f"y >= {info.bits}u"
+    as_unsigned, as_signed = TYPES[f"uint{info.bits}"], TYPES[f"int{info.bits}"]
     return [
         f"""\
 JFA_HELPER {c} jfa_divide_{dtype}({c} x, {c} y) {{
@@ -217,17 +215,18 @@ JFA_HELPER {c} jfa_remainder_{dtype}({c} x, {c} y) {{
 """,
         f"""\
 JFA_HELPER {c} jfa_shift_left_{dtype}({c} x, {c} y) {{
-  return {width} ? 0 : ({c})(({u})x << y);
+  return {too_far} ? 0 : ({c})(({u})x << y);
 }}
 """,
         f"""\
 JFA_HELPER {c} jfa_shift_right_logical_{dtype}({c} x, {c} y) {{
-  return {width} ? 0 : ({c})(({own})x >> y);
+  return {too_far} ? 0 : ({c})(({as_unsigned})x >> y);
 }}
 """,
         f"""\
 JFA_HELPER {c} jfa_shift_right_arithmetic_{dtype}({c} x, {c} y) {{
-  return {width} ? ({sign}) : ({c})(x >> y);
+  const {as_signed} sign = ({as_signed})x < 0 ? -1 : 0;
+  return ({c})({too_far} ? sign : ({as_signed})x >> y);
 }}
 """,
         f"""\

@@ -465,7 +465,7 @@ SIGNED_TEMPLATES = INTEGER_TEMPLATES | {
     "abs": "{0} < 0 ? ({c})(0 - ({u}){0}) : {0}",
     "sign": "({c})(({0} > 0) - ({0} < 0))",
 }
-UNSIGNED_TEMPLATES = INTEGER_TEMPLATES | {"abs": "{0}", "sign": "({c})({0} != 0)"}
+UNSIGNED_TEMPLATES = INTEGER_TEMPLATES | {"sign": "({c})({0} != 0)"}
 
 BOOL_TEMPLATES = {
     "and": "{0} && {1}",
