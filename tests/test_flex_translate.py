@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 import flex_functions
 import flex_host
 import flex_oracle
 from flex_host import needs_compiler
-from jax_fa3.flex.translate import translate
+from jax_fa3.flex.text import HELPERS, Program
+from jax_fa3.flex.translate import Untranslatable, translate
+from nvrtc import compiled, needs_nvrtc
 
 NUM_FUNCTIONS, NUM_POINTS = 200, 64
 COMPILER_OPTIONS = {
@@ -207,3 +210,247 @@ def test_primitives(tmp_path):
             values = edges(dtype)[[x[i], y[i]]]
             wrong.append(f"{name} of {dtype} {values}: {got[i]!r}, JAX {want[i]!r}")
     assert not wrong, "\n".join(wrong)
+
+
+def sliding_window(batch, head, query, key, *captured):
+    return (query >= key) & (query - key <= 64)
+
+
+def alibi(score, batch, head, query, key):
+    slope = jnp.exp2(-0.5 * (head + 1).astype(jnp.float32))
+    return score + slope * (key - query).astype(jnp.float32)
+
+
+def softcap(score, batch, head, query, key):
+    return 30 * jnp.tanh(score / 30)
+
+
+def relative(score, batch, head, query, key, table):
+    return score + table[head, jnp.clip(key - query, -4, 4) + 4]
+
+
+def t5(score, batch, head, query, key, table):
+    distance = key - query
+    near = jnp.abs(distance)
+    far = 8 + (2 * jnp.log2(jnp.maximum(near, 8).astype(jnp.float32) / 8)).astype(jnp.int32)
+    bucket = jnp.where(near < 8, near, jnp.minimum(far, 15)) + jnp.where(distance > 0, 16, 0)
+    return score + table[bucket, head]
+
+
+def same_document(batch, head, query, key, ids):
+    return ids[batch, query] == ids[batch, key]
+
+
+TABLE = jax.ShapeDtypeStruct((4, 9), jnp.bfloat16)
+KNOWN = {
+    "alibi": (alibi, sliding_window, ()),
+    "softcap": (softcap, None, ()),
+    "relative": (relative, None, (TABLE,)),
+    "t5": (t5, None, (jax.ShapeDtypeStruct((32, 4), jnp.float32),)),
+    "documents": (None, same_document, (jax.ShapeDtypeStruct((2, 64), jnp.int32),)),
+    "nothing": (None, None, ()),
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", KNOWN)
+def test_nvrtc(name):
+    """The text compiles for the device without a header or a warning; no arrays in local memory."""
+    text = translate(*KNOWN[name]).text
+    ptx = compiled(text, "PTX").decode()
+    names = ["jfa_score", "jfa_score_and_slope", "jfa_mask"]
+    assert all(f"{name}(" in ptx for name in names) and ".local" not in ptx
+    assert compiled(text, "LTOIR")
+
+
+@needs_nvrtc
+def test_nvrtc_of_helpers_and_random_functions():
+    rng = np.random.default_rng(0)
+    types = types_of(flex_functions.captured_arrays(rng))
+    texts = [translate(*flex_functions.random_functions(rng)[:2], types).text for _ in range(8)]
+    every_helper = Program().text([f"// {name}\n" for name in HELPERS])
+    for text in (*texts, every_helper):
+        compiled(text, "LTOIR")
+
+
+def test_what_is_additive():
+    """A score that is only added to, once."""
+
+    def is_additive(f):
+        return translate(f, None, ()).is_additive
+
+    assert is_additive(None) and is_additive(lambda s, *_: s) and is_additive(alibi)
+    assert is_additive(lambda s, b, h, q, k: jnp.where(q < k, -jnp.inf, 2 + s) - h)
+    assert is_additive(jax.jit(lambda s, *_: s + 1.0))
+    assert not is_additive(softcap)
+    assert not is_additive(lambda s, *_: s + s)
+    assert not is_additive(lambda s, *_: 1 - s)
+    assert not is_additive(lambda s, *_: jnp.where(s > 0, s, -jnp.inf))
+    assert not is_additive(lambda s, b, h, q, k: jnp.where(q < k, s, 0))
+    assert not is_additive(lambda s, *_: s.astype(jnp.bfloat16).astype(jnp.float32))
+    assert not is_additive(lambda s, b, h, q, k: q.astype(jnp.float32))
+
+
+def test_text():
+    """Short, without what is not needed, and the same for equal functions."""
+    found = translate(relative, None, (TABLE,))
+    assert found == translate(lambda *x: relative(*x), None, (TABLE,))
+    assert hash(found) == hash(translate(relative, None, (TABLE,)))
+    assert found.has_score and not found.has_mask
+    name = "JFA_FUNCTION float jfa_addend("
+    assert found.text[found.text.index(name) :].splitlines() == [
+        name,
+        "    int, int head, int query, int key, const JfaCaptured& captured) {",
+        "  const int v0 = (int)((unsigned)key - (unsigned)query);",
+        "  const int v1 = (-4) < v0 ? v0 : (-4);",
+        "  const int v2 = 4 < v1 ? 4 : v1;",
+        "  const int v3 = (int)((unsigned)v2 + (unsigned)4);",
+        "  const bool v4 = head < 0;",
+        "  const int v5 = (int)((unsigned)head + (unsigned)4);",
+        "  const int v6 = v4 ? v5 : head;",
+        "  const bool v7 = v3 < 0;",
+        "  const int v8 = (int)((unsigned)v3 + (unsigned)9);",
+        "  const int v9 = v7 ? v8 : v3;",
+        "  const int v10 = v6 < 0 ? 0 : (v6 < 3 ? v6 : 3);",
+        "  const int v11 = v9 < 0 ? 0 : (v9 < 8 ? v9 : 8);",
+        "  const int v12 = v10 * 9 + v11;",
+        "  const unsigned short v13 = ((const unsigned short*)captured.array[0])[v12];",
+        "  const float v14 = jfa_load_bfloat16(v13);",
+        "  return v14;",
+        "}",
+    ]
+
+
+READS = [
+    *(lambda c, i, j, m=m: c[1].at[i, j].get(mode=m) for m in ("fill", "clip")),
+    *(lambda c, i, j, m=m: jnp.take(c[0], i ^ j, mode=m) for m in ("fill", "clip", "wrap")),
+    lambda c, i, j: c[0].at[i].get(mode="promise_in_bounds"),
+    lambda c, i, j: c[1][i, j],
+    lambda c, i, j: c[1][i][j],
+    lambda c, i, j: c[1].at[i, 2].get(mode="fill", fill_value=3),
+    lambda c, i, j: lax.dynamic_slice(c[1], (i, j), (2, 3))[1, 2],
+    lambda c, i, j: c[1].T.reshape(-1)[j],
+    lambda c, i, j: jnp.concatenate([c[0], 2 * c[0]])[i],
+    lambda c, i, j: jnp.stack([c[1][0], c[1][2]])[i, j],
+    lambda c, i, j: c[1][i.astype(jnp.int8), j.astype(jnp.uint32)],
+    lambda c, i, j: c[1].at[i.astype(jnp.uint8), j.astype(jnp.uint16)].get(mode="fill"),
+    lambda c, i, j: jnp.arange(5)[i].astype(jnp.float32) + jnp.tile(c[0], 2)[j],
+]
+
+
+@needs_compiler
+def test_indices_out_of_range(tmp_path):
+    """Every index gives what JAX gives, and none reads what is beside an array."""
+    arrays = np.float32([1, 2, 3, 4, 5]), np.arange(10, 22, dtype=np.float32).reshape(3, 4)
+    ends = np.iinfo(np.int32)
+    some = np.int32([ends.min, -300, -129, -13, -6, -5, -4, -1, 0, 1, 2, 3, 4, 5, 130, ends.max])
+    x, y = map(np.ravel, np.meshgrid(some, some))
+    index = np.stack([0 * x, 0 * x, x, y], 1)
+
+    def score_mod(read, score, batch, head, query, key, *captured):
+        return score * read(captured, query, key)
+
+    functions = [functools.partial(score_mod, read) for read in READS]
+    calls = flex_host.compiled(
+        [translate(f, None, types_of(arrays)) for f in functions], tmp_path, 2
+    )
+    for call, f in zip(calls, functions, strict=True):
+        score = np.ones(len(x), np.float32)
+        want = jax.jit(over_points, static_argnums=0)(f, score, index, arrays)
+        got = call(score, index, arrays)
+        np.testing.assert_array_equal(got["score"], want)
+        np.testing.assert_array_equal(got["slope"], want)
+
+
+@needs_compiler
+def test_rules_of_ones_own(tmp_path):
+    """The derivative of jax.custom_vjp and jax.custom_jvp is the one that they tell."""
+
+    @jax.custom_vjp
+    def straight_through(x):
+        return lax.round(x)
+
+    straight_through.defvjp(lambda x: (lax.round(x), None), lambda _, g: (g,))
+    bent = jax.custom_jvp(lambda x: x * 2)
+    bent.defjvp(lambda x, dx: (bent(*x), 5 * dx[0]))
+    functions = [lambda s, *_: jax.jit(straight_through)(s) * 3, lambda s, *_: bent(s)]
+    first, second = flex_host.compiled([translate(f, None, ()) for f in functions], tmp_path, 0)
+    score = np.float32([0.75, -1.25])
+    np.testing.assert_array_equal(first(score, np.zeros((2, 4)))["slope"], [3, 3])
+    np.testing.assert_array_equal(second(score, np.zeros((2, 4)))["slope"], [5, 5])
+
+
+@needs_compiler
+def test_sixty_four_bits(tmp_path):
+    """Integers of 64 bits are translated; float64 is not."""
+    with jax.enable_x64(True):
+        arrays = (np.int64([2**40, -3, 7]),)
+
+        def score_mod(score, batch, head, query, key, big):
+            return score + (big[query] * 5 // (big[key] | 1)).astype(jnp.float32)
+
+        (call,) = flex_host.compiled([translate(score_mod, None, types_of(arrays))], tmp_path, 1)
+        index = np.stack([np.zeros(9), np.zeros(9), *np.divmod(np.arange(9), 3)], 1)
+        want = np.array([score_mod(1.0, 0, 0, int(q), int(k), arrays[0]) for *_, q, k in index])
+        np.testing.assert_array_equal(call(np.ones(9), index, arrays)["score"], want)
+        with pytest.raises(Untranslatable, match="convert_element_type makes float64"):
+            translate(lambda s, *_: (s.astype(jnp.float64) + 1).astype(jnp.float32), None, ())
+
+
+def looped(score, batch, head, query, key):
+    return lax.while_loop(lambda x: x > 1, lambda x: x / 2, score)  # the line that is named
+
+
+def test_what_is_untranslatable():
+    """Errors name what it is and where it stands."""
+    line = looped.__code__.co_firstlineno + 1
+    with pytest.raises(Untranslatable, match=rf"^score_mod: .* while .*translate\.py:{line}"):
+        translate(looped, None, ())
+    inner = jax.jit(lambda x: jnp.sort(jnp.stack([x, -x]))[0])
+    with pytest.raises(Untranslatable, match=r"mask_mod: the primitive sort .*translate\.py"):
+        translate(None, lambda b, h, q, k: inner(q) > 0, ())
+    with pytest.raises(Untranslatable, match=r"primitive lgamma of \(float32\)"):
+        translate(lambda s, *_: lax.lgamma(s), None, ())
+    big = np.zeros((40, 40), np.float32)
+    with pytest.raises(Untranslatable, match=r"closes over an array of shape \(40, 40\)"):
+        translate(lambda s, b, h, q, k: s + jnp.asarray(big)[q, k], None, ())
+
+
+def test_what_is_not_used_is_not_translated():
+    def score_mod(score, *_):
+        lax.while_loop(lambda x: x < 1, jnp.exp, score)
+        return 2 * score
+
+    assert translate(score_mod, None, ()) == translate(lambda s, *_: 2 * s, None, ())
+
+
+@pytest.mark.parametrize(
+    ("captured", "message"),
+    [
+        (np.zeros((2,) * 5, np.float32), r"array 0, float32\[2, 2, 2, 2, 2\]: at most 4 dim"),
+        (np.zeros(3, np.complex64), r"array 0, complex64\[3\]: the dtype"),
+        (np.zeros(3, np.float64), r"array 0, float64\[3\]: the dtype"),
+        (np.zeros((0, 3), np.float32), r"array 0, float32\[0, 3\]: it has no elements"),
+        ([np.zeros(3, np.float32)] * 9, "9 captured arrays; at most 8"),
+    ],
+    ids=["dims", "complex", "float64", "empty", "many"],
+)
+def test_captured_arrays_that_cannot_be(captured, message):
+    with pytest.raises(Untranslatable, match=message):
+        translate(None, None, (captured,))
+
+
+def test_closed_over_tracer():
+    @jax.jit
+    def call(x):
+        translate(lambda s, *_: s + x, None, ())
+
+    with pytest.raises(Untranslatable, match="closes over a traced array; pass"):
+        call(1.0)
+
+
+def test_results_of_another_kind():
+    with pytest.raises(TypeError, match=r"score_mod returns int32\[\]; expected one scalar, float"):
+        translate(lambda s, b, *_: b, None, ())
+    with pytest.raises(TypeError, match=r"mask_mod returns bool\[2\]; expected one scalar, bool"):
+        translate(None, lambda *_: jnp.ones(2, bool), ())

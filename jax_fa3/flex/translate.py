@@ -274,8 +274,8 @@ def _offset(program: Program, index: Sequence[Index], shape: Sequence[int]) -> s
 
 def _clamped(program: Program, value: str, dtype: str, last: int) -> Index:
     """An index of the user's, moved to the nearest one from 0 to `last`."""
-    if last == 0:
-        return 0
+    if last == 0 or value.isdigit():
+        return min(int(value), last) if last else 0
     c = TYPES[dtype]
     high = literal(last, dtype) if last <= np.iinfo(dtype).max else None
     text = "{0}" if high is None else f"{{0}} < {high} ? {{0}} : {high}"
