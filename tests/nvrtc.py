@@ -36,7 +36,8 @@ def compiled(text, kind):
     nvrtc, program, size = library(), ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"flex.cu", 0, None, None)
     options = [b"-arch=sm_90a", b"-rdc=true", *([b"-dlto"] if kind == "LTOIR" else [])]
-    options += [b"-diag-suppress=186"]  # a comparison of an unsigned number with 0, of the user's
+    # A comparison of an unsigned number with 0, of the user's, and what nothing calls.
+    options += [b"-diag-suppress=186,177"]
     failed = nvrtc.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*options)
     )
