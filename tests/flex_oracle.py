@@ -21,7 +21,7 @@ EXACT = ("neg", "abs", "max", "min", "clamp", "copy", "sign")
 ROUNDED = ("add", "add_any", "sub", "mul", "div", "sqrt", "square")
 STEPS = ("floor", "ceil", "round", "sign", "is_finite")
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-STEEP = ("div", "log", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "atan2")
+STEEP = ("div", "log", "log2", "sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "atan2")
 MOVES = (
     *("broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "reshape", "rev", "slice"),
     *("squeeze", "stack", "tile", "transpose", "select_n", "iota"),

@@ -403,7 +403,12 @@ def _elementwise(
     """An array of the shape and dtype of `like`; scalars among the inputs broadcast."""
 
     def element(index):
-        return write(*(x.element(index if x.shape else ()) for x in inputs))
+        return write(
+            *(
+                x.element(tuple(0 if n == 1 else i for n, i in zip(x.shape, index, strict=False)))
+                for x in inputs
+            )
+        )
 
     return dataclasses.replace(like, element=element)
 
@@ -431,7 +436,8 @@ FLOAT_TEMPLATES = {
 } | {
     name: f"{name}f({{0}})"
     for name in (
-        *("exp", "exp2", "expm1", "log", "log1p", "sqrt", "cbrt", "floor", "ceil", "erf", "erfc"),
+        *("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "cbrt"),
+        *("floor", "ceil", "erf", "erfc"),
         *("sin", "cos", "tan", "asin", "acos", "atan"),
         *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
     )
@@ -496,6 +502,10 @@ def _writer(
         return _bitcast(program, first, dtype)
     if name == "integer_pow":
         return lambda x: _integer_power(program, x, params["y"], dtype)
+    if name == "one_minus_square":
+        return lambda x: _one_minus_square(program, x, dtype)
+    if name == "polynomial":
+        return functools.partial(_polynomial, program, dtype)
     if name == "pow" and dtypes[1] != first:
         return lambda x, y: _operation(
             program, "pow", dtype, x, _converted(program, y, dtypes[1], dtype)
@@ -587,6 +597,22 @@ def _integer_power(program: Program, x: str, power: int, dtype: str) -> str:
     one = literal(1, dtype)
     result = one if result is None else result
     return _operation(program, "div", dtype, one, result) if power < 0 else result
+
+
+def _one_minus_square(program: Program, x: str, dtype: str) -> str:
+    """Accurate near 1 and -1."""
+    one = literal(1, dtype)
+    factors = (_operation(program, name, dtype, one, x) for name in ("add", "sub"))
+    return _operation(program, "mul", dtype, *factors)
+
+
+def _polynomial(program: Program, dtype: str, x: str, *coefficients: str) -> str:
+    """By Horner's rule; the constant term comes first."""
+    *coefficients, result = coefficients
+    for coefficient in reversed(coefficients):
+        product = _operation(program, "mul", dtype, result, x)
+        result = _operation(program, "add", dtype, product, coefficient)
+    return result
 
 
 def _choice(program: Program, which_dtype: str, dtype: str) -> Callable[..., str]:
