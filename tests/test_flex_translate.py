@@ -67,7 +67,9 @@ def test_random_functions(tmp_path):
 
     types = types_of(captured)
     translations = [translate(s, m, types) for s, m, _ in functions]
-    assert [x.is_additive for x in translations] == [x for *_, x in functions]
+    # Others may turn out to be additive too; then their addends tell whether they are.
+    expected = zip(translations, functions, strict=True)
+    assert all(x.is_additive for x, (*_, is_additive) in expected if is_additive)
     calls = flex_host.compiled(translations, tmp_path, len(captured))
 
     scalars = [jax.ShapeDtypeStruct((), x) for x in ("float32", *["int32"] * 4)]
