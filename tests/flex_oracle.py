@@ -131,7 +131,17 @@ class Evaluation:
             return Number(bind(numbers[0].value.astype(jnp.float32)))
         if name == "convert_element_type":
             return self.narrowed(numbers[0], equation.invars[0].aval.dtype, out.aval.dtype)
-        return self.narrowed(self.arithmetic(name, bind, numbers), jnp.float32, out.aval.dtype)
+        return self.rounded(name, bind, numbers, out.aval.dtype)
+
+    def rounded(self, name, bind, numbers, dtype):
+        if name == "one_minus_square":  # XLA multiplies two rounded factors
+            pair = [Number(jnp.ones_like(numbers[0].value)), *numbers]
+            factors = [
+                self.rounded("add", lax.add, pair, dtype),
+                self.rounded("sub", lax.sub, pair, dtype),
+            ]
+            return self.rounded("mul", lax.mul, factors, dtype)
+        return self.narrowed(self.arithmetic(name, bind, numbers), jnp.float32, dtype)
 
     def agreed(self, step, number):
         """A step function's value, which is decided if it is the same at both ends."""
