@@ -32,6 +32,8 @@ PYTHON_LAYERS = [
     ["mask", "route", "validate"],
     ["arguments", "native"],
     ["visibility.table"],
+    ["flex.translate"],
+    ["flex.text"],
     ["score", "flex.operands"],
     ["operands", "cached.problem", "cached.rotary"],
     ["visibility.layout", "cached.layout"],
