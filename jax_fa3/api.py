@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,15 @@ from jax_fa3.visibility import checks, public
 from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
+ArrayType = ArrayLike | jax.ShapeDtypeStruct  # an array, or its shape and dtype alone
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def _not_for_flax(function: Callable) -> Callable:
+
+def _not_for_flax(function: Function) -> Function:
     """`function`, which names the cure where a layer of Flax is given it for its attention_fn."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         if "dropout_rate" in kwargs:
             raise TypeError(
                 f"{function.__name__} is given Flax's dropout_rate; expected what is not a layer's "
@@ -37,7 +40,7 @@ def _not_for_flax(function: Callable) -> Callable:
             )
         return function(*args, **kwargs)
 
-    return call
+    return cast(Function, call)
 
 
 @overload
@@ -153,39 +156,39 @@ def dot_product_attention(
 
 @_not_for_flax
 def dot_product_attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
-    scale=None,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    local_window_size=None,
-    implementation=None,
-    return_residual=False,
-    query_offset=None,
-    deterministic=None,
-    sequence_parallel="auto",
-    sm_margin=0,
-    forward_dtype=None,
-    query_descale=None,
-    key_descale=None,
-    value_descale=None,
-    value_is_prepared=False,
-    query_segment_ids=None,
-    key_value_segment_ids=None,
-    kv_start=None,
-    kv_end=None,
-    attention_chunk=None,
-    visibility=None,
-    logits_soft_cap=None,
-    alibi_slopes=None,
-    sinks=None,
-    return_max_logits=False,
-):
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
     """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
 
     On Hopper GPUs (H100, H200) bfloat16 and float16 run on this package's FlashAttention-3
@@ -290,36 +293,36 @@ def dot_product_attention(
 
 
 def is_supported(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+    query: ArrayType,
+    key: ArrayType,
+    value: ArrayType,
+    bias: ArrayType | None = None,
+    mask: ArrayType | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
+    query_seq_lengths: ArrayType | None = None,
+    key_value_seq_lengths: ArrayType | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    query_offset: Any = None,
+    query_offset: ArrayType | None = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
-    forward_dtype: Any = None,
-    query_descale: Any = None,
-    key_descale: Any = None,
-    value_descale: Any = None,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayType | None = None,
+    key_descale: ArrayType | None = None,
+    value_descale: ArrayType | None = None,
     value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
+    query_segment_ids: ArrayType | None = None,
+    key_value_segment_ids: ArrayType | None = None,
+    kv_start: ArrayType | None = None,
+    kv_end: ArrayType | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
     logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayType | None = None,
+    sinks: ArrayType | None = None,
     return_max_logits: bool = False,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
@@ -386,10 +389,10 @@ def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) ->
     outputs = core(in_row_dims(operands))
     if outputs.lse is not None:
         outputs = outputs.replace(lse=jnp.moveaxis(outputs.lse, 1, 2))
-    return outputs if operands.query.ndim == 4 else jax.tree.map(lambda x: x[0], outputs)
+    return outputs if operands.is_batched else jax.tree.map(lambda x: x[0], outputs)
 
 
 def public_results(outputs: Outputs) -> jax.Array | tuple[jax.Array, ...]:
     """out, or a tuple of it and what else was asked for."""
     results = tuple(outputs.present().values())
-    return results if len(results) > 1 else outputs.out
+    return results if len(results) > 1 else results[0]

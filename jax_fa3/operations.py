@@ -35,8 +35,16 @@ class Operations(Protocol):
     backward    the gradients of the operands that have one; the cotangent of lse may be absent
     """
 
-    forward: Callable[[AttentionOptions, Operands], Outputs]
-    backward: Callable[[AttentionOptions, Operands, Outputs, Outputs], Operands]
+    def forward(self, options: AttentionOptions, operands: Operands, /) -> Outputs: ...
+
+    def backward(
+        self,
+        options: AttentionOptions,
+        operands: Operands,
+        outputs: Outputs,
+        cotangents: Outputs,
+        /,
+    ) -> Operands: ...
 
 
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:
