@@ -21,6 +21,7 @@
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make inplace      build the module into jax_fa3/ for PYTHON
+#   make docs       the documentation site, in build/docs
 #   make lint, make format, make clean
 #
 # Variables:
@@ -57,7 +58,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module docs lint format clean
 
 setup: inplace
 
@@ -191,6 +192,16 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 	$(TOOLS)/bin/pip install -q --disable-pip-version-check --no-deps -r requirements/headers.txt
 	@command -v nvcc >/dev/null || test -n "$$CUDACXX$$CUDA_HOME" || \
 		$(TOOLS)/bin/pip install -q --disable-pip-version-check -r requirements/cuda.txt
+	@touch $@
+
+# ---- documentation
+
+docs: $(VENV)/.docs-ready
+	PYTHONPATH=. $(VENV)/bin/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "The site is build/docs/docs/index.html."
+
+$(VENV)/.docs-ready: requirements/docs.txt $(VENV)/.ready
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
 # ---- style

@@ -250,8 +250,8 @@ def dot_product_attention(
       visibility: what `make_visibility` made of such arguments, once for all calls, in their place.
       logits_soft_cap: a positive Python number c: scores with all that is added to them become
         c * tanh(score / c), before any mask.
-      alibi_slopes: float32 (N,), other floats are cast: slope * |i + query_offset - j| is taken
-        from the scaled scores. They have no gradient, and raise where one is asked for.
+      alibi_slopes: float32 (N,); other floating dtypes are cast. `slope * |i + query_offset - j|`
+        is subtracted from the scaled scores. Asking for their gradient raises.
       sinks: float32 (N,), other floats are cast: each row of a head also has this logit, of a key
         whose value is 0. With gradient.
       return_max_logits: also return the largest logit that each head sees, the sink apart.

@@ -83,9 +83,10 @@ def make_attention_fn(
       query_segment_ids, key_value_segment_ids: int32 (batch..., T) and (batch..., S).
       kv_start, kv_end: int32 (batch..., T), (batch..., N, T) or (batch..., K, T).
       visibility: what `make_visibility` gives, for all batch dimensions in one or for any batch.
-      scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
-        logits_soft_cap, alibi_slopes, sinks: as in `dot_product_attention`. Sinks that are trained
-        are a parameter of the layer: make the function where it is at hand.
+      sinks: as in `dot_product_attention`. Sinks that are trained are a parameter of the layer;
+        make the function where that parameter is at hand.
+      Others: scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
+        logits_soft_cap and alibi_slopes, as in `dot_product_attention`.
 
     Returns:
       The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a

@@ -124,11 +124,11 @@ def flash_attention_varlen(
         for many calls: it says where documents are, and cu_seqlens are only checked, as far as
         their values are known. With
         cu_seqlens_k it has causal and the window too, those of this call.
-      deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks,
-        return_max_logits: as in `dot_product_attention`.
-      softcap: as `logits_soft_cap` there; None or 0 is off.
-      alibi_slopes: as there, with positions in each document; only where the documents of keys are
-        those of query.
+      softcap: as `logits_soft_cap` of `dot_product_attention`; None or 0 switches it off.
+      alibi_slopes: as in `dot_product_attention`, with positions counted inside each document.
+        Only where cu_seqlens_k is None or cu_seqlens_q itself.
+      Others: deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks and
+        return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of it,

@@ -154,14 +154,14 @@ def ring_attention(
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
         (`zigzag_permute`), T and S even.
-      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
-        sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
-        travel, and each device brings what it has to float8.
+      forward_dtype: as in `dot_product_attention`. 16-bit arrays travel, and each device rounds
+        its own part to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
-      logits_soft_cap, return_max_logits: as in `dot_product_attention`.
       alibi_slopes, sinks: float32 (heads,), the same on every device.
+      Others: scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        sm_margin, logits_soft_cap and return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,

@@ -24,8 +24,8 @@ def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any
     """Prints versions, GPUs and compiled kernels, and for a described call what would run it.
 
     Args:
-      query, key, value: arrays or `jax.ShapeDtypeStruct`s; key and value default to query.
-      **options: keyword arguments of `dot_product_attention`.
+      query, key, value: arrays or `jax.ShapeDtypeStruct`; key and value default to query.
+      options: keyword arguments of `dot_product_attention`.
 
     Example:
       >>> jax_fa3.doctor(jax.ShapeDtypeStruct((2, 4096, 16, 128), "bfloat16"), is_causal=True)
