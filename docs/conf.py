@@ -9,7 +9,7 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"jax_fa3 {__version__}"
-# Pages link to files of the whole repository, so that is the source folder (`sphinx-build -c docs .`).
+# Pages link to files outside of docs, so the source folder is the repository.
 root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 exclude_patterns = [".*", "build", "dist"]

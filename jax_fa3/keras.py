@@ -95,8 +95,8 @@ def _backend() -> Any:
     keras = importlib.import_module("keras")
     if keras.backend.backend() != "jax":
         raise RuntimeError(
-            f"Keras's backend is {keras.backend.backend()!r}; expected 'jax': set KERAS_BACKEND=jax "
-            "before Keras is imported"
+            f"Keras's backend is {keras.backend.backend()!r}; expected 'jax': set "
+            "KERAS_BACKEND=jax before Keras is imported"
         )
     backend = importlib.import_module(BACKEND)
     if not hasattr(backend, "dot_product_attention"):
