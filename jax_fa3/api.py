@@ -189,11 +189,10 @@ def dot_product_attention(
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
+    """softmax(scale * query @ key^T + bias) @ value, with the arguments of `jax.nn`'s function.
 
     On Hopper GPUs (H100, H200) bfloat16 and float16 run on this package's FlashAttention-3
-    kernels; everything else runs the same meaning through XLA, block by block, in memory linear
-    in the sequence lengths.
+    kernels. Everything else runs through XLA, in memory linear in the sequence lengths.
 
     Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
     H head_dim. All lengths, offsets and windows count tokens.
@@ -219,9 +218,9 @@ def dot_product_attention(
       return_residual: also return the log-sum-exp of each row's scores.
       query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
         causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
-      deterministic: if True, gradients are bitwise reproducible; default: whether XLA_FLAGS has
-        --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward pass
-        always is.
+      deterministic: if True, gradients are bitwise reproducible; by default,
+        True if XLA_FLAGS has --xla_gpu_deterministic_ops or
+        --xla_gpu_exclude_nondeterministic_ops. The forward pass is always reproducible.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
         picks one of the first two, "error" raises. With a bias, mask, segment ids, intervals,
@@ -232,12 +231,12 @@ def dot_product_attention(
         rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
         inputs' type, at the inputs as float8 rounded them, and straight-through. With a bias or
         mask the kernels run it in the inputs' type.
-      query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
+      query_descale, key_descale: factors by which elements of float8 inputs are multiplied,
         positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
         inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.
       value_descale: likewise, () or (B, K).
-      value_is_prepared: value is as `quantize_qkv(..., prepare_value=True)` has it, which spares
-        the kernels a pass over it.
+      value_is_prepared: value has the layout that `quantize_qkv(..., prepare_value=True)` gives,
+        which saves the kernels a pass over it.
       query_segment_ids: int32 (B, T), the number of each row's document, which sees itself only;
         3-D inputs: (T,). 0 is padding, which sees nothing and is seen by nobody. Each document is
         one run of rows; numbers are in any order. docs/packed.md says which form to take.
@@ -247,13 +246,13 @@ def dot_product_attention(
         j < kv_end[i]; either may be missing. 3-D inputs: without B.
       attention_chunk: an int c: row i sees the keys of the chunk of c keys that has its position,
         i + query_offset.
-      visibility: what `make_visibility` made of such arguments, once for all calls, in their place.
+      visibility: the result of `make_visibility`, in place of ids, intervals and chunks.
       logits_soft_cap: a positive Python number c: scores with all that is added to them become
         c * tanh(score / c), before any mask.
       alibi_slopes: float32 (N,); other floating dtypes are cast. `slope * |i + query_offset - j|`
         is subtracted from the scaled scores. Asking for their gradient raises.
-      sinks: float32 (N,), other floats are cast: each row of a head also has this logit, of a key
-        whose value is 0. With gradient.
+      sinks: float32 (N,); other floating dtypes are cast. An additional logit for each row of a
+        head, of a key whose value is 0. Differentiable.
       return_max_logits: also return the largest logit that each head sees, the sink apart.
 
     Returns:
