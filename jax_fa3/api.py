@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import route, score, validate
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs, in_row_dims
 from jax_fa3.options import AttentionOptions, SequenceParallel
@@ -223,8 +223,8 @@ def dot_product_attention(
         --xla_gpu_exclude_nondeterministic_ops. The forward pass is always reproducible.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
-        picks one of the first two, "error" raises. With a bias, mask, segment ids, intervals,
-        chunks or float8 inputs only "auto", which gathers.
+        picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
+        which gathers.
       sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
         such as the collectives of a ring; 0 to 131.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
@@ -350,25 +350,35 @@ def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, ...]:
 
 def reasons_against(arguments: Arguments) -> route.Reasons:
     """Why the kernels would not run a call of these arguments, if there is a reason."""
-    arguments = arguments.with_arrays()
-    validate.check_call(arguments)
-    checks.check_call(arguments)
+    arguments = checked(arguments)
     return route.reasons_of(arguments, arguments.options())
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
-    """Checks the arguments and makes the static choices; the arrays are still the user's, but for
-    the scales, which have their rows' dimensions, and the sign of the scale, which query has."""
+    """`prepared` of these arguments, once they are checked."""
+    return prepared(checked(arguments))
+
+
+def checked(arguments: Arguments, division: Division = UNDIVIDED) -> Arguments:
+    """The arguments, which are legal, with an array wherever something stood for one."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
-    checks.check_call(arguments)
+    checks.check_call(arguments, division)
+    return arguments
+
+
+def prepared(
+    arguments: Arguments, division: Division = UNDIVIDED
+) -> tuple[AttentionOptions, Operands]:
+    """The static choices of checked arguments; the arrays are still the user's, but for the scales,
+    which have their rows' dimensions, and the sign of the scale, which query has."""
     options = route.decide(arguments, arguments.options())
     query, arrays = arguments.query, dict(arguments.arrays)
     if arguments.is_float8:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
         arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
     if "visibility" in arrays:
-        arrays["visibility"] = public.of_call(arguments)
+        arrays["visibility"] = public.of_call(arguments, division)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])
     arrays["query"] = score.carry_sign(query, scale)
     return options, arguments.Operands(**arrays)

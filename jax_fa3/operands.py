@@ -189,13 +189,7 @@ class Operands(Bundle):
         "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
     )
     query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
-    visibility: Array | None = row(
-        "bhv",
-        "int32",
-        form="broadcast",
-        flag=True,
-        needs_whole="segment ids, key intervals, chunks or documents",
-    )
+    visibility: Array | None = row("bhv", "int32", form="broadcast", flag=True)
     bias: Array | None = row(
         "bhst",
         *DTYPES,
@@ -286,7 +280,7 @@ def in_row_dims(operands: Operands) -> Operands:
     batch = operands.query.shape[0] if is_batched else 1
 
     def shaped(row, x):
-        if row.form == "blocks":
+        if row.form == "blocks" or not row.dims.startswith("b"):
             return x
         if row.form == "broadcast":
             return x.reshape((1,) * (len(row.dims) - x.ndim) + x.shape)

@@ -47,6 +47,18 @@ class Operations(Protocol):
     ) -> Operands: ...
 
 
+class LocalOperations(Operations, Protocol):
+    """Those of this module, or of what partitions them, with the third one that pieces of a divided
+    sequence need.
+
+    visibility  the table of visibility, int32 [batch | 1, heads | 1, words], of its sources
+    """
+
+    def visibility(
+        self, route: Route, options: VisibilityOptions, sources: Sources, /
+    ) -> Operands: ...
+
+
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     if options.forward_dtype is not None:
         return first_order_only(functools.partial(_rounding_forward, options))(operands)

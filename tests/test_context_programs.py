@@ -216,3 +216,17 @@ def test_choice(heads, kv_heads, rows, options, expected):
     query, key = (jax.ShapeDtypeStruct((1, rows, h, 128), "bfloat16") for h in (heads, kv_heads))
     options = AttentionOptions(scale=1.0, **options)
     assert context_parallel.choose(options, Operands(query, key, key), 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "array", "expected"),
+    [
+        (32, 32, "visibility", "allgather"),  # whose steps may see nothing
+        (32, 8, "alibi_slopes", "allgather"),
+        (32, 16, "alibi_slopes", "ring"),  # which hides its permutes
+    ],
+)
+def test_choice_by_arrays(heads, kv_heads, array, expected):
+    query, key = (jax.ShapeDtypeStruct((1, 8192, h, 128), "bfloat16") for h in (heads, kv_heads))
+    operands = Operands(query, key, key, **{array: jax.ShapeDtypeStruct((1, heads), "float32")})
+    assert context_parallel.choose(AttentionOptions(scale=1.0), operands, 8) == expected

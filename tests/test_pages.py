@@ -37,6 +37,12 @@ def test_observe_names_every_custom_call():
         assert f"| `{target}` |" in page
 
 
+def test_reference_has_every_public_name():
+    page = (ROOT / "docs/reference.md").read_text()
+    listed = set(re.findall(r":: (\w+)\n", page))
+    assert listed == set(jax_fa3.__all__) - {"__version__"}
+
+
 def test_decoding_with_plain_arrays():
     """Two steps of docs/coming_from.md see what the whole sequence sees."""
     names = dict(functools=functools, jax=jax, jnp=jnp, jax_fa3=jax_fa3)

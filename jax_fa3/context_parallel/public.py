@@ -16,18 +16,19 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, sharding
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, Division
 from jax_fa3.context_parallel import Divided, Strategy
-from jax_fa3.context_parallel.layout import Layout, vary_together
+from jax_fa3.context_parallel.layout import STRIPE, Layout, whole
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
+from jax_fa3.varying import vary_together
+from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("contiguous", "zigzag", "striped")
 INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
-    "of jax.shard_map, which gathers a sequence that arrives split; of what hides keys a divided "
-    "one has is_causal, local_window_size, query_offset and lengths alone"
+    "of jax.shard_map, which gathers a sequence that arrives split"
 )
 
 
@@ -48,6 +49,12 @@ class _Options(TypedDict, total=False):
     logits_soft_cap: float | None
     alibi_slopes: ArrayLike | None
     sinks: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
 
 
 class _Divided(Protocol):
@@ -139,6 +146,12 @@ def ring_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -153,13 +166,22 @@ def ring_attention(
         inside `jax.shard_map`.
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
-        (`zigzag_permute`), T and S even.
+        (`zigzag_permute`), T and S even. "striped", not for a ring: of stripes of 256 rows the
+        stripes r, r + N, r + 2N ... (`striped_permute`), T and S multiples of 256.
       forward_dtype: as in `dot_product_attention`. 16-bit arrays travel, and each device rounds
         its own part to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
-      alibi_slopes, sinks: float32 (heads,), the same on every device.
+      alibi_slopes, sinks: float32 (heads,), the same on every device; no slopes for
+        `allgather_attention` in layout "striped".
+      query_segment_ids, key_value_segment_ids: int32 (B, T) and (B, S), as in
+        `dot_product_attention`: the device's part of those of the whole sequences.
+      kv_start, kv_end: int32 (B, T), (B, heads, T) or (B, kv_heads, T), of the device's rows: key
+        positions in the whole sequence.
+      attention_chunk: as in `dot_product_attention`.
+      visibility: in place of these, the table of the whole sequences, N * T rows and N * S keys in
+        natural order, the same on every device.
       Others: scale, is_causal, local_window_size, implementation, return_residual, deterministic,
         sm_margin, logits_soft_cap and return_max_logits, as in `dot_product_attention`.
 
@@ -171,9 +193,8 @@ def ring_attention(
 
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
-        layout "zigzag" with an odd number of rows.
-      TypeError: also for a bias, mask, segment ids, intervals, chunks or a table of visibility,
-        which need whole sequences.
+        layout "zigzag" with an odd number of rows, "striped" with no multiple of 256 or for a ring.
+      TypeError: also for a bias or mask, which need whole sequences.
       NotImplementedError: as in `dot_product_attention`.
 
     Numerics:
@@ -185,7 +206,9 @@ def ring_attention(
       float32. Where a window hides a device's keys from all rows, its step is left out. Causal
       attention over contiguous parts trades halves of queries, keys and values between devices
       first, and halves of the results last, so that all devices have equal work; with an odd number
-      of rows a device, it goes without, and takes up to twice as long.
+      of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
+      gathered, 4 bytes each, where `visibility` is not given; with any of them no halves are
+      traded.
 
     Example:
       >>> mesh = jax.make_mesh((8,), ("seq",))
@@ -221,6 +244,12 @@ def allgather_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -267,6 +296,12 @@ def ulysses_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
@@ -306,8 +341,11 @@ def attention(
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
         raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
-    options, operands = api.prepare(arguments)
-    _check_layout(layout, size, query=operands.query, key=operands.key)
+    division = Division(size, lambda x: whole(x, x.ndim - 1, axis_name, layout))
+    arguments = api.checked(arguments, division)
+    _check_layout(layout, strategy, arguments)
+    _check_rows(layout, size, query=arguments.query, key=arguments.key)
+    options, operands = api.prepared(arguments, division)
     # A device's part of the work goes through sharding, which divides batch and heads where their
     # axes are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)
@@ -330,9 +368,24 @@ def _axis_size(function: str, axis_name: str | tuple[str, ...]) -> int:
         ) from error
 
 
-def _check_layout(layout: str, size: int, **arrays: Any) -> None:
+def _check_layout(layout: str, strategy: Strategy, arguments: Arguments) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    if layout != "striped":
+        return
+    if strategy == "ring":
+        raise ValueError(
+            "layout is 'striped'; expected 'contiguous' or 'zigzag' for a ring, or "
+            "allgather_attention or ulysses_attention"
+        )
+    if strategy == "allgather" and arguments.alibi_slopes is not None:
+        raise ValueError(
+            "layout is 'striped' and alibi_slopes is given; expected layout 'contiguous' or "
+            "'zigzag' with it: slopes need rows that are neighbours"
+        )
+
+
+def _check_rows(layout: str, size: int, **arrays: Any) -> None:
     for name, x in arrays.items():
         if x.dtype.name == FLOAT8:
             raise TypeError(
@@ -344,6 +397,11 @@ def _check_layout(layout: str, size: int, **arrays: Any) -> None:
             raise ValueError(
                 f"{name} has seq = {seqlen} on each device; expected an even number for layout "
                 "'zigzag'"
+            )
+        if layout == "striped" and seqlen % STRIPE:
+            raise ValueError(
+                f"{name} has seq = {seqlen} on each device; expected a multiple of {STRIPE} for "
+                "layout 'striped'"
             )
         if seqlen * size >= MAX_SEQLEN:
             raise ValueError(

@@ -15,10 +15,10 @@ from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding, validate
 from jax_fa3.arguments import Arguments
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.float8 import rounding
 from jax_fa3.float8.rounding import SEED, Granularity, QuantizedQKV, Saturated
 from jax_fa3.operands import Operands, in_row_dims
+from jax_fa3.varying import vary_together
 
 
 class _Options(TypedDict, total=False):
