@@ -18,11 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
+NAMES |= {"triton": "Pallas Triton", "tokamax triton": "tokamax Triton", "FA2": "FA2 (torch)"}
 NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
 NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
 NAMES |= {x: x for x in ("jax_fa3 plain", "jax_fa3 xla", "tokamax")}  # bias'
 NAMES |= {"jax_fa3 forward": "jax_fa3 forward"}  # decode's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
+COLORS |= {"FA2": "#8a5a9e", "FA3": "#1f1f1f", "triton": "#b08d2e"}
+COLORS |= {"tokamax": "#4fa3a5", "tokamax triton": "#9bc9ca"}
 COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
 COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense, by data sheet
@@ -113,8 +116,9 @@ def markdown(results: Results) -> str:
     out = [
         f"# Attention on {data['environment']['device']}\n",
         f"{data['tokens']} tokens, hidden size {data['hidden']}; TFLOP/s by {results.clock} time, "
-        "median over rounds, the fastest bold. The last columns are jax_fa3's speed over the best "
-        "peer's, by kernel and by wall time. Mosaic GPU runs in float16.\n",
+        "median over rounds, the fastest bold. XLA is the standard attention, with all scores in "
+        "memory; FA2 runs in a process of its own. The last columns are jax_fa3's speed over the "
+        "best peer's, by kernel and by wall time. Mosaic GPU runs in float16.\n",
         table(["", ""], data["environment"].items()),
     ]
     for mode in MODES:

@@ -35,6 +35,7 @@ from packing import pack
 from training import (
     OUTPUT,
     Setup,
+    add_arguments,
     build,
     choose_setup,
     describe,
@@ -230,7 +231,7 @@ def main() -> int:
     )
     for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, help=f"size of the {axis} axis")
-    parser.add_argument("--steps", type=int, help="training steps in all (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--packed", action="store_true", help="train on packed paragraphs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -238,9 +239,9 @@ def main() -> int:
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = choose_setup(vocabulary)
+    setup = choose_setup(vocabulary, args)
     config = replace(setup.config, dtype=jnp.bfloat16)
-    setup = replace(setup, config=config, steps=args.steps or setup.steps)
+    setup = replace(setup, config=config)
     shape = tuple(getattr(args, axis) for axis in AXES)
     if None in shape:
         if shape != (None, None, None):

@@ -23,7 +23,7 @@ from jax_fa3.varlen import flash_attention_varlen
 from jax_fa3.visibility.public import make_visibility
 from jax_fa3.visibility.table import Visibility
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BlockMask",

@@ -142,16 +142,16 @@ def ring_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
@@ -207,7 +207,7 @@ def ring_attention(
       attention over contiguous parts trades halves of queries, keys and values between devices
       first, and halves of the results last, so that all devices have equal work; with an odd number
       of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
-      gathered, 4 bytes each, where `visibility` is not given; with any of them no halves are
+      gathered, 4 bytes each, where `visibility` is not given; with any of these no halves are
       traded.
 
     Example:
@@ -240,16 +240,16 @@ def allgather_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
@@ -292,16 +292,16 @@ def ulysses_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    return_max_logits: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     kv_start: ArrayLike | None = None,
     kv_end: ArrayLike | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
