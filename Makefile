@@ -24,6 +24,7 @@
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
 #   make wheels       source distribution and wheels with all kernels, checked, into dist/
 #   make inplace      build the module into jax_fa3/ for PYTHON
+#   make docs       the documentation site, in build/docs
 #   make lint, make format, make clean
 #
 # Variables:
@@ -65,7 +66,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module docs lint format clean
 
 setup: inplace
 
@@ -238,6 +239,16 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 		$(TOOLS)/bin/pip install -q --disable-pip-version-check -r requirements/cuda.txt
 	@touch $@
 
+# ---- documentation
+
+docs: $(VENV)/.docs-ready
+	PYTHONPATH=. $(VENV)/bin/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "The site is build/docs/docs/index.html."
+
+$(VENV)/.docs-ready: requirements/docs.txt $(VENV)/.ready
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
 # ---- style
 
 CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
@@ -245,6 +256,7 @@ CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

@@ -2,7 +2,7 @@
 
 python -m benchmarks.render                         # benchmarks/results/attention.json
 python -m benchmarks.render FILE.json --output FOLDER
-python -m benchmarks.render --readme                # also fills in the tables of README.md
+python -m benchmarks.render --readme                # also fills in README.md and docs/speed.md
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.environment import RESULTS
 from benchmarks.problems import MODES
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
 NAMES |= {"triton": "Pallas Triton", "tokamax triton": "tokamax Triton", "FA2": "FA2 (torch)"}
@@ -186,8 +187,8 @@ def measured_on(environment: dict[str, str]) -> str:
     return ", ".join(facts)
 
 
-def readme_table(results: Results) -> str:
-    """The numbers section: jax_fa3 / cuDNN per cell that was measured, with date and GPU."""
+def speed_table(results: Results) -> str:
+    """jax_fa3 / cuDNN per cell that was measured, with date and GPU."""
     environment, seqlens = results.data["environment"], results.values("seqlen")
     rows = []
     for mode in MODES:
@@ -240,12 +241,12 @@ def train_step_table(data: dict) -> str:
     )
 
 
-def fill_readme(name: str, text: str) -> None:
-    """Puts text between the markers `name` of README.md."""
+def fill(page: Path, name: str, text: str) -> None:
+    """Puts text between the markers `name` of a page."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = README.read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}\n{text}{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def write(data: dict, folder: Path) -> str:
@@ -265,15 +266,15 @@ def main() -> int:
     )
     parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "attention.json")
     parser.add_argument("--output", type=Path, help="folder (default: that of the JSON file)")
-    parser.add_argument("--readme", action="store_true", help="fill in README.md's tables")
+    parser.add_argument("--readme", action="store_true", help="fill in README.md and docs/speed.md")
     args = parser.parse_args()
     data = json.loads(args.json.read_text())
     print(write(data, args.output or args.json.parent))
     if args.readme:
-        fill_readme("benchmarks", readme_table(Results(data)))
+        fill(SPEED, "benchmarks", speed_table(Results(data)))
         train_step = args.json.parent / "train_step.json"
         if train_step.exists():
-            fill_readme("train-step", train_step_table(json.loads(train_step.read_text())))
+            fill(README, "train-step", train_step_table(json.loads(train_step.read_text())))
     return 0
 
 

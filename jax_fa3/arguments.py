@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ class Arguments:
         words = self.extents.by_letter()["v"]
         return jax.ShapeDtypeStruct((1, 1, words), jnp.int32)
 
-    def with_arrays(self) -> Arguments:
+    def with_arrays(self) -> Self:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}

@@ -42,7 +42,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ex
 
     Args:
       function: any function of JAX, under jit or not.
-      *args, **kwargs: its arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`.
+      args, kwargs: its arguments, pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
       The calls in the order in which they are traced.

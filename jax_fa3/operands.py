@@ -215,6 +215,11 @@ class Operands(Bundle):
         return Extents.of(self.query, self.key, head_dim_v)
 
     @property
+    def is_batched(self) -> bool:
+        """Whether arrays of the user's shapes have a batch dimension."""
+        return self.query.ndim == 4
+
+    @property
     def is_float8(self) -> bool:
         return self.query_descale is not None
 
@@ -271,7 +276,7 @@ class Sources(Bundle):
 
 def in_row_dims(operands: Operands) -> Operands:
     """Checked arrays of the user's shapes, with the dimensions of their rows; scales have them."""
-    is_batched = operands.query.ndim == 4
+    is_batched = operands.is_batched
     batch = operands.query.shape[0] if is_batched else 1
 
     def shaped(row, x):

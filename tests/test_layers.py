@@ -17,7 +17,7 @@ SRC = ROOT / "src"
 # import each other; others stand here one by one.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["context_parallel.public", "flax", "doctor", "varlen", "cached.flash", "flex.public"],
+    ["context_parallel.public", "flax", "keras", "doctor", "varlen", "cached.flash", "flex.public"],
     ["explanation", "export_checks"],
     ["api", "float8.public", "cached.public", "combine"],
     ["visibility.public", "cached.steps"],

@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
+import jax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -18,6 +19,7 @@ from jax_fa3 import api, sharding
 from jax_fa3.arguments import Arguments, Division
 from jax_fa3.context_parallel import Divided, Strategy
 from jax_fa3.context_parallel.layout import STRIPE, Layout, whole
+from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
 from jax_fa3.varying import vary_together
 from jax_fa3.visibility.table import Visibility
@@ -28,22 +30,89 @@ INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
     "of jax.shard_map, which gathers a sequence that arrives split"
 )
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _of_divided(function: Function) -> Function:
+class _Options(TypedDict, total=False):
+    """The keywords of the three functions that leave the types of their results alone."""
+
+    layout: Layout
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["fa3", "xla"] | None
+    query_offset: ArrayLike | None
+    deterministic: bool | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+    logits_soft_cap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
+
+
+class _Divided(Protocol):
+    """The type of the three functions."""
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: Literal[False] = ...,
+        return_max_logits: Literal[False] = ...,
+        **options: Unpack[_Options],
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: Literal[True],
+        return_max_logits: Literal[False] = ...,
+        **options: Unpack[_Options],
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: bool = ...,
+        return_max_logits: bool = ...,
+        **options: Unpack[_Options],
+    ) -> jax.Array | tuple[jax.Array, ...]: ...
+
+
+def _of_divided(function: Callable[..., Any]) -> _Divided:
     """The function, which says why it lacks what dot_product_attention has."""
     known = inspect.signature(function).parameters
     names = {field.name for field in dataclasses.fields(Arguments)} - known.keys()
 
     @functools.wraps(function)
-    def checked(*arguments, **keywords):
+    def checked(*arguments: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name in names:
                 raise TypeError(f"{function.__name__} takes no {name}; {_instead(name)}")
         return function(*arguments, **keywords)
 
-    return cast(Function, checked)
+    return cast(_Divided, checked)
 
 
 def _instead(name: str) -> str:
@@ -83,7 +152,7 @@ def ring_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
     Letters: N devices of the axis; B batch, T query rows, S key rows, H head_dim, all of one
@@ -99,13 +168,11 @@ def ring_attention(
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
         (`zigzag_permute`), T and S even. "striped", not for a ring: of stripes of 256 rows the
         stripes r, r + N, r + 2N ... (`striped_permute`), T and S multiples of 256.
-      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
-        sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
-        travel, and each device brings what it has to float8.
+      forward_dtype: as in `dot_product_attention`. 16-bit arrays travel, and each device rounds
+        its own part to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
-      logits_soft_cap, return_max_logits: as in `dot_product_attention`.
       alibi_slopes, sinks: float32 (heads,), the same on every device; no slopes for
         `allgather_attention` in layout "striped".
       query_segment_ids, key_value_segment_ids: int32 (B, T) and (B, S), as in
@@ -115,6 +182,8 @@ def ring_attention(
       attention_chunk: as in `dot_product_attention`.
       visibility: in place of these, the table of the whole sequences, N * T rows and N * S keys in
         natural order, the same on every device.
+      Others: scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        sm_margin, logits_soft_cap and return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,
@@ -181,7 +250,7 @@ def allgather_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
     Args, Returns, Raises: those of `ring_attention`.
@@ -233,7 +302,7 @@ def ulysses_attention(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
     Args, Returns: those of `ring_attention`.
@@ -256,7 +325,9 @@ def ulysses_attention(
     return _attend("ulysses", **locals())
 
 
-def _attend(strategy, axis_name, layout, **arguments):
+def _attend(
+    strategy: Strategy, axis_name: str | tuple[str, ...], layout: Layout, **arguments: Any
+) -> jax.Array | tuple[jax.Array, ...]:
     return attention(Arguments(**arguments), strategy, axis_name, layout)
 
 
@@ -265,7 +336,7 @@ def attention(
     strategy: Strategy,
     axis_name: str | tuple[str, ...],
     layout: Layout = "contiguous",
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """The attention of these arguments by one of the strategies."""
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
@@ -279,7 +350,7 @@ def attention(
     # axes are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)
 
-    def core(operands):
+    def core(operands: Operands) -> Outputs:
         # The rank makes the operands vary over the axis even where a caller has copies of them.
         query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
         return attend(options, operands.replace(query=query), divided)
@@ -287,7 +358,7 @@ def attention(
     return api.public_results(api.in_public_layout(core, operands))
 
 
-def _axis_size(function, axis_name) -> int:
+def _axis_size(function: str, axis_name: str | tuple[str, ...]) -> int:
     try:
         return lax.axis_size(axis_name)
     except NameError as error:
@@ -297,7 +368,7 @@ def _axis_size(function, axis_name) -> int:
         ) from error
 
 
-def _check_layout(layout, strategy, arguments) -> None:
+def _check_layout(layout: str, strategy: Strategy, arguments: Arguments) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
     if layout != "striped":
@@ -314,7 +385,7 @@ def _check_layout(layout, strategy, arguments) -> None:
         )
 
 
-def _check_rows(layout, size, **arrays) -> None:
+def _check_rows(layout: str, size: int, **arrays: Any) -> None:
     for name, x in arrays.items():
         if x.dtype.name == FLOAT8:
             raise TypeError(

@@ -51,7 +51,7 @@ def create_block_mask(
     the step among `captured`.
 
     Args:
-      mask_mod: mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool, as in `flex_attention`.
+      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, as in `flex_attention`.
       batch, num_heads: B and N, those of query; None where the mask does not depend on them. Then
         the function is called with 0.
       q_len, kv_len: T and S, the numbers of query rows and keys.

@@ -71,19 +71,20 @@ def flex_attention(
       key: (B, S, K, H) or (S, K, H), of query's dtype.
       value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
         is then the output's.
-      score_mod: score_mod(score, batch, head, q_idx, kv_idx, *captured) -> score. score is a
+      score_mod: `score_mod(score, batch, head, q_idx, kv_idx, *captured) -> score`. score is a
         float32 scalar, scale * q . k, and so is the result; -inf hides the pair. batch, head, q_idx
         and kv_idx are int32 scalars: sequence, query head, number of the row and of the key, each
         counted from 0 whatever query_offset is. 3-D inputs have batch 0.
-      mask_mod: mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool, True where the row sees the
-        key. It holds together with every other argument that hides keys.
+      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, True where the row sees
+        the key. It holds together with every other argument that hides keys.
       captured: a tuple of arrays, or of pytrees of arrays, which both functions get. Arrays that a
         function closes over, traced ones too, are captured as well. Floating ones have gradients.
       block_mask: what `create_block_mask` made of mask_mod. Its hidden blocks are hidden and its
         full blocks seen without asking mask_mod, whatever that would say; the others ask it.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
-      is_causal, local_window_size, query_offset, query_seq_lengths, key_value_seq_lengths,
-        kv_start, kv_end, query_segment_ids, key_value_segment_ids: as in `dot_product_attention`.
+      Others: is_causal, local_window_size, query_offset, query_seq_lengths, key_value_seq_lengths,
+        kv_start, kv_end, query_segment_ids and key_value_segment_ids, as in
+        `dot_product_attention`.
       return_residual: also return the log-sum-exp of each row's scores.
       implementation: None and "xla" run XLA, None with the reason in the log; "fa3" raises with the
         reason.
@@ -148,9 +149,9 @@ def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
             functions[name.removesuffix("_mod")] = made
             arrays += closed_over
     blocks = arguments.block_mask
-    made = Functions(**functions, block=(0, 0) if blocks is None else blocks.block_size)
+    scores = Functions(**functions, block=(0, 0) if blocks is None else blocks.block_size)
     states = None if blocks is None else blocks.states
-    options = dataclasses.replace(options, functions=made)
+    options = dataclasses.replace(options, functions=scores)
     operands = FlexOperands.of(operands, arguments.extents, arrays, states)
     return api.public_results(api.fa3_attention(options, operands))
 

@@ -161,7 +161,9 @@ def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)
     sources = vary_together(table.in_row_dims(sources))
-    return sharding.visibility(how, options, sources).visibility
+    made = sharding.visibility(how, options, sources).visibility
+    assert made is not None
+    return made
 
 
 def _chunk(attention_chunk: int | None) -> int:
