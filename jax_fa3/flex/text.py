@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ def unsigned(dtype: str) -> str:
     return "unsigned long long" if dtype.endswith("64") else "unsigned"
 
 
-def literal(value: object, dtype: str) -> str:
+def literal(value: Any, dtype: str) -> str:
     """A number as a C expression that may stand at any place in another."""
     if dtype == "bool":
         return "true" if value else "false"
@@ -81,11 +82,11 @@ def literal(value: object, dtype: str) -> str:
             return "JFA_INFINITY" if number > 0 else "(-JFA_INFINITY)"
         text = f"{number}f"
     else:
-        number = int(value)
+        whole = int(value)
         suffix = {"uint32": "u", "int64": "ll", "uint64": "ull"}.get(dtype, "")
-        text = f"{number}{suffix}"
-        if dtype in ("int32", "int64") and number == np.iinfo(dtype).min:
-            text = f"{number + 1}{suffix} - 1"  # C has no literal of the lowest integer
+        text = f"{whole}{suffix}"
+        if dtype in ("int32", "int64") and whole == np.iinfo(dtype).min:
+            text = f"{whole + 1}{suffix} - 1"  # C has no literal of the lowest integer
     return f"({text})" if text.startswith("-") else text
 
 
@@ -184,7 +185,7 @@ JFA_HELPER int jfa_leading_zeros(unsigned long long x) {
 """,
     ]
     texts += [text for dtype in INTEGERS for text in _integer_helpers(dtype)]
-    return {re.search(r"\bjfa_\w+", text).group(): text for text in texts}
+    return {re.findall(r"\bjfa_\w+", text)[0]: text for text in texts}
 
 
 def _integer_helpers(dtype: str) -> list[str]:

@@ -101,7 +101,7 @@ def translate(
     """
     leaves, tree = jax.tree.flatten(captured)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    given = tree.unflatten(types)
+    given = jax.tree.unflatten(tree, types)
     program = Program()
     arrays = [_captured(program, i, x) for i, x in enumerate(types)]
     if len(arrays) > MAX_CAPTURED:
@@ -115,7 +115,8 @@ def translate(
         _check_result("mask_mod", jaxpr, "bool")
         (visible,) = _values("mask_mod", program, jaxpr, [*indices, *arrays])
 
-    score, slope, addend = "score", literal(1, "float32"), literal(0, "float32")
+    score, slope = "score", literal(1, "float32")
+    addend: str | None = literal(0, "float32")
     if score_mod is not None:
         inputs = float32, *[int32] * 4, *given
         _check_result("score_mod", jax.make_jaxpr(score_mod)(*inputs), "float32")
@@ -253,16 +254,19 @@ def _offset(program: Program, index: Sequence[Index], shape: Sequence[int]) -> s
     """The number of an element in row-major order."""
     is_large = math.prod(shape) > np.iinfo(np.int32).max
     c_type, suffix = ("long long", "ll") if is_large else ("int", "")
-    known, terms, operands = 0, [], []
+    known = 0
+    terms: list[str] = []
+    operands: list[str] = []
     for i, dim in enumerate(shape):
         stride = math.prod(shape[i + 1 :])
         if dim == 1:
             continue
-        if isinstance(index[i], int):
-            known += index[i] * stride
+        place = index[i]
+        if isinstance(place, int):
+            known += place * stride
         else:
             terms.append(f"{{{len(operands)}}}" + (f" * {stride}{suffix}" if stride != 1 else ""))
-            operands.append(index[i])
+            operands.append(place)
     if known or not terms:
         terms.append(f"{known}{suffix}")
     if not operands:
@@ -358,8 +362,9 @@ def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
 
 
 def _opened(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
-    closed = isinstance(jaxpr, core.ClosedJaxpr)
-    return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
 
 
 def _branches(
@@ -608,8 +613,8 @@ def _one_minus_square(program: Program, x: str, dtype: str) -> str:
 
 def _polynomial(program: Program, dtype: str, x: str, *coefficients: str) -> str:
     """By Horner's rule; the constant term comes first."""
-    *coefficients, result = coefficients
-    for coefficient in reversed(coefficients):
+    *others, result = coefficients
+    for coefficient in reversed(others):
         product = _operation(program, "mul", dtype, result, x)
         result = _operation(program, "add", dtype, product, coefficient)
     return result
