@@ -63,9 +63,7 @@ class Evaluation:
 
     def __call__(self, jaxpr, consts, numbers):
         values = dict(zip(jaxpr.invars, numbers, strict=True))
-        values |= {
-            x: self.number(c, x.aval) for x, c in zip(jaxpr.constvars, consts, strict=True)
-        }
+        values |= {x: self.number(c, x.aval) for x, c in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(atom):
             if isinstance(atom, core.Literal):
@@ -174,9 +172,7 @@ class Evaluation:
             return 1.0
         if name == "mul":
             return values[1 - i]
-        tangents = [
-            jnp.ones_like(x) if i == j else jnp.zeros_like(x) for j, x in enumerate(values)
-        ]
+        tangents = [jnp.ones_like(x) if i == j else jnp.zeros_like(x) for j, x in enumerate(values)]
         return jax.jvp(bind, values, tangents)[1]
 
     def narrowed(self, number, old, new):

@@ -373,8 +373,10 @@ def _branches(
     """Every branch, which can do no harm, and a choice among the results."""
     which, *inputs = inputs
     results = [_interpret(program, *_opened(x), inputs, line) for x in branches]
-    return [_elementwise(program, _choice(program, which.dtype, x[0].dtype), x[0], which, *x)
-            for x in zip(*results, strict=True)]
+    return [
+        _elementwise(program, _choice(program, which.dtype, x[0].dtype), x[0], which, *x)
+        for x in zip(*results, strict=True)
+    ]
 
 
 def _apply(
@@ -402,9 +404,7 @@ def _apply(
     return [_elementwise(program, write, outs[0], *inputs)]
 
 
-def _elementwise(
-    program: Program, write: Callable[..., str], like: Lazy, *inputs: Lazy
-) -> Lazy:
+def _elementwise(program: Program, write: Callable[..., str], like: Lazy, *inputs: Lazy) -> Lazy:
     """An array of the shape and dtype of `like`; scalars among the inputs broadcast."""
 
     def element(index):
@@ -771,9 +771,7 @@ def _split(program, outs, params, operand):
     dim = params["axis"]
 
     def part(start):
-        return lambda x: operand.element(
-            (*x[:dim], _plus(program, x[dim], start), *x[dim + 1 :])
-        )
+        return lambda x: operand.element((*x[:dim], _plus(program, x[dim], start), *x[dim + 1 :]))
 
     starts = np.cumsum([0, *params["sizes"]]).tolist()
     return [dataclasses.replace(out, element=part(n)) for out, n in zip(outs, starts, strict=False)]
