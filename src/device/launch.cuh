@@ -20,11 +20,16 @@ inline Status cuda_status(cudaError_t error, const char* what) {
 // The attribute belongs to the current device, so it is set at every launch: cheap, and legal
 // while a graph is captured.
 template <class... Params>
+Status allow_shared_bytes(const char* name, void (*kernel)(Params...), int shared_bytes) {
+  return cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      name);
+}
+
+template <class... Params>
 Status launch_kernel(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
                      int shared_bytes, cudaStream_t stream, const Params&... params) {
-  JFA_CHECK_OK(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-      name));
+  JFA_CHECK_OK(allow_shared_bytes(name, kernel, shared_bytes));
   kernel<<<grid, threads, shared_bytes, stream>>>(params...);
   return cuda_status(cudaGetLastError(), name);
 }
@@ -40,9 +45,7 @@ CUTE_DEVICE void await_grid_before() { asm volatile("griddepcontrol.wait;" ::: "
 template <class... Params>
 Status launch_early(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
                     int shared_bytes, cudaStream_t stream, const Params&... params) {
-  JFA_CHECK_OK(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-      name));
+  JFA_CHECK_OK(allow_shared_bytes(name, kernel, shared_bytes));
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

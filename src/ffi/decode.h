@@ -92,8 +92,9 @@ struct ArrayTable {
     arrays = with_index(arrays, options);
     arrays.push_back(array<&DenseArrays::bias>(operands::kBias, options.has_bias));
     arrays.push_back(array<&DenseArrays::mask>(operands::kDenseMask, options.has_dense_mask));
-    arrays.push_back({&operands::kSinks, &store_sinks, options.has_sinks, 0});
-    arrays.push_back({&operands::kAlibiSlopes, &store_slopes, options.has_alibi_slopes, 0});
+    arrays.push_back({&operands::kSinks, &store_table<&CallProblem::sinks>, options.has_sinks, 0});
+    arrays.push_back({&operands::kAlibiSlopes, &store_table<&CallProblem::alibi_slopes>,
+                      options.has_alibi_slopes, 0});
     return arrays;
   }
 
@@ -122,11 +123,9 @@ struct ArrayTable {
     auto& pointer = field(problem, kMember);
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(address);
   }
-  static void store_sinks(Problem& problem, void* address) {
-    problem.sinks.values = static_cast<const float*>(address);
-  }
-  static void store_slopes(Problem& problem, void* address) {
-    problem.alibi_slopes.values = static_cast<const float*>(address);
+  template <HeadValues CallProblem::*kMember>
+  static void store_table(Problem& problem, void* address) {
+    (problem.*kMember).values = static_cast<const float*>(address);
   }
 };
 

@@ -62,7 +62,7 @@ Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStrea
   p.lse = problem.lse;
   p.partials = static_cast<float*>(problem.workspace);
   p.counters = problem.counters;
-  // Beside the kernel, which counts at its end: a memset before it would take longer.
+  // Beside the kernel, which counts at its end.
   if (plan.num_counters > 0) {
     JFA_CHECK_OK(launch_kernel("clear_counters_kernel", clear_counters_kernel<T>, dim3(1),
                                kClearingThreads, 0, stream, p.counters, int(plan.num_counters)));
