@@ -369,7 +369,13 @@ def check_hostile(run, seed, **sizes):
 
 
 def random_case(
-    seed, *, head_dims=((16, None), (24, None), (32, 16)), pages=(8, 16), groups=(1, 2, 4)
+    seed,
+    *,
+    head_dims=((16, None), (24, None), (32, 16)),
+    pages=(8, 16),
+    groups=(1, 2, 4),
+    rows=(1, 1, 2, 3, 5, 16),
+    most_of_ragged=6,
 ):
     """All kinds of problems; the GPU suite asks for the sizes that have kernels."""
     rng = np.random.default_rng(seed)
@@ -388,9 +394,9 @@ def random_case(
         for _ in range(batch)
     )
     appends = bool(rng.integers(2))
-    counts, rows = None, pick(1, 1, 2, 3, 5, 16)
+    counts, rows = None, pick(*rows)
     if rng.integers(3) == 0:
-        counts = tuple(int(n) for n in rng.integers(0, 7, batch))
+        counts = tuple(int(n) for n in rng.integers(0, most_of_ragged + 1, batch))
     new_lengths = None
     if appends and rng.integers(2):
         new_lengths = tuple(int(n) for n in rng.integers(0, rows + 1, batch))

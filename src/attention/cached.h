@@ -3,16 +3,14 @@
 //   i < seen_rows, key_begin <= j < key_end, offset + i - left <= j <= offset + i + right.
 //
 // The rows of one kv head's query heads are packed: packed row i * G + g is row i of the kv head's
-// g-th query head. `columns` packed rows in order are a block, which a kernel works on as a whole.
-// Pure arithmetic for host and device.
+// g-th query head. `block_rows` packed rows in order are a block, which a kernel works on as a
+// whole. Pure arithmetic for host and device.
 #pragma once
 
 #include "attention/mask.h"
 #include "call/cache.h"
 
 namespace jax_fa3 {
-
-constexpr int kCachedTileKeys = 64;  // of a tile: a warpgroup's rows
 
 // [begin, end)
 struct Range {
@@ -31,13 +29,22 @@ struct SeenKeys {
   Range any;
   Range all;
 
-  JFA_HD Range tiles() const {
+  // In tiles of `tile_keys` keys.
+  JFA_HD Range tiles(int tile_keys) const {
     if (any.empty()) return {};
-    return {any.begin / kCachedTileKeys, ceil_div(any.end, kCachedTileKeys)};
+    return {any.begin / tile_keys, ceil_div(any.end, tile_keys)};
   }
   // Whether a tile has keys that some row does not see.
-  JFA_HD bool cuts(int tile) const {
-    return tile * kCachedTileKeys < all.begin || (tile + 1) * kCachedTileKeys > all.end;
+  JFA_HD bool cuts(int tile, int tile_keys) const {
+    return tile * tile_keys < all.begin || (tile + 1) * tile_keys > all.end;
+  }
+  // The tiles among `some` that have to be visited, and which of them need no mask.
+  JFA_HD TileRange visit(const Range& some, int tile_keys) const {
+    const Range seen = tiles(tile_keys).intersect(some);
+    if (seen.empty()) return {};
+    const int full_end = clamp_to(all.end / tile_keys, seen.begin, seen.end);
+    const int full_begin = ceil_div(max_of(all.begin, 0), tile_keys);
+    return {seen.begin, clamp_to(full_begin, seen.begin, full_end), full_end, seen.end};
   }
 };
 
@@ -59,11 +66,11 @@ struct CachedExtents {
   int capacity;
   int window_left;
   int window_right;
-  int columns;
+  int block_rows;
 
   // Packed rows of a sequence, and their blocks.
   JFA_HD int packed_rows(int rows) const { return rows * heads_per_kv_head; }
-  JFA_HD int blocks(int rows) const { return ceil_div(packed_rows(rows), columns); }
+  JFA_HD int blocks(int rows) const { return ceil_div(packed_rows(rows), block_rows); }
 
   JFA_HD Range row_keys(const CachedSequence& sequence, int row) const {
     if (row >= sequence.seen_rows) return {};

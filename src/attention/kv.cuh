@@ -1,8 +1,9 @@
 // Where a producer gets the tiles of key and value from. A kernel's Source is one of these
-// policies, and its parameters have the tensor maps `key` and `value`. One thread calls them; the
-// bytes of a tile complete on `full`.
+// policies, and its parameters have the tensor maps `key` and `value`. One thread calls them, or a
+// warp where it says so; the bytes of a tile complete on `full`.
 #pragma once
 
+#include "attention/pages.h"
 #include "device/tma.cuh"
 
 namespace jax_fa3 {
@@ -31,6 +32,75 @@ struct ContiguousPrepared : Contiguous<KTile, VTile> {
                                      typename VTile::Element* smem, int row, int head, int batch) {
     load_plane<VTile>(p.value, full, kEvictLast, smem, 0, row, head, batch);
   }
+};
+
+// Pages of a cache, whose maps have boxes of `p.box_rows` slots: the tiles of one sequence, right
+// to left. A warp, of which a lane loads a box of a chunk; its lanes look up the boxes of 32 /
+// (boxes of a tile) tiles at a time, and those of the tiles after them ahead.
+template <class KTile, class VTile>
+struct Paged {
+  static constexpr int kTileKeys = KTile::kRows;
+  static_assert(VTile::kRows == kTileKeys);
+  static constexpr int kMostBoxes = kTileKeys / kLeastBoxRows;  // of a tile
+  static_assert(kMostBoxes * KTile::kChunks <= 32 && kMostBoxes * VTile::kChunks <= 32,
+                "a lane has a box of a chunk");
+
+  // Tiles from `tile` on downwards, of which some row sees the keys `seen`.
+  template <class Params>
+  CUTE_DEVICE Paged(const Params& p, int batch, const Range& seen, int tile)
+      : pages_(p.pages), rows_(p.box_rows), batch_(batch), seen_(seen), tile_(tile) {
+    boxes_ = kTileKeys / rows_;
+    ahead_ = look_up();
+  }
+
+  // Where this lane's box of the next tile is.
+  CUTE_DEVICE Slot next() {
+    const int lane = threadIdx.x % 32, at_once = 32 / boxes_;
+    if (taken_ % at_once == 0) {
+      found_ = ahead_;
+      tile_ -= at_once;
+      ahead_ = look_up();
+    }
+    const int source = taken_ % at_once * boxes_ + lane % boxes_;
+    ++taken_;
+    return {__shfl_sync(0xffffffff, found_.page, source),
+            __shfl_sync(0xffffffff, found_.slot, source)};
+  }
+
+  template <class Params>
+  CUTE_DEVICE void load_key(const Params& p, TransactionBarrier& full,
+                            typename KTile::Element* smem, int head, const Slot& place) const {
+    load<KTile>(p.key, full, smem, head, place);
+  }
+  template <class Params>
+  CUTE_DEVICE void load_value(const Params& p, TransactionBarrier& full,
+                              typename VTile::Element* smem, int head, const Slot& place) const {
+    load<VTile>(p.value, full, smem, head, place);
+  }
+
+ private:
+  CUTE_DEVICE Slot look_up() const {
+    const int lane = threadIdx.x % 32;
+    const int key = (tile_ - lane / boxes_) * kTileKeys + lane % boxes_ * rows_;
+    return pages_.find(batch_, key, rows_, seen_);
+  }
+  template <class Tile>
+  CUTE_DEVICE void load(const CUtensorMap& map, TransactionBarrier& full,
+                        typename Tile::Element* smem, int head, const Slot& place) const {
+    const int lane = threadIdx.x % 32, chunk = lane / boxes_;
+    if (chunk >= Tile::kChunks) return;
+    load_chunk<Tile>(map, full, kEvictLast, smem, lane % boxes_ * rows_, chunk, place.slot, head,
+                     place.page);
+  }
+
+  const Pages& pages_;
+  int rows_;   // of a box
+  int boxes_;  // of a tile; a power of two
+  int batch_;
+  Range seen_;
+  int tile_;       // the first of those looked up ahead
+  int taken_ = 0;  // tiles
+  Slot found_, ahead_;
 };
 
 }  // namespace jax_fa3

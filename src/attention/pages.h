@@ -10,10 +10,11 @@ namespace jax_fa3 {
 
 constexpr int kLeastBoxRows = 8;  // of a swizzle's pattern
 
-// Rows of a box: 8, 16, 32 or 64. Without a table a sequence is one page, which tiles begin with.
-constexpr int box_rows(bool has_block_tables, std::int64_t page_size) {
-  return has_block_tables ? static_cast<int>(std::gcd<std::int64_t>(page_size, kCachedTileKeys))
-                          : kCachedTileKeys;
+// Rows of a box of a tile of `tile_keys` keys: a power of two from 8 on. Without a table a sequence
+// is one page, which tiles begin with.
+constexpr int box_rows(bool has_block_tables, std::int64_t page_size, int tile_keys) {
+  return has_block_tables ? static_cast<int>(std::gcd<std::int64_t>(page_size, tile_keys))
+                          : tile_keys;
 }
 
 struct Slot {

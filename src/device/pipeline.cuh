@@ -55,6 +55,16 @@ CUTE_DEVICE TransactionBarrier& acquire(RingBarriers<kStages>& ring, RingCursor<
   return ring.full[cursor.stage];
 }
 
+// The same for a producer that is a warp.
+template <int kStages>
+CUTE_DEVICE TransactionBarrier& acquire_by_warp(RingBarriers<kStages>& ring,
+                                                RingCursor<kStages> cursor, std::uint32_t bytes) {
+  wait_empty(ring, cursor);
+  if (threadIdx.x % 32 == 0) ring.full[cursor.stage].arrive_and_expect_tx(bytes);
+  __syncwarp();
+  return ring.full[cursor.stage];
+}
+
 // Consumer: wait for the stage's bytes.
 template <int kStages>
 CUTE_DEVICE void wait_full(RingBarriers<kStages>& ring, RingCursor<kStages> cursor) {

@@ -343,6 +343,7 @@ void float8_refusals() {
 }
 
 const std::vector<ForwardCachedKey> kCached = {{DType::kBF16, 128, 128, 64},
+                                               {DType::kBF16, 128, 128, 128},
                                                {DType::kBF16, 128, 128, 16},
                                                {DType::kBF16, 192, 128, 16},
                                                {DType::kBF16, 256, 256, 32}};
@@ -353,13 +354,17 @@ StatusOr<ForwardCachedPlan> cached(std::int64_t batch, std::int64_t rows, int he
   return plan_forward_cached(shape, is_ragged, page_size, kCached, kSms);
 }
 
-// The narrowest kernel that takes a sequence's rows at once; among ragged rows some may be many.
-void cached_columns() {
-  const auto columns = [](const auto& plan) { return plan.ok() ? plan.value().key.columns : -1; };
-  CHECK(columns(cached(8, 1, 32, 8)) == 16 && columns(cached(8, 4, 32, 8)) == 16);
-  CHECK(columns(cached(8, 5, 32, 8)) == 64 && columns(cached(8, 100, 32, 8)) == 64);
-  CHECK(columns(cached(8, 8, 32, 8, true)) == 16 && columns(cached(8, 9, 32, 8, true)) == 64);
-  CHECK(columns(cached(8, 100, 32, 8, false, 0, 200)) == 32);
+// The kernel with the smallest blocks that takes a sequence's rows at once. Of ragged rows a
+// sequence may have all but one of each other.
+void cached_blocks() {
+  const auto rows = [](const auto& plan) { return plan.ok() ? plan.value().key.block_rows : -1; };
+  CHECK(rows(cached(8, 1, 32, 8)) == 16 && rows(cached(8, 4, 32, 8)) == 16);
+  CHECK(rows(cached(8, 5, 32, 8)) == 64 && rows(cached(8, 16, 32, 8)) == 64);
+  CHECK(rows(cached(8, 17, 32, 8)) == 128 && rows(cached(8, 100, 32, 8)) == 128);
+  CHECK(rows(cached(8, 8, 32, 8, true)) == 16 && rows(cached(8, 11, 32, 8, true)) == 16);
+  CHECK(rows(cached(8, 12, 32, 8, true)) == 64 && rows(cached(8, 23, 32, 8, true)) == 64);
+  CHECK(rows(cached(8, 24, 32, 8, true)) == 128 && rows(cached(8, 1, 32, 8, true)) == 16);
+  CHECK(rows(cached(8, 100, 32, 8, false, 0, 200)) == 32);
   CHECK(cached(8, 1, 32, 8, false, 0, 136).value().key.head_dim == 192);
 }
 
@@ -378,6 +383,21 @@ void cached_grid() {
   CHECK(cached(64, 1, 32, 8).value().grid == 128);
 }
 
+// Groups of rows share rounds of heads: all rounds have as many, and next to all multiprocessors
+// have work.
+void cached_rounds() {
+  for (const int heads : {1, 2, 5, 8, 40, 48, 66, 67, 70, 132, 133, 200, 264, 1000}) {
+    const auto plan = cached(1, 512, heads, heads).value();
+    CHECK(plan.key.block_rows == 128 && heads % plan.heads_at_once == 0);
+    CHECK(plan.grid == plan.groups * plan.heads_at_once && plan.grid <= kSms);
+    CHECK(20 * plan.grid >= 19 * kSms);
+    CHECK(plan.num_counters == (plan.groups > 1 ? 2 * plan.grid : 0));
+    CHECK(plan.workspace_bytes == (plan.groups > 1 ? 2 * plan.grid * 128 * 130 * 4 : 0));
+  }
+  CHECK(cached(1, 512, 32, 8).value().heads_at_once == 8);
+  CHECK(cached(1, 512, 40, 40).value().heads_at_once == 10);
+}
+
 void cached_refusals() {
   CHECK_REFUSES(cached(1, 1, 8, 8, false, 12).status(),
                 "page_size must be a multiple of 8, got 12");
@@ -394,7 +414,7 @@ void printable() {
   CHECK(test::contains(to_string(forward(shape(1, 512, 4, 64))), "forward bf16 head_dim=64/64"));
   CHECK(test::contains(to_string(float8(shape(1, 512, 4, 64))), "forward float8 head_dim=64/64"));
   CHECK(test::contains(to_string(backward(shape(1, 512, 4, 64), true)), "separate dQ"));
-  CHECK(test::contains(to_string(cached(1, 1, 32, 8).value()), "columns=16 heads_at_once=8"));
+  CHECK(test::contains(to_string(cached(1, 1, 32, 8).value()), "block_rows=16 heads_at_once=8"));
 }
 
 }  // namespace
@@ -418,8 +438,9 @@ int main() {
   jax_fa3::float8_tiles();
   jax_fa3::float8_workspace();
   jax_fa3::float8_refusals();
-  jax_fa3::cached_columns();
+  jax_fa3::cached_blocks();
   jax_fa3::cached_grid();
+  jax_fa3::cached_rounds();
   jax_fa3::cached_refusals();
   jax_fa3::printable();
   return jax_fa3::test::finish();

@@ -24,7 +24,10 @@ int random(int low, int high) { return std::uniform_int_distribution<int>(low, h
 // Index arrays of a call, mostly sound and sometimes hostile.
 struct Call {
   CachedExtents extents;
+  int tile_keys;
+  bool has_columns;  // else blocks are rows
   int heads_at_once;
+  int rounds;  // of heads
   int groups;
   int page_size;
   int table_width;
@@ -63,7 +66,14 @@ Call random_call() {
   e.capacity = c.page_size * c.table_width;
   e.window_left = random(0, 2) ? kUnbounded : random(0, 300);
   e.window_right = random(0, 2) ? random(0, 3) : kUnbounded;
-  e.columns = 16 << random(0, 2);
+  c.has_columns = random(0, 1);
+  c.tile_keys = c.has_columns ? kColumnTileKeys : 64 << random(0, 1);
+  c.rounds = c.has_columns ? 1 : random(1, 3);
+  e.block_rows = c.has_columns ? 16 << random(0, 2) : 64 * random(2, 3);
+  if (!c.has_columns && random(0, 1)) {
+    e.rows_per_sequence = ragged ? 0 : random(1, 200);
+    e.tokens = ragged ? random(0, 3000) : batch * e.rows_per_sequence;
+  }
   const auto fill = [&](std::vector<std::int32_t>& v, int n, int low, int high) {
     for (int i = 0; i < n; ++i) {
       v.push_back(hostile_lengths && random(0, 3) == 0 ? hostile() : random(low, high));
@@ -81,32 +91,77 @@ Call random_call() {
   return c;
 }
 
-struct Sequence {
-  CachedSequence read;
-  std::int64_t begins, units;
-};
-
 // As the scheduling warp reads them.
-std::vector<Sequence> read_all(const Call& c) {
-  std::vector<Sequence> all;
+std::vector<CachedSequence> read_all(const Call& c) {
+  std::vector<CachedSequence> all;
   const CachedIndex index = c.index();
   const CachedExtents& e = c.extents;
   int start = 0;
-  std::int64_t base = 0;
   for (int b = 0; b < e.batch; ++b) {
     int first = b * e.rows_per_sequence, rows = e.rows_per_sequence;
     if (index.query_starts != nullptr) {
       first = start = std::max(start, read_start(index, e, b));
       rows = std::max(start, read_start(index, e, b + 1)) - start;
     }
-    const CachedSequence s = read_sequence(index, e, b, first, rows);
-    const std::int64_t units =
-        std::int64_t(e.blocks(rows)) * (e.seen_by_sequence(s).tiles().size() + 1);
-    all.push_back({s, base, units});
-    base += units;
+    all.push_back(read_sequence(index, e, b, first, rows));
   }
   return all;
 }
+
+// The line of a call: what it is divided into, and the pieces that a share of it has.
+struct Line {
+  const Call& call;
+  const std::vector<CachedSequence>& sequences;
+  std::int64_t of_round = 0;  // units
+
+  Line(const Call& c, const std::vector<CachedSequence>& sequences)
+      : call(c), sequences(sequences) {
+    for (const CachedSequence& s : sequences) of_round += units(s);
+  }
+
+  std::int64_t total() const { return call.rounds * of_round; }
+
+  std::int64_t units(const CachedSequence& s) const {
+    const CachedExtents& e = call.extents;
+    if (call.has_columns) {
+      return std::int64_t(e.blocks(s.rows)) *
+             (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
+    }
+    std::int64_t all = 0;
+    for (int block = 0; block < e.blocks(s.rows); ++block) {
+      all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + 1;
+    }
+    return all;
+  }
+
+  std::vector<Piece> pieces(const Shares& shares, int group) const {
+    std::vector<Piece> found;
+    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
+    std::int64_t begins = 0;
+    for (int round = 0; round < call.rounds; ++round) {
+      const int head = round * call.heads_at_once + call.heads_at_once - 1;
+      for (int b = 0; b < call.extents.batch; ++b) {
+        const CachedSequence& s = sequences[b];
+        const std::int64_t count = units(s);
+        if (call.has_columns && count > 0 && begins < to && begins + count > from) {
+          PiecesOfSequence all(call.extents, shares, s, b, head, begins, from, to);
+          for (Piece piece; all.next(piece);) found.push_back(piece);
+        }
+        std::int64_t base = begins;
+        for (int block = 0; !call.has_columns && block < call.extents.blocks(s.rows); ++block) {
+          Piece item = whole_item(call.extents, s, b, head, block, call.tile_keys);
+          const int of_item = item.tiles.size() + 1;
+          if (base < to && base + of_item > from && take_part(item, shares, base, from, to)) {
+            found.push_back(item);
+          }
+          base += of_item;
+        }
+        begins += count;
+      }
+    }
+    return found;
+  }
+};
 
 // Whether packed row q of a sequence sees a key, by the definition.
 bool sees(const Call& c, int b, const CachedSequence& s, int q, int key) {
@@ -127,62 +182,63 @@ bool sees(const Call& c, int b, const CachedSequence& s, int q, int key) {
 void check_call(const Call& c) {
   const CachedExtents& e = c.extents;
   const auto sequences = read_all(c);
-  const std::int64_t total =
-      sequences.empty() ? 0 : sequences.back().begins + sequences.back().units;
-  const Shares shares(total, c.groups);
+  const Line line(c, sequences);
+  const Shares shares(line.total(), c.groups);
   CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
-        shares.begin(shares.groups) == total);
+        shares.begin(shares.groups) == line.total());
 
-  using Item = std::tuple<int, int>;  // sequence, first packed row
+  using Item = std::tuple<int, int, int>;  // kv head, sequence, first packed row
   std::map<Item, std::vector<int>> tiles;
   std::map<Item, std::vector<int>> groups;
   std::map<Item, int> parts;
   std::set<std::int64_t> partials;
   std::map<int, Item> counters;
-  const int head = c.heads_at_once - 1;
+  const int number = c.heads_at_once - 1;
   for (int group = 0; group < shares.groups; ++group) {
-    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
     std::int64_t load = 0;
-    for (int b = 0; b < e.batch; ++b) {
-      const Sequence& s = sequences[b];
-      if (s.units == 0 || s.begins >= to || s.begins + s.units <= from) continue;
-      PiecesOfSequence pieces(e, shares, s.read, b, head, s.begins, from, to);
-      for (Piece piece; pieces.next(piece);) {
-        const Item item{b, piece.first_row};
-        const int n = e.seen_by_sequence(s.read).tiles().size();
-        CHECK(piece.first_row % e.columns == 0 && piece.columns >= 1 &&
-              piece.columns <= e.columns &&
-              piece.first_row + piece.columns <= e.packed_rows(s.read.rows));
-        for (int t = piece.tiles.begin; t < piece.tiles.end; ++t) tiles[item].push_back(t);
-        groups[item].push_back(group);
-        parts[item] = piece.parts.count;
-        load += piece.tiles.size() + 1;
-        if (piece.is_whole()) continue;
-        const int part = group - piece.parts.first_group;
-        CHECK(n >= 4 && part >= 0 && part < piece.parts.count &&
-              part == int(groups[item].size()) - 1);
-        const std::int64_t partial = piece.partial(part, c.heads_at_once);
-        CHECK(partial >= 0 && partial < 2 * c.groups * c.heads_at_once);
-        CHECK(partials.insert(partial).second);
-        const int counter = piece.counter(c.heads_at_once);
-        CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
-        CHECK(counters.emplace(counter, item).first->second == item);
-      }
+    for (const Piece& piece : line.pieces(shares, group)) {
+      const Item item{piece.head, piece.batch, piece.first_row};
+      CHECK(piece.first_row % e.block_rows == 0 && piece.rows >= 1 && piece.rows <= e.block_rows &&
+            piece.first_row + piece.rows <= e.packed_rows(piece.sequence.rows));
+      for (int t = piece.tiles.begin; t < piece.tiles.end; ++t) tiles[item].push_back(t);
+      groups[item].push_back(group);
+      parts[item] = piece.parts.count;
+      load += piece.tiles.size() + 1;
+      if (piece.is_whole()) continue;
+      const int part = group - piece.parts.first_group;
+      const int of_sequence = e.seen_by_sequence(piece.sequence).tiles(c.tile_keys).size();
+      CHECK(of_sequence >= 4 && part >= 0 && part < piece.parts.count &&
+            part == int(groups[item].size()) - 1);
+      CHECK(c.has_columns || piece.tiles.size() >= 2);
+      const std::int64_t partial = piece.partial(part, c.heads_at_once, number);
+      CHECK(partial >= 0 && partial < 2 * c.groups * c.heads_at_once);
+      CHECK(partials.insert(partial).second);
+      const int counter = piece.counter(c.heads_at_once, number);
+      CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
+      CHECK(counters.emplace(counter, item).first->second == item);
     }
-    CHECK(load <= to - from + 4 + e.blocks(1));
+    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 4 + e.blocks(1));
   }
 
-  for (int b = 0; b < e.batch; ++b) {
-    const CachedSequence& s = sequences[b].read;
+  for (int n = 0; n < c.rounds * e.batch; ++n) {
+    const int head = n / e.batch * c.heads_at_once + number, b = n % e.batch;
+    const CachedSequence& s = sequences[b];
     CHECK(s.rows >= 0 && s.first_token >= 0 && s.first_token + s.rows <= e.tokens);
-    for (int q = 0; q < e.packed_rows(s.rows); q += e.columns) {
-      const Item item{b, q};
+    for (int q = 0; q < e.packed_rows(s.rows); q += e.block_rows) {
+      const Item item{head, b, q};
       CHECK(int(groups[item].size()) == parts[item]);  // and not 0: somebody writes the rows
-      const int end = std::min(q + e.columns, e.packed_rows(s.rows));
+      const int end = std::min(q + e.block_rows, e.packed_rows(s.rows));
       const SeenKeys seen = e.seen_by_packed(s, q, end);
+      const Range all = seen.tiles(c.tile_keys);
       std::vector<int> expected;
-      for (int t = seen.tiles().begin; t < seen.tiles().end; ++t) expected.push_back(t);
+      for (int t = all.begin; t < all.end; ++t) expected.push_back(t);
       CHECK(tiles[item] == expected);  // each once, and parts in the order of keys
+      const int first = random(all.begin, all.end), last = random(first, all.end);
+      const TileRange visited = seen.visit({first, last}, c.tile_keys);
+      CHECK(visited.empty() ? first >= last : visited.begin == first && visited.end == last);
+      for (int t = visited.begin; t < visited.end; ++t) {
+        CHECK(visited.cuts(t) == seen.cuts(t, c.tile_keys));
+      }
       for (int i = 0; i < 6; ++i) {
         const int r = random(q, end - 1), row = r / e.heads_per_kv_head;
         const int key =
@@ -192,8 +248,8 @@ void check_call(const Call& c) {
         CHECK(is_seen == (key >= keys.begin && key < keys.end));
         if (is_seen) CHECK(key >= seen.any.begin && key < seen.any.end);
         if (!is_seen && row < s.seen_rows && key >= 0 && !expected.empty()) {
-          const int tile = key / kCachedTileKeys;
-          CHECK(tile < seen.tiles().begin || tile >= seen.tiles().end || seen.cuts(tile));
+          const int tile = key / c.tile_keys;
+          CHECK(tile < all.begin || tile >= all.end || seen.cuts(tile, c.tile_keys));
         }
       }
     }
@@ -209,8 +265,8 @@ void check_pages(const Call& c) {
   cache.table_width = c.table_width;
   const bool has_tables = !c.block_tables.empty();
   const Pages pages = make_pages(cache, has_tables ? c.block_tables.data() : nullptr);
-  const int rows = box_rows(has_tables, c.page_size);
-  CHECK(rows >= kLeastBoxRows && kCachedTileKeys % rows == 0 &&
+  const int rows = box_rows(has_tables, c.page_size, c.tile_keys);
+  CHECK(rows >= kLeastBoxRows && c.tile_keys % rows == 0 &&
         (!has_tables || c.page_size % rows == 0));
   for (int i = 0; i < 50 && e.batch > 0; ++i) {
     const int b = random(0, e.batch - 1);

@@ -202,5 +202,17 @@ def cached_case(seed):
     return cached.random_case(seed, head_dims=CACHED_DIMS, pages=PAGE_SIZES, groups=GROUPS)
 
 
+def many_rows_case(seed):
+    """One whose sequences have more rows than the columns of the kernels for few."""
+    return cached.random_case(
+        seed,
+        head_dims=CACHED_DIMS,
+        pages=PAGE_SIZES,
+        groups=(2, 4, 5, 8),
+        rows=(40, 64, 70, 100),
+        most_of_ragged=130,
+    )
+
+
 def attend_to_cache(problem, **more):
     return cached.attend(problem, "fa3", **more)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from kernels import attend_to_cache, cached_case, for_kernels
+from kernels import attend_to_cache, cached_case, for_kernels, many_rows_case
 
 import cached
 import contract
@@ -95,10 +95,12 @@ def dense_arrays():
 
 
 def caches():
-    for seed in range(0, 320, 32):
-        problem = cached.Problem(cached_case(seed))
+    cases = [cached_case(seed) for seed in range(0, 320, 32)]
+    cases += [many_rows_case(seed) for seed in range(0, 80, 10)]
+    for case in cases:
+        problem = cached.Problem(case)
         cached.check(problem, attend_to_cache(problem))
-        print("caches", seed, flush=True)
+        print("caches", case.name, flush=True)
 
 
 def float8():

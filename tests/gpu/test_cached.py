@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import attend_to_cache, cached_case
+from kernels import attend_to_cache, cached_case, many_rows_case
 
 import cached
 from cached import CachedCase, Problem
 from jax_fa3 import append_to_cache, cached_attention
 
-NUMBERS, IN_A_TEST = 320, 8
+NUMBERS, IN_A_TEST, OF_MANY_ROWS = 320, 8, 80
 
 
 @pytest.mark.parametrize("first", range(0, NUMBERS, IN_A_TEST))
@@ -24,11 +24,41 @@ def test_random_problems(first):
         cached.check(problem, attend_to_cache(problem))
 
 
+@pytest.mark.parametrize("first", range(0, OF_MANY_ROWS, IN_A_TEST))
+def test_random_problems_of_many_rows(first):
+    for seed in range(first, first + IN_A_TEST):
+        problem = Problem(many_rows_case(seed))
+        cached.check(problem, attend_to_cache(problem))
+
+
+@pytest.mark.parametrize("page_size", (8, 16, 24, 64, 128, 256, None))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_many_rows_at_every_kind_of_length(page_size, head_dim):
+    """None, one, whole pages and what a cache holds; the middle has parts of several CTAs."""
+    size = page_size or 128
+    case = CachedCase(
+        lengths=(0, 1, 3 * size, 6 * size, 2000), rows=50, heads_q=6, heads_kv=2,
+        head_dim=head_dim, dtype="bfloat16", page_size=page_size, width=2048 // (page_size or 8),
+    )  # fmt: skip
+    problem = Problem(case)
+    cached.check(problem, attend_to_cache(problem))
+
+
+def test_ragged_rows_of_one_long_sequence_among_many():
+    case = CachedCase(
+        lengths=(*range(100, 900, 20), 3000), counts=(*[1] * 40, 200), heads_q=8, heads_kv=2,
+        head_dim=128, dtype="bfloat16", page_size=16, width=200,
+    )  # fmt: skip
+    problem = Problem(case)
+    cached.check(problem, attend_to_cache(problem))
+
+
 @pytest.mark.parametrize("layout", cached.LAYOUTS)
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
-def test_layouts_give_the_bits_of_pages(layout, head_dim):
+@pytest.mark.parametrize("rows", (2, 70))
+def test_layouts_give_the_bits_of_pages(layout, head_dim, rows):
     base = CachedCase(
-        lengths=(700, 0, 1, 1024), rows=2, heads_q=8, heads_kv=2, head_dim=head_dim,
+        lengths=(700, 0, 1, 1024), rows=rows, heads_q=8, heads_kv=2, head_dim=head_dim,
         dtype="bfloat16", page_size=64, width=16,
     )  # fmt: skip
     want = attend_to_cache(Problem(base))
@@ -38,21 +68,24 @@ def test_layouts_give_the_bits_of_pages(layout, head_dim):
 
 
 @pytest.mark.parametrize("length", (1, 63, 64, 65, 127, 128, 129, 4095, 4096))
-def test_values_of_one_give_one(length):
+@pytest.mark.parametrize("rows", (1, 64))
+def test_values_of_one_give_one(length, rows):
     """Whatever stands behind the last key: the weights of a row add up to 1 exactly."""
-    query = np.zeros((2, 1, 8, 128), "bfloat16")
+    query = np.zeros((2, rows, 8, 128), "bfloat16")
     cache = np.full((2, 4096, 2, 128), np.nan, "bfloat16")
     keys, values = cache.copy(), cache
     keys[:, :length], values[:, :length] = 0, 1
     lengths = np.full(2, length, np.int32)
-    out = cached_attention(query, keys, values, cache_lengths=lengths, implementation="fa3")
+    how = dict(cache_lengths=lengths, is_causal=False, implementation="fa3")
+    out = cached_attention(query, keys, values, **how)
     assert np.all(np.asarray(out) == 1)
 
 
-def test_repeats_bit_by_bit():
+@pytest.mark.parametrize("rows", (4, 40))
+def test_repeats_bit_by_bit(rows):
     """One compiled program, lengths from nothing to capacity and back, many times each."""
     base = CachedCase(
-        lengths=(5000, 1, 333, 8192), rows=4, heads_q=32, heads_kv=8, head_dim=128,
+        lengths=(5000, 1, 333, 8192), rows=rows, heads_q=32, heads_kv=8, head_dim=128,
         dtype="bfloat16", page_size=16, width=512,
     )  # fmt: skip
     problem = Problem(base)
@@ -68,12 +101,12 @@ def test_repeats_bit_by_bit():
     cached.check(problem, run(*arrays, cache_lengths=lengths, block_tables=tables))
 
 
-@pytest.mark.parametrize("counts", (None, (2, 0, 3, 1)))
+@pytest.mark.parametrize("rows", (dict(), dict(counts=(2, 0, 3, 1)), dict(rows=40)))
 @pytest.mark.parametrize("seed", range(6))
-def test_hostile_index_arrays(seed, counts):
+def test_hostile_index_arrays(seed, rows):
     sizes = dict(heads_q=8, head_dim=128, dtype="bfloat16", page_size=16, width=8)
     run = jax.jit(functools.partial(cached_attention, implementation="fa3", return_residual=True))
-    cached.check_hostile(run, seed, counts=counts, **sizes)
+    cached.check_hostile(run, seed, **rows, **sizes)
 
 
 @pytest.mark.parametrize("page_size", (1, 5, 16, None))
@@ -165,7 +198,7 @@ class Batch:
 @pytest.mark.parametrize("seed", range(4))
 def test_continuous_batching(seed):
     """Random steps: arrivals, prompts in pieces, ends and pages that are used again."""
-    batch, rows, pool = Batch(seed), 16, 50
+    batch, rows, pool = Batch(seed), (16, 32)[seed % 2], 50
     caches = [jnp.full((pool, batch.size, 2, 128), jnp.nan, jnp.bfloat16)] * 2
     caches = [jnp.array(x) for x in caches]
 

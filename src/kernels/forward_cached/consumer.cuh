@@ -69,7 +69,7 @@ struct CachedConsumer {
       const int v = i * kWarpgroupThreads + warpgroup_thread();
       const int column = v / kVectors, first = v % kVectors * kVector;
       uint4 vector{0, 0, 0, 0};
-      if (column < piece.columns && first < p.head_dim) {
+      if (column < piece.rows && first < p.head_dim) {
         const int packed = piece.first_row + column, row = packed / sharing;
         const std::int64_t query_row = std::int64_t(sequence.first_token + row) * p.num_heads +
                                        piece.head * sharing + packed % sharing;
@@ -81,7 +81,7 @@ struct CachedConsumer {
     if (warpgroup_thread() < T::kColumns) {
       const int column = warpgroup_thread();
       Range keys;
-      if (column < piece.columns) {
+      if (column < piece.rows) {
         keys = p.extents.row_keys(sequence, (piece.first_row + column) / sharing);
       }
       shared.rest.column_keys[warpgroup][column] = keys;
@@ -97,7 +97,7 @@ struct CachedConsumer {
     typename T::MmaO mma_o;
     typename T::Own& own = shared.own[warpgroup];
     const float scale_log2 = p.softmax_scale_log2;
-    const bool cut = piece.keys.cuts(tile);
+    const bool cut = piece.keys.cuts(tile, T::kTileKeys);
 
     auto tS = make_accumulator<typename T::MmaS, T::kColumns>();
     wait_full(shared.key_ring, cursor);
@@ -223,11 +223,11 @@ struct CachedConsumer {
   // the CTA that finds the others there.
   CUTE_DEVICE void write(const Piece& piece) const {
     auto& rest = shared.rest;
-    const Partials<T> partials{p};
+    const Partials<T> partials{p, piece.head};
     float* const partial = piece.is_whole() ? nullptr : partials.mine(piece);
     for_each_quad(piece, [&](int column, int quad) {
       const auto* const output = rest.output + column * T::kStagedStride + 4 * quad;
-      const ColumnPart x{*reinterpret_cast<const float4*>(output), rest.reference[column],
+      const RowPart x{*reinterpret_cast<const float4*>(output), rest.reference[column],
                          rest.sum[column]};
       if (piece.is_whole()) {
         store(piece, column, quad, x);
@@ -238,7 +238,7 @@ struct CachedConsumer {
     sync_own();
     NamedBarrier::arrive(2 * kWarpgroupThreads, T::kTaken);
     if (piece.is_whole()) return;
-    if (leads_warpgroup()) rest.is_last = partials.arrive_last(piece);
+    if (leads_warpgroup()) rest.is_last = partials.arrive_last(piece, 1, 0);
     sync_own();
     if (!rest.is_last) return;
     for_each_quad(piece, [&](int column, int quad) {
@@ -250,13 +250,13 @@ struct CachedConsumer {
   CUTE_DEVICE void for_each_quad(const Piece& piece, const Visit& visit) const {
     constexpr int kQuads = T::kHeadDimV / 4;
     CUTE_NO_UNROLL
-    for (int v = warpgroup_thread(); v < piece.columns * kQuads; v += kWarpgroupThreads) {
+    for (int v = warpgroup_thread(); v < piece.rows * kQuads; v += kWarpgroupThreads) {
       visit(v / kQuads, v % kQuads);
     }
   }
 
   // Four elements of the output, and with the first of them the LSE.
-  CUTE_DEVICE void store(const Piece& piece, int column, int quad, const ColumnPart& x) const {
+  CUTE_DEVICE void store(const Piece& piece, int column, int quad, const RowPart& x) const {
     const int sharing = p.extents.heads_per_kv_head;
     const int packed = piece.first_row + column, row = packed / sharing;
     const std::int64_t out_row = std::int64_t(piece.sequence.first_token + row) * p.num_heads +

@@ -17,9 +17,9 @@ struct ForwardCached {
   static Status launch(const Plan& plan, const Problem& problem, CUstream_st* stream);
 
   static Fields describe(const Key& key) {
-    return {{"direction", kName},       {"dtype", to_string(key.dtype)},
-            {"head_dim", key.head_dim}, {"head_dim_v", key.head_dim_v},
-            {"block_m", key.columns},   {"block_n", kCachedTileKeys}};
+    return {{"direction", kName},        {"dtype", to_string(key.dtype)},
+            {"head_dim", key.head_dim},  {"head_dim_v", key.head_dim_v},
+            {"block_m", key.block_rows}, {"block_n", tile_keys(key)}};
   }
   static Fields describe(const Plan& plan) {
     return joined({describe(plan.key),

@@ -1,14 +1,32 @@
-// Attention over caches of keys and values, for few query rows: keys are the rows of the products,
-// packed query rows their columns (docs/design/forward_cached.md).
+// Attention over caches of keys and values (docs/design/forward_cached.md). For few query rows keys
+// are the rows of the products, packed query rows their columns; for many the other way around.
 #pragma once
 
 #include "kernels/forward_cached/consumer.cuh"
 #include "kernels/forward_cached/producer.cuh"
+#include "kernels/forward_cached/rows_consumer.cuh"
+#include "kernels/forward_cached/rows_producer.cuh"
+#include "kernels/forward_cached/rows_schedule.cuh"
 #include "kernels/forward_cached/schedule.cuh"
 
 namespace jax_fa3 {
 
-template <class T>
+template <class Config, bool kHasColumns = has_columns(Config::kKey)>
+struct CachedRoles {
+  using Traits = ForwardCachedTraits<Config>;
+  using Schedule = Scheduler;
+  using Producer = CachedProducer<Traits>;
+  using Consumer = CachedConsumer<Traits>;
+};
+template <class Config>
+struct CachedRoles<Config, false> {
+  using Traits = CachedRowsTraits<Config>;
+  using Schedule = ItemScheduler<Traits>;
+  using Producer = CachedRowsProducer<Traits>;
+  using Consumer = CachedRowsConsumer<Traits>;
+};
+
+template <class Roles, class T = typename Roles::Traits>
 __global__ void __launch_bounds__(T::kThreads, 1)
     forward_cached_kernel(const __grid_constant__ ForwardCachedParams p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -16,8 +34,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   if (threadIdx.x == 0) {
     prefetch_maps({&p.key, &p.value});
-    shared.key_ring.init(1);
-    shared.value_ring.init(1);
+    shared.key_ring.init(T::kReleases);
+    shared.value_ring.init(T::kReleases);
     shared.rest.pieces.ring.init(T::kConsumers + 1);
     cutlass::arch::fence_barrier_init();
   }
@@ -29,13 +47,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     }
     const int warp = cutlass::canonical_warp_idx_sync();
-    if (warp == 0) CachedProducer<T>{p, shared}.run();
-    if (warp == 1) Scheduler{p, shared.rest.pieces}.run();
+    if (warp == 0) typename Roles::Producer{p, shared}.run();
+    if (warp == 1) typename Roles::Schedule{p, shared.rest.pieces}.run();
   } else {
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();
     }
-    CachedConsumer<T>{p, shared, warpgroup - 1}.run();
+    typename Roles::Consumer{p, shared, warpgroup - 1}.run();
   }
 }
 

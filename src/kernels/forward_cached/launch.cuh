@@ -20,7 +20,8 @@ Status make_cache_map(CUtensorMap* map, const void* data, const CacheShape& cach
 
 template <class Config>
 Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStream_t stream) {
-  using T = ForwardCachedTraits<Config>;
+  using Roles = CachedRoles<Config>;
+  using T = typename Roles::Traits;
   const Shape& s = problem.shape;
   const CacheShape& cache = problem.cache;
   if (problem.tokens == 0) return {};
@@ -34,9 +35,9 @@ Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStrea
                static_cast<int>(cache.capacity()),
                problem.window_left,
                problem.window_right,
-               T::kColumns};
+               T::kBlockRows};
   p.pages = make_pages(cache, problem.index.block_tables);
-  p.box_rows = box_rows(problem.has_block_tables, cache.page_size);
+  p.box_rows = box_rows(problem.has_block_tables, cache.page_size, T::kTileKeys);
   // A cache without elements may have no address, but its map must have one.
   const bool is_empty = cache.pages == 0 || cache.page_size == 0;
   const void* const key = is_empty ? problem.out : problem.key_cache;
@@ -67,7 +68,7 @@ Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStrea
     JFA_CHECK_OK(launch_kernel("clear_counters_kernel", clear_counters_kernel<T>, dim3(1),
                                kClearingThreads, 0, stream, p.counters, int(plan.num_counters)));
   }
-  return launch_early("forward_cached_kernel", forward_cached_kernel<T>, dim3(plan.grid),
+  return launch_early("forward_cached_kernel", forward_cached_kernel<Roles>, dim3(plan.grid),
                       T::kThreads, sizeof(typename T::SharedStorage), stream, p);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/splits.h"
+#include "kernels/forward_cached/config.h"
 
 namespace jax_fa3 {
 
@@ -11,7 +12,7 @@ struct Piece {
   int head;   // of keys and values
   CachedSequence sequence;
   int first_row;  // packed
-  int columns;    // packed rows that exist
+  int rows;       // packed rows that exist
   SeenKeys keys;  // of these rows
   Range tiles;    // of them
   Parts parts;    // of the item; this one is that of the CTA's group
@@ -20,16 +21,41 @@ struct Piece {
   JFA_HD bool is_whole() const { return parts.count == 1; }
 
   // Where partial results of a part are, two to a CTA: an item's first part is its group's second
-  // one, since the group may begin with what the group before has not finished.
-  JFA_HD std::int64_t partial(int part, int heads_at_once) const {
-    const std::int64_t cta = (parts.first_group + part) * heads_at_once + head;
+  // one, since the group may begin with what the group before has not finished. `number` is that of
+  // the head's CTA in each group.
+  JFA_HD std::int64_t partial(int part, int heads_at_once, int number) const {
+    const std::int64_t cta = (parts.first_group + part) * heads_at_once + number;
     return 2 * cta + (part == 0 ? 1 : 0);
   }
   // What counts its parts: the first of their boundaries is no other item's.
-  JFA_HD int counter(int heads_at_once) const { return parts.first_group * heads_at_once + head; }
+  JFA_HD int counter(int heads_at_once, int number) const {
+    return parts.first_group * heads_at_once + number;
+  }
 };
 
-// The pieces of one sequence, whose units begin at `begins`, that a share [from, to) has.
+// The item of a sequence's block, whole, in tiles of `tile_keys` keys.
+JFA_HD inline Piece whole_item(const CachedExtents& extents, const CachedSequence& sequence,
+                               int batch, int head, int block, int tile_keys) {
+  const int first = block * extents.block_rows;
+  const int rows = min_of(extents.block_rows, extents.packed_rows(sequence.rows) - first);
+  const SeenKeys keys = extents.seen_by_packed(sequence, first, first + rows);
+  return {batch, head, sequence, first, rows, keys, keys.tiles(tile_keys), {0, 1}};
+}
+
+// Leaves of a whole item, whose units begin at `base`, what a share [from, to) has; false: nothing.
+JFA_HD inline bool take_part(Piece& item, const Shares& shares, std::int64_t base,
+                             std::int64_t from, std::int64_t to) {
+  const int tiles = item.tiles.size(), first = item.tiles.begin;
+  const Range part = Shares::tiles(base, tiles, from, to);
+  if (!Shares::owns(part, base, tiles, from, to)) return false;
+  item.tiles = {first + part.begin, first + part.end};
+  item.parts = shares.parts(base, tiles);
+  return true;
+}
+
+// Where blocks have few rows, all of a sequence's take the tiles that any of its rows sees, and so
+// their units need no counting. The pieces of one sequence, whose units begin at `begins`, that a
+// share [from, to) has.
 class PiecesOfSequence {
  public:
   JFA_HD PiecesOfSequence(const CachedExtents& extents, const Shares& shares,
@@ -40,30 +66,30 @@ class PiecesOfSequence {
         sequence_(sequence),
         batch_(batch),
         head_(head),
-        tiles_(extents.seen_by_sequence(sequence).tiles()),
+        tiles_(extents.seen_by_sequence(sequence).tiles(kColumnTileKeys)),
         from_(from),
         to_(to) {
     const std::int64_t before = (from > begins ? from - begins : 0) / units();
-    row_ = static_cast<int>(before) * extents.columns;
+    row_ = static_cast<int>(before) * extents.block_rows;
     base_ = begins + before * units();
   }
 
   // False: there is none.
   JFA_HD bool next(Piece& piece) {
     const int packed = extents_.packed_rows(sequence_.rows), tiles = tiles_.size();
-    for (; row_ < packed && base_ < to_; row_ += extents_.columns, base_ += units()) {
+    for (; row_ < packed && base_ < to_; row_ += extents_.block_rows, base_ += units()) {
       const Range part = Shares::tiles(base_, tiles, from_, to_);
       if (!Shares::owns(part, base_, tiles, from_, to_)) continue;
       piece.batch = batch_;
       piece.head = head_;
       piece.sequence = sequence_;
       piece.first_row = row_;
-      piece.columns = min_of(extents_.columns, packed - row_);
-      piece.keys = extents_.seen_by_packed(sequence_, row_, row_ + piece.columns);
-      piece.tiles =
-          piece.keys.tiles().intersect({tiles_.begin + part.begin, tiles_.begin + part.end});
+      piece.rows = min_of(extents_.block_rows, packed - row_);
+      piece.keys = extents_.seen_by_packed(sequence_, row_, row_ + piece.rows);
+      piece.tiles = piece.keys.tiles(kColumnTileKeys)
+                        .intersect({tiles_.begin + part.begin, tiles_.begin + part.end});
       piece.parts = shares_.parts(base_, tiles);
-      row_ += extents_.columns;
+      row_ += extents_.block_rows;
       base_ += units();
       return true;
     }

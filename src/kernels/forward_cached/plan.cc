@@ -19,19 +19,36 @@ Status check_most(const char* what, std::int64_t got, std::int64_t most) {
   return invalid_argument(concat(what, " must be at most ", most, ", got ", got));
 }
 
-// The narrowest kernel that takes a usual sequence's rows at once, or the widest. Ragged rows are a
-// few long sequences among many of a row each, and the long ones would read their keys again for
-// every block.
+// The kernel with the smallest blocks that takes a sequence's rows at once, or that with the
+// largest. Of ragged rows all but one of each other sequence may be one's.
 ForwardCachedKey choose(const Shape& shape, bool is_ragged, std::vector<ForwardCachedKey> keys) {
   std::sort(keys.begin(), keys.end(), [](const ForwardCachedKey& a, const ForwardCachedKey& b) {
-    return a.columns < b.columns;
+    return a.block_rows < b.block_rows;
   });
   const std::int64_t sharing = shape.num_heads_q / shape.num_heads_kv;
-  const bool has_long = is_ragged && shape.seqlen_q > shape.batch;
+  const std::int64_t most =
+      is_ragged ? std::max<std::int64_t>(1, shape.seqlen_q - shape.batch + 1) : shape.seqlen_q;
   for (const ForwardCachedKey& key : keys) {
-    if (!has_long && (is_ragged ? 1 : shape.seqlen_q) * sharing <= key.columns) return key;
+    if (most * sharing <= key.block_rows) return key;
   }
   return keys.back();
+}
+
+// Heads whose CTAs form a group. Where rounds are shared: the most of them that leave few
+// multiprocessors without work, or those that leave the fewest.
+int choose_heads_at_once(const ForwardCachedKey& key, int heads, int num_sms) {
+  if (has_columns(key)) return ceil_div(heads, ceil_div(heads, num_sms));
+  int best = 1, most = 0;
+  for (int at_once = std::min(heads, num_sms); at_once > 0; --at_once) {
+    if (heads % at_once != 0) continue;
+    const int at_work = num_sms / at_once * at_once;
+    if (at_work > most) {
+      best = at_once;
+      most = at_work;
+    }
+    if (20 * at_work >= 19 * num_sms) break;
+  }
+  return best;
 }
 
 }  // namespace
@@ -58,20 +75,20 @@ StatusOr<ForwardCachedPlan> plan_forward_cached(const Shape& shape, bool is_ragg
   }
   ForwardCachedPlan plan;
   plan.key = choose(shape, is_ragged, keys);
-  const std::int64_t heads = shape.num_heads_kv;
-  plan.heads_at_once = static_cast<int>(ceil_div(heads, ceil_div<std::int64_t>(heads, num_sms)));
+  plan.heads_at_once =
+      choose_heads_at_once(plan.key, static_cast<int>(shape.num_heads_kv), num_sms);
   plan.groups = num_sms / plan.heads_at_once;
   plan.grid = plan.groups * plan.heads_at_once;
   const bool splits = plan.groups > 1;
   plan.workspace_bytes =
       splits ? 2 * plan.grid * partial_floats(plan.key) * std::int64_t(sizeof(float)) : 0;
-  plan.num_counters = splits ? plan.grid : 0;
+  plan.num_counters = splits ? plan.grid * counters_of_cta(plan.key) : 0;
   return plan;
 }
 
 std::string to_string(const ForwardCachedPlan& plan) {
   return concat("forward_cached ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
-                plan.key.head_dim_v, " columns=", plan.key.columns,
+                plan.key.head_dim_v, " block_rows=", plan.key.block_rows,
                 " heads_at_once=", plan.heads_at_once, " groups=", plan.groups, " grid=", plan.grid,
                 " workspace_bytes=", plan.workspace_bytes, " counters=", plan.num_counters);
 }

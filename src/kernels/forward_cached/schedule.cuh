@@ -2,7 +2,7 @@
 // sequence; the warp walks all of them twice, for the total and for its group's share of it.
 #pragma once
 
-#include "kernels/forward_cached/traits.cuh"
+#include "kernels/forward_cached/params.cuh"
 
 namespace jax_fa3 {
 
@@ -20,19 +20,17 @@ CUTE_DEVICE T scan_warp(T value, const Operation& operation) {
 }
 
 // 32 sequences at a time, in order.
-struct SequenceWalk {
+struct SequenceReader {
   const CachedIndex& index;
   const CachedExtents& extents;
-  int first_batch = 0;    // of the 32
-  int rows_end = 0;       // the ragged rows of all sequences before them end here
-  std::int64_t base = 0;  // units of all sequences before them
+  int first_batch = 0;  // of the 32
+  int rows_end = 0;     // the ragged rows of all sequences before them end here
 
   // This lane's.
   CachedSequence sequence;
-  std::int64_t units;   // 0 behind the last sequence
-  std::int64_t begins;  // where its units do
+  int rows;  // of it; 0 behind the last sequence
 
-  CUTE_DEVICE SequenceWalk(const CachedIndex& index, const CachedExtents& extents)
+  CUTE_DEVICE SequenceReader(const CachedIndex& index, const CachedExtents& extents)
       : index(index), extents(extents) {}
 
   CUTE_DEVICE bool done() const { return first_batch >= extents.batch; }
@@ -42,7 +40,8 @@ struct SequenceWalk {
   // Reads the next 32.
   CUTE_DEVICE void read() {
     const int b = batch(), last = extents.batch;
-    int first_token = 0, rows = 0;
+    int first_token = 0;
+    rows = 0;
     if (index.query_starts != nullptr) {
       const int start = max(rows_end, read_start(index, extents, min(b, last)));
       first_token = scan_warp(start, [](int x, int y) { return max(x, y); });
@@ -53,10 +52,26 @@ struct SequenceWalk {
       first_token = b * extents.rows_per_sequence;
       rows = extents.rows_per_sequence;
     }
+    if (b < last) sequence = read_sequence(index, extents, b, first_token, rows);
+  }
+  CUTE_DEVICE void advance() { first_batch += 32; }
+};
+
+// The same with their units of the line.
+struct SequenceWalk : SequenceReader {
+  std::int64_t base = 0;  // units of all sequences before the 32
+
+  // This lane's.
+  std::int64_t units;   // 0 behind the last sequence
+  std::int64_t begins;  // where its units do
+
+  using SequenceReader::SequenceReader;
+
+  CUTE_DEVICE void read() {
+    SequenceReader::read();
     units = 0;
-    if (b < last) {
-      sequence = read_sequence(index, extents, b, first_token, rows);
-      const int tiles = extents.seen_by_sequence(sequence).tiles().size();
+    if (batch() < extents.batch) {
+      const int tiles = extents.seen_by_sequence(sequence).tiles(kColumnTileKeys).size();
       units = std::int64_t(extents.blocks(rows)) * (tiles + 1);
     }
     begins = scan_warp(units, [](std::int64_t x, std::int64_t y) { return x + y; });
@@ -64,14 +79,46 @@ struct SequenceWalk {
     begins += base - units;
     base += sum;
   }
-  CUTE_DEVICE void advance() { first_batch += 32; }
 };
 
-struct Scheduler {
+// What schedulers have in common.
+struct PieceGiver {
   const ForwardCachedParams& p;
   PieceQueue& queue;
   PieceQueue::Cursor cursor{};
 
+  // One thread.
+  CUTE_DEVICE void give(const Piece& piece) {
+    wait_empty(queue.ring, cursor);
+    queue.pieces[cursor.stage] = piece;
+    queue.ring.full[cursor.stage].arrive();
+    cursor.advance();
+  }
+  // After `lane` has given some.
+  CUTE_DEVICE void share_cursor(int lane) {
+    cursor.stage = __shfl_sync(kAllLanes, cursor.stage, lane);
+    cursor.phase = __shfl_sync(kAllLanes, cursor.phase, lane);
+  }
+
+  // Rows in front of the first sequence's and behind the last one's: all CTAs share them.
+  CUTE_DEVICE void clear_unowned(int rows_end) const {
+    const int first = read_start(p.index, p.extents, 0);
+    const int unowned = first + p.extents.tokens - rows_end;
+    const std::int64_t width = std::int64_t(p.num_heads) * p.head_dim_v * (p.out_float32 ? 4 : 2);
+    CUTE_NO_UNROLL
+    for (int i = blockIdx.x; i < unowned; i += gridDim.x) {
+      const int row = i < first ? i : rows_end + (i - first);
+      auto* const out = reinterpret_cast<uint4*>(static_cast<char*>(p.out) + row * width);
+      CUTE_NO_UNROLL
+      for (int v = threadIdx.x % 32; v < width / 16; v += 32) out[v] = uint4{0, 0, 0, 0};
+      float* const lse = p.lse + std::int64_t(row) * p.num_heads;
+      CUTE_NO_UNROLL
+      for (int h = threadIdx.x % 32; h < p.num_heads; h += 32) lse[h] = -INFINITY;
+    }
+  }
+};
+
+struct Scheduler : PieceGiver {
   CUTE_DEVICE void run() {
     SequenceWalk all(p.index, p.extents);
     for (; !all.done(); all.advance()) all.read();
@@ -101,8 +148,7 @@ struct Scheduler {
       for (; left != 0; left &= left - 1) {
         const int lane = __ffs(left) - 1;
         if (int(threadIdx.x) % 32 == lane) give_sequence(walk, shares, from, to, head);
-        cursor.stage = __shfl_sync(kAllLanes, cursor.stage, lane);
-        cursor.phase = __shfl_sync(kAllLanes, cursor.phase, lane);
+        share_cursor(lane);
       }
     }
   }
@@ -115,31 +161,6 @@ struct Scheduler {
     Piece piece;
     CUTE_NO_UNROLL
     while (pieces.next(piece)) give(piece);
-  }
-
-  // One thread.
-  CUTE_DEVICE void give(const Piece& piece) {
-    wait_empty(queue.ring, cursor);
-    queue.pieces[cursor.stage] = piece;
-    queue.ring.full[cursor.stage].arrive();
-    cursor.advance();
-  }
-
-  // Rows in front of the first sequence's and behind the last one's: all CTAs share them.
-  CUTE_DEVICE void clear_unowned(int rows_end) const {
-    const int first = read_start(p.index, p.extents, 0);
-    const int unowned = first + p.extents.tokens - rows_end;
-    const std::int64_t width = std::int64_t(p.num_heads) * p.head_dim_v * (p.out_float32 ? 4 : 2);
-    CUTE_NO_UNROLL
-    for (int i = blockIdx.x; i < unowned; i += gridDim.x) {
-      const int row = i < first ? i : rows_end + (i - first);
-      auto* const out = reinterpret_cast<uint4*>(static_cast<char*>(p.out) + row * width);
-      CUTE_NO_UNROLL
-      for (int v = threadIdx.x % 32; v < width / 16; v += 32) out[v] = uint4{0, 0, 0, 0};
-      float* const lse = p.lse + std::int64_t(row) * p.num_heads;
-      CUTE_NO_UNROLL
-      for (int h = threadIdx.x % 32; h < p.num_heads; h += 32) lse[h] = -INFINITY;
-    }
   }
 };
 

@@ -2,52 +2,19 @@
 #pragma once
 
 #include "attention/column_softmax.cuh"
-#include "attention/pages.h"
-#include "device/pipeline.cuh"
-#include "device/tma.cuh"
 #include "kernels/forward_cached/config.h"
-#include "kernels/forward_cached/pieces.h"
+#include "kernels/forward_cached/params.cuh"
 
 namespace jax_fa3 {
-
-struct ForwardCachedParams {
-  CUtensorMap key;    // (page, slot, kv head, column), boxes of box_rows slots
-  CUtensorMap value;  // the same
-  CachedIndex index;
-  CachedExtents extents;
-  Pages pages;
-  int box_rows;
-  int num_heads;  // of query
-  int num_heads_kv;
-  int heads_at_once;  // kv heads that a group of CTAs works on together
-  int groups;
-  int head_dim;
-  int head_dim_v;
-  float softmax_scale_log2;
-  float rescale_threshold;
-  bool out_float32;
-  const void* query;  // [tokens, h_q, d]
-  void* out;          // [tokens, h_q, d_v]
-  float* lse;         // [tokens, h_q]
-  float* partials;    // [grid, 2, partial_floats]
-  int* counters;      // [grid], 0 at launch
-};
-
-struct PieceQueue {
-  static constexpr int kStages = 4;
-  using Cursor = RingCursor<kStages>;
-
-  RingBarriers<kStages> ring;
-  Piece pieces[kStages];
-};
 
 template <class Config>
 struct ForwardCachedTraits {
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
-  static constexpr int kColumns = Config::kColumns;
-  static constexpr int kTileKeys = kCachedTileKeys;
+  static constexpr int kBlockRows = Config::kBlockRows;
+  static constexpr int kColumns = kBlockRows;
+  static constexpr int kTileKeys = kColumnTileKeys;
 
   using QTile = SmemTile<Element, kColumns, kHeadDim>;
   using KTile = SmemTile<Element, kTileKeys, kHeadDim>;
@@ -66,6 +33,7 @@ struct ForwardCachedTraits {
   // Narrow kernels leave registers as the launch gives them.
   static constexpr bool kMovesRegisters = kColumns > 16;
   static constexpr Registers kRegisters{72, 216};
+  static constexpr int kReleases = 1;  // of a stage
 
   // O of one warpgroup, a column after another; the padding keeps a warp's stores apart.
   static constexpr int kStagedStride = kHeadDimV + 4;

@@ -1,0 +1,124 @@
+// The scheduling warp of many rows: from the lengths on the device to this CTA's pieces. An item
+// takes as many units of the line as its own rows see tiles, so a lane works out an item; the warp
+// walks all of them twice, for the total and for its group's share of it. The line has them once
+// for each round of kv heads.
+#pragma once
+
+#include "kernels/forward_cached/rows_traits.cuh"
+#include "kernels/forward_cached/schedule.cuh"
+
+namespace jax_fa3 {
+
+// 32 items at a time, in order.
+template <int kTileKeys>
+struct ItemWalk {
+  const CachedExtents& extents;
+  SequenceReader sequences;  // 32 at a time
+  int first_batch = 0;       // of these
+  int blocks = 0;            // of this lane's sequence
+  int blocks_end = 0;        // of those of the lanes up to this one
+  int next = 0;              // the number of the next item among those of the 32 sequences
+  int count = 0;             // of these
+  std::int64_t base;         // units before the next item
+
+  // This lane's item.
+  CachedSequence sequence;
+  int batch;
+  int block;
+  int units;            // 0 behind the last item
+  std::int64_t begins;  // where its units do
+
+  CUTE_DEVICE ItemWalk(const CachedIndex& index, const CachedExtents& extents, std::int64_t base)
+      : extents(extents), sequences(index, extents), base(base) {}
+
+  CUTE_DEVICE Piece item(int head) const {
+    return whole_item(extents, sequence, batch, head, block, kTileKeys);
+  }
+
+  // Reads the next 32; false: there are none.
+  CUTE_DEVICE bool read() {
+    while (next >= count) {
+      if (sequences.done()) return false;
+      read_sequences();
+    }
+    const int number = next + int(threadIdx.x) % 32;
+    // The lane of its sequence: as many lanes as have only items before it.
+    int lane = 0;
+    CUTE_UNROLL
+    for (int step = 16; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, blocks_end, lane + step - 1) <= number) lane += step;
+    }
+    sequence = shuffled(sequences.sequence, lane);
+    batch = first_batch + lane;
+    block = number - __shfl_sync(kAllLanes, blocks_end - blocks, lane);
+    units = number < count ? item(0).tiles.size() + 1 : 0;
+    const int end = scan_warp(units, [](int x, int y) { return x + y; });
+    begins = base + (end - units);
+    base += __shfl_sync(kAllLanes, end, 31);
+    next += 32;
+    return true;
+  }
+
+ private:
+  CUTE_DEVICE void read_sequences() {
+    sequences.read();
+    first_batch = sequences.first_batch;
+    blocks = extents.blocks(sequences.rows);
+    blocks_end = scan_warp(blocks, [](int x, int y) { return x + y; });
+    count = __shfl_sync(kAllLanes, blocks_end, 31);
+    next = 0;
+    sequences.advance();
+  }
+  CUTE_DEVICE static CachedSequence shuffled(CachedSequence sequence, int lane) {
+    int* const words = reinterpret_cast<int*>(&sequence);
+    CUTE_UNROLL
+    for (int i = 0; i < int(sizeof(sequence) / sizeof(int)); ++i) {
+      words[i] = __shfl_sync(kAllLanes, words[i], lane);
+    }
+    return sequence;
+  }
+};
+
+template <class T>
+struct ItemScheduler : PieceGiver {
+  CUTE_DEVICE void run() {
+    ItemWalk<T::kTileKeys> all(p.index, p.extents, 0);
+    while (all.read()) {
+    }
+    const int rounds = p.num_heads_kv / p.heads_at_once;
+    const Shares shares(all.base * rounds, p.groups);
+    const int group = int(blockIdx.x) / p.heads_at_once;
+    if (group < shares.groups) {
+      int head = int(blockIdx.x) % p.heads_at_once;
+      CUTE_NO_UNROLL
+      for (int round = 0; round < rounds; ++round, head += p.heads_at_once) {
+        walk(shares, shares.begin(group), shares.begin(group + 1), round * all.base, head);
+      }
+    }
+    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) clear_unowned(all.sequences.rows_end);
+  }
+
+ private:
+  // What a share [from, to) has of the items of a head, which begin at `base`.
+  CUTE_DEVICE void walk(const Shares& shares, std::int64_t from, std::int64_t to, std::int64_t base,
+                        int head) {
+    ItemWalk<T::kTileKeys> walk(p.index, p.extents, base);
+    CUTE_NO_UNROLL
+    while (walk.base < to && walk.read()) {
+      const bool has_some = walk.units > 0 && walk.begins < to && walk.begins + walk.units > from;
+      unsigned left = __ballot_sync(kAllLanes, has_some);
+      CUTE_NO_UNROLL
+      for (; left != 0; left &= left - 1) {
+        const int lane = __ffs(left) - 1;
+        if (int(threadIdx.x) % 32 == lane) {
+          Piece piece = walk.item(head);
+          if (take_part(piece, shares, walk.begins, from, to)) give(piece);
+        }
+        share_cursor(lane);
+      }
+    }
+  }
+};
+
+}  // namespace jax_fa3
