@@ -138,7 +138,7 @@ def check_float8(arguments: Arguments) -> None:
         if rows[name].form == "blocks" and not arguments.is_float8:
             raise ValueError(
                 f"{name} is given and query has dtype {dtype}; expected {FLOAT8} "
-                "inputs with it (forward_dtype finds the scales of 16-bit inputs)"
+                "inputs with it (forward_dtype measures the scales of 16-bit inputs)"
             )
 
 
@@ -184,7 +184,7 @@ def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
     if x.ndim > len(full) or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
         words = ", ".join(WORDS[letter] for letter in row.dims)
         raise ValueError(
-            f"{name} has shape {shape_of(x)}; expected one that broadcasts to {full}, ({words})"
+            f"{name} has shape {shape_of(x)}; expected a shape that broadcasts to {full}, ({words})"
         )
 
 
@@ -241,9 +241,9 @@ def check_implementation(x: Any) -> None:
     """One of IMPLEMENTATIONS; "cudnn" is jax.nn's word."""
     if isinstance(x, str) and x == "cudnn":
         raise ValueError(
-            f"implementation is 'cudnn'; expected one of {IMPLEMENTATIONS}: None takes the kernels "
-            "where they apply, 'fa3' requires them, and cuDNN's own attention is "
-            "jax.nn.dot_product_attention"
+            f"implementation is 'cudnn'; expected one of {IMPLEMENTATIONS}: None runs the kernels "
+            "if they support the call, 'fa3' requires the kernels, and "
+            "jax.nn.dot_product_attention runs cuDNN"
         )
     check_choice("implementation", x, IMPLEMENTATIONS)
 
@@ -267,7 +267,7 @@ def check_window(window: Any) -> None:
     """None, a non-negative int, or a pair of them."""
     if window is None:
         return
-    expected = "an int or a pair of ints, each at least 0 (None switches the window off)"
+    expected = "an int or a pair of ints, each at least 0 (None means no window)"
     sides = tuple(window) if isinstance(window, (tuple, list)) else (window,) * 2
     if len(sides) != 2:
         raise ValueError(f"local_window_size is {window!r}; expected {expected}")
@@ -314,8 +314,8 @@ def _manual_axes_hint() -> str:
     if not manual:
         return ""
     return (
-        f" (these are one device's, inside jax.shard_map over {', '.join(manual)}: where query "
-        "heads are split over a mesh axis and key heads are not, take each device's own heads of "
+        f" (these are one device's heads, inside jax.shard_map over {', '.join(manual)}: if query "
+        "heads are split over a mesh axis and key heads are not, select each device's own heads of "
         "key and value, as docs/sharding.md shows)"
     )
 

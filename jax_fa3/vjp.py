@@ -28,7 +28,7 @@ CHECKPOINT_NAME = "context"
 NO_FLOAT8_GRADIENT = (
     "float8 inputs have no gradient; pass 16-bit inputs with forward_dtype='float8_e4m3fn'"
 )
-NO_SLOPE_GRADIENT = "alibi_slopes have no gradient; pass jax.lax.stop_gradient of them"
+NO_SLOPE_GRADIENT = "alibi_slopes have no gradient; pass jax.lax.stop_gradient(alibi_slopes)"
 
 
 def attend(

@@ -670,6 +670,6 @@ def test_bad_arguments_of_documents():
     with pytest.raises(ValueError, match="softcap is -1.0; expected a positive"):
         attend(*x, ends, softcap=-1.0)
     with pytest.raises(
-        ValueError, match="alibi_slopes is given, and cu_seqlens_k; expected one of"
+        ValueError, match="alibi_slopes and cu_seqlens_k are given; expected one of"
     ):
         attend(*x, ends, ends.copy(), alibi_slopes=np.ones(4, np.float32))

@@ -1,6 +1,6 @@
-"""The arguments of a call over a cache as one record: its checks, and what they become.
+"""The arguments of a call over a cache as one record, and their checks.
 
-Each error names the argument, what was got and what was expected, as validate.py has them.
+As in validate.py, each error names the argument, the value it got and the expected value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROTARY_WIDTH = 16  # a multiple of it
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedArguments:
-    """Those of `cached_attention`; `append_to_cache` has some of them."""
+    """The arguments of `cached_attention`; `append_to_cache` has some of them."""
 
     query: Any
     key_cache: Any
@@ -68,8 +68,8 @@ class CachedArguments:
     sm_margin: Any = 0
 
     def checked(self, needed: str) -> CachedArguments:
-        """The arguments with arrays for what may stand for them; raises unless they are legal and
-        the argument `needed` is given."""
+        """The arguments, with array-like values as arrays; raises unless all are valid and the
+        argument `needed` is given."""
         if getattr(self, needed) is None:
             raise TypeError(f"{needed} is None; expected an array")
         made = {name: getattr(self, name) for name in ARRAYS}
@@ -99,7 +99,7 @@ class CachedArguments:
 
     @property
     def capacity(self) -> int:
-        """The keys that a sequence may have."""
+        """The largest number of keys of a sequence."""
         width = 1 if self.block_tables is None else self.block_tables.shape[1]
         return width * extent(self.key_cache, self.layout, "s")
 
@@ -136,14 +136,14 @@ class CachedArguments:
         if self.is_fused:
             if self.value_cache is not None:
                 raise ValueError(
-                    "value_cache is given and layout is 'fused'; expected None: the values stand "
-                    "in key_cache"
+                    "value_cache is given and layout is 'fused'; expected None: key_cache holds "
+                    "the values"
                 )
         else:
             given["value_cache"] = self.value_cache
         for name, x in given.items():
             if x is None:
-                fused = " (None goes with layout='fused')" if name == "value_cache" else ""
+                fused = " (None only with layout='fused')" if name == "value_cache" else ""
                 raise TypeError(f"{name} is None; expected an array{fused}")
             letters = ", ".join(_WORDS[letter] for letter in self._order)
             if x.ndim != 4:
@@ -171,7 +171,7 @@ class CachedArguments:
         if self.is_fused and heads % 2:
             raise ValueError(
                 f"key_cache has heads = {heads}, shape {shape_of(self.key_cache)}; expected an "
-                "even number with layout='fused': key and value heads in turn"
+                "even number with layout='fused': key and value heads alternate"
             )
 
     @property
@@ -264,7 +264,7 @@ class CachedArguments:
             )
         if self.capacity >= MAX_SEQLEN:
             raise ValueError(
-                f"a sequence may have {self.capacity} keys in this cache; expected less than "
+                f"key_cache has room for {self.capacity} keys of a sequence; expected less than "
                 f"{MAX_SEQLEN}"
             )
 
@@ -281,7 +281,7 @@ class CachedArguments:
             if x.ndim != 2 or not x.size or x.shape != cos.shape:
                 raise ValueError(
                     f"rotary.{name} has shape {shape_of(x)}; expected (positions, width / 2), the "
-                    "same of cos and sin"
+                    "same for cos and sin"
                 )
         width, head_dim = 2 * cos.shape[1], extent(self.key_cache, self.layout, "h")
         if width % ROTARY_WIDTH or width > head_dim:
