@@ -16,7 +16,7 @@ from jax_fa3 import dot_product_attention, native, operations, xla
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import AttentionOptions
 from jax_fa3.sharding import carry
-from test_lowering import custom_calls, lower
+from programs import custom_calls, lower
 
 OPTIONS = AttentionOptions(scale=0.25, window_right=0)
 
