@@ -13,7 +13,8 @@ import numpy as np
 from jax_fa3.arguments import UNDIVIDED, Arguments, Division, values_of
 from jax_fa3.operands import Sources
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
-from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import as_int, check_flag, check_offset, one_of, shape_of
 from jax_fa3.visibility.layout import Layout
 from jax_fa3.visibility.table import Visibility
 
@@ -152,7 +153,7 @@ def window_text(window: tuple[int, int]) -> str:
 
 def check_chunk_offset(offset: Any, chunk: Any) -> None:
     """An offset is for chunks; windows have the call's."""
-    check_offset(offset)
+    check_offset("query_offset", offset)
     if offset is not None and chunk is None:
         raise ValueError(
             "query_offset is given and attention_chunk is not; expected both (causal and windowed "

@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, is_array
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.values import is_array
 from jax_fa3.varying import vary_together
 from jax_fa3.visibility import checks, table
 from jax_fa3.visibility.table import Visibility
