@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from jax_fa3.operands import Extents, Operands
+from jax_fa3.operands import Extents, Operands, Row
 from jax_fa3.options import NUM_SMS, AttentionOptions
 
 FOLDER = Path(__file__).resolve().parent
@@ -53,10 +53,6 @@ except ImportError as error:
 
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
-# Arrays with which work tiles differ in length, and those for which there are kernels of their own.
-HIDING = {name for name, row in Operands.rows().items() if row.counts} | {"visibility", "mask"}
-DENSE = "bias", "mask"  # those for a bias take a mask too
-
 Target = Literal["forward", "forward_float8", "backward"]
 
 
@@ -84,23 +80,24 @@ def plan(
     the order of work depend. Raises ValueError with the reason if there is none.
     """
     arrays = set(arrays)
-    presence = not arrays.isdisjoint(HIDING), "visibility" in arrays
+    rows = [row for name, row in Operands.rows().items() if name in arrays]
+    presence = any(row.hides or row.counts for row in rows), "visibility" in arrays
     if target == "forward_float8":
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
     call = KERNEL_DTYPES[dtype], *extents
-    presence = *presence, _variant(options, arrays)
+    presence = *presence, _variant(options, rows)
     if target == "forward":
         return _remembered(target, *call, *options.window, *presence, NUM_SMS)
     return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)
 
 
-def _variant(options: AttentionOptions, arrays: set[str]) -> str:
-    """What a call has for which there are kernels of their own (Variant in src/call/types.h)."""
-    dense = next((name for name in DENSE if name in arrays), None)
-    if dense is not None:
-        return dense
-    return "softcap" if options.softcap else "alibi" if "alibi_slopes" in arrays else "plain"
+def _variant(options: AttentionOptions, rows: list[Row]) -> str:
+    """What a call has for which there are kernels of their own: those for a bias, which stands
+    before a mask, take both."""
+    found = [row.variant for row in rows if row.variant != "plain"]
+    found += ["softcap"] * (options.softcap > 0)
+    return next(iter(found), "plain")
 
 
 @functools.lru_cache(maxsize=1024)
