@@ -81,15 +81,20 @@ def plan(
     """
     arrays = set(arrays)
     rows = [row for name, row in Operands.rows().items() if name in arrays]
-    presence = any(row.hides or row.counts for row in rows), "visibility" in arrays
+    choices = extents._asdict() | dict(
+        window_left=options.window_left,
+        window_right=options.window_right,
+        has_index_arrays=any(row.hides or row.counts for row in rows),
+        has_visibility="visibility" in arrays,
+        num_sms=NUM_SMS,
+    )
     if target == "forward_float8":
-        mask = *options.window, *presence
-        return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
-    call = KERNEL_DTYPES[dtype], *extents
-    presence = *presence, _variant(options, rows)
-    if target == "forward":
-        return _remembered(target, *call, *options.window, *presence, NUM_SMS)
-    return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)
+        choices |= dict(value_is_prepared=value_is_prepared, variant="plain")
+    else:
+        choices |= dict(dtype=KERNEL_DTYPES[dtype], variant=_variant(options, rows))
+    if target == "backward":
+        choices |= dict(deterministic=options.deterministic)
+    return _plan(target, **choices)
 
 
 def _variant(options: AttentionOptions, rows: list[Row]) -> str:
@@ -101,26 +106,31 @@ def _variant(options: AttentionOptions, rows: list[Row]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered(target: Target, *call: Any) -> dict[str, Any]:
-    return getattr(_C, f"{target}_plan")(*call)
-
-
-NO_CACHE_KERNELS = IMPORT_ERROR or "this build has no kernels for caches"
-
-
-def has_cache_kernels() -> bool:
-    return hasattr(_C, "plan_forward_cached")
+def _plan(family: str, **choices: Any) -> dict[str, Any]:
+    assert _C is not None
+    return _C.plan(family, **choices)
 
 
 def plan_forward_cached(dtype: str, sizes: Any, has_block_tables: bool) -> dict[str, Any]:
     """The kernel of attention over a cache, its grid, "workspace_bytes" and "counters"; `sizes` are
     cached.problem.Sizes. Raises ValueError with the reason if there is none."""
-    if not has_cache_kernels():
-        raise ValueError(NO_CACHE_KERNELS)
+    if _C is None:
+        raise ValueError(IMPORT_ERROR)
     n = sizes
-    call = (n.batch, n.tokens, n.rows, n.num_heads_q, n.num_heads_kv, n.head_dim, n.head_dim_v)
-    return _C.plan_forward_cached(
-        KERNEL_DTYPES[dtype], *call, n.page_size, has_block_tables, NUM_SMS
+    is_ragged = n.rows == 0
+    return _plan(
+        "forward_cached",
+        dtype=KERNEL_DTYPES[dtype],
+        batch=n.batch,
+        seqlen_q=n.tokens if is_ragged else n.rows,
+        seqlen_k=n.page_size,
+        num_heads_q=n.num_heads_q,
+        num_heads_kv=n.num_heads_kv,
+        head_dim=n.head_dim,
+        head_dim_v=n.head_dim_v,
+        is_ragged=is_ragged,
+        page_size=n.page_size if has_block_tables else 0,
+        num_sms=NUM_SMS,
     )
 
 
