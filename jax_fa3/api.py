@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,41 @@ def _not_for_flax(function: Function) -> Function:
     return cast(Function, call)
 
 
+class Keywords(TypedDict, total=False):
+    """What `dot_product_attention` and its forms for divided sequences take by name, but for what
+    changes the type of the results."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["fa3", "xla"] | None
+    query_offset: ArrayLike | None
+    deterministic: bool | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
+    logits_soft_cap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+
+
+class WholeKeywords(Keywords, total=False):
+    """Those of `dot_product_attention`, of whole sequences."""
+
+    sequence_parallel: SequenceParallel
+    query_descale: ArrayLike | None
+    key_descale: ArrayLike | None
+    value_descale: ArrayLike | None
+    value_is_prepared: bool
+
+
 @overload
 def dot_product_attention(
     query: ArrayLike,
@@ -51,32 +86,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: Literal[False] = ...,
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: Literal[False] = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> jax.Array: ...
 
 
@@ -88,32 +100,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: Literal[True],
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: Literal[False] = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -125,32 +114,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: bool = ...,
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: bool = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> jax.Array | tuple[jax.Array, ...]: ...
 
 

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3.arguments import as_array
 from jax_fa3.operands import DTYPES
-from jax_fa3.validate import as_int, check_dtype, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import as_int, shape_of
 
 
 def combine(

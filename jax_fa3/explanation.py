@@ -14,7 +14,7 @@ import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jax_fa3 import route
-from jax_fa3.arguments import is_array
+from jax_fa3.values import is_array
 
 PACKAGE = os.path.dirname(__file__)
 _numbers = itertools.count()

@@ -53,6 +53,9 @@ class Row:
     form: Form = "exact"
     counts: Counts | None = None
     differentiable: bool = False
+    dear: bool = False  # its gradient is made only where it is asked for
+    hides: bool = False  # its values, which no plan knows, say which keys rows see
+    variant: str = "plain"  # of the kernels that a call with it takes (src/call/types.h)
     needs_whole: str | None = None  # what to call it where sequences cannot stay divided with it
     identifies: bool = False  # its values are ids, of which only equality or order matters
     shared: bool = False  # its batch may divide the call's: planes serve several sequences
@@ -189,21 +192,29 @@ class Operands(Bundle):
     query_lengths: Array | None = row("b", "int32", argument="query_seq_lengths", counts="queries")
     key_lengths: Array | None = row("b", "int32", argument="key_value_seq_lengths", counts="keys")
     query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal")
-    visibility: Array | None = row("bhv", "int32", form="broadcast")
+    visibility: Array | None = row("bhv", "int32", form="broadcast", hides=True)
     bias: Array | None = row(
         "bhst",
         *DTYPES,
         form="broadcast",
         differentiable=True,
+        dear=True,
+        variant="bias",
         needs_whole="a bias or mask",
         shared=True,
     )
     mask: Array | None = row(
-        "bhst", "bool", form="broadcast", needs_whole="a bias or mask", shared=True
+        "bhst",
+        "bool",
+        form="broadcast",
+        hides=True,
+        variant="mask",
+        needs_whole="a bias or mask",
+        shared=True,
     )
     dense_mask: Array | None = row("bhu", "int32", form="broadcast", shared=True)
     sinks: Array | None = row("bh", "float32", form="heads", differentiable=True, shared=True)
-    alibi_slopes: Array | None = row("bh", "float32", form="heads", shared=True)
+    alibi_slopes: Array | None = row("bh", "float32", form="heads", variant="alibi", shared=True)
 
     @property
     def extents(self) -> Extents:
@@ -222,8 +233,11 @@ class Operands(Bundle):
 
     def differentiable(self, options: AttentionOptions) -> Self:
         """The arrays whose gradient is wanted, which also has this form."""
-        names = {name for name, row in self.rows().items() if row.differentiable}
-        return self.only(names if options.bias_gradient else names - {"bias"})
+        wanted, rows = options.dear_gradients, self.rows()
+        all_wanted = {name for name, row in rows.items() if row.differentiable}
+        if wanted is not None:
+            all_wanted -= {name for name, row in rows.items() if row.dear} - set(wanted)
+        return self.only(all_wanted)
 
     def needs_whole(self) -> str | None:
         """Which of the arrays need whole sequences."""

@@ -105,7 +105,7 @@ def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
     refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
     if call is None and not arguments.is_float8:
         call = refusal("forward") or refusal("backward")
-    if options.forward_dtype is not None and arguments.arrays.keys() & set(native.DENSE):
+    if options.forward_dtype is not None and arguments.arrays.keys() & {"bias", "mask"}:
         rounding = "the float8 kernels take no bias and no dense mask"
     elif options.forward_dtype is not None and (wish := _of_scores(arguments)):
         rounding = f"the float8 kernels take no {wish}"

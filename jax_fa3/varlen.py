@@ -8,7 +8,7 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_fa3 import api, route, validate
+from jax_fa3 import api, route, validate, values
 from jax_fa3.arguments import Arguments, as_indices
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import FLOAT8, UNBOUNDED
@@ -149,7 +149,7 @@ def flash_attention_varlen(
     given = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     for name, n in given.items():
         if n is not None:
-            validate.as_int(name, n, "an int or None")
+            values.as_int(name, n, "an int or None")
     arguments = Arguments(
         query,
         key,
@@ -172,7 +172,7 @@ def flash_attention_varlen(
             raise ValueError(f"{name} has shape {shape}; expected (rows, heads, head_dim)")
     dtypes = *DTYPES, FLOAT8
     validate.check_heads(arguments.query, arguments.key, arguments.value, dtypes)
-    validate.check_scale(softmax_scale, "softmax_scale")
+    values.check_scale("softmax_scale", softmax_scale)
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     documents = dict(cu_seqlens_q=_as_ends("cu_seqlens_q", cu_seqlens_q))
@@ -210,7 +210,7 @@ def flash_attention_varlen(
 def _cap_of(softcap: float | None) -> float | None:
     """The cap, or None for flash-attn's 0."""
     cap = None if type(softcap) in (int, float) and softcap == 0 else softcap
-    validate.check_soft_cap(cap, "softcap")
+    values.check_soft_cap("softcap", cap)
     return cap
 
 

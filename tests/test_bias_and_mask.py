@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_fa3
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native, route, xla
-from jax_fa3.operands import Operands, Outputs
+from jax_fa3.operands import Extents, Operands, Outputs
 from jax_fa3.options import AttentionOptions, dense_mask_words
 from jax_fa3.reference import Reference
 from meshes import both_kinds, mesh_of, place, run
@@ -105,9 +105,9 @@ def test_backward(wanted):
     assert attributes == backward_attributes("bias", "dense_mask", gradients=gradients)
     assert args == [QUERY, KEY, KEY, QUERY, "2x4x40xf32", QUERY, PADDED, TABLE]
     assert results[:-1] == [QUERY, KEY, KEY] + [PADDED] * wanted
-    plan = native.module().backward_plan(
-        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", False, 132
-    )
+    extents = Extents(2, 40, 44, 4, 2, 64, 64)
+    options = AttentionOptions(scale=0.125)
+    plan = native.plan("backward", "bfloat16", extents, options, arrays=["bias", "mask"])
     assert results[-1] == f"{plan['workspace_bytes']}xui8"
     assert ("slice" in operations_of(text)) == wanted
 

@@ -36,7 +36,7 @@ def plans(monkeypatch):
             )
         return PLAN
 
-    monkeypatch.setattr(native, "has_cache_kernels", lambda: True)
+    monkeypatch.setattr(native, "IMPORT_ERROR", None)
     monkeypatch.setattr(native, "plan_forward_cached", plan)
     return asked
 
@@ -218,10 +218,10 @@ def test_reasons(plans, monkeypatch):
 
 def test_reason_without_the_kernels(monkeypatch):
     monkeypatch.undo()
-    if native.has_cache_kernels():
-        pytest.skip("this build has them")
+    if native.module() is not None:
+        pytest.skip("there is a module")
     x = jnp.zeros((1, 8, 1, 16), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="has no kernels for caches|no extension module"):
+    with pytest.raises(NotImplementedError, match="no extension module"):
         append_to_cache(x, x, x, x, cache_lengths=np.zeros(1, np.int32), implementation="fa3")
 
 

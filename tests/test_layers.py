@@ -31,6 +31,7 @@ PYTHON_LAYERS = [
     ["float8.rounding", "visibility.checks", "cached.arguments", "flex.block_mask", "flex.library"],
     ["mask", "route", "validate"],
     ["arguments", "native"],
+    ["values"],
     ["visibility.table"],
     ["flex.translate"],
     ["flex.text"],

@@ -13,6 +13,8 @@ import jax_fa3
 from cases import HEAD_DIMS
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native
+from jax_fa3.operands import Extents
+from jax_fa3.options import AttentionOptions
 from meshes import mesh_of
 from programs import (
     DEFAULTS,
@@ -59,9 +61,10 @@ def test_backward_is_one_custom_call_and_nothing_else():
 
 def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
+    extents = Extents.of(query, key, 64)
     for deterministic in (False, True):
-        call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
-        plan = native.module().backward_plan(*call, False, False, "plain", deterministic, 132)
+        options = AttentionOptions(scale=0.125, deterministic=deterministic)
+        plan = native.plan("backward", "bfloat16", extents, options)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,

@@ -18,9 +18,8 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "out_dtype",
     "return_residual",
     "return_max_logits",
-    "bias_gradient",
+    "dear_gradients",
     "functions",
-    "captured_gradient",
 }
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
 ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5))

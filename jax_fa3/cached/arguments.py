@@ -6,26 +6,30 @@ As in validate.py, each error names the argument, the value it got and the expec
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.arguments import as_array, as_indices, dtype_name, is_array
+from jax_fa3.arguments import as_array, as_indices, dtype_name
 from jax_fa3.cached.layout import FUSED, LAYOUTS, extent
 from jax_fa3.cached.rotary import Rotary
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import MAX_SEQLEN
-from jax_fa3.validate import (
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import (
+    argument,
     check_choice,
-    check_dtype,
     check_flag,
     check_implementation,
     check_offset,
     check_scale,
     check_sm_margin,
+    check_values,
     check_window,
+    is_array,
     one_of,
     shape_of,
 )
@@ -57,15 +61,15 @@ class CachedArguments:
     new_lengths: Any = None
     key_starts: Any = None
     rotary: Any = None
-    scale: Any = None
-    is_causal: Any = True
-    local_window_size: Any = None
-    query_offset: Any = None
-    layout: Any = "pskh"
-    return_residual: Any = False
+    scale: Any = argument(check_scale)
+    is_causal: Any = argument(check_flag, True)
+    local_window_size: Any = argument(check_window)
+    query_offset: Any = argument(check_offset)
+    layout: Any = argument(partial(check_choice, LAYOUTS), "pskh")
+    return_residual: Any = argument(check_flag, False)
     out_dtype: Any = None
-    implementation: Any = None
-    sm_margin: Any = 0
+    implementation: Any = argument(check_implementation)
+    sm_margin: Any = argument(check_sm_margin, 0)
 
     def checked(self, needed: str) -> CachedArguments:
         """The arguments, with array-like values as arrays; raises unless all are valid and the
@@ -113,7 +117,7 @@ class CachedArguments:
         return extent(value, self.layout, "h")
 
     def _check(self) -> None:
-        check_choice("layout", self.layout, LAYOUTS)
+        check_values(self)
         self._check_caches()
         if self.query is not None:
             self._check_query()
@@ -121,13 +125,6 @@ class CachedArguments:
         self._check_indices()
         if self.rotary is not None:
             self._check_rotary()
-        check_scale(self.scale)
-        check_flag("is_causal", self.is_causal)
-        check_window(self.local_window_size)
-        check_offset(self.query_offset)
-        check_flag("return_residual", self.return_residual)
-        check_implementation(self.implementation)
-        check_sm_margin(self.sm_margin)
         if self.query is not None:
             self._check_out_dtype()
 

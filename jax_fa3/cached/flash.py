@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3.arguments import as_indices, is_array
+from jax_fa3.arguments import as_indices
 from jax_fa3.cached.public import append_to_cache, cached_attention
 from jax_fa3.cached.rotary import Rotary, rotate
 from jax_fa3.options import UNBOUNDED
-from jax_fa3.validate import as_int, check_flag, check_scale, check_sm_margin, shape_of
+from jax_fa3.values import as_int, check_flag, check_scale, check_sm_margin, is_array, shape_of
 from jax_fa3.visibility.checks import window_of
 
 
@@ -78,11 +78,11 @@ def flash_attention_with_kvcache(
       >>> jax_fa3.flash_attention_with_kvcache(q, cache, cache, cache_seqlens=17).shape
       (2, 1, 8, 128)
     """
-    check_scale(softmax_scale, "softmax_scale")
+    check_scale("softmax_scale", softmax_scale)
     check_flag("causal", causal)
     check_flag("rotary_interleaved", rotary_interleaved)
     check_flag("return_softmax_lse", return_softmax_lse)
-    check_sm_margin(sm_margin)
+    check_sm_margin("sm_margin", sm_margin)
     for name, x in {"q": q, "k_cache": k_cache, "v_cache": v_cache}.items():
         if getattr(x, "ndim", None) != 4:
             got = shape_of(x) if hasattr(x, "shape") else type(x).__name__

@@ -310,7 +310,7 @@ def _append_reason(arguments: CachedArguments) -> str | None:
     dtype = dtype_name(arguments.key_cache)
     if dtype not in native.KERNEL_DTYPES:
         return f"the kernels take caches of {' or '.join(native.KERNEL_DTYPES)}, not {dtype}"
-    return None if native.has_cache_kernels() else native.NO_CACHE_KERNELS
+    return native.IMPORT_ERROR
 
 
 def _reason(arguments: CachedArguments) -> str | None:

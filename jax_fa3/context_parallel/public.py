@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, Protocol, Unpack, cast, overload
 
 import jax
 from jax import lax
@@ -33,29 +33,10 @@ INSTEAD = (
 )
 
 
-class _Options(TypedDict, total=False):
-    """The keywords of the three functions that do not change the types of their results."""
+class _Keywords(api.Keywords, total=False):
+    """The keywords of the three functions that leave the types of their results alone."""
 
     layout: Layout
-    scale: float | None
-    is_causal: bool
-    query_seq_lengths: ArrayLike | None
-    key_value_seq_lengths: ArrayLike | None
-    local_window_size: int | tuple[int, int] | None
-    implementation: Literal["fa3", "xla"] | None
-    query_offset: ArrayLike | None
-    deterministic: bool | None
-    sm_margin: int
-    forward_dtype: DTypeLike | None
-    logits_soft_cap: float | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
-    query_segment_ids: ArrayLike | None
-    key_value_segment_ids: ArrayLike | None
-    kv_start: ArrayLike | None
-    kv_end: ArrayLike | None
-    attention_chunk: int | None
-    visibility: Visibility | None
 
 
 class _Divided(Protocol):
@@ -71,7 +52,7 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: Literal[False] = ...,
         return_max_logits: Literal[False] = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> jax.Array: ...
 
     @overload
@@ -84,7 +65,7 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: Literal[True],
         return_max_logits: Literal[False] = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> tuple[jax.Array, jax.Array]: ...
 
     @overload
@@ -97,7 +78,7 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: bool = ...,
         return_max_logits: bool = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> jax.Array | tuple[jax.Array, ...]: ...
 
 

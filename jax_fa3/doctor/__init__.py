@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from jax_fa3 import api, native, route
-from jax_fa3.arguments import Arguments, is_array
+from jax_fa3.arguments import Arguments
+from jax_fa3.values import is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_fa3.flex.functions import FULL, PARTIAL, over_pairs, trace
 from jax_fa3.options import MAX_SEQLEN
-from jax_fa3.validate import as_int
+from jax_fa3.values import as_int
 
 
 @jax.tree_util.register_dataclass

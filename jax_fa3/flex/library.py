@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3.validate import as_int, check_soft_cap, one_of, shape_of
+from jax_fa3.values import as_int, check_soft_cap, one_of, shape_of
 
 Mask = Callable[..., Any]
 Score = Callable[..., Any]
@@ -125,7 +125,7 @@ def generate_tanh_softcap(soft_cap: float) -> Score:
     """A score function that returns soft_cap * tanh(score / soft_cap)."""
     if soft_cap is None:
         raise TypeError("soft_cap is None; expected a positive number")
-    check_soft_cap(soft_cap, "soft_cap")
+    check_soft_cap("soft_cap", soft_cap)
 
     def softcap(score, batch, head, q_idx, kv_idx, *captured):
         return soft_cap * jnp.tanh(score / soft_cap)

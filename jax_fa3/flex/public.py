@@ -16,7 +16,8 @@ from jax_fa3.flex.block_mask import BlockMask
 from jax_fa3.flex.functions import Functions, trace
 from jax_fa3.flex.operands import FlexOperands
 from jax_fa3.operands import DTYPES
-from jax_fa3.validate import check_dtype, one_of, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import one_of, shape_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3 import route, sharding, validate
+from jax_fa3 import route, sharding, validate, values
 from jax_fa3.arguments import Arguments
 from jax_fa3.float8 import rounding
 from jax_fa3.float8.rounding import SEED, Granularity, QuantizedQKV, Saturated
@@ -133,10 +133,10 @@ def quantize_qkv(
     arguments = Arguments(query, key, value, **given).with_arrays()
     validate.check_heads(arguments.query, arguments.key, arguments.value)
     validate.check_arrays(arguments)
-    validate.check_choice("granularity", granularity, get_args(Granularity))
-    validate.check_seed("rotation_seed", rotation_seed)
-    validate.check_flag("prepare_value", prepare_value)
-    validate.check_flag("return_saturated", return_saturated)
+    values.check_choice(get_args(Granularity), "granularity", granularity)
+    values.check_seed("rotation_seed", rotation_seed)
+    values.check_flag("prepare_value", prepare_value)
+    values.check_flag("return_saturated", return_saturated)
     how = _How(granularity, rotation_seed, bool(prepare_value))
     quantized, saturated = _run(how, Operands(**arguments.arrays))
     fields = {name: x for name, x in quantized.present().items() if name != "prepared_value"}

@@ -12,7 +12,8 @@ import numpy as np
 from jax_fa3.arguments import UNDIVIDED, Arguments, Division, values_of
 from jax_fa3.operands import Sources
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
-from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import as_int, check_flag, check_offset, one_of, shape_of
 from jax_fa3.visibility.layout import Layout
 from jax_fa3.visibility.table import Visibility
 
@@ -111,7 +112,7 @@ def check_ids(sources: dict[str, Any], seqlen_q: int, seqlen_k: int) -> None:
                 "query_segment_ids alone"
             )
         return
-    if of_keys is None:
+    if of_keys is None or of_keys is ids:
         if seqlen_q != seqlen_k:
             raise ValueError(
                 "query_segment_ids is given and key_value_segment_ids is not, with "
@@ -151,7 +152,7 @@ def window_text(window: tuple[int, int]) -> str:
 
 def check_chunk_offset(offset: Any, chunk: Any) -> None:
     """Raises for an offset without chunks; windows use the offset of the call."""
-    check_offset(offset)
+    check_offset("query_offset", offset)
     if offset is not None and chunk is None:
         raise ValueError(
             "query_offset is given and attention_chunk is not; expected both (causal and windowed "

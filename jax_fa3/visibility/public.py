@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, is_array
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.values import is_array
 from jax_fa3.varying import vary_together
 from jax_fa3.visibility import checks, table
 from jax_fa3.visibility.table import Visibility
@@ -157,6 +159,8 @@ def named(made: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
     """The table of checked sources in public shapes."""
+    if sources.key_value_segment_ids is sources.query_segment_ids:  # whose runs are found faster
+        sources = dataclasses.replace(sources, key_value_segment_ids=None)
     if not sources.present():  # an array is needed to find the mesh
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)

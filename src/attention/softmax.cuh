@@ -33,8 +33,8 @@ struct OnlineSoftmax {
   // In its place while a row's logits are negative: largest() does not tell these apart. 0 where
   // the largest of them is wanted, which then is the reference.
   float negative_threshold;
-  // Of each of the thread's two rows, of a huge row in scores until settle(). Below every logit, and
-  // finite: a row that has seen no key needs no care.
+  // Of each of the thread's two rows, of a huge row in scores until settle(). Below every logit,
+  // and finite: a row that has seen no key needs no care.
   float reference[2] = {-FLT_MAX, -FLT_MAX};
   // This thread's share of the row sums, until finish() adds up the quad's.
   float row_sum[2] = {0.f, 0.f};
@@ -147,7 +147,8 @@ struct OnlineSoftmax {
   // After the last tile: every reference in log2 units.
   CUTE_DEVICE void settle(float scale_log2) {
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) if (is_huge(r)) reference[r] *= scale_log2;
+    for (int r = 0; r < 2; ++r)
+      if (is_huge(r)) reference[r] *= scale_log2;
   }
 
   template <class Accumulator>
