@@ -1,9 +1,8 @@
 """The custom calls: targets, operands, results and attributes, as src/ffi binds them.
 
-The only file that touches jax.ffi. A call's operands are the arrays that the kernels take, in the
-order of their rows; the backward call has outputs and cotangents after query, key and value. Of
-what may be absent, attributes say whether it is there. Of a dense mask the kernels take a table,
-which a call of its own makes for each direction: XLA merges equal ones.
+A call's operands are the arrays that the kernels take, in the order of their rows; the backward
+call has outputs and cotangents after query, key and value. Of a dense mask the kernels take a
+table, which a call of its own makes for each direction: XLA merges equal ones.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import native
-from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
+from jax_fa3.custom_call import custom_call
+from jax_fa3.float8.rounding import ARRAYS, DESCALES, SEED, TAKEN
 from jax_fa3.operands import Extents, Operands, Outputs, Sources
 from jax_fa3.options import (
     FLOAT8,
@@ -46,28 +46,23 @@ for _name, _capsule in native.registrations().items():
 
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     query, n = operands.query, operands.extents
-    results = [
-        _result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
-        _by_row(query, n),
-    ]
-    wanted = dict(has_max_logits=options.return_max_logits)
+    outputs = dict(
+        out=_result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
+        lse=_by_row(query, n),
+    )
     if options.return_max_logits:
-        results.append(_by_row(query, n))
-    num_outputs = len(results)
-    results.append(_result(query, (1,), jnp.int32))  # the tile counter
-    target, more = FORWARD, {}
+        outputs["max_logits"] = _by_row(query, n)
+    results = outputs | dict(tile_counter=_result(query, (1,), jnp.int32))
+    target = FORWARD
     if operands.is_float8:
-        more = dict(value_is_prepared=operands.prepared_value is not None)
-        plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
-        results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
+        is_prepared = operands.prepared_value is not None
+        plan = native.plan("forward_float8", query.dtype.name, n, options, is_prepared)
+        results["workspace"] = _result(query, (plan["workspace_bytes"],), jnp.uint8)
         target = FORWARD_FLOAT8
-    operands = _as_kernels_take(operands)
-    call, arrays = jax.ffi.ffi_call(target, results), operands.present().values()
-    got = call(*arrays, options=attributes(options, operands, **wanted), **more)
-    outputs = Outputs(*got[:num_outputs])
-    if outputs.max_logits is None:
-        return outputs
-    return outputs.replace(max_logits=outputs.max_logits.max(-1))
+    arrays = _as_kernels_take(operands).by_argument()
+    got = custom_call(target, arrays, results, options=attributes(options))
+    made = Outputs(**{name: got[name] for name in outputs})
+    return made if made.max_logits is None else made.replace(max_logits=made.max_logits.max(-1))
 
 
 def backward(
@@ -77,25 +72,21 @@ def backward(
     plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
     operands = _as_kernels_take(operands)
     differentiable = operands.differentiable(options).present()
-    results = [
-        _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
+    results = {
+        f"d{name}": _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
         for name, x in differentiable.items()
-    ]
-    results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
-    arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
-    wanted = dict(
-        has_dlse=cotangents.lse is not None,
-        has_dbias="bias" in differentiable,
-        has_dsinks="sinks" in differentiable,
+    }
+    results["workspace"] = _result(query, (plan["workspace_bytes"],), jnp.uint8)
+    got = custom_call(
+        BACKWARD,
+        operands.only(ARRAYS).by_argument()
+        | outputs.by_argument()
+        | {f"d{name}": x for name, x in cotangents.by_argument().items()}
+        | operands.only(operands.rows().keys() - ARRAYS).by_argument(),
+        results,
+        options=attributes(options),
     )
-    *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(
-        *arrays.present().values(),
-        *outputs.present().values(),
-        *cotangents.present().values(),
-        *others.present().values(),
-        options=attributes(options, operands, **wanted),
-    )
-    gradients = dict(zip(differentiable, gradients, strict=True))
+    gradients = {name: got[f"d{name}"] for name in differentiable}
     if "bias" in gradients:
         gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
     if "sinks" in gradients:
@@ -115,27 +106,27 @@ def quantize(
         value_shape = (n.batch, n.num_heads_kv, n.head_dim_v, padded_keys(n.seqlen_k))
     dtype = query.dtype if back else FLOAT8
     results = dict(
-        query=_result(query, query.shape, dtype),
-        key=_result(query, operands.key.shape, dtype),
-        value=_result(query, value_shape, dtype),
+        query_out=_result(query, query.shape, dtype),
+        key_out=_result(query, operands.key.shape, dtype),
+        value_out=_result(query, value_shape, dtype),
         query_descale=_result(query, (n.batch, n.num_heads_q, num_blocks(n.seqlen_q)), jnp.float32),
         key_descale=_result(query, (n.batch, n.num_heads_kv, num_blocks(n.seqlen_k)), jnp.float32),
         value_descale=_result(query, (n.batch, n.num_heads_kv), jnp.float32),
     )
-    got = jax.ffi.ffi_call(QUANTIZE, tuple(results.values()))(
-        *operands.only(TAKEN).present().values(),
+    got = custom_call(
+        QUANTIZE,
+        operands.only(TAKEN).by_argument(),
+        results,
         seed=np.uint32(seed),
         back=back,
         prepare_value=prepare_value,
-        has_query_lengths=operands.query_lengths is not None,
-        has_key_lengths=operands.key_lengths is not None,
     )
-    got = dict(zip(results, got, strict=True))
+    rounded = {name: got[f"{name}_out"] for name in ARRAYS}
     if back:
-        return Operands(**{name: got[name] for name in ARRAYS})
+        return Operands(**rounded)
     if prepare_value:
-        got["prepared_value"] = got.pop("value")
-    return Operands(**got)
+        rounded["prepared_value"] = rounded.pop("value")
+    return Operands(**rounded, **{name: got[name] for name in DESCALES})
 
 
 def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
@@ -143,48 +134,25 @@ def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
     planes, seqlens = sources.batch_and_heads, (options.seqlen_q, options.seqlen_k)
     arrays = sources.present()
     like = next(iter(arrays.values()))
-    results = [
-        _result(like, (*planes, Layout.of(*seqlens).words), jnp.int32),
-        _result(like, (workspace_bytes(*planes, *seqlens),), jnp.uint8),
-    ]
-    choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
-    flags = dict(
-        has_query_segment_ids=sources.query_segment_ids is not None,
-        has_key_value_segment_ids=sources.key_value_segment_ids is not None,
-        has_kv_start=sources.kv_start is not None,
-        has_kv_end=sources.kv_end is not None,
-        has_cu_seqlens=sources.cu_seqlens_q is not None,
-        has_query_offset=sources.query_offset is not None,
+    results = dict(
+        visibility=_result(like, (*planes, Layout.of(*seqlens).words), jnp.int32),
+        workspace=_result(like, (workspace_bytes(*planes, *seqlens),), jnp.uint8),
     )
-    table, _ = jax.ffi.ffi_call(VISIBILITY, results)(*arrays.values(), **choices, **flags)
-    return Operands(visibility=table)
+    choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
+    return Operands(visibility=custom_call(VISIBILITY, arrays, results, **choices)["visibility"])
 
 
 def dense_mask(mask: jax.Array) -> jax.Array:
     """The table of a mask [batch, heads, rows, seqlen_k] of any extents, of all its planes."""
     *planes, rows, seqlen_k = mask.shape
     result = _result(mask, (*planes, dense_mask_words(rows, seqlen_k)), jnp.int32)
-    return jax.ffi.ffi_call(DENSE_MASK, result)(mask)
+    return custom_call(DENSE_MASK, dict(mask=mask), dict(mask_table=result))["mask_table"]
 
 
-def attributes(
-    options: AttentionOptions,
-    operands: Operands,
-    *,
-    has_dlse: bool = False,
-    has_dbias: bool = False,
-    has_max_logits: bool = False,
-    has_dsinks: bool = False,
-) -> dict[str, object]:
+def attributes(options: AttentionOptions) -> dict[str, object]:
     """The dictionary attribute of forward and backward calls, in the exact widths C++ decodes."""
     values = {name: getattr(options, name) for name in options.of_kernels()}
-    flags = {name: getattr(operands, name) for name, row in operands.rows().items() if row.flag}
-    return (
-        {name: WIDTHS[type(x)](x) for name, x in values.items()}
-        | {f"has_{name}": x is not None for name, x in flags.items()}
-        | dict(has_dlse=has_dlse, has_dbias=has_dbias)
-        | dict(has_max_logits=has_max_logits, has_dsinks=has_dsinks)
-    )
+    return {name: WIDTHS[type(x)](x) for name, x in values.items()}
 
 
 def _as_kernels_take(operands: Operands) -> Operands:
