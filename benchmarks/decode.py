@@ -96,7 +96,9 @@ class Decode:
         return int(self.seen.sum()) * row
 
     def flops(self, mode: str) -> float:
-        return 4.0 * int(self.seen.sum()) * self.rows * self.heads * self.head_dim
+        """Of the pairs of a row and a key that are seen: a row sees one key more than the last."""
+        pairs = int(self.seen.sum()) * self.rows - self.batch * self.rows * (self.rows - 1) // 2
+        return 4.0 * pairs * self.heads * self.head_dim
 
     def copies(self, mode: str) -> int:
         """How many caches a program's calls take turns at."""
@@ -173,8 +175,16 @@ def problems() -> list[Decode]:
     found += [
         Decode("window of 1024", **eight, window=1023),
         Decode("pages of 256", **eight, page_size=256),
-        Decode("prompt, 512 rows", 1, 32768, rows=512, quick=True),
-        Decode("prompt, 512 rows, 8 of 2 heads", 1, 32768, rows=512, heads=8, kv_heads=2),
+    ]
+    chunk = dict(batch=1, keys=32768, rows=512)
+    found += [
+        Decode("prompt, 512 rows", **chunk, goal_us=400, quick=True),
+        Decode("prompt, 512 rows, 8 of 2 heads", **chunk, heads=8, kv_heads=2, goal_us=106),
+        Decode("prompt, 512 rows, pages of 64", **chunk, page_size=64),
+        Decode("prompt, 512 rows, pages of 16", **chunk, page_size=16),
+        Decode("prompt, 4 x 512 rows of 8k", 4, 8192, rows=512),
+        Decode("prompt, 8 x 32 rows of 8k", 8, 8192, rows=32),
+        Decode("prompt, all of 4096 rows", 1, 4096, rows=4096),
     ]
     return found
 

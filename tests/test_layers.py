@@ -53,7 +53,7 @@ CPP_RANK = {
     "kernels/forward": 5,
     "kernels/backward_dq": 5,
     "kernels/backward_dbias": 5,
-    "kernels/forward_cached": 5,
+    "kernels/forward_cached": 6,
     "kernels/append": 5,
     "kernels/quantize": 5,
     "kernels/visibility": 5,

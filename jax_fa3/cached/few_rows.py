@@ -15,8 +15,8 @@ from jax_fa3.cached.problem import CachedOperands, CachedOptions
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import NUM_SMS, AttentionOptions
 
-# Rows of a sequence, those of all query heads of a key/value head. More than a block of them read
-# keys once more each, which pays where the forward kernel would leave multiprocessors without work.
+# Rows of a sequence, those of all query heads of a key/value head. More than a kernel of few rows
+# takes pay where the forward kernel would leave multiprocessors without work.
 MOST_ROWS = 128
 ROWS_OF_BLOCK = 64
 LEAST_KEYS = 512  # with fewer there is nothing to divide

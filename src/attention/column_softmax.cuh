@@ -20,7 +20,7 @@ struct ColumnSoftmax {
   using Exchange = float[kWarps][kColumns];
 
   float threshold;
-  float reference[kOwn];  // log2 units; at first below every logit, and finite
+  float reference[kOwn];  // scores; at first below every one, and finite
   float sum[kOwn];        // this thread's share, until gather()
   float correction[kOwn];
 
@@ -38,14 +38,14 @@ struct ColumnSoftmax {
   }
   CUTE_DEVICE static int column(int own) { return thread_col() + own / 2 * 8 + own % 2; }
 
-  // P = exp2(S * scale_log2 - reference). Returns whether one of this thread's logits has outgrown
-  // its reference: then P does not count.
+  // P = exp2((S - reference) * scale_log2). Returns whether one of this thread's logits has
+  // outgrown its reference: then P does not count.
   template <class Accumulator>
   CUTE_DEVICE bool exponentiate(const Accumulator& tS, Accumulator& tP, float scale_log2) const {
     float most = -INFINITY;
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
-      const float x = fmaf(tS(i), scale_log2, -reference[own(i)]);
+      const float x = (tS(i) - reference[own(i)]) * scale_log2;
       most = fmaxf(most, x);
       tP(i) = exp2_approx(x);
     }
@@ -73,8 +73,8 @@ struct ColumnSoftmax {
     reduce(most, larger, exchange, barrier);
     CUTE_UNROLL
     for (int j = 0; j < kOwn; ++j) {
-      const float moved = fmaxf(most[j] * scale_log2, reference[j]);
-      correction[j] = exp2_approx(reference[j] - moved);
+      const float moved = fmaxf(most[j], reference[j]);
+      correction[j] = exp2_approx((reference[j] - moved) * scale_log2);
       sum[j] *= correction[j];
       reference[j] = moved;
     }

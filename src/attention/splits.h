@@ -3,9 +3,10 @@
 //
 // An item, a sequence's block of packed rows, takes tiles + 1 units of the line: one for what it
 // costs beside its key tiles, then its tiles in order. Group g's share is [begin(g), begin(g + 1)).
-// A boundary that leaves less than two tiles on a side of an item moves to the item's end there, so
-// an item is cut only into parts that give both warpgroups a tile. Every group works that out by
-// itself. Pure arithmetic for host and device; what bounds the extents keeps products in 64 bits
+// A boundary that leaves less than `least` tiles on a side of an item moves to the item's end
+// there: two, so that a part gives both warpgroups of a CTA a tile, or more, where parts cost more
+// than a share that is so much longer. Every group works that out by itself. Pure arithmetic for
+// host and device; what bounds the extents keeps products in 64 bits
 // (kernels/forward_cached/plan.cc).
 #pragma once
 
@@ -20,21 +21,25 @@ struct Parts {
 };
 
 struct Shares {
-  static constexpr int kLeastUnits = 3;  // of a share
+  static constexpr int kLeast = 2;     // tiles
+  static constexpr int kOfShare = 24;  // `least` tiles are at most one in so many of a share's
 
   std::int64_t total;  // units
   int groups;          // that get a share
+  int least;
 
-  JFA_HD Shares(std::int64_t total, int most_groups) : total(total) {
-    const std::int64_t worth = total / kLeastUnits;
+  JFA_HD Shares(std::int64_t total, int most_groups, int most_least = kLeast) : total(total) {
+    const std::int64_t worth = total / (kLeast + 1);
     groups = worth < 1 ? 1 : worth < most_groups ? static_cast<int>(worth) : most_groups;
+    const std::int64_t share = total / groups / kOfShare;
+    least = share < kLeast ? kLeast : share < most_least ? static_cast<int>(share) : most_least;
   }
 
   JFA_HD std::int64_t begin(int group) const { return total * group / groups; }
 
   // The tiles of an item from `base` that a share [from, to) has. One without tiles belongs to the
   // share that its unit is in.
-  JFA_HD static Range tiles(std::int64_t base, int tiles, std::int64_t from, std::int64_t to) {
+  JFA_HD Range tiles(std::int64_t base, int tiles, std::int64_t from, std::int64_t to) const {
     return {boundary(base, tiles, from), boundary(base, tiles, to)};
   }
   JFA_HD static bool owns(const Range& part, std::int64_t base, int tiles, std::int64_t from,
@@ -42,10 +47,11 @@ struct Shares {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
-  // Of an item from `base`. boundary() is inside of it where base + 3 <= begin(g) < base + tiles.
+  // Of an item from `base`. boundary() is inside of it where
+  // base + 1 + least <= begin(g) < base + tiles + 2 - least.
   JFA_HD Parts parts(std::int64_t base, int tiles) const {
-    if (tiles < 4) return {0, 1};
-    const int first = first_from(base + 3), end = first_from(base + tiles);
+    if (tiles < 2 * least) return {0, 1};
+    const int first = first_from(base + 1 + least), end = first_from(base + tiles + 2 - least);
     return {first - 1, end - first + 1};
   }
 
@@ -56,9 +62,10 @@ struct Shares {
     return static_cast<int>((unit * groups + total - 1) / total);
   }
   // Which tile of an item comes first behind a boundary.
-  JFA_HD static int boundary(std::int64_t base, int tiles, std::int64_t unit) {
-    if (unit >= base + tiles) return tiles;
-    return unit < base + 3 ? 0 : static_cast<int>(unit - base) - 1;
+  JFA_HD int boundary(std::int64_t base, int tiles, std::int64_t unit) const {
+    if (tiles < 2 * least) return unit > base + tiles / 2 ? tiles : 0;
+    if (unit >= base + tiles + 2 - least) return tiles;
+    return unit < base + 1 + least ? 0 : static_cast<int>(unit - base) - 1;
   }
 };
 

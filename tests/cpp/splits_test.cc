@@ -28,6 +28,7 @@ struct Call {
   bool has_columns;  // else blocks are rows
   int heads_at_once;
   int rounds;  // of heads
+  int most_least;
   int groups;
   int page_size;
   int table_width;
@@ -69,6 +70,7 @@ Call random_call() {
   c.has_columns = random(0, 1);
   c.tile_keys = c.has_columns ? kColumnTileKeys : 64 << random(0, 1);
   c.rounds = c.has_columns ? 1 : random(1, 3);
+  c.most_least = c.has_columns ? Shares::kLeast : random(2, 12);
   e.block_rows = c.has_columns ? 16 << random(0, 2) : 64 * random(2, 3);
   if (!c.has_columns && random(0, 1)) {
     e.rows_per_sequence = ragged ? 0 : random(1, 200);
@@ -183,7 +185,7 @@ void check_call(const Call& c) {
   const CachedExtents& e = c.extents;
   const auto sequences = read_all(c);
   const Line line(c, sequences);
-  const Shares shares(line.total(), c.groups);
+  const Shares shares(line.total(), c.groups, c.most_least);
   CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
         shares.begin(shares.groups) == line.total());
 
@@ -207,9 +209,9 @@ void check_call(const Call& c) {
       if (piece.is_whole()) continue;
       const int part = group - piece.parts.first_group;
       const int of_sequence = e.seen_by_sequence(piece.sequence).tiles(c.tile_keys).size();
-      CHECK(of_sequence >= 4 && part >= 0 && part < piece.parts.count &&
+      CHECK(of_sequence >= 2 * shares.least && part >= 0 && part < piece.parts.count &&
             part == int(groups[item].size()) - 1);
-      CHECK(c.has_columns || piece.tiles.size() >= 2);
+      CHECK(c.has_columns || piece.tiles.size() >= shares.least);
       const std::int64_t partial = piece.partial(part, c.heads_at_once, number);
       CHECK(partial >= 0 && partial < 2 * c.groups * c.heads_at_once);
       CHECK(partials.insert(partial).second);
@@ -217,7 +219,7 @@ void check_call(const Call& c) {
       CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
       CHECK(counters.emplace(counter, item).first->second == item);
     }
-    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 4 + e.blocks(1));
+    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + e.blocks(1));
   }
 
   for (int n = 0; n < c.rounds * e.batch; ++n) {
@@ -311,7 +313,7 @@ void check_balance() {
     for (int g = 0; g < 16; ++g) {
       std::int64_t load = 0;
       for (int b = 0; b < batch; ++b) {
-        load += Shares::tiles(b * (tiles + 1), tiles, shares.begin(g), shares.begin(g + 1)).size();
+        load += shares.tiles(b * (tiles + 1), tiles, shares.begin(g), shares.begin(g + 1)).size();
       }
       most = std::max(most, load);
     }

@@ -191,8 +191,8 @@ struct CachedConsumer {
       const int column = Softmax::column(j);
       const float reference = rest.reference[column];
       const float moved = fmaxf(softmax.reference[j], reference);
-      mine[j] = exp2_approx(softmax.reference[j] - moved);
-      theirs[j] = exp2_approx(reference - moved);
+      mine[j] = exp2_approx((softmax.reference[j] - moved) * p.softmax_scale_log2);
+      theirs[j] = exp2_approx((reference - moved) * p.softmax_scale_log2);
       softmax.reference[j] = moved;
       softmax.sum[j] = softmax.sum[j] * mine[j] + rest.sum[column] * theirs[j];
     }
@@ -228,7 +228,7 @@ struct CachedConsumer {
     for_each_quad(piece, [&](int column, int quad) {
       const auto* const output = rest.output + column * T::kStagedStride + 4 * quad;
       const RowPart x{*reinterpret_cast<const float4*>(output), rest.reference[column],
-                         rest.sum[column]};
+                      rest.sum[column]};
       if (piece.is_whole()) {
         store(piece, column, quad, x);
       } else {
@@ -255,29 +255,12 @@ struct CachedConsumer {
     }
   }
 
-  // Four elements of the output, and with the first of them the LSE.
   CUTE_DEVICE void store(const Piece& piece, int column, int quad, const RowPart& x) const {
     const int sharing = p.extents.heads_per_kv_head;
     const int packed = piece.first_row + column, row = packed / sharing;
     const std::int64_t out_row = std::int64_t(piece.sequence.first_token + row) * p.num_heads +
                                  piece.head * sharing + packed % sharing;
-    const bool empty = row >= piece.sequence.seen_rows || x.sum == 0.f;
-    const float inverse = empty ? 0.f : 1.f / x.sum;
-    if (quad == 0) p.lse[out_row] = empty ? -INFINITY : x.reference * kLn2 + logf(x.sum);
-    if (4 * quad >= p.head_dim_v) return;
-    float4 output{0.f, 0.f, 0.f, 0.f};
-    if (!empty) {
-      output = {x.output.x * inverse, x.output.y * inverse, x.output.z * inverse,
-                x.output.w * inverse};
-    }
-    const std::int64_t at = out_row * p.head_dim_v + 4 * quad;
-    if (p.out_float32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = output;
-    } else {
-      cutlass::NumericArrayConverter<Element, float, 4> converter;
-      *reinterpret_cast<cutlass::Array<Element, 4>*>(static_cast<Element*>(p.out) + at) =
-          converter(reinterpret_cast<const cutlass::Array<float, 4>&>(output));
-    }
+    store_result<Element>(p, out_row, quad, x, row >= piece.sequence.seen_rows);
   }
 };
 

@@ -3,9 +3,59 @@
 #pragma once
 
 #include "device/launch.cuh"
-#include "kernels/forward_cached/packed_rows.cuh"
+#include "device/reduce.cuh"
+#include "kernels/forward_cached/params.cuh"
 
 namespace jax_fa3 {
+
+// Four elements of a row of O that has not been divided, with the row's reference and sum.
+// References are scores: of huge ones only the difference can be scaled exactly.
+struct RowPart {
+  float4 output{0.f, 0.f, 0.f, 0.f};
+  float reference = -FLT_MAX;
+  float sum = 0.f;
+
+  // Adds what other keys give. What has seen none changes nothing.
+  CUTE_DEVICE void add(const RowPart& other, float scale_log2) {
+    const float moved = fmaxf(reference, other.reference);
+    const float mine = exp2_approx((reference - moved) * scale_log2);
+    const float theirs = exp2_approx((other.reference - moved) * scale_log2);
+    output.x = output.x * mine + other.output.x * theirs;
+    output.y = output.y * mine + other.output.y * theirs;
+    output.z = output.z * mine + other.output.z * theirs;
+    output.w = output.w * mine + other.output.w * theirs;
+    sum = sum * mine + other.sum * theirs;
+    reference = moved;
+  }
+
+  CUTE_DEVICE float lse(float scale_log2) const {
+    return reference * scale_log2 * kLn2 + logf(sum);
+  }
+};
+
+// Elements 4 quad .. 4 quad + 3 of the result of row `row` of [tokens, h_q], and with the first of
+// them its LSE.
+template <class Element>
+CUTE_DEVICE void store_result(const ForwardCachedParams& p, std::int64_t row, int quad,
+                              const RowPart& x, bool sees_nothing) {
+  const bool empty = sees_nothing || x.sum == 0.f;
+  const float inverse = empty ? 0.f : 1.f / x.sum;
+  if (quad == 0) p.lse[row] = empty ? -INFINITY : x.lse(p.softmax_scale_log2);
+  if (4 * quad >= p.head_dim_v) return;
+  float4 output{0.f, 0.f, 0.f, 0.f};
+  if (!empty) {
+    output = {x.output.x * inverse, x.output.y * inverse, x.output.z * inverse,
+              x.output.w * inverse};
+  }
+  const std::int64_t at = row * p.head_dim_v + 4 * quad;
+  if (p.out_float32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = output;
+  } else {
+    cutlass::NumericArrayConverter<Element, float, 4> converter;
+    *reinterpret_cast<cutlass::Array<Element, 4>*>(static_cast<Element*>(p.out) + at) =
+        converter(reinterpret_cast<const cutlass::Array<float, 4>&>(output));
+  }
+}
 
 template <class T>
 struct Partials {
@@ -24,10 +74,12 @@ struct Partials {
   // Elements 4 quad .. 4 quad + 3 of a row.
   CUTE_DEVICE static void store(float* partial, int row, int quad, const RowPart& x) {
     reinterpret_cast<float4*>(partial)[row * (T::kHeadDimV / 4) + quad] = x.output;
-    if (quad != 0) return;
+    if (quad == 0) store_statistics(partial, row, x.reference, x.sum);
+  }
+  CUTE_DEVICE static void store_statistics(float* partial, int row, float reference, float sum) {
     float* const statistics = partial + T::kBlockRows * T::kHeadDimV;
-    statistics[row] = x.reference;
-    statistics[T::kBlockRows + row] = x.sum;
+    statistics[row] = reference;
+    statistics[T::kBlockRows + row] = sum;
   }
   // Of another CTA.
   CUTE_DEVICE static RowPart load(const float* partial, int row, int quad) {
@@ -48,7 +100,7 @@ struct Partials {
         if (first + i < piece.parts.count) parts[i] = load(of(piece, first + i), row, quad);
       }
       CUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) all.add(parts[i]);
+      for (int i = 0; i < kAtOnce; ++i) all.add(parts[i], p.softmax_scale_log2);
     }
     return all;
   }

@@ -46,7 +46,7 @@ JFA_HD inline Piece whole_item(const CachedExtents& extents, const CachedSequenc
 JFA_HD inline bool take_part(Piece& item, const Shares& shares, std::int64_t base,
                              std::int64_t from, std::int64_t to) {
   const int tiles = item.tiles.size(), first = item.tiles.begin;
-  const Range part = Shares::tiles(base, tiles, from, to);
+  const Range part = shares.tiles(base, tiles, from, to);
   if (!Shares::owns(part, base, tiles, from, to)) return false;
   item.tiles = {first + part.begin, first + part.end};
   item.parts = shares.parts(base, tiles);
@@ -78,7 +78,7 @@ class PiecesOfSequence {
   JFA_HD bool next(Piece& piece) {
     const int packed = extents_.packed_rows(sequence_.rows), tiles = tiles_.size();
     for (; row_ < packed && base_ < to_; row_ += extents_.block_rows, base_ += units()) {
-      const Range part = Shares::tiles(base_, tiles, from_, to_);
+      const Range part = shares_.tiles(base_, tiles, from_, to_);
       if (!Shares::owns(part, base_, tiles, from_, to_)) continue;
       piece.batch = batch_;
       piece.head = head_;

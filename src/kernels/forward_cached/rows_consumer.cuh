@@ -34,12 +34,13 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
       // What the producer loads, and what of it this warpgroup's rows see.
       const Range loaded = broadcast(piece.tiles);
       const TileRange keys = broadcast(own_tiles(piece));
+      find_rows(piece);
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
-      clear(tO);
       Softmax softmax{{p.rescale_threshold, p.rescale_threshold}};
+      if (!keys.empty()) load_queries();
+      clear(tO);
       if (!keys.empty()) {
-        prepare(piece);
         this->skip(loaded.end - keys.end, loaded.end - keys.end);
         attend(tO, softmax, piece, keys);
         this->skip(keys.begin - loaded.begin, keys.begin - loaded.begin);
@@ -47,7 +48,11 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
         this->skip(loaded.size(), loaded.size() - 1);
       }
       softmax.gather();
-      write(tO, softmax, piece);
+      if (piece.is_whole()) {
+        store_whole(tO, softmax);
+      } else {
+        store_part(tO, softmax, piece);
+      }
       this->sync_warpgroup();
       release(queue.ring, works_cursor);
     }
@@ -57,23 +62,55 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
   // The first of this warpgroup's rows in a block, and how many there are.
   CUTE_DEVICE int first_row() const { return warpgroup * kWarpgroupRows; }
   CUTE_DEVICE int num_rows(const Piece& piece) const {
-    return min(kWarpgroupRows, piece.rows - first_row());
+    return max(0, min(kWarpgroupRows, piece.rows - first_row()));
   }
+  CUTE_DEVICE const PackedRow& row(int i) const { return shared.rest.rows[first_row() + i]; }
 
   CUTE_DEVICE TileRange own_tiles(const Piece& piece) const {
     const int first = piece.first_row + first_row(), rows = num_rows(piece);
-    if (rows <= 0) return {};
+    if (rows == 0) return {};
     const SeenKeys seen = p.extents.seen_by_packed(piece.sequence, first, first + rows);
     return seen.visit(piece.tiles, T::kTileKeys);
   }
 
-  // Q, and which keys each row sees.
-  CUTE_DEVICE void prepare(const Piece& piece) const {
-    const PackedRows rows{p, piece};
-    rows.load_queries<typename T::QTile, kWarpgroupRows>(shared.query[0], first_row());
+  CUTE_DEVICE void find_rows(const Piece& piece) const {
     if (warpgroup_thread() < kWarpgroupRows) {
       const int row = first_row() + warpgroup_thread();
-      shared.rest.row_keys[row] = rows.keys(row);
+      PackedRow found;
+      if (row < piece.rows) {
+        const int sharing = p.extents.heads_per_kv_head;
+        const int packed = piece.first_row + row, token = packed / sharing;
+        found.place = (piece.sequence.first_token + token) * p.num_heads + piece.head * sharing +
+                      packed - token * sharing;
+        found.keys = p.extents.row_keys(piece.sequence, token);
+      }
+      shared.rest.rows[row] = found;
+    }
+    this->sync_warpgroup();
+  }
+
+  // Q, zero where there is none. All loads before the first store, which would wait.
+  CUTE_DEVICE void load_queries() const {
+    constexpr int kVector = 8;  // elements of 16 bytes
+    constexpr int kVectors = T::kHeadDim / kVector;
+    constexpr int kLoads = kWarpgroupRows * kVectors / kWarpgroupThreads;
+    constexpr int kStep = kWarpgroupRows / kLoads;  // rows
+    static_assert(kVectors * kStep == kWarpgroupThreads);
+    const int first = warpgroup_thread() / kVectors, col = warpgroup_thread() % kVectors * kVector;
+    uint4 vectors[kLoads];
+    CUTE_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int place = row(first + i * kStep).place;
+      vectors[i] = uint4{0, 0, 0, 0};
+      if (place >= 0 && col < p.head_dim) {
+        vectors[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(p.query) +
+                                                          std::int64_t(place) * p.head_dim + col));
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int offset = T::QTile::offset(first_row() + first + i * kStep, col);
+      *reinterpret_cast<uint4*>(shared.query[0] + offset) = vectors[i];
     }
     cutlass::arch::fence_view_async_shared();
     this->sync_warpgroup();
@@ -134,7 +171,7 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     int low[2], high[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const Range seen = shared.rest.row_keys[first_row() + thread_row() + 8 * r];
+      const Range seen = row(thread_row() + 8 * r).keys;
       low[r] = seen.begin - tile * T::kTileKeys;
       high[r] = seen.end - 1 - tile * T::kTileKeys;
     }
@@ -156,58 +193,106 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     this->sync_warpgroup();
   }
 
-  // The result to memory, or this part of it, and the result of all parts by the CTA that finds the
-  // others there.
+  // The result to memory, 16 bits by way of Q's rows in shared memory.
   template <class AccumulatorO>
-  CUTE_DEVICE void write(const AccumulatorO& tO, const Softmax& softmax, const Piece& piece) const {
-    const int end = first_row() + num_rows(piece);  // of this warpgroup's rows
-    if (end <= first_row()) return;
-    const PackedRows rows{p, piece};
-    const Partials<T> partials{p, int(blockIdx.x) % p.heads_at_once};
-    float* const partial = piece.is_whole() ? nullptr : partials.mine(piece);
-    for_each_quad(tO, softmax, [&](int row, int quad, const RowPart& x) {
-      if (row >= end) return;
-      if (piece.is_whole()) {
-        rows.store<Element>(row, quad, x);
-      } else {
-        partials.store(partial, row, quad, x);
+  CUTE_DEVICE void store_whole(AccumulatorO& tO, const Softmax& softmax) const {
+    float factor[2];
+    float* to[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const auto [place, keys] = row(thread_row() + 8 * r);
+      const RowPart x{{}, softmax.score(r, p.softmax_scale_log2), softmax.row_sum[r]};
+      const bool empty = keys.empty() || x.sum == 0.f;
+      factor[r] = empty ? 0.f : 1.f / x.sum;
+      if (threadIdx.x % 4 == 0 && place >= 0) {
+        p.lse[place] = empty ? -INFINITY : x.lse(p.softmax_scale_log2);
       }
-    });
-    if (piece.is_whole()) return;
+      auto* const out = static_cast<float*>(p.out) + std::int64_t(place) * p.head_dim_v;
+      to[r] = place >= 0 ? out : nullptr;
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tO); ++i) {
+      const float scale = factor[accumulator_row(i)];
+      tO(i) = scale == 0.f ? 0.f : tO(i) * scale;
+    }
+    if (p.out_float32) return store_floats(tO, to, p.head_dim_v);
+
+    using OTile = typename T::OTile;
+    constexpr int kVectors = T::kHeadDimV / 8;  // of 16 bytes
+    store_accumulator<OTile>(tO, shared.query[0], first_row());
+    this->sync_warpgroup();
+    CUTE_UNROLL
+    for (int v = warpgroup_thread(); v < kWarpgroupRows * kVectors; v += kWarpgroupThreads) {
+      const int i = v / kVectors, col = v % kVectors * 8;
+      const int place = row(i).place;
+      if (place < 0 || col >= p.head_dim_v) continue;
+      auto* const out = static_cast<Element*>(p.out) + std::int64_t(place) * p.head_dim_v + col;
+      *reinterpret_cast<uint4*>(out) =
+          *reinterpret_cast<const uint4*>(shared.query[0] + OTile::offset(first_row() + i, col));
+    }
+  }
+
+  // This part to memory, and the result of all parts by the CTA that finds the others there.
+  template <class AccumulatorO>
+  CUTE_DEVICE void store_part(const AccumulatorO& tO, const Softmax& softmax,
+                              const Piece& piece) const {
+    const Partials<T> partials{p, int(blockIdx.x) % p.heads_at_once};
+    float* const partial = partials.mine(piece);
+    float* to[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int i = first_row() + thread_row() + 8 * r;
+      to[r] = i < piece.rows ? partial + i * T::kHeadDimV : nullptr;
+      if (threadIdx.x % 4 != 0 || to[r] == nullptr) continue;
+      partials.store_statistics(partial, i, softmax.score(r, p.softmax_scale_log2),
+                                softmax.row_sum[r]);
+    }
+    store_floats(tO, to, T::kHeadDimV);
     int& is_last = shared.rest.is_last[warpgroup];
     this->sync_warpgroup();
     if (leads_warpgroup()) is_last = partials.arrive_last(piece, T::kConsumers, warpgroup);
     this->sync_warpgroup();
-    if (!is_last) return;
-    constexpr int kQuads = T::kHeadDimV / 4;
-    CUTE_NO_UNROLL
-    for (int v = warpgroup_thread(); v < num_rows(piece) * kQuads; v += kWarpgroupThreads) {
-      const int row = first_row() + v / kQuads;
-      rows.store<Element>(row, v % kQuads, partials.fold(piece, row, v % kQuads));
+    if (is_last) fold(partials, piece);
+  }
+
+  template <class AccumulatorO>
+  CUTE_DEVICE static void store_floats(const AccumulatorO& tO, float* const (&to)[2], int columns) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tO); i += 2) {
+      float* const row = to[accumulator_row(i)];
+      const int col = thread_col() + accumulator_col(i);
+      if (row == nullptr || col >= columns) continue;
+      *reinterpret_cast<float2*>(row + col) = float2{tO(i), tO(i + 1)};
     }
   }
 
-  // Visits four neighbouring elements of a row at a time. Of each eight columns two threads that
-  // are neighbours have four, of the same two rows: they swap halves, and each has one of the rows.
-  template <class AccumulatorO, class Visit>
-  CUTE_DEVICE void for_each_quad(const AccumulatorO& tO, const Softmax& softmax,
-                                 const Visit& visit) const {
-    const bool is_odd = threadIdx.x % 2 != 0;
-    const int row = first_row() + thread_row() + (is_odd ? 8 : 0);
-    RowPart x;
-    x.reference = is_odd ? softmax.reference[1] : softmax.reference[0];
-    x.sum = is_odd ? softmax.row_sum[1] : softmax.row_sum[0];
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tO); i += 4) {
-      float kept[2], other[2];
-      CUTE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        kept[j] = is_odd ? tO(i + 2 + j) : tO(i + j);
-        other[j] = __shfl_xor_sync(0xffffffff, is_odd ? tO(i + j) : tO(i + 2 + j), 1);
+  // All parts together, in the order of their keys.
+  CUTE_DEVICE void fold(const Partials<T>& partials, const Piece& piece) const {
+    constexpr int kQuads = T::kHeadDimV / 4;
+    constexpr int kAtOnce = 8;  // loads under way
+    const int end = num_rows(piece) * kQuads;
+    CUTE_NO_UNROLL
+    for (int first = warpgroup_thread(); first < end; first += kAtOnce * kWarpgroupThreads) {
+      RowPart all[kAtOnce];
+      CUTE_NO_UNROLL
+      for (int part = 0; part < piece.parts.count; ++part) {
+        const float* const partial = partials.of(piece, part);
+        RowPart parts[kAtOnce];
+        CUTE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int v = first + i * kWarpgroupThreads;
+          if (v < end) parts[i] = partials.load(partial, first_row() + v / kQuads, v % kQuads);
+        }
+        CUTE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) all[i].add(parts[i], p.softmax_scale_log2);
       }
-      x.output = is_odd ? float4{other[0], other[1], kept[0], kept[1]}
-                        : float4{kept[0], kept[1], other[0], other[1]};
-      visit(row, i / 2 + threadIdx.x % 4 / 2, x);
+      CUTE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int v = first + i * kWarpgroupThreads;
+        if (v >= end) continue;
+        const auto [place, keys] = row(v / kQuads);
+        store_result<Element>(p, place, v % kQuads, all[i], keys.empty());
+      }
     }
   }
 };

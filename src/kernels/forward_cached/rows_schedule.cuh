@@ -86,7 +86,7 @@ struct ItemScheduler : PieceGiver {
     while (all.read()) {
     }
     const int rounds = p.num_heads_kv / p.heads_at_once;
-    const Shares shares(all.base * rounds, p.groups);
+    const Shares shares(all.base * rounds, p.groups, T::kMostLeastPart);
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups) {
       int head = int(blockIdx.x) % p.heads_at_once;

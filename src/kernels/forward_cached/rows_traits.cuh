@@ -15,6 +15,17 @@ namespace jax_fa3 {
 struct RowSoftmax : OnlineSoftmax<0, false, true> {
   // Makes the sums those of whole rows.
   CUTE_DEVICE void gather() { add_quads(); }
+
+  // A row's reference as a score; finite.
+  CUTE_DEVICE float score(int r, float scale_log2) const {
+    return is_huge(r) ? reference[r] : fmaxf(reference[r] / scale_log2, -FLT_MAX);
+  }
+};
+
+// A packed row of a block: where it stands in arrays of [tokens, h_q], and which keys it sees.
+struct PackedRow {
+  int place = -1;  // there is no such row
+  Range keys;
 };
 
 template <class Config>
@@ -30,6 +41,8 @@ struct CachedRowsTraits {
   using QTile = SmemTile<Element, kBlockRows, kHeadDim>;
   using KTile = SmemTile<Element, kTileKeys, kHeadDim>;
   using VTile = SmemTile<Element, kTileKeys, kHeadDimV>;
+  using OTile = SmemTile<Element, kBlockRows, kHeadDimV>;
+  static_assert(OTile::kBytes <= QTile::kBytes, "O is staged in Q");
 
   // S = Q K^T, O += P V with P from registers.
   using MmaS = MmaSS<Element, kTileKeys, Major::K, Major::K>;
@@ -46,10 +59,11 @@ struct CachedRowsTraits {
   static constexpr bool kPingPong = true;       // warpgroups issue products in turns
   static constexpr bool kOwnOutput = false;     // results leave from registers
   static constexpr int kReleases = kConsumers;  // of a stage
+  static constexpr int kMostLeastPart = 12;     // tiles (splits.h)
 
   struct Rest {
-    Range row_keys[kBlockRows];  // that each row sees
-    int is_last[kConsumers];     // of an item's parts to arrive
+    PackedRow rows[kBlockRows];
+    int is_last[kConsumers];  // of an item's parts to arrive
     PieceQueue pieces;
   };
 
