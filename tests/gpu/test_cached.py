@@ -53,6 +53,17 @@ def test_ragged_rows_of_one_long_sequence_among_many():
     cached.check(problem, attend_to_cache(problem))
 
 
+@pytest.mark.parametrize("rows", (1, 70))
+def test_parts_of_huge_logits(rows):
+    """Up to 10^5, of which float32 holds no more than the differences."""
+    case = CachedCase(
+        lengths=(6000, 3000), rows=rows, heads_q=8, heads_kv=2, head_dim=128, dtype="bfloat16",
+        page_size=64, width=100, scale=2000.0,
+    )  # fmt: skip
+    problem = Problem(case)
+    cached.check(problem, attend_to_cache(problem))
+
+
 @pytest.mark.parametrize("layout", cached.LAYOUTS)
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 @pytest.mark.parametrize("rows", (2, 70))
