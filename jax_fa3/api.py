@@ -209,8 +209,8 @@ def dot_product_attention(
         padding key. The rows of a document are adjacent; ids may be in any order. docs/packed.md
         says which form to use.
       key_value_segment_ids: int32 (B, S), the id of each key's document; default
-        query_segment_ids. If given, nonzero ids must not decrease in either array, and zeros must
-        come before or after all nonzero ids.
+        query_segment_ids. If another array is given, nonzero ids must not decrease in either
+        array, and zeros must come before or after all nonzero ids.
       kv_start, kv_end: int32 (B, T), (B, N, T) or (B, K, T): row i sees keys j with kv_start[i] <=
         j < kv_end[i]; one of the two may be omitted. 3-D inputs: without B.
       attention_chunk: an int c: row i sees the keys of the chunk of c keys that contains position

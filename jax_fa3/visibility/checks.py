@@ -112,7 +112,7 @@ def check_ids(sources: dict[str, Any], seqlen_q: int, seqlen_k: int) -> None:
                 "query_segment_ids alone"
             )
         return
-    if of_keys is None or of_keys is ids:
+    if of_keys is None:
         if seqlen_q != seqlen_k:
             raise ValueError(
                 "query_segment_ids is given and key_value_segment_ids is not, with "

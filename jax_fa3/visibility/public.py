@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, ids_of_keys
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
 from jax_fa3.values import is_array
@@ -77,7 +76,7 @@ def make_visibility(
     """
     given = dict(
         query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
+        key_value_segment_ids=ids_of_keys(query_segment_ids, key_value_segment_ids),
         kv_start=kv_start,
         kv_end=kv_end,
         cu_seqlens_q=cu_seqlens_q,
@@ -159,8 +158,6 @@ def named(made: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
     """The table of checked sources in public shapes."""
-    if sources.key_value_segment_ids is sources.query_segment_ids:  # whose runs are found faster
-        sources = dataclasses.replace(sources, key_value_segment_ids=None)
     if not sources.present():  # an array is needed to find the mesh
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)

@@ -1,10 +1,11 @@
-// What is known of an array of a custom call, and the tables of arrays that the families' calls
-// have.
+// A row describes an array of a custom call. A family's call has a table of arrays for its operands
+// and one for its results.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <string_view>
 #include <type_traits>
 
 namespace jax_fa3 {
@@ -20,7 +21,7 @@ enum class Element {
 
 // A row of call/operands.h.
 struct Operand {
-  const char* name;
+  std::string_view name;
   const char* dims;  // a letter or an extent each
   Element element;
   bool optional = false;
@@ -29,7 +30,7 @@ struct Operand {
 // The extents of a checked array, in the order of its row's dimensions.
 using Dims = const std::int64_t*;
 
-// One array of a family's table: what it is, and what the problem learns of it.
+// One array of a family's table: its row, and how the problem takes it.
 template <class Problem>
 struct Array {
   const Operand* operand;
@@ -37,7 +38,8 @@ struct Array {
   std::uintptr_t alignment = 0;  // bytes; 0: what elements of this kind are read and written by
 };
 
-// A table, made anew at every call: without allocations.
+// A table. It allocates nothing, because some calls choose rows by their attributes and so make a
+// table at every execution.
 template <class Problem>
 class Arrays {
  public:
@@ -49,7 +51,6 @@ class Arrays {
 
   const Array<Problem>* begin() const { return arrays_; }
   const Array<Problem>* end() const { return arrays_ + size_; }
-  std::size_t size() const { return size_; }
 
  private:
   static constexpr std::size_t kCapacity = 24;
@@ -66,7 +67,7 @@ Arrays<Problem> joined(std::initializer_list<Arrays<Problem>> parts) {
   return all;
 }
 
-// An array of which the problem has the address alone: the member that `kPath` leads to.
+// An array of which the problem needs the address alone, in the member at the end of `kPath`.
 template <class Problem, auto... kPath>
 Array<Problem> pointer_to(const Operand& operand, std::uintptr_t alignment = 0) {
   const auto place = [](Problem& problem, void* address, Dims) {

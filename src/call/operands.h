@@ -1,7 +1,7 @@
 // Every array of a call, one row each: its public name, dimensions, element type, and whether a
 // call may be without it. jax_fa3/operands.py has the same rows for what a user passes and gets
 // (tests/test_operands_contract.py compares them); buffers are decoded by them (ffi/decode.h).
-// Below the rows: where the arrays go that any call of attention may have.
+// Below the rows stand the optional arrays of every attention call, and how its problem takes them.
 //
 // Dimensions are letters:
 //   b  batch            h  query heads          d  head_dim             m  blocks of query rows
@@ -16,8 +16,8 @@
 //   M  pages of a table's row                   R  starts of sequences' query rows, one more than b
 //   L  rows of a slot, of keys and of values    C  counters
 //   X  positions of a rotary table              Y  pairs of columns that it turns
-// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's. Which of them
-// may broadcast stands below the rows.
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's. Below the
+// rows stands which dimensions broadcast.
 #pragma once
 
 #include <string_view>
@@ -104,7 +104,7 @@ constexpr Operand kSin{"sin", "XY", Element::kFloat32, /*optional=*/true};
 constexpr Operand kTileCounter{"tile_counter", "1", Element::kInt32};
 constexpr Operand kWorkspace{"workspace", "w", Element::kByte};
 
-// Dimensions of 1, or of the extent of another letter.
+// Dimensions whose extent is 1 or that of the letter `all`.
 struct OneOrAll {
   char letter;
   char all;
@@ -116,12 +116,12 @@ constexpr OneOrAll kOneOrAll[] = {{'x', 'b', "sequences"},
                                   {'j', 'h', "heads"},
                                   {'q', 's', "rows"}};
 
-// Sequences that each serve as many of a call's: their number divides b.
+// Dimensions whose extent divides b: each entry serves as many sequences in a row.
 constexpr std::string_view kDivisorsOfBatch = "afil";
 
 }  // namespace operands
 
-// An index array, with which work tiles differ in length as no plan can know.
+// An index array: the lengths of work tiles then depend on values that no plan knows.
 template <class Problem, auto kMember>
 Array<Problem> index_array(const Operand& operand) {
   return {&operand, [](Problem& problem, void* address, Dims) {
@@ -130,7 +130,7 @@ Array<Problem> index_array(const Operand& operand) {
           }};
 }
 
-// What any call of attention may have behind its other operands, in the order of Operands in
+// The optional operands of every attention call, behind its own ones, in the order of Operands in
 // jax_fa3/operands.py.
 template <class Problem>
 Arrays<Problem> index_arrays() {
@@ -152,7 +152,7 @@ Arrays<Problem> index_arrays() {
   };
 }
 
-// What a call in 16 bits may have behind those.
+// The optional operands of a call in 16 bits, behind the index arrays.
 template <class Problem>
 Arrays<Problem> score_arrays() {
   return {
@@ -181,6 +181,12 @@ Arrays<Problem> score_arrays() {
          problem.presence.variant = Variant::kAlibi;
        }},
   };
+}
+
+// The operands of a call in 16 bits.
+template <class Problem>
+Arrays<Problem> all_arrays(const Arrays<Problem>& own) {
+  return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
 }
 
 }  // namespace jax_fa3

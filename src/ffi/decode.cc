@@ -178,10 +178,16 @@ Shape Extents::shape() const {
   return shape;
 }
 
-Status wrong_names(const char* side, Names names, Names rest, const Operand* next) {
-  const std::string got = concat(" in its place, got '", names.text(), "'");
-  if (next != nullptr) return invalid_argument(concat(side, " must have ", next->name, got));
-  return invalid_argument(concat(side, " must not have ", rest.front(), got));
+Status wrong_names(const char* side, Names names, std::string_view got, const Operand* next) {
+  const std::string in_its_place = concat(" in its place, got '", names.text(), "'");
+  if (next != nullptr)
+    return invalid_argument(concat(side, " must have ", next->name, in_its_place));
+  return invalid_argument(concat(side, " must not have ", got, in_its_place));
+}
+
+Status wrong_count(const char* side, Names names, std::size_t got) {
+  return invalid_argument(
+      concat(side, " must name all arrays of which there are ", got, ", got '", names.text(), "'"));
 }
 
 Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address) {

@@ -30,8 +30,8 @@ struct Types {
   std::int64_t seqlen_k = -1;
 };
 
-// The arrays of one side of a call, as the attribute of that side has them: the names of their rows
-// in the order of the buffers, with a space between.
+// The attribute `operands` or `results` of a call: the names of the arrays' rows in the order of
+// the buffers, with a space between names.
 class Names {
  public:
   Names() = default;
@@ -46,8 +46,11 @@ class Names {
   }
 
   bool has(const Operand& operand) const {
-    for (Names rest = *this; !rest.empty(); rest = rest.behind_front()) {
-      if (rest.front() == operand.name) return true;
+    const std::size_t size = operand.name.size();
+    for (auto at = text_.find(operand.name); at != text_.npos;
+         at = text_.find(operand.name, at + 1)) {
+      const bool is_begin = at == 0 || text_[at - 1] == ' ';
+      if (is_begin && (at + size == text_.size() || text_[at + size] == ' ')) return true;
     }
     return false;
   }
@@ -112,52 +115,40 @@ inline xla::ffi::AnyBuffer buffer_of(xla::ffi::Result<xla::ffi::AnyBuffer>& resu
 // What the kernels need of an array's address; `alignment` as in Array.
 Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address);
 
-// Why `names` are not arrays of a table: `rest` of them stand where the table must have `next`, or,
-// if that is null, ends.
-Status wrong_names(const char* side, Names names, Names rest, const Operand* next);
-
-// The arrays of a table that a call names: those that it must have, and any of the others.
-template <class Problem>
-StatusOr<Arrays<Problem>> named(const Arrays<Problem>& table, const char* side, Names names) {
-  Arrays<Problem> found;
-  Names rest = names;
-  for (const auto& array : table) {
-    if (rest.front() == array.operand->name) {
-      found.push_back(array);
-      rest = rest.behind_front();
-    } else if (!array.operand->optional) {
-      return wrong_names(side, names, rest, array.operand);
-    }
-  }
-  if (!rest.empty()) return wrong_names(side, names, rest, nullptr);
-  return found;
-}
+// Errors of a side's names: the table must have `next` where it got `got`, or, without `next`, must
+// end there; and the call has `got` buffers, another number than names.
+Status wrong_names(const char* side, Names names, std::string_view got, const Operand* next);
+Status wrong_count(const char* side, Names names, std::size_t got);
 
 enum class Addresses { kChecked, kUnchecked };
 
-// One side of a call, "operands" or "results", into the problem.
+// Brings one side of a call, "operands" or "results", into the problem. `names` has the required
+// arrays of the side's table and any of the optional ones, in the table's order.
 template <class Problem, class Buffers>
 Status take_all(const Arrays<Problem>& table, Names names, const Buffers& buffers, const char* side,
                 Addresses addresses, Extents& extents, Problem& problem) {
-  JFA_TRY(arrays, named(table, side, names));
-  if (buffers.size() != arrays.size()) {
-    return invalid_argument(concat(side, " names ", arrays.size(), " arrays, got ", buffers.size(),
-                                   ": '", names.text(), "'"));
-  }
+  Names rest = names;
+  std::string_view name = rest.front();
   std::size_t next = 0;
-  for (const auto& array : arrays) {
-    auto got = buffers.template get<xla::ffi::AnyBuffer>(next++);
-    if (!got.has_value()) {
-      return invalid_argument(concat(array.operand->name, " must be a buffer"));
+  for (const auto& array : table) {
+    if (name != array.operand->name) {
+      if (!array.operand->optional) return wrong_names(side, names, name, array.operand);
+      continue;
     }
+    if (next == buffers.size()) return wrong_count(side, names, next);
+    auto got = buffers.template get<xla::ffi::AnyBuffer>(next++);
+    if (!got.has_value()) return invalid_argument(concat(name, " must be a buffer"));
     const xla::ffi::AnyBuffer buffer = buffer_of(*got);
     JFA_CHECK_OK(extents.take(*array.operand, buffer));
     if (addresses == Addresses::kChecked) {
       JFA_CHECK_OK(check_aligned(*array.operand, array.alignment, buffer.untyped_data()));
     }
     array.place(problem, buffer.untyped_data(), buffer.dimensions().begin());
+    rest = rest.behind_front();
+    name = rest.front();
   }
-  return {};
+  if (!rest.empty()) return wrong_names(side, names, name, nullptr);
+  return next == buffers.size() ? Status() : wrong_count(side, names, buffers.size());
 }
 
 // The Problem of a call of `Family`, whose table is

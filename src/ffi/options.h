@@ -45,15 +45,6 @@ inline Status check_options(const Options& options) {
   return invalid_argument(concat("scale must be positive and finite, got ", options.scale));
 }
 
-// Of a call in 16 bits: a kernel is for one variant.
-inline Status check_call(const CallAttributes& a) {
-  JFA_CHECK_OK(check_options(a.options));
-  const bool has_dense = a.operands.has(operands::kBias) || a.operands.has(operands::kDenseMask);
-  const bool has_slopes = a.operands.has(operands::kAlibiSlopes);
-  if (has_dense + (a.options.softcap > 0) + has_slopes <= 1) return {};
-  return unimplemented("no kernel has two of a dense array, softcap and alibi_slopes");
-}
-
 // What no array says of a call's problem by itself.
 inline void fill_call(const Options& options, const Extents& extents, CallProblem& problem) {
   problem.mask = {options.window_left, options.window_right, options.query_offset};

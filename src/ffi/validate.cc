@@ -20,6 +20,14 @@ Status check_dense_mask(const CallProblem& problem) {
       concat("dense_mask must have less than 2^31 words for each sequence and head, got ", words));
 }
 
+// A kernel is for one variant.
+Status check_variant(const CallProblem& problem) {
+  const bool has_dense = problem.dense.bias != nullptr || problem.dense.mask != nullptr;
+  const bool has_slopes = problem.alibi_slopes.values != nullptr;
+  if (has_dense + (problem.softcap > 0) + has_slopes <= 1) return {};
+  return unimplemented("no kernel has two of a dense array, softcap and alibi_slopes");
+}
+
 }  // namespace
 
 Status check_device(const Device& device) {
@@ -28,8 +36,9 @@ Status check_device(const Device& device) {
                               device.major, ".", device.minor));
 }
 
-Status check_extents(const CallProblem& problem) {
+Status check_call(const CallProblem& problem) {
   JFA_CHECK_OK(check_shape(problem.shape));
+  JFA_CHECK_OK(check_variant(problem));
   return check_dense_mask(problem);
 }
 

@@ -12,7 +12,7 @@ namespace jax_fa3 {
 Status check_device(const Device& device);
 
 // What every family asks of a call of attention.
-Status check_extents(const CallProblem& problem);
+Status check_call(const CallProblem& problem);
 
 // How many multiprocessors a launch may fill when it leaves `sm_margin` free: one at least.
 StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin);

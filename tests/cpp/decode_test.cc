@@ -195,7 +195,7 @@ void refuses_buffers() {
                     "operands must not have query_seq_lengths in its place, got 'query key value");
   refuses_optionals({{"query_offset", kS32, {2}}, {"query_offset", kS32, {2}}},
                     "operands must not have query_offset in its place");
-  refuses_optionals({{"", kS32, {2}}}, "operands names ");
+  refuses_optionals({{"", kS32, {2}}}, "operands must name all arrays of which there are ");
   refuses_optionals({{"key_value_seq_lengths", ffi::DataType::S64, {2}}},
                     "key_value_seq_lengths must be S32, got S64");
   refuses_optionals({{"query_offset", kS32, {3}}}, "query_offset must have shape [2], got [3]");
@@ -224,9 +224,9 @@ void refuses_other_numbers() {
         decode<DenseMaskCall>(args.args(), rets.rets(), attributes, Addresses::kChecked).status(),
         part);
   };
-  refuses("mask", "operands names 1 arrays, got 2: 'mask'");
+  refuses("mask", "operands must name all arrays of which there are 2, got 'mask'");
   refuses("mask mask", "operands must not have mask in its place, got 'mask mask'");
-  refuses("mask ", "operands names 1 arrays, got 2");
+  refuses("mask ", "operands must name all arrays of which there are 2, got 'mask '");
   refuses(" mask", "operands must have mask in its place, got ' mask'");
   refuses("", "operands must have mask in its place, got ''");
 }
@@ -541,7 +541,8 @@ void refuses_dense_arrays() {
 
   Call call;
   call.dbias = {1, 6, 100, kBiasKeys};
-  CHECK_REFUSES(call.backward().status(), "operands must have bias with dbias");
+  CHECK_REFUSES(validate<BackwardCall>(call.backward().value(), kHopper),
+                "operands must have bias with dbias");
   call.optionals = {{"bias", kBF16, {1, 6, 100, kBiasKeys}}};
   CHECK(call.backward().ok());
   call.dbias = {1, 1, 100, kBiasKeys};
@@ -549,13 +550,18 @@ void refuses_dense_arrays() {
 
   // A kernel is for one variant.
   const char* one_variant = "no kernel has two of a dense array, softcap and alibi_slopes";
+  call.dbias = {};
+  const auto refuses_both = [&] {
+    CHECK_REFUSES(validate<ForwardCall>(call.forward().value(), kHopper), one_variant);
+    CHECK_REFUSES(validate<BackwardCall>(call.backward().value(), kHopper), one_variant);
+  };
   call.options.softcap = 1;
-  CHECK_REFUSES(call.forward().status(), one_variant);
+  refuses_both();
   call.optionals = {{"alibi_slopes", kF32, {1, 6}}};
-  CHECK_REFUSES(call.backward().status(), one_variant);
+  refuses_both();
   call.options.softcap = 0;
   call.optionals.insert(call.optionals.begin(), {"dense_mask", kS32, {1, 1, kMaskWords}});
-  CHECK_REFUSES(call.forward().status(), one_variant);
+  refuses_both();
 
   constexpr std::int64_t kLong = 1 << 18;
   const std::int64_t words = DenseMaskLayout{kLong, kLong}.words();

@@ -12,38 +12,43 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
   static constexpr const char* kTarget = "jax_fa3_backward";
   using Attributes = CallAttributes;
 
-  static Status check(const Attributes& a) {
-    JFA_CHECK_OK(check_call(a));
-    if (a.results.has(operands::kDBias) && !a.operands.has(operands::kBias)) {
-      return invalid_argument("operands must have bias with dbias");
-    }
-    if (!a.results.has(operands::kDSinks) || a.operands.has(operands::kSinks)) return {};
-    return invalid_argument("operands must have sinks with dsinks");
-  }
+  static Status check(const Attributes& a) { return check_options(a.options); }
   static Types types(const Attributes&) { return {}; }
 
-  static Arrays<Problem> operands(const Attributes&) {
-    const Arrays<Problem> own{
-        array<&Problem::query>(operands::kQuery), array<&Problem::key>(operands::kKey),
-        array<&Problem::value>(operands::kValue), array<&Problem::out>(operands::kOut),
-        array<&Problem::lse>(operands::kLse),     array<&Problem::dout>(operands::kDOut),
+  static const Arrays<Problem>& operands(const Attributes&) {
+    static const Arrays<Problem> table = all_arrays<Problem>({
+        array<&Problem::query>(operands::kQuery),
+        array<&Problem::key>(operands::kKey),
+        array<&Problem::value>(operands::kValue),
+        array<&Problem::out>(operands::kOut),
+        array<&Problem::lse>(operands::kLse),
+        array<&Problem::dout>(operands::kDOut),
         array<&Problem::dlse>(operands::kDLse),
-    };
-    return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
+    });
+    return table;
   }
-  static Arrays<Problem> results(const Attributes&) {
-    return {
+  static const Arrays<Problem>& results(const Attributes&) {
+    static const Arrays<Problem> table{
         array<&Problem::dquery>(operands::kDQuery), array<&Problem::dkey>(operands::kDKey),
         array<&Problem::dvalue>(operands::kDValue), array<&Problem::dbias>(operands::kDBias),
         array<&Problem::dsinks>(operands::kDSinks), workspace(kWorkspaceAlignment),
     };
+    return table;
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     fill_call(a.options, extents, problem);
     problem.deterministic = a.options.deterministic;
   }
 
-  static Status validate(const Problem& problem) { return check_extents(problem); }
+  static Status validate(const Problem& problem) {
+    if (problem.dbias != nullptr && problem.dense.bias == nullptr) {
+      return invalid_argument("operands must have bias with dbias");
+    }
+    if (problem.dsinks != nullptr && problem.sinks.values == nullptr) {
+      return invalid_argument("operands must have sinks with dsinks");
+    }
+    return check_call(problem);
+  }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<BackwardPlan> plan(const Problem& problem, int num_sms) {

@@ -16,7 +16,7 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   using Attributes = CallAttributes;
 
   static Status check(const Attributes& a) {
-    JFA_CHECK_OK(check_call(a));
+    JFA_CHECK_OK(check_options(a.options));
     const float threshold = a.options.rescale_threshold;
     if (threshold >= 0 && std::isfinite(threshold)) return {};
     return invalid_argument(
@@ -24,28 +24,29 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   }
   static Types types(const Attributes&) { return {}; }
 
-  static Arrays<Problem> operands(const Attributes&) {
-    const Arrays<Problem> own{
+  static const Arrays<Problem>& operands(const Attributes&) {
+    static const Arrays<Problem> table = all_arrays<Problem>({
         array<&Problem::query>(operands::kQuery),
         array<&Problem::key>(operands::kKey),
         array<&Problem::value>(operands::kValue),
-    };
-    return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
+    });
+    return table;
   }
-  static Arrays<Problem> results(const Attributes&) {
-    return {
+  static const Arrays<Problem>& results(const Attributes&) {
+    static const Arrays<Problem> table{
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
         array<&Problem::max_logits>(operands::kMaxLogits),
         array<&Problem::tile_counter>(operands::kTileCounter),
     };
+    return table;
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     fill_call(a.options, extents, problem);
     problem.rescale_threshold = a.options.rescale_threshold;
   }
 
-  static Status validate(const Problem& problem) { return check_extents(problem); }
+  static Status validate(const Problem& problem) { return check_call(problem); }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardPlan> plan(const Problem& problem, int num_sms) {

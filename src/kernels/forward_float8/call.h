@@ -20,33 +20,27 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
     return {Types::DataType::F8E4M3FN, /*output=*/Types::kAny16Bit};
   }
 
-  static Arrays<Problem> operands(const Attributes& a) {
-    const Arrays<Problem> own{
-        array<&Problem::query>(operands::kQuery),
-        array<&Problem::key>(operands::kKey),
-        array<&Problem::value>(is_prepared(a) ? operands::kPreparedValue : operands::kValue),
-        array<&Problem::query_descale>(operands::kQueryDescale),
-        array<&Problem::key_descale>(operands::kKeyDescale),
-        array<&Problem::value_descale>(operands::kValueDescale),
-    };
-    return joined<Problem>({own, index_arrays<Problem>()});
+  static const Arrays<Problem>& operands(const Attributes& a) {
+    static const Arrays<Problem> plain = operands_with(array<&Problem::value>(operands::kValue));
+    static const Arrays<Problem> prepared = operands_with(prepared_value());
+    return a.operands.has(operands::kPreparedValue) ? prepared : plain;
   }
-  static Arrays<Problem> results(const Attributes&) {
-    return {
+  static const Arrays<Problem>& results(const Attributes&) {
+    static const Arrays<Problem> table{
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
         array<&Problem::tile_counter>(operands::kTileCounter),
         workspace(kWorkspaceAlignment),
     };
+    return table;
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     fill_call(a.options, extents, problem);
     problem.query_descales = extents['m'];
     problem.key_descales = extents['n'];
-    problem.value_is_prepared = is_prepared(a);
   }
 
-  static Status validate(const Problem& problem) { return check_extents(problem); }
+  static Status validate(const Problem& problem) { return check_call(problem); }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardFloat8Plan> plan(const Problem& problem, int num_sms) {
@@ -65,7 +59,23 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
   }
 
  private:
-  static bool is_prepared(const Attributes& a) { return a.operands.has(operands::kPreparedValue); }
+  static Arrays<Problem> operands_with(const Array<Problem>& value) {
+    const Arrays<Problem> own{
+        array<&Problem::query>(operands::kQuery),
+        array<&Problem::key>(operands::kKey),
+        value,
+        array<&Problem::query_descale>(operands::kQueryDescale),
+        array<&Problem::key_descale>(operands::kKeyDescale),
+        array<&Problem::value_descale>(operands::kValueDescale),
+    };
+    return joined<Problem>({own, index_arrays<Problem>()});
+  }
+  static Array<Problem> prepared_value() {
+    return {&operands::kPreparedValue, [](Problem& problem, void* address, Dims) {
+              problem.value = address;
+              problem.value_is_prepared = true;
+            }};
+  }
 
   static constexpr std::uintptr_t kWorkspaceAlignment = 16;  // bytes, as TMA reads value
 };
