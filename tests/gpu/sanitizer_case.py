@@ -96,7 +96,7 @@ def dense_arrays():
 
 def caches():
     cases = [cached_case(seed) for seed in range(0, 320, 32)]
-    cases += [many_rows_case(seed) for seed in range(0, 80, 10)]
+    cases += [many_rows_case(seed) for seed in range(0, 36, 12)]
     for case in cases:
         problem = cached.Problem(case)
         cached.check(problem, attend_to_cache(problem))
