@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # On CPUs jnp.max and jnp.min of 4096 or more float32 values ignore NaN; under jit, so do relu and
-# maximum in front of a sum.
+# maximum before a sum, and with several devices so does a maximum of any size.
 #
-# Versions: jax and jaxlib 0.10.2 and 0.12.0.1 (0.11.2 behaves the same); x86-64 CPU.
-# Expected: NaN propagates, as it does in numpy and in smaller arrays, and jit does not change
+# Versions: jax and jaxlib 0.10.2 and 0.12.0.1 (0.11.2 behaves the same); x86-64 CPU, also as four
+#   simulated devices.
+# Expected: NaN propagates, as in numpy and in smaller arrays, and neither jit nor a mesh changes
 #   whether a result is NaN.
 # Seen: a float32 maximum or minimum over fewer than 4096 elements is NaN if one element is NaN.
-#   From 4096 elements on XLA hands the reduction to another library (`ynn_fusion` in the compiled
+#   From 4096 elements on, XLA hands the reduction to another library (`ynn_fusion` in the compiled
 #   program), where NaN loses against any number at every position; a row of nothing but NaN has the
 #   maximum -inf. jnp.linalg.norm(x, inf), jnp.ptp and a test for a finite largest gradient follow;
 #   cummax, argmax, logsumexp and sort see the NaN. In bfloat16 and float16 the sign of the NaN
 #   decides: a positive NaN is the maximum and never the minimum; a negative NaN, the result of 0 /
 #   0 on x86, is the minimum and never the maximum. Elementwise operations enter such a fusion too:
 #   jit(jnp.maximum(x, 0).sum()) is finite if the same two calls without jit give NaN, while
-#   jnp.clip and jnp.where keep the NaN.
+#   jnp.clip and jnp.where keep the NaN. Between devices, lax.pmax, lax.pmin and a maximum that
+#   automatic sharding splits ignore NaN in every dtype and size, and psum does not.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -22,6 +24,7 @@ cat >program.py <<'PYTHON'
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def with_nan(count, place, dtype="float32", sign=1):
@@ -87,9 +90,29 @@ program = jax.jit(jnp.max).lower(gradient).compile().as_text()
 assert "ynn_fusion" in program and "ynn_fusion" not in (
     jax.jit(jnp.max).lower(with_nan(4095, 0)).compile().as_text()
 )
+
+mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+part = PartitionSpec("i")
+
+
+def over_devices(collective, x):
+    mapped = jax.shard_map(lambda x: collective(x, "i"), mesh=mesh, in_specs=part, out_specs=part)
+    return mapped(x)[0]
+
+
+for dtype in ("float32", "bfloat16", "float8_e5m2"):
+    for place in range(4):
+        x = jnp.arange(1, 5).astype(dtype).at[place].set(jnp.nan)
+        split = jax.jit(jnp.max, in_shardings=NamedSharding(mesh, part))(x)
+        largest = over_devices(jax.lax.pmax, x)
+        print(f"max of {x}: {jnp.max(x)}; split over 4 devices: {split}, pmax {largest}")
+        assert is_nan(jnp.max(x)) and split == largest == (3 if place == 3 else 4)
+        assert over_devices(jax.lax.pmin, x) == (2 if place == 0 else 1)
+        assert is_nan(over_devices(jax.lax.psum, x))
 PYTHON
+export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4
 for version in 0.10.2 0.12.0.1; do
   "${PYTHON:-python3.12}" -m venv "$version"
   "$version/bin/pip" install -q --disable-pip-version-check "jax==$version" "jaxlib==$version"
-  JAX_PLATFORMS=cpu "$version/bin/python" program.py
+  "$version/bin/python" program.py
 done
