@@ -3,11 +3,18 @@
 // subtracts the maximum.
 #pragma once
 
+#include <cmath>
 #include <cute/config.hpp>
 
 #include "attention/score.h"
 #include "call/types.h"
 #include "device/mma.cuh"
+
+// What a flex call's text defines, and nvJitLink links.
+extern "C" __device__ float jfa_score(float score, int batch, int head, int row, int key,
+                                      const jax_fa3::Captured& captured);
+extern "C" __device__ float2 jfa_score_and_slope(float score, int batch, int head, int row, int key,
+                                                 const jax_fa3::Captured& captured);
 
 namespace jax_fa3 {
 
@@ -24,9 +31,24 @@ CUTE_DEVICE float tanh_approx(float x) {
   return y;
 }
 
-// A policy is made for a query head. apply() turns products into scores; `distance` is how far the
-// tile's first row's position is behind its first column's, of S; of S^T, whose rows are keys, the
-// same. slope() is dS / dP of a score whose weight is `p`.
+// Where a tile's first pair of a query row and a key stands.
+struct Corner {
+  int row;
+  int position;  // the row's among the keys
+  int key;
+};
+
+// Whether the rows of a tile are query rows, as those of S, or keys, as those of S^T.
+enum class Rows { kQueries, kKeys };
+
+// P of a score, and what dS is for a dP of 1.
+struct Weight {
+  float p;
+  float slope;
+};
+
+// A policy is made for a query head. apply() turns products into scores, before a mask makes some
+// of them -inf. weigh(), which linear ones do without, is for the backward pass.
 
 // The logit is scale * (q . k).
 struct Plain {
@@ -36,9 +58,8 @@ struct Plain {
   static constexpr bool kIsLinear = true;
 
   CUTE_DEVICE Plain(const ScoreParams&, int /*batch*/, int /*head*/) {}
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator&, int /*distance*/) const {}
-  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator&, const Corner&) const {}
 };
 
 // The logit is softcap * tanh(scale * (q . k) / softcap).
@@ -48,16 +69,18 @@ struct Softcap {
   CUTE_DEVICE Softcap(const ScoreParams& params, int /*batch*/, int /*head*/)
       : factor_(params.factor) {}
 
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, int /*distance*/) const {
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner&) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * factor_);
   }
 
   // A score that a mask has made -inf counts as -1, where the slope is 0.
-  CUTE_DEVICE static float slope(float score, float p) {
+  CUTE_DEVICE Weight weigh(float score, float scale_log2, float negative_lse_log2, int /*row*/,
+                           int /*key*/) const {
+    const float p = exp2_approx(fmaf(score, scale_log2, negative_lse_log2));
     const float t = fmaxf(score, -1.f);
-    return p * fmaf(-t, t, 1.f);
+    return {p, p * fmaf(-t, t, 1.f)};
   }
 
  private:
@@ -71,8 +94,10 @@ struct Alibi {
   CUTE_DEVICE Alibi(const ScoreParams& params, int batch, int head)
       : slope_(params.slopes.of(batch, head) * params.factor) {}
 
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, int distance) const {
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner) const {
+    const int distance =
+        kRows == Rows::kQueries ? corner.position - corner.key : corner.key - corner.position;
     float first[2];  // of the thread's two rows, in its first column
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -86,7 +111,6 @@ struct Alibi {
       add<-1>(tS, first);
     }
   }
-  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
 
  private:
   template <int kSign, class Accumulator>
@@ -101,19 +125,70 @@ struct Alibi {
   float slope_;  // of products
 };
 
+// The logit is a function of scale * (q . k) and of where the pair stands, which is linked into the
+// kernel (docs/design/flex.md). This is the forward pass'.
+struct Function {
+  static constexpr bool kIsLinear = false;
+
+  CUTE_DEVICE Function(const FunctionParams& params, int batch, int head)
+      : params_(params), batch_(params.first_batch + batch), head_(params.first_head + head) {}
+
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner) const {
+    const int row = corner.row + thread_row(), key = corner.key + thread_col();
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      tS(i) = jfa_score(tS(i) * params_.scale, batch_, head_, row + 8 * accumulator_row(i),
+                        key + accumulator_col(i), params_.captured);
+    }
+  }
+
+ protected:
+  const FunctionParams& params_;
+  int batch_, head_;
+};
+
+// The backward pass'. Value and derivative come at once, and the mask is asked before: what it
+// hides is no product.
+struct FunctionGradient : Function {
+  using Function::Function;
+
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator&, const Corner&) const {}
+
+  CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
+                           int key) const {
+    const float2 score =
+        jfa_score_and_slope(product * params_.scale, batch_, head_, row, key, params_.captured);
+    float p = exp2_approx(fmaf(score.x, scale_log2, negative_lse_log2));
+    if (product == -INFINITY) p = 0.f;
+    return {p, p * score.y};
+  }
+};
+
 template <Variant>
 struct ScoreChoice {
-  using Type = Plain;
+  using Forward = Plain;
+  using Backward = Plain;
 };
 template <>
 struct ScoreChoice<Variant::kSoftcap> {
-  using Type = Softcap;
+  using Forward = Softcap;
+  using Backward = Softcap;
 };
 template <>
 struct ScoreChoice<Variant::kAlibi> {
-  using Type = Alibi;
+  using Forward = Alibi;
+  using Backward = Alibi;
+};
+template <>
+struct ScoreChoice<Variant::kFunction> {
+  using Forward = Function;
+  using Backward = FunctionGradient;
 };
 template <Variant kVariant>
-using ScoreOf = typename ScoreChoice<kVariant>::Type;
+using ScoreOf = typename ScoreChoice<kVariant>::Forward;
+template <Variant kVariant>
+using BackwardScoreOf = typename ScoreChoice<kVariant>::Backward;
 
 }  // namespace jax_fa3

@@ -34,6 +34,19 @@ struct ScoreParams {
   HeadTable slopes;  // Alibi
 };
 
+// The arrays that a flex call's function reads; the function knows their shapes.
+constexpr int kMostCaptured = 8;
+struct Captured {
+  const void* arrays[kMostCaptured];
+};
+
+// The same of a kernel whose Score is a function.
+struct FunctionParams {
+  float scale;
+  int first_batch, first_head;  // numbers that this device's arrays begin with
+  Captured captured;
+};
+
 inline float logit_scale(const CallProblem& problem) {
   return problem.softcap > 0 ? problem.softcap : problem.softmax_scale;
 }

@@ -19,13 +19,20 @@ constexpr const char* to_string(DType dtype) { return dtype == DType::kBF16 ? "b
 
 // What a call has for which there are kernels of their own: dense arrays, or a score that is not
 // the scaled product. A kernel has one of them; those for a bias take a mask beside it.
-enum class Variant : std::int32_t { kPlain = 0, kMask = 1, kBias = 2, kSoftcap = 3, kAlibi = 4 };
+enum class Variant : std::int32_t {
+  kPlain = 0,
+  kMask = 1,
+  kBias = 2,
+  kSoftcap = 3,
+  kAlibi = 4,
+  kFunction = 5
+};
 
-constexpr Variant kVariants[] = {Variant::kPlain, Variant::kMask, Variant::kBias, Variant::kSoftcap,
-                                 Variant::kAlibi};
+constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kMask,  Variant::kBias,
+                                 Variant::kSoftcap, Variant::kAlibi, Variant::kFunction};
 
 constexpr const char* to_string(Variant variant) {
-  constexpr const char* kNames[] = {"plain", "mask", "bias", "softcap", "alibi"};
+  constexpr const char* kNames[] = {"plain", "mask", "bias", "softcap", "alibi", "function"};
   return kNames[static_cast<int>(variant)];
 }
 

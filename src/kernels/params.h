@@ -25,6 +25,12 @@ struct CommonParams {
   JFA_HD QueryHeads query_heads(int head) const { return {head, 1}; }
 };
 
+// A kernel's parameters, with a function in place of what else its scores are made of.
+template <class Params>
+struct WithFunction : Params {
+  FunctionParams score;
+};
+
 inline CommonParams common_params(const CallProblem& problem) {
   const Shape& s = problem.shape;
   return {problem.mask,

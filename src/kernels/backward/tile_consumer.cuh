@@ -122,14 +122,19 @@ struct TileConsumer {
     return {};
   }
 
+  template <class Walk>
+  CUTE_DEVICE typename T::Score score_of(const Walk& walk) const {
+    const WorkTile& tile = work().tile;
+    return {p.score, tile.batch, tile.head * p.heads_per_kv_head + walk.head()};
+  }
+
   // From products to scores, which a mask makes -inf: the tile's keys from `key` on.
   template <class Walk, class Accumulator>
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut,
                                  const Bits& bits) const {
     const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
-    const int head = work().tile.head * p.heads_per_kv_head + walk.head();
-    const typename T::Score score(p.score, work().tile.batch, head);
-    score.apply(tSt, first_key - first_row - work().mask.first - p.mask.window_left);
+    const int position = first_row + work().mask.first + p.mask.window_left;
+    score_of(walk).template apply<Rows::kKeys>(tSt, {first_row, position, first_key});
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
@@ -146,9 +151,10 @@ struct TileConsumer {
   }
 
   // From scores to what dP^T is multiplied with to make dS^T. That is P^T, of scores less the LSE,
-  // where scores are linear; else the LSE is subtracted here, and P^T is what `tP` becomes.
-  template <class Accumulator, class Operand>
-  CUTE_DEVICE void exponentiate(Accumulator& tSt, Operand& tP) const {
+  // where scores are linear; else the LSE is subtracted here, and P^T is what `tP` becomes. Of the
+  // tile's keys from `key` on.
+  template <class Walk, class Accumulator, class Operand>
+  CUTE_DEVICE void exponentiate(Accumulator& tSt, Operand& tP, const Walk& walk, int key) const {
     if constexpr (T::Score::kIsLinear) {
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); ++i) {
@@ -156,6 +162,9 @@ struct TileConsumer {
         tSt(i) = exp2_approx(T::kTakesBias ? bounded_exponent(log2) : log2);
       }
     } else {
+      const auto score = score_of(walk);
+      const int first_row = walk.m * T::kBlockM;
+      const int first_key = work().tile.block * T::kBlockN + key + thread_row();
       // A column's two rows together, and pairs of columns, which are a register of P.
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); i += 4) {
@@ -167,10 +176,10 @@ struct TileConsumer {
               shared.statistics[cursor.stage][row].template lse<false>() * p.logit_scale_log2;
           CUTE_UNROLL
           for (int r = 0; r < 2; ++r) {
-            float& score = tSt(i + c + 2 * r);
-            const float weight = exp2_approx(fmaf(score, p.logit_scale_log2, negative_lse));
-            score = T::Score::slope(score, weight);
-            weights[c + 2 * r] = weight;
+            const Weight weight = score.weigh(tSt(i + c + 2 * r), p.logit_scale_log2, negative_lse,
+                                              first_row + row, first_key + 8 * r);
+            tSt(i + c + 2 * r) = weight.slope;
+            weights[c + 2 * r] = weight.p;
           }
         }
         CUTE_UNROLL

@@ -110,7 +110,7 @@ struct DQueryConsumer {
       wait_mma<2>(tDQ);
       if (!is_first) release_key();
       wait_mma<1>(tS);
-      score.apply(tS, position - n * T::kBlockN);
+      score.template apply<Rows::kQueries>(tS, {row, position, n * T::kBlockN});
       if constexpr (T::kListed) {
         if (p.dense.has_bias) {
           add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
@@ -131,9 +131,17 @@ struct DQueryConsumer {
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        const float log2 = fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[accumulator_row(i)]);
-        const float weight = exp2_approx(T::kListed ? bounded_exponent(log2) : log2);
-        tS(i) = T::Score::slope(tS(i), weight);
+        const int r = accumulator_row(i);
+        if constexpr (T::Score::kIsLinear) {
+          const float log2 = fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[r]);
+          tS(i) = exp2_approx(T::kListed ? bounded_exponent(log2) : log2);
+        } else {
+          const int key = n * T::kBlockN + thread_col() + accumulator_col(i);
+          tS(i) = score
+                      .weigh(tS(i), p.logit_scale_log2, negative_lse_log2[r],
+                             row + thread_row() + 8 * r, key)
+                      .slope;
+        }
       }
       wait_mma<0>(tDP);
       release_value();

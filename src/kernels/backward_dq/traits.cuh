@@ -36,7 +36,10 @@ template <class Config>
 struct DQueryTraits {
   static constexpr bool kListed =
       has_dense_array(Config::kVariant);  // key tiles are those of a list
-  using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
+  using Params = cute::conditional_t<
+      kListed, DenseDQueryParams,
+      cute::conditional_t<Config::kVariant == Variant::kFunction, WithFunction<DQueryParams>,
+                          DQueryParams>>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
@@ -62,7 +65,7 @@ struct DQueryTraits {
   using MmaDQ = MmaRS<Element, kHeadDim, Major::MN>;
 
   using Source = Contiguous<KTile, VTile>;
-  using Score = ScoreOf<Config::kVariant>;
+  using Score = BackwardScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
 
   // V is used early in a step and K to its end: K has a stage more where there is no room for two
