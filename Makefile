@@ -6,9 +6,11 @@
 #   make demo-mesh    the same model on a mesh: eight simulated devices, or this machine's GPUs
 #   make demo-generate  train the same model for a while and generate text from a paged cache
 #   make test         the test suite; needs no GPU
+#   make fuzz         random calls against the oracle for SECONDS, on whatever this machine has
 #   make kernels      compile every kernel, on any machine, and check what came out
 #   make gpu-test     the suite on the kernels, on a Hopper machine; writes tests/gpu/RECORD.json
 #   make gpu-mesh-test  the same over 2 or 4 GPUs of this machine; writes tests/gpu/MESH_RECORD.json
+#   make campaign     many random checks on a Hopper machine (docs/reliability.md)
 #   make bench        the benchmarks; bench-quick: a part of them, in minutes
 #   make bench-variety  grouped heads, windows, odd sizes, deterministic, sustained
 #   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
@@ -20,7 +22,9 @@
 #   make bench-accuracy   errors on inputs with outliers, on any machine
 #   make bench-mesh   scaling over the GPUs of this machine
 #   make bench-train  a training step of a 1B-class decoder; needs flax and optax
+#   make wheels       source distribution and wheels with all kernels, checked, into dist/
 #   make inplace      build the module into jax_fa3/ for PYTHON
+#   make docs       the documentation site, in build/docs
 #   make lint, make format, make clean
 #
 # Variables:
@@ -30,6 +34,10 @@
 #   GPU_PYTHON  the same for gpu-*test and bench*, which build only if the kernels do not import
 #   HEAD_DIMS, DTYPES   the kernels to compile, comma-separated; default: all
 #   WITHOUT     parts that the forward kernels leave out (benchmarks/ablation_kernels); default: none
+#   PARTS, BUDGET   of make campaign: parts, and seconds after which no task starts; default: all
+#   SECONDS, SEED   of make fuzz; default: 60, and a random seed
+#   SHORT       1: the demos with small batches and few steps, as a check
+#   WHEEL_PYTHONS   what wheels are built and tried with; names or paths; default: python3.11 python3.12
 #   JOBS        parallel compile jobs
 
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -41,6 +49,7 @@ GPU_PYTHON ?= $(PYTHON)
 HEAD_DIMS ?= 32,64,96,128,192,256
 DTYPES ?= bf16,fp16,e4m3
 JOBS ?= $(shell nproc)
+SHORT_FLAG = $(if $(SHORT),--short)
 
 # The pinned environment also holds the build tools and headers, whatever PYTHON is.
 TOOLS := .venv
@@ -57,27 +66,30 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test kernels gpu-test gpu-mesh-test bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train inplace module gpu-module lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module docs lint format clean
 
 setup: inplace
 
 demo: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_decoder.py
+	PYTHONPATH=. $(PYTHON) examples/train_decoder.py $(SHORT_FLAG)
 
 demo-float8: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_float8.py
+	PYTHONPATH=. $(PYTHON) examples/train_float8.py $(SHORT_FLAG)
 
 # Interrupted and taken up again; the flag does nothing to GPUs.
 demo-mesh: export XLA_FLAGS += --xla_force_host_platform_device_count=8
 demo-mesh: inplace
-	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 60
-	PYTHONPATH=. $(PYTHON) examples/train_mesh.py --steps 100 --resume
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py $(SHORT_FLAG) --steps $(if $(SHORT),12,60)
+	PYTHONPATH=. $(PYTHON) examples/train_mesh.py $(SHORT_FLAG) --steps $(if $(SHORT),20,100) --resume
 
 demo-generate: inplace
-	PYTHONPATH=. $(PYTHON) examples/generate.py
+	PYTHONPATH=. $(PYTHON) examples/generate.py $(if $(SHORT),--short --tokens 8)
 
 test: inplace
 	$(PYTHON) -m pytest $(or $(PYTEST_ARGS),-q -n 2)
+
+fuzz: inplace
+	PYTHONPATH=. $(PYTHON) tests/fuzz.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 kernels: CUDA := ON
 kernels: module
@@ -89,6 +101,9 @@ gpu-test: gpu-module
 
 gpu-mesh-test: gpu-module
 	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu/test_mesh.py $(PYTEST_ARGS)
+
+campaign: gpu-module
+	$(GPU_PYTHON) tests/gpu/campaign.py $(PARTS) $(if $(BUDGET),--budget-s $(BUDGET))
 
 bench: gpu-module
 	$(GPU_PYTHON) -m benchmarks.attention
@@ -156,6 +171,37 @@ gpu-module:
 	@$(GPU_PYTHON) -c 'from jax_fa3 import _C; assert _C.cuda_enabled' 2>/dev/null || \
 		$(MAKE) inplace CUDA=ON PYTHON=$(GPU_PYTHON)
 
+# ---- wheels
+
+# One build folder for all Pythons: kernels do not depend on them and are compiled once.
+WHEEL_PYTHONS ?= python3.11 python3.12
+WHEEL_ENVIRONMENTS = $(addprefix build/wheels/,$(notdir $(WHEEL_PYTHONS)))
+WHEEL_SETTINGS = -C build-dir=build/wheels/$(CUDA) -C cmake.define.JAX_FA3_CUDA=$(CUDA) \
+	-C cmake.define.JAX_FA3_TOOLS_PYTHON=$(CURDIR)/$(TOOLS)/bin/python \
+	-C cmake.define.JAX_FA3_HEAD_DIMS=$(HEAD_DIMS) -C cmake.define.JAX_FA3_DTYPES=$(DTYPES) \
+	-C cmake.define.CMAKE_MAKE_PROGRAM=$(CURDIR)/$(TOOLS)/bin/ninja
+WHEEL_KERNELS = $(if $(filter OFF,$(CUDA)),NONE,$(if $(filter-out file,$(origin HEAD_DIMS) $(origin DTYPES)),SOME,ALL))
+
+build/wheels/%/.ready: requirements/wheels.txt requirements/dev.txt
+	$(filter $* %/$*,$(WHEEL_PYTHONS)) -m venv $(@D)
+	grep -E '^(scikit-build-core|nanobind|cmake|ninja)==' requirements/dev.txt | \
+		$(@D)/bin/pip install -q --disable-pip-version-check -r requirements/wheels.txt -r /dev/stdin
+	@touch $@
+
+wheels: CUDA := ON
+wheels: $(TOOLS)/.ready $(WHEEL_ENVIRONMENTS:%=%/.ready)
+	$(if $(filter ON,$(CUDA)),$(MAKE) --no-print-directory $(TOOLS)/.kernels-ready)
+	rm -rf dist build/wheels/unrepaired
+	$(firstword $(WHEEL_ENVIRONMENTS))/bin/python -m build --sdist --no-isolation --outdir dist
+	@for environment in $(WHEEL_ENVIRONMENTS); do \
+		CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $$environment/bin/python -m build --wheel --no-isolation --skip-dependency-check \
+			--outdir build/wheels/unrepaired $(WHEEL_SETTINGS) || exit; \
+	done
+	PATH=$(CURDIR)/$(firstword $(WHEEL_ENVIRONMENTS))/bin:$$PATH \
+		auditwheel repair --wheel-dir dist build/wheels/unrepaired/*.whl
+	$(TOOLS)/bin/python tools/check_wheel.py dist --kernels $(WHEEL_KERNELS) \
+		--pythons $(WHEEL_PYTHONS)
+
 # ---- environments
 
 # On an older Python pip would take an older JAX for the newest.
@@ -193,6 +239,16 @@ $(TOOLS)/.kernels-ready: requirements/headers.txt requirements/cuda.txt $(TOOLS)
 		$(TOOLS)/bin/pip install -q --disable-pip-version-check -r requirements/cuda.txt
 	@touch $@
 
+# ---- documentation
+
+docs: $(VENV)/.docs-ready
+	PYTHONPATH=. $(VENV)/bin/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "The site is build/docs/docs/index.html."
+
+$(VENV)/.docs-ready: requirements/docs.txt $(VENV)/.ready
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
 # ---- style
 
 CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
@@ -200,6 +256,7 @@ CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

@@ -18,13 +18,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import render
+from benchmarks import render, torch_attention
 from benchmarks.environment import RESULTS, environment, save
-from benchmarks.implementations import IMPLEMENTATIONS, Implementation
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation, available
 from benchmarks.problems import DTYPES, QUICK_SEQLENS, SEQLENS, Problem, grid
 from benchmarks.timing import Program, platform
 
 Group = tuple[Problem, list[Program]]
+TORCH_SHARE = 0.25  # of the budget, for torch's process
 
 
 def log(text: str) -> None:
@@ -119,6 +120,18 @@ def run(args: argparse.Namespace, groups: list[Group], name: str, **facts) -> di
     return data
 
 
+def add_torch(data: dict, problems: list[tuple[Problem, str]], args: argparse.Namespace) -> None:
+    """The records of FlashAttention-2's kernels, of the problems whose labels match, within the
+    budget in seconds."""
+    name = torch_attention.NAME
+    asked = [x for x in problems if re.search(args.filter, f"{name}:{x[1]}:{x[0].label}")]
+    if why := torch_attention.absent():
+        log(f"{name}: left out, {why}")
+    elif asked:
+        data["records"] += torch_attention.records(asked, args.rounds, args.budget_s)
+        save(data, args.output / "attention.json")
+
+
 def dry_run(groups: list[Group]) -> int:
     """Lowers everything for CUDA; what has a custom call of its own must come out as that.
 
@@ -163,11 +176,15 @@ def main() -> int:
     args = parser.parse_args()
     args.seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
     args.budget_s = args.budget_s or (150 if args.quick else 480)
-    problems = grid(args.tokens, args.hidden, args.seqlens, args.dtype)
-    groups = choose(problems, IMPLEMENTATIONS, args.filter)
+    problems = list(grid(args.tokens, args.hidden, args.seqlens, args.dtype))
+    groups = choose(problems, available(IMPLEMENTATIONS, log), args.filter)
     if args.dry_run:
         return dry_run(groups)
+    for_torch = argparse.Namespace(**vars(args))
+    for_torch.budget_s = TORCH_SHARE * args.budget_s
+    args.budget_s -= 0 if torch_attention.absent() else for_torch.budget_s
     data = run(args, groups, "attention", tokens=args.tokens, hidden=args.hidden)
+    add_torch(data, problems, for_torch)
     if not data["records"]:
         log("nothing was measured")
         return 1

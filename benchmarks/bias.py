@@ -13,13 +13,11 @@ lengths or segment ids what a mask tells the others. "cudnn" and "xla" are jax.n
 """
 
 import argparse
-import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from importlib import util
 from itertools import product
 from pathlib import Path
 
@@ -29,9 +27,14 @@ import jax.numpy as jnp
 import jax_fa3
 from benchmarks.attention import Group, dry_run, log, options, run
 from benchmarks.dense import MODES, Dense, dense_problems, largest_error
-from benchmarks.environment import save, version
-from benchmarks.implementations import Function, Implementation, our_attention
-from benchmarks.packed import merged
+from benchmarks.implementations import (
+    Function,
+    Implementation,
+    available,
+    our_attention,
+    tokamax,
+)
+from benchmarks.merge import add_option, merge
 from benchmarks.render import NAMES, OURS, Results, not_measured, table
 from benchmarks.timing import Program
 
@@ -118,12 +121,6 @@ def xla(problem: Dense, mode: str) -> Function:
     return partial(jax.nn.dot_product_attention, implementation="xla")
 
 
-def tokamax(problem: Dense, mode: str) -> Function:
-    from tokamax import dot_product_attention
-
-    return partial(dot_product_attention, implementation="mosaic")
-
-
 # Peers may sum a bias' gradient over the sequences in bfloat16.
 PEER = dict(beside=Dense.arrays, tolerance=1e-1)
 IMPLEMENTATIONS = (
@@ -132,28 +129,19 @@ IMPLEMENTATIONS = (
     Implementation(BY_XLA, by_xla, beside=Dense.arrays),
     Implementation("cudnn", cudnn, **PEER),
     Implementation("xla", xla, serial=True, **PEER),
-    Implementation("tokamax", tokamax, **PEER),
+    Implementation("tokamax", partial(tokamax, "mosaic"), package="tokamax", **PEER),
 )
-
-
-def implementations(problem: Dense) -> Iterator[Implementation]:
-    """Those that can be measured here."""
-    for x in IMPLEMENTATIONS:
-        is_there = x.name != "tokamax" or util.find_spec("tokamax")
-        if is_there and not (x.name == PLAIN and problem.said is None):
-            yield x
 
 
 def choose(problems: list[Dense], pattern: str) -> list[Group]:
     """The programs whose labels match, those of one problem together."""
-    if not util.find_spec("tokamax"):
-        log("tokamax: left out, the package is not installed")
-    groups = []
+    implementations, groups = available(IMPLEMENTATIONS, log), []
     for problem in problems:
         every = [
             DenseProgram(x, problem, mode)
             for mode in problem.modes
-            for x in implementations(problem)
+            for x in implementations
+            if not (x.name == PLAIN and problem.said is None)
         ]
         programs = [x for x in every if re.search(pattern, x.label)]
         if programs:
@@ -253,13 +241,12 @@ def times(results: DenseResults, mode: str, has_bias: bool) -> str:
 
 def markdown(results: DenseResults) -> str:
     data = results.data
-    environment = data["environment"] | dict(tokamax=data["tokamax"])
     parts = [
         f"# Biases and masks on {data['environment']['device']}\n",
         f"Microseconds by {results.clock} time, median over rounds, bfloat16; shapes are batch x "
         "tokens x heads (of key and value) x head_dim. cuDNN and XLA are jax.nn's. The plain call "
         "has no bias, and is_causal, lengths or segment ids in place of a mask.\n",
-        table(["", ""], environment.items()),
+        table(["", ""], data["environment"].items()),
         summary(results),
         *(times(results, mode, has_bias) for has_bias in (True, False) for mode in MODES),
         *not_measured(results),
@@ -277,9 +264,7 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
-    )
+    add_option(parser)
     args = parser.parse_args()
     args.budget_s = args.budget_s or (150 if args.quick else 480)
     return args
@@ -288,15 +273,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.merge:
-        data = merged([json.loads(path.read_text()) for path in args.merge])
-        save(data, args.output / "bias.json")
-        log(write(data, args.output))
+        log(merge(args.merge, args.output / "bias.json", write))
         return 0
     problems = [x for x in dense_problems() if not args.quick or x.name in QUICK]
     groups = choose(problems, args.filter)
     if args.dry_run:
         return dry_run(groups)
-    data = run(args, groups, "bias", tokamax=version("tokamax"))
+    data = run(args, groups, "bias")
     if not data["records"]:
         log("nothing was measured")
         return 1

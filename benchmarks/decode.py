@@ -16,7 +16,6 @@ is dot_product_attention on the forward kernel. Bytes are of the keys and values
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -30,9 +29,8 @@ import numpy as np
 
 import jax_fa3
 from benchmarks.attention import Group, dry_run, log, options, run
-from benchmarks.environment import save
 from benchmarks.implementations import Function, Implementation
-from benchmarks.packed import merged
+from benchmarks.merge import add_option, merge
 from benchmarks.problems import DTYPES
 from benchmarks.render import NAMES, OURS, Results, not_measured, table
 from benchmarks.timing import Program, platform
@@ -430,9 +428,7 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="only rows that have goals")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
-    )
+    add_option(parser)
     args = parser.parse_args()
     args.budget_s = args.budget_s or (150 if args.quick else 480)
     return args
@@ -441,9 +437,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.merge:
-        data = merged([json.loads(path.read_text()) for path in args.merge])
-        save(data, args.output / "decode.json")
-        log(write(data, args.output))
+        log(merge(args.merge, args.output / "decode.json", write))
         return 0
     groups = choose([x for x in problems() if x.quick or not args.quick], args.filter)
     if args.dry_run:

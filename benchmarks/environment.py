@@ -11,7 +11,10 @@ from pathlib import Path
 import jax
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "numpy")
+PACKAGES = (
+    "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "numpy",
+    "dew-flash-attn-cu13", "tokamax", "torch",  # of peers
+)  # fmt: skip
 
 
 def output_of(*command: str) -> str | None:

@@ -14,12 +14,10 @@ and a key that see each other count as work.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from importlib import util
 from itertools import product
 from pathlib import Path
 
@@ -29,8 +27,8 @@ import numpy as np
 
 import jax_fa3
 from benchmarks.attention import choose, dry_run, log, options, run
-from benchmarks.environment import save
-from benchmarks.implementations import Function, Implementation, our_attention
+from benchmarks.implementations import Function, Implementation, available, our_attention
+from benchmarks.merge import add_option, merge
 from benchmarks.problems import (
     DOCUMENTS,
     FOURTEEN,
@@ -106,7 +104,10 @@ IMPLEMENTATIONS = (
         "jax_fa3 direct", direct, target="jax_fa3_{mode}",
         beside=lambda problem: (problem.segment_ids,),
     ),
-    Implementation("FA3", varlen, beside=lambda problem: (problem.cu_seqlens,)),
+    Implementation(
+        "FA3", varlen, package="dew_flash_attn",
+        beside=lambda problem: (problem.cu_seqlens,),
+    ),
     Implementation(
         "cuDNN packed", cudnn_packed,
         beside=lambda problem: (np.int32([problem.lengths]), problem.cu_seqlens[None]),
@@ -117,14 +118,6 @@ IMPLEMENTATIONS = (
         beside=lambda problem: (dense_mask(problem),),
     ),
 )  # fmt: skip
-
-
-def importable(implementations: Iterable[Implementation]) -> list[Implementation]:
-    """Without upstream's kernels where their package is absent, which is said."""
-    absent = util.find_spec("dew_flash_attn") is None
-    if absent:
-        log("FA3: left out, the package dew_flash_attn is not installed")
-    return [x for x in implementations if not (absent and x.name == "FA3")]
 
 
 class PackedResults(Results):
@@ -208,15 +201,6 @@ def markdown(results: PackedResults) -> str:
     return "\n".join([*parts, *not_measured(results)])
 
 
-def merged(runs: list[dict]) -> dict:
-    """Runs of one commit on one kind of GPU, of different cells, as one run."""
-    facts = {tuple(run["environment"][x] for x in ("commit", "device", "driver")) for run in runs}
-    if len(facts) > 1:
-        raise ValueError(f"the runs differ in commit, device or driver: {sorted(facts)}")
-    lists = {name: [x for run in runs for x in run[name]] for name in ("skipped", "records")}
-    return runs[0] | lists
-
-
 def write(data: dict, folder: Path) -> str:
     """Writes packed.md into folder; returns the report."""
     report = markdown(PackedResults(data))
@@ -227,9 +211,7 @@ def write(data: dict, folder: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="mean 1024 in 16k tokens only")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join saved runs"
-    )
+    add_option(parser)
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {PACKED_TOKENS}")
     args = parser.parse_args()
@@ -241,13 +223,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.merge:
-        data = merged([json.loads(path.read_text()) for path in args.merge])
-        save(data, args.output / "packed.json")
-        log(write(data, args.output))
+        log(merge(args.merge, args.output / "packed.json", write))
         return 0
     documents = DOCUMENTS[: 1 if args.quick else None]
     problems = packed_grid(args.tokens, args.head_dims, documents, "bf16")
-    groups = choose(problems, importable(IMPLEMENTATIONS), args.filter)
+    groups = choose(problems, available(IMPLEMENTATIONS, log), args.filter)
     if args.dry_run:
         return dry_run(groups)
     data = run(args, groups, "packed")

@@ -2,7 +2,7 @@
 
 python -m benchmarks.render                         # benchmarks/results/attention.json
 python -m benchmarks.render FILE.json --output FOLDER
-python -m benchmarks.render --readme                # also fills in the tables of README.md
+python -m benchmarks.render --readme                # also fills in README.md and docs/speed.md
 """
 
 import argparse
@@ -14,14 +14,18 @@ from pathlib import Path
 from benchmarks.environment import RESULTS
 from benchmarks.problems import MODES
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
 OURS = "jax_fa3"
 NAMES = {OURS: "jax_fa3", "cudnn": "cuDNN", "xla": "XLA", "mosaic": "Mosaic GPU"}
+NAMES |= {"triton": "Pallas Triton", "tokamax triton": "tokamax Triton", "FA2": "FA2 (torch)"}
 NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # benchmarks.float8's
 NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
 NAMES |= {x: x for x in ("jax_fa3 plain", "jax_fa3 xla", "tokamax")}  # bias'
 NAMES |= {"jax_fa3 forward": "jax_fa3 forward"}  # decode's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
+COLORS |= {"FA2": "#8a5a9e", "FA3": "#1f1f1f", "triton": "#b08d2e"}
+COLORS |= {"tokamax": "#4fa3a5", "tokamax triton": "#9bc9ca"}
 COLORS |= {"float8": "#c2410c", "float8 from bf16": "#e39a3b"}
 COLORS |= {"bf16": "#2a6fbb", "cuDNN fp8": "#3f7d20"}
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}  # bf16, dense, by data sheet
@@ -112,8 +116,9 @@ def markdown(results: Results) -> str:
     out = [
         f"# Attention on {data['environment']['device']}\n",
         f"{data['tokens']} tokens, hidden size {data['hidden']}; TFLOP/s by {results.clock} time, "
-        "median over rounds, the fastest bold. The last columns are jax_fa3's speed over the best "
-        "peer's, by kernel and by wall time. Mosaic GPU runs in float16.\n",
+        "median over rounds, the fastest bold. XLA is the standard attention, with all scores in "
+        "memory; FA2 runs in a process of its own. The last columns are jax_fa3's speed over the "
+        "best peer's, by kernel and by wall time. Mosaic GPU runs in float16.\n",
         table(["", ""], data["environment"].items()),
     ]
     for mode in MODES:
@@ -182,8 +187,8 @@ def measured_on(environment: dict[str, str]) -> str:
     return ", ".join(facts)
 
 
-def readme_table(results: Results) -> str:
-    """The numbers section: jax_fa3 / cuDNN per cell that was measured, with date and GPU."""
+def speed_table(results: Results) -> str:
+    """jax_fa3 / cuDNN per cell that was measured, with date and GPU."""
     environment, seqlens = results.data["environment"], results.values("seqlen")
     rows = []
     for mode in MODES:
@@ -236,12 +241,12 @@ def train_step_table(data: dict) -> str:
     )
 
 
-def fill_readme(name: str, text: str) -> None:
-    """Puts text between the markers `name` of README.md."""
+def fill(page: Path, name: str, text: str) -> None:
+    """Puts text between the markers `name` of a page."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = README.read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}\n{text}{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def write(data: dict, folder: Path) -> str:
@@ -261,15 +266,15 @@ def main() -> int:
     )
     parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "attention.json")
     parser.add_argument("--output", type=Path, help="folder (default: that of the JSON file)")
-    parser.add_argument("--readme", action="store_true", help="fill in README.md's tables")
+    parser.add_argument("--readme", action="store_true", help="fill in README.md and docs/speed.md")
     args = parser.parse_args()
     data = json.loads(args.json.read_text())
     print(write(data, args.output or args.json.parent))
     if args.readme:
-        fill_readme("benchmarks", readme_table(Results(data)))
+        fill(SPEED, "benchmarks", speed_table(Results(data)))
         train_step = args.json.parent / "train_step.json"
         if train_step.exists():
-            fill_readme("train-step", train_step_table(json.loads(train_step.read_text())))
+            fill(README, "train-step", train_step_table(json.loads(train_step.read_text())))
     return 0
 
 

@@ -6,13 +6,12 @@ waited takes its seat and its pages. Runs on whatever JAX finds: on jax_fa3's ke
 GPU, through XLA anywhere else. Exits with 1 if the tokens are not those of the model without a
 cache.
 
-    python examples/generate.py [--steps N] [--tokens N]
+    python examples/generate.py [--short] [--steps N] [--tokens N]
 """
 
 import argparse
 import sys
 from collections import defaultdict
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import numpy as np
 
 import jax_fa3
 from paged import Generator, Sequence, check_greedy
-from training import choose_setup, describe, read_alphabet, read_text, train, windows
+from training import add_arguments, choose_setup, describe, read_alphabet, read_text, train, windows
 
 PROMPTS = (12, 90, 30, 55, 20)  # their lengths
 SEATS = 3
@@ -50,13 +49,12 @@ def stream(generator: Generator, prompts, alphabet: str) -> list[Sequence]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=160, help="tokens of each prompt")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = choose_setup(vocabulary)
-    setup = replace(setup, steps=args.steps or setup.steps)
+    setup = choose_setup(vocabulary, args)
     print(f"{describe(setup)} on {jax.devices()[0].device_kind}")
     parameters, losses = train(setup, jax_fa3.dot_product_attention, windows(tokens, setup))
     print(f"loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}\n")

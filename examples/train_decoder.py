@@ -8,7 +8,7 @@ the same parameters and batch, and loss, step time and tokens per second of the 
 packed and padded. Exits with 1 if the loss did not fall, the gradients disagree, packing changes
 the loss or what stands in padding reaches anything.
 
-    python examples/train_decoder.py [--steps N] [--output FOLDER]
+    python examples/train_decoder.py [--short] [--steps N] [--output FOLDER]
 """
 
 import argparse
@@ -30,6 +30,7 @@ from packing import Packed, pad
 from training import (
     OUTPUT,
     Setup,
+    add_arguments,
     build,
     choose_setup,
     describe,
@@ -217,13 +218,12 @@ def failures(losses: list[float], rows: list[Measured]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the PNG")
     args = parser.parse_args()
 
     documents, vocabulary = read_documents()
-    setup = choose_setup(vocabulary)
-    setup = replace(setup, steps=args.steps or setup.steps)
+    setup = choose_setup(vocabulary, args)
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {device}")
     batches = packed_rows(documents, setup)

@@ -5,12 +5,11 @@ whatever JAX finds: on the kernels of a Hopper GPU, through XLA anywhere else (o
 or two, where the rest of the model is in float32). Ends with a PNG of both loss curves, and exits
 with 1 if float8 ends above bfloat16 by more than the noise of the two curves.
 
-    python examples/train_float8.py [--steps N] [--output FOLDER]
+    python examples/train_float8.py [--short] [--steps N] [--output FOLDER]
 """
 
 import argparse
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_fa3
-from training import OUTPUT, choose_setup, describe, plot_losses, read_text, train, windows
+from training import (
+    OUTPUT,
+    add_arguments,
+    choose_setup,
+    describe,
+    plot_losses,
+    read_text,
+    train,
+    windows,
+)
 
 FORWARD_DTYPES = {"bfloat16": None, "float8": "float8_e4m3fn"}
 
@@ -39,13 +47,12 @@ def final_loss(losses: list[float]) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the PNG")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = choose_setup(vocabulary)
-    setup = replace(setup, steps=args.steps or setup.steps)
+    setup = choose_setup(vocabulary, args)
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {device}; attention in bfloat16, and its forward pass in float8")
     curves = {

@@ -2,18 +2,21 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/train_mesh.py
     python examples/train_mesh.py --data 2 --tensor 2 --context 2 --steps 100 --resume
+    python examples/train_mesh.py --packed
 
 Batches are split over "data", heads and the MLP's hidden units over "tensor", positions over
 "context", parameters and optimizer state over all three. The model is decoder.py as it is: a table
-says where each parameter lives, and the attention function constrains its inputs. Checkpoints hold
-the state and the losses; --resume goes on from the last one, on whatever mesh. Ends with a PNG of
-the loss curve, and exits with 1 if the loss did not fall.
+says where each parameter lives, and the attention function constrains its inputs. With --packed
+rows hold several documents, the paragraphs of the text, each of which sees itself only; positions
+are split all the same. Checkpoints hold the state and the losses; --resume goes on from the last
+one, on whatever mesh. Ends with a PNG of the loss curve, and exits with 1 if the loss did not fall.
 """
 
 import argparse
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,15 +31,18 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jax_fa3
+from packing import pack
 from training import (
     OUTPUT,
     Setup,
+    add_arguments,
     build,
     choose_setup,
     describe,
     draw_batch,
     make_step,
     plot_losses,
+    read_documents,
     read_text,
 )
 
@@ -144,11 +150,33 @@ class Checkpoints:
         self.manager.close()
 
 
+def of_text(tokens: np.ndarray, setup: Setup) -> Callable[[int], tuple[np.ndarray]]:
+    """The batch of each step, of windows of the text."""
+    return lambda i: (draw_batch(np.random.default_rng(i), tokens, setup),)
+
+
+def of_documents(documents: list[np.ndarray], setup: Setup) -> Callable[[int], tuple]:
+    """The batch of each step, tokens and segment ids of packed documents."""
+    packed = pack(documents, setup.seqlen + 1)
+
+    def draw(i):
+        rows = np.random.default_rng(i).choice(len(packed.tokens), setup.batch, replace=False)
+        return packed.tokens[rows], packed.segment_ids[rows]
+
+    return draw
+
+
 def train(
-    setup: Setup, mesh: Mesh, tokens: np.ndarray, folder: Path, *, save_every: int, resume: bool
+    setup: Setup,
+    mesh: Mesh,
+    draw: Callable[[int], tuple],
+    folder: Path,
+    *,
+    save_every: int,
+    resume: bool,
 ) -> list[float]:
     """Trains up to setup.steps in all, from a checkpoint in `folder` or from the start; returns the
-    loss of every step. Step i sees the same batch on every mesh and after every interruption."""
+    loss of every step. Step i sees draw(i) on every mesh and after every interruption."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.warmup_constant_schedule(0.0, setup.learning_rate, 20)),
@@ -159,8 +187,8 @@ def train(
         parameters = initialise()
         return parameters, optimizer.init(parameters)
 
-    def gathered_loss(parameters, tokens):
-        return loss(gather(mesh, parameters), tokens)
+    def gathered_loss(parameters, *batch):
+        return loss(gather(mesh, parameters), *batch)
 
     shapes = jax.eval_shape(start)
     places = jax.tree_util.tree_map_with_path(
@@ -187,9 +215,8 @@ def train(
         numbers, "training", setup.steps, initial=done, unit="step", file=sys.stdout
     ) as progress:
         for i in progress:
-            batch = draw_batch(np.random.default_rng(i), tokens, setup)
-            batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
-            *state, value = step(*state, batch)
+            batch = jax.device_put(draw(i), NamedSharding(mesh, P("data")))
+            *state, value = step(*state, *batch)
             losses.append(float(value))
             progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             if len(losses) % save_every == 0 or len(losses) == setup.steps:
@@ -204,16 +231,17 @@ def main() -> int:
     )
     for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, help=f"size of the {axis} axis")
-    parser.add_argument("--steps", type=int, help="training steps in all (default: by hardware)")
+    add_arguments(parser)
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--packed", action="store_true", help="train on packed paragraphs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--output", type=Path, default=OUTPUT / "mesh", help="where results go")
     args = parser.parse_args()
 
     tokens, vocabulary = read_text()
-    setup = choose_setup(vocabulary)
+    setup = choose_setup(vocabulary, args)
     config = replace(setup.config, dtype=jnp.bfloat16)
-    setup = replace(setup, config=config, steps=args.steps or setup.steps)
+    setup = replace(setup, config=config)
     shape = tuple(getattr(args, axis) for axis in AXES)
     if None in shape:
         if shape != (None, None, None):
@@ -228,8 +256,9 @@ def main() -> int:
     device = jax.devices()[0].device_kind
     print(f"{describe(setup)} on {mesh.size} x {device}: {sizes}")
 
+    draw = of_documents(read_documents()[0], setup) if args.packed else of_text(tokens, setup)
     folder = args.output / "checkpoints"
-    losses = train(setup, mesh, tokens, folder, save_every=args.save_every, resume=args.resume)
+    losses = train(setup, mesh, draw, folder, save_every=args.save_every, resume=args.resume)
     last = statistics.mean(losses[-10:])
     path = args.output / "loss.png"
     plot_losses({"jax_fa3": losses}, f"Character-level decoder on {mesh.size} x {device}", path)

@@ -1,9 +1,10 @@
 """What the training examples share: setup, text, batches, a loss, training, a plot of losses."""
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +34,22 @@ class Setup:
     learning_rate: float
 
 
-def choose_setup(vocabulary: int) -> Setup:
-    """A model that trains in a minute or two: on two CPU cores, or on a GPU."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `choose_setup` reads."""
+    parser.add_argument("--steps", type=int, help="training steps (default: by hardware)")
+    parser.add_argument("--short", action="store_true", help="small batches and 30 steps: a check")
+
+
+def choose_setup(vocabulary: int, args: argparse.Namespace) -> Setup:
+    """A model that trains in a minute or two, on two CPU cores or on a GPU; with --short in
+    seconds, most of them the compiler's."""
+    setup = _setup_of_hardware(vocabulary)
+    if args.short:
+        setup = replace(setup, batch=4, seqlen=64, steps=30)
+    return replace(setup, steps=args.steps or setup.steps)
+
+
+def _setup_of_hardware(vocabulary: int) -> Setup:
     if jax.default_backend() == "gpu":
         config = Config(vocabulary, 6, 768, 6, 2, 128, jnp.bfloat16)
         return Setup(config, batch=8, seqlen=2048, steps=200, learning_rate=6e-4)

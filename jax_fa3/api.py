@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import route, score, validate
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division
 from jax_fa3.float8 import rounding
 from jax_fa3.operands import Operands, Outputs, in_row_dims
 from jax_fa3.options import AttentionOptions, SequenceParallel
@@ -23,12 +23,15 @@ from jax_fa3.visibility import checks, public
 from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
+ArrayType = ArrayLike | jax.ShapeDtypeStruct  # an array, or its shape and dtype alone
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def _not_for_flax(function: Callable) -> Callable:
+
+def _not_for_flax(function: Function) -> Function:
     """`function`, which names the cure where a layer of Flax is given it for its attention_fn."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         if "dropout_rate" in kwargs:
             raise TypeError(
                 f"{function.__name__} is given Flax's dropout_rate; expected what is not a layer's "
@@ -37,7 +40,7 @@ def _not_for_flax(function: Callable) -> Callable:
             )
         return function(*args, **kwargs)
 
-    return call
+    return cast(Function, call)
 
 
 @overload
@@ -153,44 +156,43 @@ def dot_product_attention(
 
 @_not_for_flax
 def dot_product_attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
-    scale=None,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    local_window_size=None,
-    implementation=None,
-    return_residual=False,
-    query_offset=None,
-    deterministic=None,
-    sequence_parallel="auto",
-    sm_margin=0,
-    forward_dtype=None,
-    query_descale=None,
-    key_descale=None,
-    value_descale=None,
-    value_is_prepared=False,
-    query_segment_ids=None,
-    key_value_segment_ids=None,
-    kv_start=None,
-    kv_end=None,
-    attention_chunk=None,
-    visibility=None,
-    logits_soft_cap=None,
-    alibi_slopes=None,
-    sinks=None,
-    return_max_logits=False,
-):
-    """softmax(scale * query @ key^T + bias) @ value, as `jax.nn.dot_product_attention` has it.
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["fa3", "xla"] | None = None,
+    return_residual: bool = False,
+    query_offset: ArrayLike | None = None,
+    deterministic: bool | None = None,
+    sequence_parallel: SequenceParallel = "auto",
+    sm_margin: int = 0,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    value_is_prepared: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_max_logits: bool = False,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """softmax(scale * query @ key^T + bias) @ value, with the arguments of `jax.nn`'s function.
 
     On Hopper GPUs (H100, H200) bfloat16 and float16 run on this package's FlashAttention-3
-    kernels; everything else runs the same meaning through XLA, block by block, in memory linear
-    in the sequence lengths.
+    kernels. Everything else runs through XLA, in memory linear in the sequence lengths.
 
     Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
     H head_dim. All lengths, offsets and windows count tokens.
@@ -216,25 +218,25 @@ def dot_product_attention(
       return_residual: also return the log-sum-exp of each row's scores.
       query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
         causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
-      deterministic: if True, gradients are bitwise reproducible; default: whether XLA_FLAGS has
-        --xla_gpu_deterministic_ops or --xla_gpu_exclude_nondeterministic_ops. The forward pass
-        always is.
+      deterministic: if True, gradients are bitwise reproducible; by default,
+        True if XLA_FLAGS has --xla_gpu_deterministic_ops or
+        --xla_gpu_exclude_nondeterministic_ops. The forward pass is always reproducible.
       sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
         explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
-        picks one of the first two, "error" raises. With a bias, mask, segment ids, intervals,
-        chunks or float8 inputs only "auto", which gathers.
+        picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
+        which gathers.
       sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
         such as the collectives of a ring; 0 to 131.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
         rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
         inputs' type, at the inputs as float8 rounded them, and straight-through. With a bias or
         mask the kernels run it in the inputs' type.
-      query_descale, key_descale: of float8 inputs, what their elements are to be multiplied by:
+      query_descale, key_descale: factors by which elements of float8 inputs are multiplied,
         positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
         inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.
       value_descale: likewise, () or (B, K).
-      value_is_prepared: value is as `quantize_qkv(..., prepare_value=True)` has it, which spares
-        the kernels a pass over it.
+      value_is_prepared: value has the layout that `quantize_qkv(..., prepare_value=True)` gives,
+        which saves the kernels a pass over it.
       query_segment_ids: int32 (B, T), the number of each row's document, which sees itself only;
         3-D inputs: (T,). 0 is padding, which sees nothing and is seen by nobody. Each document is
         one run of rows; numbers are in any order. docs/packed.md says which form to take.
@@ -244,13 +246,13 @@ def dot_product_attention(
         j < kv_end[i]; either may be missing. 3-D inputs: without B.
       attention_chunk: an int c: row i sees the keys of the chunk of c keys that has its position,
         i + query_offset.
-      visibility: what `make_visibility` made of such arguments, once for all calls, in their place.
+      visibility: the result of `make_visibility`, in place of ids, intervals and chunks.
       logits_soft_cap: a positive Python number c: scores with all that is added to them become
         c * tanh(score / c), before any mask.
-      alibi_slopes: float32 (N,), other floats are cast: slope * |i + query_offset - j| is taken
-        from the scaled scores. They have no gradient, and raise where one is asked for.
-      sinks: float32 (N,), other floats are cast: each row of a head also has this logit, of a key
-        whose value is 0. With gradient.
+      alibi_slopes: float32 (N,); other floating dtypes are cast. `slope * |i + query_offset - j|`
+        is subtracted from the scaled scores. Asking for their gradient raises.
+      sinks: float32 (N,); other floating dtypes are cast. An additional logit for each row of a
+        head, of a key whose value is 0. Differentiable.
       return_max_logits: also return the largest logit that each head sees, the sink apart.
 
     Returns:
@@ -290,36 +292,36 @@ def dot_product_attention(
 
 
 def is_supported(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+    query: ArrayType,
+    key: ArrayType,
+    value: ArrayType,
+    bias: ArrayType | None = None,
+    mask: ArrayType | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
+    query_seq_lengths: ArrayType | None = None,
+    key_value_seq_lengths: ArrayType | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    query_offset: Any = None,
+    query_offset: ArrayType | None = None,
     deterministic: bool | None = None,
     sequence_parallel: SequenceParallel = "auto",
     sm_margin: int = 0,
-    forward_dtype: Any = None,
-    query_descale: Any = None,
-    key_descale: Any = None,
-    value_descale: Any = None,
+    forward_dtype: DTypeLike | None = None,
+    query_descale: ArrayType | None = None,
+    key_descale: ArrayType | None = None,
+    value_descale: ArrayType | None = None,
     value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
+    query_segment_ids: ArrayType | None = None,
+    key_value_segment_ids: ArrayType | None = None,
+    kv_start: ArrayType | None = None,
+    kv_end: ArrayType | None = None,
     attention_chunk: int | None = None,
     visibility: Visibility | None = None,
     logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayType | None = None,
+    sinks: ArrayType | None = None,
     return_max_logits: bool = False,
 ) -> str | None:
     """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
@@ -348,25 +350,35 @@ def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, ...]:
 
 def reasons_against(arguments: Arguments) -> route.Reasons:
     """Why the kernels would not run a call of these arguments, if there is a reason."""
-    arguments = arguments.with_arrays()
-    validate.check_call(arguments)
-    checks.check_call(arguments)
+    arguments = checked(arguments)
     return route.reasons_of(arguments, arguments.options())
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
-    """Checks the arguments and makes the static choices; the arrays are still the user's, but for
-    the scales, which have their rows' dimensions, and the sign of the scale, which query has."""
+    """`prepared` of these arguments, once they are checked."""
+    return prepared(checked(arguments))
+
+
+def checked(arguments: Arguments, division: Division = UNDIVIDED) -> Arguments:
+    """The arguments, which are legal, with an array wherever something stood for one."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
-    checks.check_call(arguments)
+    checks.check_call(arguments, division)
+    return arguments
+
+
+def prepared(
+    arguments: Arguments, division: Division = UNDIVIDED
+) -> tuple[AttentionOptions, Operands]:
+    """The static choices of checked arguments; the arrays are still the user's, but for the scales,
+    which have their rows' dimensions, and the sign of the scale, which query has."""
     options = route.decide(arguments, arguments.options())
     query, arrays = arguments.query, dict(arguments.arrays)
     if arguments.is_float8:
         scales = {name: arrays.get(name, jnp.float32(1)) for name in rounding.DESCALES}
         arrays |= rounding.spread(scales, query, arguments.key, arguments.plain_value)
     if "visibility" in arrays:
-        arrays["visibility"] = public.of_call(arguments)
+        arrays["visibility"] = public.of_call(arguments, division)
     scale = score.resolve_scale(arguments.scale, query.shape[-1])
     arrays["query"] = score.carry_sign(query, scale)
     return options, arguments.Operands(**arrays)
@@ -386,10 +398,10 @@ def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) ->
     outputs = core(in_row_dims(operands))
     if outputs.lse is not None:
         outputs = outputs.replace(lse=jnp.moveaxis(outputs.lse, 1, 2))
-    return outputs if operands.query.ndim == 4 else jax.tree.map(lambda x: x[0], outputs)
+    return outputs if operands.is_batched else jax.tree.map(lambda x: x[0], outputs)
 
 
 def public_results(outputs: Outputs) -> jax.Array | tuple[jax.Array, ...]:
     """out, or a tuple of it and what else was asked for."""
     results = tuple(outputs.present().values())
-    return results if len(results) > 1 else outputs.out
+    return results if len(results) > 1 else results[0]

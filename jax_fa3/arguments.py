@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,17 @@ from jax_fa3.operands import Extents, Operands, Sources
 from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
 
 NO_ID = -1  # what no row may have for an id
+
+
+class Division(NamedTuple):
+    """Into how many equal parts the sequences are divided of which a call's arrays have one, and
+    what makes whole ones of an array whose last dimension has rows or keys."""
+
+    parts: int = 1
+    gather: Callable[[Any], Any] = lambda x: x
+
+
+UNDIVIDED = Division()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +73,13 @@ class Arguments:
     # What the record becomes.
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
     Operands: ClassVar[type[Operands]] = Operands
+
+    function: ClassVar[str] = "dot_product_attention"  # the public one
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions of the user change scores or hide pairs."""
+        return False
 
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
@@ -104,8 +123,6 @@ class Arguments:
     @property
     def needs_whole(self) -> str | None:
         """The first argument given with which sequences cannot stay divided."""
-        if self.makes_visibility:
-            return self.source_of_visibility
         rows = self.Operands.rows().items()
         names = [row.argument or name for name, row in rows if row.needs_whole]
         return next((name for name in names if getattr(self, name, None) is not None), None)
@@ -116,7 +133,7 @@ class Arguments:
         words = self.extents.by_letter()["v"]
         return jax.ShapeDtypeStruct((1, 1, words), jnp.int32)
 
-    def with_arrays(self) -> Arguments:
+    def with_arrays(self) -> Self:
         """Whatever may stand for an array, such as a list, made one."""
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}

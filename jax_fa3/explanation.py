@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import os
 import traceback
@@ -41,7 +42,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ex
 
     Args:
       function: any function of JAX, under jit or not.
-      *args, **kwargs: its arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`.
+      args, kwargs: its arguments, pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
       The calls in the order in which they are traced.
@@ -95,4 +96,6 @@ def _shown(x: Any) -> str:
     if dataclasses.is_dataclass(x):
         parts = (f"{name}={_shown(part)}" for name, part in vars(x).items())
         return f"{type(x).__name__}({', '.join(parts)})"
-    return repr(x)
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return x.__qualname__ if inspect.isfunction(x) else repr(x)

@@ -83,9 +83,10 @@ def make_attention_fn(
       query_segment_ids, key_value_segment_ids: int32 (batch..., T) and (batch..., S).
       kv_start, kv_end: int32 (batch..., T), (batch..., N, T) or (batch..., K, T).
       visibility: what `make_visibility` gives, for all batch dimensions in one or for any batch.
-      scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
-        logits_soft_cap, alibi_slopes, sinks: as in `dot_product_attention`. Sinks that are trained
-        are a parameter of the layer: make the function where it is at hand.
+      sinks: as in `dot_product_attention`. Sinks that are trained are a parameter of the layer;
+        make the function where that parameter is at hand.
+      Others: scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
+        logits_soft_cap and alibi_slopes, as in `dot_product_attention`.
 
     Returns:
       The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
@@ -187,10 +188,10 @@ class _AttentionFn:
         precision: Any = None,
         module: Any = None,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general: Callable | None = None,
-        qk_attn_weights_einsum: Callable | None = None,
-        attn_weights_value_einsum: Callable | None = None,
-        promote_dtype: Callable | None = None,
+        einsum_dot_general: Callable[..., Any] | None = None,
+        qk_attn_weights_einsum: Callable[..., Any] | None = None,
+        attn_weights_value_einsum: Callable[..., Any] | None = None,
+        promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
         input_positions: jax.Array | None = None,
     ) -> jax.Array:
@@ -210,8 +211,10 @@ class _AttentionFn:
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         bias, mask = _fold_dense("bias", bias, batch), _fold_dense("mask", mask, batch)
         key_lengths = _fold_lengths(self.key_value_seq_lengths)
+        rows: dict[str, Any]
+        rows = {name: _fold_rows(name, getattr(self, name), batch) for name in OF_ROWS}
         offset = self.query_offset
-        offset = offset if np.ndim(offset) == 0 else _fold_lengths(offset)
+        offset = offset if offset is None or np.ndim(offset) == 0 else _fold_lengths(offset)
         if mask is not None:
             mask = mask.astype(bool)
             if seqlen_q == 1 < seqlen_k and offset is None:
@@ -220,7 +223,9 @@ class _AttentionFn:
                 _check_padding_mask(mask, seqlen_k)
                 key_lengths, mask = _lengths(mask, batch), None
         out = dot_product_attention(
-            *(_fold(x.astype(dtype)) for x in (query, key, value)),
+            _fold(query.astype(dtype)),
+            _fold(key.astype(dtype)),
+            _fold(value.astype(dtype)),
             bias,
             mask,
             is_causal=self.is_causal or is_causal,
@@ -233,7 +238,7 @@ class _AttentionFn:
             deterministic=self.deterministic,
             sm_margin=self.sm_margin,
             forward_dtype=self.forward_dtype,
-            **{name: _fold_rows(name, getattr(self, name), batch) for name in OF_ROWS},
+            **rows,
             attention_chunk=self.attention_chunk,
             visibility=self.visibility,
             logits_soft_cap=self.logits_soft_cap,

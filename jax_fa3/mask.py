@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa3.flex.functions import Functions
+from jax_fa3.flex.operands import FlexOperands
 from jax_fa3.operands import Counts, Operands
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED, AttentionOptions
 from jax_fa3.visibility.table import Plane
@@ -44,9 +46,26 @@ def visible(
         terms += [column >= begin[..., None], column < end[..., None]]
     if operands.mask is not None:
         terms.append(operands.mask)
+    if options.functions is not None:
+        terms.append(_by_functions(options.functions, operands, row, column))
+    terms = [term for term in terms if term is not None]
     if not terms:
         return None
     return functools.reduce(jnp.logical_and, terms)
+
+
+def _by_functions(
+    functions: Functions, operands: FlexOperands, row: jax.Array, column: jax.Array
+) -> jax.Array | None:
+    """What the mask function and its blocks let see, if there is one."""
+    return functions.visible(
+        operands.batch_number,
+        operands.head_number,
+        row.reshape(-1),
+        column.reshape(-1),
+        tuple(operands.captured.values()),
+        operands.block_states,
+    )
 
 
 def positions(options: AttentionOptions, operands: Operands, row: jax.Array) -> jax.Array:

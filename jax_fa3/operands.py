@@ -189,13 +189,7 @@ class Operands(Bundle):
         "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
     )
     query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
-    visibility: Array | None = row(
-        "bhv",
-        "int32",
-        form="broadcast",
-        flag=True,
-        needs_whole="segment ids, key intervals, chunks or documents",
-    )
+    visibility: Array | None = row("bhv", "int32", form="broadcast", flag=True)
     bias: Array | None = row(
         "bhst",
         *DTYPES,
@@ -219,6 +213,11 @@ class Operands(Bundle):
         prepared = self.prepared_value
         head_dim_v = self.value.shape[3] if prepared is None else prepared.shape[2]
         return Extents.of(self.query, self.key, head_dim_v)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether arrays of the user's shapes have a batch dimension."""
+        return self.query.ndim == 4
 
     @property
     def is_float8(self) -> bool:
@@ -277,11 +276,11 @@ class Sources(Bundle):
 
 def in_row_dims(operands: Operands) -> Operands:
     """Checked arrays of the user's shapes, with the dimensions of their rows; scales have them."""
-    is_batched = operands.query.ndim == 4
+    is_batched = operands.is_batched
     batch = operands.query.shape[0] if is_batched else 1
 
     def shaped(row, x):
-        if row.form == "blocks":
+        if row.form == "blocks" or not row.dims.startswith("b"):
             return x
         if row.form == "broadcast":
             return x.reshape((1,) * (len(row.dims) - x.ndim) + x.shape)

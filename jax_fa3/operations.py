@@ -35,8 +35,28 @@ class Operations(Protocol):
     backward    the gradients of the operands that have one; the cotangent of lse may be absent
     """
 
-    forward: Callable[[AttentionOptions, Operands], Outputs]
-    backward: Callable[[AttentionOptions, Operands, Outputs, Outputs], Operands]
+    def forward(self, options: AttentionOptions, operands: Operands, /) -> Outputs: ...
+
+    def backward(
+        self,
+        options: AttentionOptions,
+        operands: Operands,
+        outputs: Outputs,
+        cotangents: Outputs,
+        /,
+    ) -> Operands: ...
+
+
+class LocalOperations(Operations, Protocol):
+    """Those of this module, or of what partitions them, with the third one that pieces of a divided
+    sequence need.
+
+    visibility  the table of visibility, int32 [batch | 1, heads | 1, words], of its sources
+    """
+
+    def visibility(
+        self, route: Route, options: VisibilityOptions, sources: Sources, /
+    ) -> Operands: ...
 
 
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:

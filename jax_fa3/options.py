@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 UNBOUNDED = 1 << 30  # columns: a window side that is off (kUnbounded in src/call/types.h)
@@ -63,6 +64,8 @@ class AttentionOptions:
     return_residual: bool = _of_python(False)  # the LSE is wanted too, so it may have a cotangent
     return_max_logits: bool = _of_python(False)  # the largest logit of each head is wanted too
     bias_gradient: bool = _of_python(True)  # where there is a bias, its gradient is wanted
+    functions: Hashable = _of_python(None)  # flex.functions.Functions, of scores and masks
+    captured_gradient: bool = _of_python(True)  # that of arrays which functions capture is wanted
 
     @classmethod
     def of_kernels(cls) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def decide(arguments: Arguments, options: AttentionOptions) -> AttentionOptions:
             f"implementation=None runs {reasons.runs}."
         )
     if reasons.first:
-        log_fallback(reasons.runs, reasons.first)
+        log_fallback(reasons.runs, reasons.first, arguments.function)
     if reasons.rounding and not reasons.call:
         options = dataclasses.replace(options, forward_dtype=None)
     routes = _routes(arguments, reasons)
@@ -146,6 +146,8 @@ def of_visibility(implementation: str | None = None) -> Route:
 def _call_reason(arguments: Arguments) -> str | None:
     """What the call asks for that no kernel does."""
     dtype, scale = arguments.dtype, arguments.scale
+    if arguments.has_functions:
+        return "score and mask functions run through XLA in this version"
     if dtype not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa3.operands import Operands
 from jax_fa3.options import AttentionOptions
 
 
@@ -43,6 +44,31 @@ def scores(
     if options.softcap:
         return options.softcap * jnp.tanh(products / options.softcap)
     return products
+
+
+def changed(
+    options: AttentionOptions,
+    operands: Operands,
+    scores: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+) -> jax.Array:
+    """The scores [b, h, q, g, k] as the call's score function changes them, if it has one.
+
+    row: int32 [q], column: int32 [k]: the numbers of rows and keys.
+    """
+    functions = options.functions
+    if functions is None or functions.score is None:
+        return scores
+    _, heads, _, group, _ = scores.shape
+    return functions.changed_scores(
+        scores,
+        operands.batch_number,
+        operands.head_number.reshape(heads, group),
+        row,
+        column,
+        tuple(operands.captured.values()),
+    )
 
 
 def before_cap(options: AttentionOptions, dscores: jax.Array, scores: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -14,6 +14,66 @@ from jax_fa3.operands import DTYPES
 from jax_fa3.options import FLOAT8, UNBOUNDED
 from jax_fa3.visibility import checks, public
 from jax_fa3.visibility.table import Visibility
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `flash_attention_varlen` that leave the type of its result alone."""
+
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    deterministic: bool | None
+    implementation: Literal["fa3", "xla"] | None
+    visibility: Visibility | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = ...,
+    return_max_logits: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    return_max_logits: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    return_residual: bool = ...,
+    return_max_logits: bool = ...,
+    **options: Unpack[_Options],
+) -> jax.Array | tuple[jax.Array, ...]: ...
 
 
 def flash_attention_varlen(
@@ -64,11 +124,11 @@ def flash_attention_varlen(
         for many calls: it says where documents are, and cu_seqlens are only checked, as far as
         their values are known. With
         cu_seqlens_k it has causal and the window too, those of this call.
-      deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks,
-        return_max_logits: as in `dot_product_attention`.
-      softcap: as `logits_soft_cap` there; None or 0 is off.
-      alibi_slopes: as there, with positions in each document; only where the documents of keys are
-        those of query.
+      softcap: as `logits_soft_cap` of `dot_product_attention`; None or 0 switches it off.
+      alibi_slopes: as in `dot_product_attention`, with positions counted inside each document.
+        Only where cu_seqlens_k is None or cu_seqlens_q itself.
+      Others: deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks and
+        return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of it,
@@ -109,7 +169,8 @@ def flash_attention_varlen(
         if x is not None and x.ndim != 3:
             shape = tuple(x.shape)
             raise ValueError(f"{name} has shape {shape}; expected (rows, heads, head_dim)")
-    validate.check_heads(*tensors.values(), (*DTYPES, FLOAT8))
+    dtypes = *DTYPES, FLOAT8
+    validate.check_heads(arguments.query, arguments.key, arguments.value, dtypes)
     validate.check_scale(softmax_scale, "softmax_scale")
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
@@ -121,7 +182,7 @@ def flash_attention_varlen(
             "alibi_slopes is given, and cu_seqlens_k; expected one of them: rows and keys of a "
             "document are then at distances of its own, which are no slopes' but a bias' matter"
         )
-    if not is_self:
+    if cu_seqlens_k is not None and not is_self:
         documents["cu_seqlens_k"] = _as_ends("cu_seqlens_k", cu_seqlens_k)
     else:
         if seqlens[0] != seqlens[1]:
@@ -154,8 +215,8 @@ def _cap_of(softcap: float | None) -> float | None:
 
 def _as_ends(name: str, x: ArrayLike) -> jax.Array:
     """cu_seqlens as a one-dimensional array."""
-    x = as_indices(name, x)
-    if x.ndim != 1 or not x.size:
-        shape = tuple(x.shape)
+    ends: jax.Array = as_indices(name, x)
+    if ends.ndim != 1 or not ends.size:
+        shape = tuple(ends.shape)
         raise ValueError(f"{name} has shape {shape}; expected (documents + 1,), int32")
-    return x
+    return ends

@@ -17,11 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jax_fa3 import sharding
-from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.flex.operands import CAPTURED
 from jax_fa3.linear_map import linear_map
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.operations import FIRST_ORDER_ONLY, Operations, refuse, undifferentiable
 from jax_fa3.options import AttentionOptions
+from jax_fa3.varying import vary_together
 
 CHECKPOINT_NAME = "context"
 NO_FLOAT8_GRADIENT = (
@@ -60,7 +61,11 @@ def _derivative(operations, options, primals, tangents):
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
     moving = [name for name, x in tangents.present().items() if not isinstance(x, SymbolicZero)]
-    options = dataclasses.replace(options, bias_gradient="bias" in moving)
+    options = dataclasses.replace(
+        options,
+        bias_gradient="bias" in moving,
+        captured_gradient=any(name.startswith(CAPTURED) for name in moving),
+    )
     tangents, results = tangents.only(moving), _asked_for(options, outputs)
     # max_logits are a constant to what differentiates.
     options = dataclasses.replace(options, return_max_logits=False)

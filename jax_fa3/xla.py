@@ -107,14 +107,23 @@ def backward(
         dsinks = _sum_to(dsinks[..., None], (*sinks.shape, 1, 1))[..., 0, 0]
     lse = _finite_or_zero(lse)
 
+    captured = {}  # the arrays whose gradients a score function gives
+    if options.functions is not None:
+        captured = operands.differentiable(options).captured
+
     def step(carry, start):
-        dquery, dbias = carry
+        dquery, dbias, dcaptured = carry
         block = problem.block(start)
-        scores = problem.scores(rows, block)
+        scores, pull_back = problem.scores_to_pull_back(rows, block, captured)
         probs = jnp.exp(scores - lse[..., None])
         dprobs = _dot("bqhge,bkhe->bhqgk", dout, block.operands.value)
         dlogits = score.before_cap(options, probs * (dprobs - delta[..., None]), scores)
         unit = _unit(dout, block.operands.value, delta)
+        if pull_back is not None:
+            dlogits, of_captured = pull_back(dlogits)
+            dcaptured = jax.tree.map(lambda x, y: x + y.astype(x.dtype), dcaptured, of_captured)
+            if query.dtype == jnp.float16:  # the function's slope may be any number
+                unit = _power_of_two(jnp.abs(dlogits).max((1, 2, 3, 4), keepdims=True))
         dscores = (dlogits / unit).astype(query.dtype)
         dquery += unit * _dot("bhqgk,bkhd->bhqgd", dscores, block.operands.key)
         unit = options.scale * jnp.reshape(unit, (-1, 1, 1, 1))
@@ -122,14 +131,15 @@ def backward(
         dvalue = _dot("bhqgk,bqhge->bkhe", probs.astype(dout.dtype), dout)
         if wants_dbias:
             dbias = _with_block(dbias, _sum_to(dlogits, bias.shape), start)
-        return (dquery, dbias), (dkey.astype(key.dtype), dvalue.astype(value.dtype))
+        return (dquery, dbias, dcaptured), (dkey.astype(key.dtype), dvalue.astype(value.dtype))
 
     dbias = None
     if wants_dbias:
         dbias = _full(query, (*bias.shape[:3], problem.operands.bias.shape[3]), 0)
         dbias = dbias if bias.shape[-1] == 1 else dbias.astype(bias.dtype)
-    init = _full(query, (b, h, q, g, query.shape[-1]), 0), dbias
-    (dquery, dbias), (dkey, dvalue) = problem.over_blocks(step, init)
+    dcaptured = {name: _full(query, x.shape, 0) for name, x in captured.items()}
+    init = _full(query, (b, h, q, g, query.shape[-1]), 0), dbias, dcaptured
+    (dquery, dbias, dcaptured), (dkey, dvalue) = problem.over_blocks(step, init)
     if is_illegal is not None:
         of_keys = is_illegal.any((2, 3))[:, None, :, None]
         dquery = jnp.where(is_illegal[..., None], jnp.nan, dquery)
@@ -138,7 +148,10 @@ def backward(
     dkey, dvalue = problem.join_blocks(dkey, 1), problem.join_blocks(dvalue, 1)
     if wants_dbias:
         dbias = lax.slice_in_dim(dbias, 0, bias.shape[-1], axis=3).astype(bias.dtype)
-    return type(operands)(query=dquery, key=dkey, value=dvalue, bias=dbias, sinks=dsinks)
+    dcaptured = {name: x.astype(captured[name].dtype) for name, x in dcaptured.items()}
+    return type(operands)(
+        query=dquery, key=dkey, value=dvalue, bias=dbias, sinks=dsinks, **dcaptured
+    )
 
 
 class _Block(NamedTuple):
@@ -244,9 +257,43 @@ class _Problem:
 
     def scores(self, rows, block: _Block):
         """Scores of all rows against one block; -inf where a row sees no key."""
+        return self.hide(self.changed(self.given_scores(rows, block), block), block)
+
+    def scores_to_pull_back(self, rows, block: _Block, captured):
+        """scores(rows, block), and the function that makes, of their gradients, those before a
+        score function changed them and those of these captured arrays; None where there is none.
+        """
+        given = self.given_scores(rows, block)
+        if self.options.functions is None or self.options.functions.score is None:
+            return self.hide(given, block), None
+        scores, pull_back = jax.vjp(
+            lambda scores, captured: self.changed(scores, block, captured), given, captured
+        )
+        scores = self.hide(scores, block)
+
+        def before_change(dscores):
+            dgiven, dcaptured = pull_back(dscores)
+            # The slope of what is hidden may be NaN.
+            return jnp.where(scores == -jnp.inf, 0, dgiven), dcaptured
+
+        return scores, before_change
+
+    def given_scores(self, rows, block: _Block):
+        """Scores before a score function changes them, and before any mask."""
         products = _dot("bqhgd,bkhd->bhqgk", rows, block.operands.key)
         terms = self.by_group(block.operands.bias), self.alibi(block)
-        scores = score.scores(self.options, products, self.scales(block.start), terms)
+        return score.scores(self.options, products, self.scales(block.start), terms)
+
+    def changed(self, scores, block: _Block, captured=None):
+        """Scores as a score function changes them, with these arrays in place of those of their
+        names; a key that fills the last block up has the number of the last one."""
+        operands = block.operands.replace(**captured or {})
+        row, column = self.numbers(block)
+        column = jnp.minimum(column, self.seqlen_k - 1)
+        return score.changed(self.options, operands, scores, row, column)
+
+    def hide(self, scores, block: _Block):
+        """Scores with -inf where a row sees no key."""
         visible = self.by_group(self.visible(block))
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
@@ -351,7 +398,12 @@ def _unit(dout, value, delta):
         squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
         return jnp.sqrt(squares.max(tuple(range(1, x.ndim)))).reshape(-1, 1, 1, 1, 1)
 
-    largest = lax.stop_gradient(norm(dout) * norm(value) + norm(delta[..., None]))
+    return _power_of_two(norm(dout) * norm(value) + norm(delta[..., None]))
+
+
+def _power_of_two(largest):
+    """What brings numbers of at most `largest`, about, near the end of float16's range."""
+    largest = lax.stop_gradient(largest)
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
     return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100) - 15)
 

@@ -2,7 +2,9 @@
 share. Whatever no row may see is NaN: free slots, free pages, padding rows."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
@@ -307,6 +309,21 @@ def check(problem, got, *, out_dtype=None):
             np.testing.assert_allclose(x, y, rtol=2 * eps, atol=2 * eps)
         else:
             assert np.asarray(x).tobytes() == y.tobytes()
+
+
+STATIC = ("is_causal", "layout", "local_window_size", "scale", "return_residual", "rotary")
+
+
+def attend(problem, implementation, **more):
+    """The problem's call under jax.jit."""
+    arrays, options = problem.arguments()
+    static = {name: options.pop(name) for name in STATIC if name in options}
+    if isinstance(options.get("query_offset"), int):
+        static["query_offset"] = options.pop("query_offset")
+    run = functools.partial(
+        jax_fa3.cached_attention, implementation=implementation, **static, **more
+    )
+    return jax.jit(run)(*arrays, **options)
 
 
 # ---- hostile values

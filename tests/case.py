@@ -51,6 +51,7 @@ class Case:
     sinks: str | None = None
     max_logits: bool = False
     own_heads: int = 1  # sets of slopes and sinks; each serves as many sequences in a row
+    seed: int = 0  # other values of all arrays
 
     bias_array = None  # of a subclass
 
@@ -90,6 +91,7 @@ class Case:
                 words.append("_".join([field, *map(str, values)]))
         words += ["max_logits"] * self.max_logits
         words += [f"own_heads_{self.own_heads}"] * (self.own_heads > 1)
+        words += [f"seed_{self.seed}"] * (self.seed != 0)
         return "-".join(words)
 
     @property

@@ -10,18 +10,26 @@ import sys
 
 import pytest
 
+
+def add_xla_flag(flag):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     collect_ignore = ["gpu"]
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.append(os.path.join(sys.prefix, "cuda"))  # the compiler for GPUs: see Makefile
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    ).strip()
+    add_xla_flag("--xla_force_host_platform_device_count=8")
 elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one GPU each, shared
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
+    # As many workers as cores: a compiler or a library that takes all cores for itself starves the
+    # others, and what runs under compute-sanitizer most of all.
+    add_xla_flag("--xla_gpu_force_compilation_parallelism=1")
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 import contract
 import oracle
 from case import Case
+from draws import Draws
 from jax_fa3 import dot_product_attention
 from oracle import Results
 from transforms import assert_near
@@ -169,10 +170,6 @@ def _without_leading_ones(x):
     return x.reshape(x.shape[first:])
 
 
-SIZES = (
-    (64, 128), (129, 129), (200, 333), (333, 200), (1, 250), (250, 1), (7, 500), (385, 130),
-    (191, 257), (512, 512), (40, 900), (900, 70), (256, 640),
-)  # fmt: skip
 HEAD_DIMS = (  # of query and key, and of value
     (8, 8), (16, 16), (32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160),
     (192, 192), (256, 256), (32, 16), (24, 64), (40, 72), (128, 96), (192, 128), (64, 256),
@@ -185,55 +182,17 @@ NUMBERS = 384  # of random problems
 def random_case(number):
     """The same for the same number. Neighbours differ in what they have and in dimensions, so that
     every few dozen meet all of them."""
-    rng = np.random.default_rng(number)
-
-    def pick(*choices):
-        return choices[int(rng.integers(len(choices)))]
-
-    def lengths(seqlen):
-        return tuple(rng.integers(0, seqlen + 1, batch).tolist())
-
-    def documents():
-        """Of one sequence, some of them empty; what is behind the last is padding."""
-        ends = np.sort(rng.integers(0, seqlen_q + 1, 6))
-        return tuple(np.diff(ends, prepend=0).tolist())
-
-    fold = pick(None, None, 2)
-    batch = (fold or 1) * pick(1, 2, 3)
-    seqlen_q, seqlen_k = pick(*SIZES)
-    extra = pick(None, None, "documents", "intervals", "chunk")
-    if extra == "documents":
-        seqlen_q = seqlen_k = min(max(seqlen_q, seqlen_k), 512)
-    options = {
-        None: dict,
-        "documents": lambda: dict(documents=tuple(documents() for _ in range(batch))),
-        "intervals": lambda: dict(
-            intervals=pick("any", "row", "prefix", "head", "kv head") if seqlen_k > 40 else "any"
-        ),
-        "chunk": lambda: dict(chunk=pick(1, 50, 64, 300)),
-    }[extra]()
+    draws = Draws(number)
+    pick, fold = draws.pick, draws.fold
+    visibility = draws.visibility()
     heads_kv = pick(1, 2)
-    head_dim, head_dim_v = HEAD_DIMS[number % len(HEAD_DIMS)]
     bias = BIAS_DIMS[number // 3 % len(BIAS_DIMS)]
     mask = MASK_DIMS[number // 2 % len(MASK_DIMS)]
     if fold:
         bias, mask = (x.replace("b", pick("b", "g", "g")) for x in (bias, mask))
+    head_dims = HEAD_DIMS[number % len(HEAD_DIMS)]
     return Dense(
-        batch=batch,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        heads_q=heads_kv * pick(1, 2, 3),
-        heads_kv=heads_kv,
-        head_dim=head_dim,
-        head_dim_v=None if head_dim_v == head_dim else head_dim_v,
-        dtype=pick("bfloat16", "float16"),
-        causal=pick(False, True),
-        window=pick(None, None, (int(rng.integers(300)), int(rng.integers(90)))),
-        offset=pick(None, int(rng.integers(-99, 300)), lengths(150)),
-        query_lengths=pick(None, None, None, lengths(seqlen_q)),
-        key_lengths=pick(None, None, None, lengths(seqlen_k)),
-        scale=pick(*[None] * 7, 0.05, -0.3, 0.0),
-        deterministic=pick(None, None, False, True),
+        **draws.fields(heads_kv, head_dims, scales=(*[None] * 7, 0.05, -0.3, 0.0)),
         bias=None if number % 3 == 1 else bias,
         bias_values=pick(*BIAS_VALUES),
         mask=None if number % 3 == 0 else mask,
@@ -241,7 +200,7 @@ def random_case(number):
         wants_dbias=pick(True, True, True, False),
         is_short=fold is None and pick(False, True),
         fold=fold,
-        **options,
+        **visibility,
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import contract
 import jax_fa3
+import packed
 from jax_fa3 import dot_product_attention
 from oracle import Results
 
@@ -90,12 +91,15 @@ def check_sequence(mesh, case, split, *, keys=None, **options):
     return compiled
 
 
-def in_layout(layout, size, x, inverse=False):
+PERMUTE = {"zigzag": jax_fa3.zigzag_permute, "striped": jax_fa3.striped_permute}
+
+
+def in_layout(layout, size, x, inverse=False, dim=1):
     """[batch, seq, ...] in natural order to that of the layout, or back."""
-    if layout == "contiguous" or x.shape[1] == 0:
+    if layout == "contiguous" or x.shape[dim] == 0:
         return x
-    order = np.asarray(jax_fa3.zigzag_permute(jnp.arange(x.shape[1]), 0, size))
-    return x[:, np.argsort(order) if inverse else order]
+    order = np.asarray(PERMUTE[layout](jnp.arange(x.shape[dim]), 0, size))
+    return np.take(x, np.argsort(order) if inverse else order, dim)
 
 
 def strategy_call(case, strategy, layout, **options):
@@ -120,17 +124,22 @@ def strategy_call(case, strategy, layout, **options):
 
 def strategy_program(case, strategy, layout, size, *, check_vma=True, **options):
     """(function, arguments) of a strategy's results and gradients over `size` devices."""
+    index = case.index_arrays
+    of_index = {name: P() for name in index}
+    for name in index.keys() & packed.TOLD:
+        of_index[name] = P(*[None] * (index[name].ndim - 1), "seq")
+        index[name] = in_layout(layout, size, index[name], dim=-1)
     mapped = jax.shard_map(
         strategy_call(case, strategy, layout, **options),
         mesh=mesh_of(seq=size),
-        in_specs=(*(PART,) * 5, P()),
+        in_specs=(*(PART,) * 5, of_index),
         out_specs=PART,
         check_vma=check_vma,
     )
     inputs = case.inputs()
-    if case.query_lengths or case.key_lengths:
+    if case.query_lengths or case.key_lengths or case.has_visibility:
         inputs = contract.spoil_padding(case, inputs)
-    return mapped, (*(in_layout(layout, size, x) for x in inputs), case.index_arrays)
+    return mapped, (*(in_layout(layout, size, x) for x in inputs), index)
 
 
 def check_strategy(case, strategy, layout, size, **options):

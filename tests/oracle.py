@@ -138,6 +138,7 @@ def attention(
     softcap=None,
     sinks=None,
     row_exists=None,
+    change=None,
     precision="exact",
     xp=np,
 ):
@@ -146,7 +147,8 @@ def attention(
     A bias has the shape that `over_shared` reduces to, and so has its gradient; what it holds
     where a row does not see the key counts for nothing. Slopes and sinks are [f, Hq], where f
     divides B likewise, the distances that slopes multiply [B, Sq, Sk]. Rows that do not exist,
-    [B, Hq or 1, Sq], have no sink.
+    [B, Hq or 1, Sq], have no sink. `change` is a function of the scores [B, Hq, Sq, Sk] that gives
+    others and their derivative.
     """
     work = xp.float64 if precision == "exact" else xp.float32
 
@@ -176,12 +178,14 @@ def attention(
         scores = scores + by_sequence(bias)
     if slopes is not None:
         scores = scores - by_sequence(slopes)[..., None, None] * distance[:, None].astype(work)
-    slope_of_cap = 1
+    slope = 1
     if softcap is not None:
         tanh = xp.tanh(scores / work(softcap))
         if precision not in ("exact", "float32"):
             tanh = tanh * work(1 - TANH_ERROR)
-        scores, slope_of_cap = work(softcap) * tanh, 1 - tanh * tanh
+        scores, slope = work(softcap) * tanh, 1 - tanh * tanh
+    if change is not None:
+        scores, slope = (xp.asarray(x).astype(work) for x in change(scores))
     scores = xp.where(sees, scores, -xp.inf)
     max_logits = xp.max(scores, axis=(2, 3), initial=-np.inf)
     row_max = xp.max(scores, axis=-1, keepdims=True, initial=-np.inf)
@@ -200,7 +204,7 @@ def attention(
 
     dprobs = rounded(do @ xp.swapaxes(v, 2, 3))
     delta = xp.sum(do * out, axis=-1, keepdims=True)
-    dlogits = rounded(probs * (dprobs - delta + dl) * slope_of_cap)
+    dlogits = rounded(probs * (dprobs - delta + dl) * slope)
     dsinks = None
     if sinks is not None:
         weight = xp.where(exists, xp.exp(sink - xp.where(empty, 0, lse)), 0)

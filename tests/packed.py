@@ -15,7 +15,7 @@ from jax_fa3 import dot_product_attention, flash_attention_varlen, make_visibili
 from oracle import Results
 from transforms import assert_near
 
-TOLD = ("query_segment_ids", "key_value_segment_ids", "kv_start", "kv_end")
+TOLD = {"query_segment_ids", "key_value_segment_ids", "kv_start", "kv_end"}
 
 
 def results(attend, query, key, value, dout, dlse):

@@ -22,12 +22,6 @@ OF_WHOLE_SEQUENCES = {
     "key_descale",
     "value_descale",
     "value_is_prepared",
-    "query_segment_ids",
-    "key_value_segment_ids",
-    "kv_start",
-    "kv_end",
-    "attention_chunk",
-    "visibility",
 }
 
 

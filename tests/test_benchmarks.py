@@ -1,11 +1,18 @@
 """Benchmarks that no test machine can run lower for the one that can; their counts are exact."""
 
+import argparse
+import json
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import float8, packed
+from benchmarks import attention, float8, packed, render, torch_attention
+from benchmarks.environment import PACKAGES
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation, available
+from benchmarks.merge import merge, merged
 from benchmarks.problems import (
     DOCUMENTS,
     FOURTEEN,
@@ -149,7 +156,74 @@ def test_packed_runs_become_one():
     other = packed_run()
     for record in other["records"]:
         record["head_dim"] = 64
-    joined = packed.merged([packed_run(), other])
+    joined = merged([packed_run(), other])
     assert len(packed.PackedResults(joined).problems()) == 4
     with pytest.raises(ValueError, match="differ in commit, device or driver"):
-        packed.merged([packed_run(), packed_run(commit="b")])
+        merged([packed_run(), packed_run(commit="b")])
+
+
+def test_merged_runs_are_saved_with_their_report(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(packed_run()))
+    report = merge([path, path], tmp_path / "packed.json", packed.write)
+    assert (tmp_path / "packed.md").read_text() == report
+    assert len(json.loads((tmp_path / "packed.json").read_text())["records"]) == 10
+
+
+def test_columns_without_their_package_are_left_out_with_a_reason():
+    log = []
+    here, absent = (Implementation(x, None, package=x) for x in ("json", "no_such_package"))
+    plain = Implementation("plain", None)
+    assert available([absent, plain, here], log.append) == [plain, here]
+    assert log == ["no_such_package: left out, the package no_such_package is not installed"]
+
+
+def test_every_column_has_a_name_and_a_color():
+    names = {x.name for x in IMPLEMENTATIONS} | {torch_attention.NAME}
+    assert {"xla", "FA2", "triton", "cudnn", "FA3", "jax_fa3", "tokamax", "mosaic"} <= names
+    assert names <= render.NAMES.keys() & render.COLORS.keys()
+    assert {"dew-flash-attn-cu13", "tokamax", "torch"} <= set(PACKAGES)
+
+
+# A stand-in for torch's process: the first problem's answer, and then what `end` does.
+STUB = """
+import json, sys, time
+first, *_ = json.load(sys.stdin)["problems"]
+assert first["mode"] == "forward" and first["seqlen"] == 512
+answer = dict(wall_us=[3.0, 1.0, 2.0], kernel_us=[1.0, 1.0], relative_error=0.001)
+print(json.dumps(answer), flush=True)
+"""
+TWO = [(Problem(2, 512, 4, 64), mode) for mode in ("forward", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("end", "timeout_s", "why"),
+    [
+        ("sys.exit('no driver')", 60, "no driver"),
+        ("print(json.dumps(dict(error='refused')))", 60, "refused"),
+        ("time.sleep(60)", 2, "out of time after 2 s"),
+    ],
+)
+def test_records_of_torch(end, timeout_s, why):
+    command = (sys.executable, "-c", STUB + end)
+    first, second = torch_attention.records(TWO, 3, timeout_s, command)
+    assert (first["wall_us"], first["kernel_us"], first["error"]) == (2.0, 1.0, None)
+    assert first["kernel_tflops"] == TWO[0][0].flops("forward") / 1e6
+    assert (second["error"], second["mode"]) == (why, "backward") and "wall_us" not in second
+
+
+def test_torch_is_a_column_of_the_grid(monkeypatch, tmp_path, capsys):
+    args = argparse.Namespace(filter="FA2:forward", rounds=3, budget_s=60, output=tmp_path)
+    environment = dict(device="a GPU", torch="2.9")
+    data = dict(environment=environment, tokens=1024, hidden=256, records=[], skipped=[])
+    monkeypatch.setattr(torch_attention, "absent", lambda: "the package torch is not installed")
+    attention.add_torch(data, TWO, args)
+    assert data["records"] == []
+    assert "FA2: left out, the package torch is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(torch_attention, "absent", lambda: None)
+    monkeypatch.setattr(torch_attention, "COMMAND", (sys.executable, "-c", STUB))
+    attention.add_torch(data, TWO, args)
+    saved = json.loads((tmp_path / "attention.json").read_text())
+    assert len(saved["records"]) == 1
+    report = render.markdown(render.Results(saved))
+    assert "| FA2 (torch) |" in report and "| torch | 2.9 |" in report

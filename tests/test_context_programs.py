@@ -147,7 +147,7 @@ def shard_mapped(function, size=2):
     ("options", "error", "message"),
     [
         (dict(axis_name="rows"), ValueError, "axis_name is 'rows'; expected a mesh axis that is"),
-        (dict(layout="striped"), ValueError, "layout is 'striped'; expected one of"),
+        (dict(layout="spiral"), ValueError, "layout is 'spiral'; expected one of"),
         (dict(layout="zigzag"), ValueError, "query has seq = 3 on each device; expected an even"),
         (dict(scale="a"), TypeError, "scale is 'a'; expected a Python number"),
         (dict(local_window_size=-1), ValueError, "local_window_size is -1"),
@@ -180,6 +180,18 @@ def test_zigzag_orders(axis):
     assert (jax_fa3.zigzag_unpermute(permuted, axis, 3) == x).all()
     for function in (jax_fa3.zigzag_permute, jax_fa3.zigzag_unpermute):
         with pytest.raises(ValueError, match=r"has extent 12; expected a multiple of 2 \* num_dev"):
+            function(x, axis, 4)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_striped_orders(axis):
+    x = np.moveaxis(np.arange(3072).reshape(1536, 2), 0, axis)
+    permuted = jax_fa3.striped_permute(x, axis, 3)
+    stripes = np.moveaxis(permuted, axis, 0)[::256, 0] // 512
+    assert stripes.tolist() == [0, 3, 1, 4, 2, 5]
+    assert (jax_fa3.striped_unpermute(permuted, axis, 3) == x).all()
+    for function in (jax_fa3.striped_permute, jax_fa3.striped_unpermute):
+        with pytest.raises(ValueError, match=r"has extent 1536; expected a multiple of 256 \* num"):
             function(x, axis, 4)
 
 
@@ -216,3 +228,17 @@ def test_choice(heads, kv_heads, rows, options, expected):
     query, key = (jax.ShapeDtypeStruct((1, rows, h, 128), "bfloat16") for h in (heads, kv_heads))
     options = AttentionOptions(scale=1.0, **options)
     assert context_parallel.choose(options, Operands(query, key, key), 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "array", "expected"),
+    [
+        (32, 32, "visibility", "allgather"),  # whose steps may see nothing
+        (32, 8, "alibi_slopes", "allgather"),
+        (32, 16, "alibi_slopes", "ring"),  # which hides its permutes
+    ],
+)
+def test_choice_by_arrays(heads, kv_heads, array, expected):
+    query, key = (jax.ShapeDtypeStruct((1, 8192, h, 128), "bfloat16") for h in (heads, kv_heads))
+    operands = Operands(query, key, key, **{array: jax.ShapeDtypeStruct((1, heads), "float32")})
+    assert context_parallel.choose(AttentionOptions(scale=1.0), operands, 8) == expected

@@ -17,7 +17,7 @@ SRC = ROOT / "src"
 # import each other; others stand here one by one.
 PYTHON_LAYERS = [
     ["__init__"],
-    ["context_parallel.public", "flax", "doctor", "varlen", "cached.flash"],
+    ["context_parallel.public", "flax", "keras", "doctor", "varlen", "cached.flash", "flex.public"],
     ["explanation", "export_checks"],
     ["api", "float8.public", "cached.public", "combine"],
     ["visibility.public", "cached.steps"],
@@ -27,13 +27,18 @@ PYTHON_LAYERS = [
     ["operations", "cached.operations"],
     ["cached.few_rows"],
     ["ffi", "xla", "reference", "cached.ffi", "cached.xla"],
-    ["float8.rounding", "visibility.checks", "cached.arguments"],
+    ["flex"],
+    ["float8.rounding", "visibility.checks", "cached.arguments", "flex.block_mask", "flex.library"],
     ["mask", "route", "validate"],
     ["arguments", "native"],
     ["visibility.table"],
-    ["operands", "score", "cached.problem", "cached.rotary"],
+    ["flex.translate"],
+    ["flex.text"],
+    ["score", "flex.operands"],
+    ["operands", "cached.problem", "cached.rotary"],
     ["visibility.layout", "cached.layout"],
-    ["options", "result_type", "linear_map"],
+    ["flex.functions"],
+    ["options", "result_type", "linear_map", "varying"],
     ["_C", "cached", "float8", "visibility"],
 ]
 PYTHON_RANK = {name: -rank for rank, names in enumerate(PYTHON_LAYERS) for name in names}

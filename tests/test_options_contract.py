@@ -20,6 +20,8 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "return_residual",
     "return_max_logits",
     "bias_gradient",
+    "functions",
+    "captured_gradient",
 }
 # Which arrays there are: the operands say, and in the backward pass the cotangents.
 ARRAYS = (

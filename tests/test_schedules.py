@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import h200
 import jax_fa3
@@ -112,3 +113,52 @@ def test_more_groups_of_heads(mesh):
     forward = "T T(F) T(F) T(F) T(F) T"
     assert schedule(program) == f"{forward} {forward.replace('F', 'B')}"
     assert alone(schedule(program)) == "TTTT"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "mode", "expected", "tables"),
+    [
+        ("ring", "contiguous", "plain", "P(F) P(F) P(F) F P(B) P(B) P(B) P(B) P", 4),
+        (
+            "ring",
+            "contiguous",
+            "scan",
+            "[ P(F) P(F) P(F) F ] [ P(B) P(B) P(B) P(B) P ]",
+            4,
+        ),
+        ("allgather", "contiguous", "plain", "G G F G G B S S", 1),
+        ("allgather", "striped", "scan", "[ G G F ] [ G G B S S ]", 1),
+        ("ulysses", "zigzag", "plain", "T T(F) T(F) T T T(B) T(B) T", 0),
+    ],
+)
+def test_documents(mesh, strategy, layout, mode, expected, tables):
+    """Beside the table of the whole sequence there is one for each visit, made once for both
+    passes. A scan over layers makes them before its first layer, and in its backward pass again."""
+
+    def attention(x, table):
+        attend = functools.partial(STRATEGIES[strategy], axis_name="seq", layout=layout)
+        keys, values = x[:, :, :KV_HEADS], x[:, :, -KV_HEADS:]
+        return attend(x, keys, values, is_causal=True, visibility=table)
+
+    def layers(x, table):
+        return jax.lax.scan(lambda x, _: (x + attention(x, table), None), x, length=LAYERS)[0]
+
+    def gradient(x, ids, dout):
+        table = jax_fa3.make_visibility(ids)
+        function = attention if mode == "plain" else layers
+        divided = jax.shard_map(function, mesh=mesh, in_specs=(PART, P()), out_specs=PART)
+        out, pullback = jax.vjp(lambda x: divided(x, table), x)
+        return out, pullback(dout)
+
+    x, ids = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((1, TOKENS, HEADS, DIM), "bfloat16", PART),
+            ((1, TOKENS), "int32", P()),
+        )
+    )
+    program = jax.jit(gradient).lower(x, ids, x).compile()
+    assert schedule(program) == expected
+    target = 'custom_call_target="jax_fa3_visibility"'
+    loops, outside = (part.count(target) for part in program.as_text().split("ENTRY"))
+    assert (loops, outside) == (0 if mode == "plain" else tables, 1 + tables)

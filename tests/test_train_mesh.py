@@ -20,12 +20,16 @@ IN_FLOAT32 = dataclasses.replace(SETUP, config=dataclasses.replace(CONFIG, dtype
 EIGHT, ONE = (2, 2, 2), (1, 1, 1)
 
 
-def train(folder, shape, setup=SETUP, resume=False):
+def train(folder, shape, setup=SETUP, *, resume=False, packed=False):
     """The losses on text in which every character follows from the one before the last."""
     tokens = np.random.default_rng(0).permutation(20).astype(np.int32)
     tokens = np.ravel(np.stack([np.tile(tokens, 50), np.tile(tokens[::-1], 50)], 1))
+    draw = train_mesh.of_text(tokens, setup)
+    if packed:
+        lengths = np.random.default_rng(1).integers(1, 40, 100)
+        draw = train_mesh.of_documents(np.split(tokens, np.cumsum(lengths)[:-1]), setup)
     mesh = train_mesh.make_mesh(*shape)
-    losses = train_mesh.train(setup, mesh, tokens, folder, save_every=100, resume=resume)
+    losses = train_mesh.train(setup, mesh, draw, folder, save_every=100, resume=resume)
     return np.array(losses, np.float32)
 
 
@@ -40,6 +44,14 @@ def test_eight_devices_learn_as_one(curves):
     eight, one, exact = curves
     assert exact[-1] < 0.8 * exact[0]
     tolerance.check("losses", eight, exact, one)
+
+
+def test_packed_documents_are_learned_as_on_one_device(tmp_path):
+    setup = dataclasses.replace(SETUP, steps=4)
+    exact = dataclasses.replace(IN_FLOAT32, steps=4)
+    runs = (((1, 2, 4), setup), (ONE, setup), (ONE, exact))
+    split, one, exact = (train(tmp_path / str(i), *run, packed=True) for i, run in enumerate(runs))
+    tolerance.check("losses", split, exact, one)
 
 
 def test_resume_on_the_same_mesh_and_on_another(curves, tmp_path):

@@ -15,14 +15,12 @@ import float8
 import jax_fa3
 import packed
 import visibility
-from case import Case
 from cases import PACKED
 from jax_fa3 import dot_product_attention
 from jax_fa3.arguments import Arguments
 from jax_fa3.context_parallel import public
 from jax_fa3.visibility.layout import Layout
 from meshes import PART, STRATEGIES, both_kinds, mesh_of, place, run
-from oracle import Results
 from transforms import assert_near, score
 
 
@@ -436,56 +434,12 @@ def test_a_table_is_an_argument_and_a_result():
 # ---- divided sequences
 
 
-SPLIT = Case(
-    batch=2,
-    seqlen_q=32,
-    seqlen_k=32,
-    heads_q=4,
-    heads_kv=2,
-    head_dim=16,
-    causal=True,
-    documents=((5, 20), (16, 9, 7)),
-)
-
-
-@both_kinds
-def test_split_sequences_are_gathered(kind):
-    mesh = mesh_of(kind, data=2, seq=4)
-    split = P("data", "seq")
-
-    def results(*x):
-        attend = functools.partial(
-            dot_product_attention, is_causal=True, return_residual=True, query_segment_ids=x[5]
-        )
-        primals, vjp = jax.vjp(attend, *x[:3])
-        return *primals, *vjp(tuple(x[3:5]))
-
-    inputs = SPLIT.inputs()
-    with jax.set_mesh(mesh):
-        places = (split,) * 3 + (P("data"),) * 2 + (split,)  # the results are whole
-        x = place(mesh, (*inputs, np.asarray(SPLIT.query_ids, np.int32)), places)
-        got = run(results, *x)
-    contract.compare(SPLIT, inputs, Results(*map(np.asarray, got)))
-
-
 @both_kinds
 def test_a_strategy_for_split_sequences_raises(kind):
     x = np.zeros((2, 32, 4, 16), "bfloat16")
-    ids = np.ones((2, 32), np.int32)
-    given = dict(
-        query_segment_ids=ids,
-        kv_end=ids,
-        attention_chunk=4,
-        visibility=jax_fa3.make_visibility(ids),
-        mask=np.ones((32, 32), bool),
-    )
-    for name, value in given.items():
-        wrong = f"'ring'; expected 'auto' with {name}, which needs whole sequences"
-        with pytest.raises(ValueError, match=wrong):
-            dot_product_attention(x, x, x, **{name: value}, sequence_parallel="ring")
-    with pytest.raises(ValueError, match="'ring'; expected 'auto' with attention_chunk, which"):
-        told = dict(attention_chunk=4, query_offset=jnp.zeros(2, jnp.int32))
-        dot_product_attention(x, x, x, **told, sequence_parallel="ring")
+    wrong = "'ring'; expected 'auto' with mask, which needs whole sequences"
+    with pytest.raises(ValueError, match=wrong):
+        dot_product_attention(x, x, x, mask=np.ones((32, 32), bool), sequence_parallel="ring")
     mesh = mesh_of(kind, seq=4)
     with jax.set_mesh(mesh), pytest.raises(Exception, match="'error'; expected whole sequences"):
         call = functools.partial(dot_product_attention, sequence_parallel="error")
@@ -495,22 +449,20 @@ def test_a_strategy_for_split_sequences_raises(kind):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_context_parallelism_raises(strategy):
     x = jnp.zeros((1, 8, 4, 16), "bfloat16")
-    arguments = Arguments(x, x, x, query_segment_ids=jnp.ones((1, 8), jnp.int32))
+    arguments = Arguments(x, x, x, mask=jnp.ones((8, 16), bool))
 
     def call(x):
         return public.attention(arguments, strategy, "seq")
 
     mapped = jax.shard_map(call, mesh=mesh_of(seq=2), in_specs=P(None, "seq"), out_specs=PART)
-    with pytest.raises(ValueError, match="query_segment_ids is given; expected whole sequences"):
+    with pytest.raises(ValueError, match="mask is given; expected whole sequences"):
         jax.eval_shape(mapped, x)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_context_parallelism_says_what_it_does_not_take(strategy):
     words = {
-        "query_segment_ids": "expected whole sequences with it: call jax_fa3.dot_product_attention",
-        "visibility": "expected whole sequences",
-        "attention_chunk": "expected whole sequences",
+        "mask": "expected whole sequences with it: call jax_fa3.dot_product_attention",
         "bias": "expected whole sequences",
         "query_descale": "expected bfloat16, float16 or float32 inputs",
         "sequence_parallel": "expected dot_product_attention with it",

@@ -30,11 +30,11 @@ from jax_fa3.cached.problem import (
     CachedOperands,
     CachedOptions,
 )
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operations import undifferentiable
 from jax_fa3.options import AttentionOptions
 from jax_fa3.sharding.carry import distribute
 from jax_fa3.sharding.operation import Operation
+from jax_fa3.varying import vary_together
 
 NO_GRADIENT = "attention over a cache has no gradient; train with dot_product_attention"
 KERNEL_SLOTS = 8  # the kernels' page sizes are multiples of it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -78,13 +80,12 @@ def flash_attention_with_kvcache(
     check_flag("rotary_interleaved", rotary_interleaved)
     check_flag("return_softmax_lse", return_softmax_lse)
     check_sm_margin(sm_margin)
-    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    for name, x in arrays.items():
+    for name, x in {"q": q, "k_cache": k_cache, "v_cache": v_cache}.items():
         if getattr(x, "ndim", None) != 4:
             got = shape_of(x) if hasattr(x, "shape") else type(x).__name__
             raise ValueError(f"{name} is {got}; expected an array of 4 dimensions")
     left, right = window_of("window_size", window_size, causal)
-    batch, rows = q.shape[:2]
+    batch, rows = jnp.shape(q)[:2]
     tables = page_table
     if cache_batch_idx is not None:
         if page_table is not None:
@@ -96,19 +97,19 @@ def flash_attention_with_kvcache(
                 "sequence"
             )
         tables = jnp.asarray(index)[:, None]
-    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-    lengths = capacity if cache_seqlens is None else cache_seqlens
+    capacity = jnp.shape(k_cache)[1] * (1 if page_table is None else jnp.shape(page_table)[1])
+    lengths: Any = capacity if cache_seqlens is None else cache_seqlens
     if not is_array(lengths) and not isinstance(lengths, (list, tuple)):
         lengths = as_int("cache_seqlens", lengths, "an int or an int32 array")
         lengths = jnp.full(batch, min(max(lengths, 0), capacity), jnp.int32)
     rotary = None
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("one of rotary_cos and rotary_sin is None; expected both or none")
-    if rotary_cos is not None:
+    if rotary_cos is not None and rotary_sin is not None:
         if k is None:
             raise ValueError("rotary_cos is given and k is None; expected both or no rotary_cos")
         rotary = Rotary(rotary_cos, rotary_sin, bool(rotary_interleaved))
-    options = dict(
+    options: dict[str, Any] = dict(
         block_tables=tables,
         key_starts=cache_leftpad,
         scale=softmax_scale,
@@ -118,15 +119,16 @@ def flash_attention_with_kvcache(
         sm_margin=sm_margin,
     )
     if rotary is None or rows == 1 or min(left, right) < UNBOUNDED:
-        new = k, v
-        return cached_attention(
-            q, k_cache, v_cache, *new, cache_lengths=lengths, rotary=rotary, **options
-        )
-    where = dict(cache_lengths=lengths, block_tables=tables, rotary=rotary)
-    caches = append_to_cache(k_cache, v_cache, k, v, **where)
+        options |= dict(cache_lengths=lengths, rotary=rotary)
+        results: Any = cached_attention(q, k_cache, v_cache, k, v, **options)
+        return results
+    new: Any = k, v  # given, as rotary_cos is
+    where: dict[str, Any] = dict(cache_lengths=lengths, block_tables=tables, rotary=rotary)
+    caches: Any = append_to_cache(k_cache, v_cache, *new, **where)
     lengths = jnp.clip(as_indices("cache_seqlens", lengths), 0, capacity)
     first = jnp.broadcast_to(lengths[:, None], (batch, rows))
-    tables = (jnp.asarray(x, jnp.float32) for x in (rotary_cos, rotary_sin))
-    q = rotate(jnp.asarray(q), *tables, first, rotary.interleaved)
-    got = cached_attention(q, *caches, cache_lengths=lengths + k.shape[1], **options)
-    return (*got, *caches) if return_softmax_lse else (got, *caches)
+    cos, sin = (jnp.asarray(x, jnp.float32) for x in (rotary.cos, rotary.sin))
+    turned = rotate(jnp.asarray(q), cos, sin, first, rotary.interleaved)
+    options |= dict(cache_lengths=lengths + jnp.shape(new[0])[1])
+    results = cached_attention(turned, *caches, **options)
+    return (*results, *caches) if return_softmax_lse else (results, *caches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,94 @@ from jax_fa3.cached.arguments import CachedArguments
 from jax_fa3.cached.problem import AppendOptions, CachedOperands, CachedOptions
 from jax_fa3.cached.rotary import Rotary
 from jax_fa3.options import UNBOUNDED, Route, resolve_window
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `cached_attention` that leave the type of its result alone."""
+
+    block_tables: ArrayLike | None
+    query_starts: ArrayLike | None
+    new_lengths: ArrayLike | None
+    key_starts: ArrayLike | None
+    rotary: Rotary | None
+    scale: float | None
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    query_offset: ArrayLike | None
+    layout: str
+    out_dtype: DTypeLike | None
+    implementation: Literal["fa3", "xla"] | None
+    sm_margin: int
+
+
+@overload
+def cached_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key: None = ...,
+    value: None = ...,
+    *,
+    cache_lengths: ArrayLike,
+    return_residual: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+
+
+@overload
+def cached_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key: None = ...,
+    value: None = ...,
+    *,
+    cache_lengths: ArrayLike,
+    return_residual: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def cached_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    cache_lengths: ArrayLike,
+    return_residual: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+
+
+@overload
+def cached_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    cache_lengths: ArrayLike,
+    return_residual: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]: ...
+
+
+@overload
+def cached_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike | None,
+    key: ArrayLike | None = ...,
+    value: ArrayLike | None = ...,
+    *,
+    cache_lengths: ArrayLike,
+    return_residual: bool = ...,
+    **options: Unpack[_Options],
+) -> jax.Array | tuple[jax.Array | None, ...]: ...
 
 
 def cached_attention(

@@ -16,11 +16,13 @@ know how long a kernel takes: pieces.beside gives each exchange its kernels.
 
 What becomes of an array follows from its row: arrays of query rows stay with the queries, arrays of
 key rows go where keys go, positions are counted anew for each piece. What has no such rule raises.
-What has no rows is whole on every device. Of its gradients a device gives a share, of the largest
-logits those of its own rows, of which `Divided` takes the maximum.
+What has no rows is whole on every device. A table of visibility is that of the whole sequence;
+pieces have tables of their own (sight.py). Of gradients without rows a device gives a share, of the
+largest logits those of its own rows, of which `Divided` takes the maximum.
 
 A layout says which rows a device holds: "contiguous" (device r the r-th part) or "zigzag" (of 2N
-chunks the r-th and the r-th from the end, so that causal work is equal; see layout.py).
+chunks the r-th and the r-th from the end, so that causal work is equal) or "striped" (stripes of
+256 rows dealt round, so that documents' work is nearly equal; see layout.py).
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ from jax_fa3 import mask, operations
 from jax_fa3.context_parallel import allgather, ring, ulysses
 from jax_fa3.context_parallel.layout import Axis, Layout, Part
 from jax_fa3.operands import Operands, Outputs
-from jax_fa3.operations import Operations
+from jax_fa3.operations import LocalOperations
 from jax_fa3.options import AttentionOptions
 
 Strategy = Literal["allgather", "ring", "ulysses"]
 
 GATHER_LIMIT = 4 << 30  # bytes of gathered keys and values: 1M tokens, 8 heads of 128, in bf16
+
+FEW_KEYS = 4  # query heads of a key head from which on there is little to gather
 
 _STRATEGIES = {"allgather": allgather, "ring": ring, "ulysses": ulysses}
 
@@ -49,7 +53,7 @@ class Divided(NamedTuple):
     strategy: Strategy
     axis_name: str | tuple[str, ...]
     layout: Layout = "contiguous"
-    local: Operations = operations
+    local: LocalOperations = operations
 
     def forward(self, options: AttentionOptions, operands: Operands) -> Outputs:
         _check(operands)
@@ -68,8 +72,11 @@ class Divided(NamedTuple):
     ) -> Operands:
         _check(operands)
         # Else XLA takes these exchanges for those of `forward` and keeps their results until here,
-        # or has both made by one.
-        operands, outputs, cotangents = lax.optimization_barrier((operands, outputs, cotangents))
+        # or has both made by one. Tables of visibility are to be made by one.
+        table = operands.visibility
+        bundles = operands.replace(visibility=None), outputs, cotangents
+        operands, outputs, cotangents = lax.optimization_barrier(bundles)
+        operands = operands.replace(visibility=table)
         strategy = _STRATEGIES[self.strategy]
         return strategy.backward(self._part(), options, operands, outputs, cotangents)
 
@@ -86,14 +93,22 @@ def choose(options: AttentionOptions, operands: Operands, axis_size: int) -> Str
     (without groups of query heads), and where they take too much memory. Otherwise gather: few
     large calls, and one merge. Ulysses depends on the number of heads and moves queries and outputs
     too; it is never picked.
+
+    With a table of visibility keys are gathered, without groups of heads too: where documents end
+    is not known when a program is traced, and a ring's permutes run alone in steps that see
+    nothing. With slopes the exchanges of gathering run alone and a ring's do not: a ring, unless
+    FEW_KEYS query heads or more share each key head.
     """
     n = operands.extents
     row_bytes = n.num_heads_kv * (n.head_dim + n.head_dim_v) * operands.key.dtype.itemsize
     gathered = n.batch * n.seqlen_k * axis_size * row_bytes
     few_steps = mask.reach(options) <= (axis_size // 2 - 1) * n.seqlen_k
-    if few_steps or n.num_heads_q == n.num_heads_kv or gathered > GATHER_LIMIT:
+    if few_steps or gathered > GATHER_LIMIT:
         return "ring"
-    return "allgather"
+    if operands.visibility is not None:
+        return "allgather"
+    groups = FEW_KEYS if operands.alibi_slopes is not None else 2
+    return "ring" if n.num_heads_q < groups * n.num_heads_kv else "allgather"
 
 
 def _check(operands: Operands) -> None:

@@ -134,7 +134,7 @@ def _is_apart(part: Part, options: AttentionOptions, operands: Operands) -> bool
     """Whether lengths say what rows see of others' keys, and there are others and rows."""
     n = operands.extents
     causal = n.seqlen_q == n.seqlen_k and mask.is_causal_alone(options, operands)
-    some = part.axis.size > 1 and n.seqlen_q * n.seqlen_k > 0
+    some = part.axis.size > 1 and n.seqlen_q * n.seqlen_k > 0 and part.layout != "striped"
     return some and (causal or mask.is_by_length(options, operands))
 
 

@@ -10,12 +10,16 @@ Causal attention is balanced when a device holds, of 2N chunks, one from each en
     contiguous   0 1   2 3   4 5   6 7            or "halves", where they are worked on apart
     zigzag       0 7   1 6   2 5   3 4
     mirrored     0 7   2 5   3 4   1 6            what `mirror` makes of contiguous
+
+Documents make the work of any such chunk uneven. Stripes of STRIPE rows, dealt round, give each
+device some of every document that is long.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,12 +28,14 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.operands import Bundle, Row
-from jax_fa3.operations import Operations
+from jax_fa3.operands import Bundle, Operands, Row
+from jax_fa3.operations import LocalOperations
 from jax_fa3.options import AttentionOptions
 
-Layout = Literal["contiguous", "zigzag"]
+Layout = Literal["contiguous", "zigzag", "striped"]
 Order = Literal["contiguous", "halves", "zigzag", "mirrored"]
+
+STRIPE = 256  # rows: two tiles of every kernel, so that a tile's rows are neighbours
 
 
 def zigzag_permute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
@@ -64,6 +70,71 @@ def zigzag_unpermute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
     return jnp.concatenate([first, jnp.flip(last, axis)], axis).reshape(x.shape)
 
 
+def striped_permute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
+    """A whole sequence in natural order, brought into the order of layout "striped".
+
+    Args:
+      x: an array of any dtype.
+      axis: the sequence's dimension, of an extent that 256 * num_devices divides.
+      num_devices: N; dividing the result into N equal parts gives part r the stripes r, r + N,
+        r + 2N ... of the stripes of 256 rows of x.
+
+    Raises:
+      ValueError: the extent is not a multiple of 256 * num_devices.
+
+    Example:
+      >>> jax_fa3.striped_permute(jnp.arange(1024), 0, 2)[::256]
+      Array([  0, 512, 256, 768], dtype=int32)
+    """
+    axis %= x.ndim
+    return _dealt(x, axis, num_devices, "striped_permute", stripes_first=True)
+
+
+def striped_unpermute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
+    """The inverse of `striped_permute`, with the same arguments."""
+    axis %= x.ndim
+    return _dealt(x, axis, num_devices, "striped_unpermute", stripes_first=False)
+
+
+def _dealt(x, axis, num_devices, function, stripes_first):
+    """x with the two dimensions that its stripes make of `axis` in the other order: (stripes of a
+    device, devices) in natural order, (devices, stripes of a device) in the layout's."""
+    extent = x.shape[axis]
+    if extent % (STRIPE * num_devices):
+        raise ValueError(
+            f"{function}: dimension {axis} of x has extent {extent}; expected a multiple of "
+            f"{STRIPE} * num_devices = {STRIPE * num_devices}"
+        )
+    held = extent // (STRIPE * num_devices)
+    dims = (held, num_devices) if stripes_first else (num_devices, held)
+    stripes = x.reshape(*x.shape[:axis], *dims, STRIPE, *x.shape[axis + 1 :])
+    return stripes.swapaxes(axis, axis + 1).reshape(x.shape)
+
+
+_PERMUTES: dict[str, tuple[Callable, Callable]] = {
+    "zigzag": (zigzag_permute, zigzag_unpermute),
+    "striped": (striped_permute, striped_unpermute),
+}
+
+
+def in_layout(x: jax.Array, dim: int, size: int, layout: Layout) -> jax.Array:
+    """A whole sequence in natural order, in the order in which devices hold it."""
+    return _PERMUTES[layout][0](x, dim, size) if layout in _PERMUTES else x
+
+
+def in_order(x: jax.Array, dim: int, size: int, layout: Layout) -> jax.Array:
+    """The inverse of `in_layout`."""
+    return _PERMUTES[layout][1](x, dim, size) if layout in _PERMUTES else x
+
+
+def whole(x: jax.Array, dim: int, axis_name: str | tuple[str, ...], layout: Layout) -> jax.Array:
+    """Every device's rows of x, gathered in natural order."""
+    if x.shape[dim] == 0:  # which XLA refuses
+        return x
+    gathered = lax.all_gather(x, axis_name, axis=dim, tiled=True)
+    return in_order(gathered, dim, lax.axis_size(axis_name), layout)
+
+
 def _cut(x, axis, num_devices, function):
     """x with dimension `axis` cut into 2 * num_devices chunks and their rows."""
     extent = x.shape[axis]
@@ -87,13 +158,23 @@ def chunk_table(order: Order, size: int) -> np.ndarray:
     return np.stack([low, 2 * size - 1 - low])
 
 
-def balanced(layout: Layout, options: AttentionOptions, size: int, *seqlens: int) -> Order:
+def stripe_table(seqlen: int, size: int) -> np.ndarray:
+    """[stripe, device]: the global numbers of the stripes of each device's `seqlen` rows."""
+    return np.arange(seqlen // STRIPE * size).reshape(-1, size)
+
+
+def balanced(
+    layout: Layout, options: AttentionOptions, operands: Operands, size: int, *seqlens: int
+) -> Order:
     """The order in which to work: mirrored where contiguous rows would see unequal numbers of keys.
 
-    A device's rows must come in halves.
+    A device's rows must come in halves. What a table lets rows see is hardly more equal when it is
+    mirrored, and then nothing is traded.
     """
     uneven = layout == "contiguous" and mask.is_triangular(options) and size > 1
-    return "mirrored" if uneven and not any(n % 2 for n in seqlens) else layout
+    if uneven and operands.visibility is None and not any(n % 2 for n in seqlens):
+        return "mirrored"
+    return "zigzag" if layout == "zigzag" else "contiguous"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,18 +318,6 @@ def from_row(row: Row, x: jax.Array) -> jax.Array:
 class Part(NamedTuple):
     """A device's place in a divided sequence, and the operations that do its pieces of the work."""
 
-    local: Operations
+    local: LocalOperations
     axis: Axis
     layout: Layout
-
-
-def vary_together(operands: Any) -> Any:
-    """The operands, all varying over the union of their varying manual axes."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
-    union = frozenset().union(*varying)
-
-    def cast(x):
-        missing = tuple(sorted(union - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, operands)

@@ -24,9 +24,11 @@ import numpy as np
 from jax import lax
 
 from jax_fa3 import mask
-from jax_fa3.context_parallel.layout import Axis, Order, Packed, Part, vary_together
+from jax_fa3.context_parallel.layout import Axis, Order, Packed, Part
+from jax_fa3.context_parallel.sight import Sight
 from jax_fa3.operands import Bundle, Counts, Operands, Outputs, Row
 from jax_fa3.options import AttentionOptions
+from jax_fa3.varying import vary_together
 
 # Partial results that are kept before they are summed. Summing each one as it comes reads and
 # writes a float32 sum every time; keeping all of them takes the memory of the whole sequence.
@@ -54,6 +56,11 @@ class Chunks(NamedTuple):
     def held_by(self, distance: int) -> Chunks:
         """The chunks of the device `distance` before each one, around the ring."""
         return self._replace(starts=np.roll(self.starts, distance, axis=1))
+
+    def positions(self, axis: Axis) -> jax.Array:
+        """int32 [rows of all chunks]: where this device's rows stand."""
+        of_chunk = jnp.arange(self.rows, dtype=jnp.int32)[None]
+        return (axis.pick(self.starts)[:, None] + of_chunk).reshape(-1)
 
 
 class Piece(NamedTuple):
@@ -129,8 +136,9 @@ def held(axis: Axis, queries: Chunks, keys: Chunks) -> Callable[[Counts, jax.Arr
 
     def recount(counts, x):
         chunks = dict(queries=queries, keys=keys)[counts]
-        parts = (mask.recounted(counts, x, axis.pick(start)) for start in chunks.starts)
-        return sum(jnp.clip(part, 0, chunks.rows) for part in parts)
+        starts = axis.pick(chunks.starts).reshape((1,) * x.ndim + (-1,))
+        parts = mask.recounted(counts, x[..., None], starts)
+        return jnp.clip(parts, 0, chunks.rows).sum(-1, dtype=jnp.int32)
 
     return recount
 
@@ -150,7 +158,8 @@ def _dividing(rows, bundle):
 
 
 class Piecewise:
-    """A device's share of the work in the order it is done in; runs pieces of it.
+    """A device's share of the work in the order it is done in; runs pieces of it. `stands`: where
+    its rows do, if these are more chunks than pieces take apart.
 
     What has no rows, the largest logits and gradients as those of sinks, does not go with the
     results of a piece: it is kept here until all pieces are done.
@@ -164,10 +173,15 @@ class Piecewise:
         keys: Chunks,
         operands: Operands,
         *rest: Outputs,
+        stands: Chunks | None = None,
     ):
         self.local, self.axis, self.order = part.local, part.axis, order
         self.queries, self.keys = queries, keys
         self.operands, *self.rest = self._with_rows(operands, *rest)
+        self.sight, seqlen_q = None, self.axis.size * operands.extents.seqlen_q
+        if operands.visibility is not None:
+            positions = (stands or queries).positions(self.axis)
+            self.sight = Sight.of(operands.visibility, seqlen_q, positions)
         # Of the pieces so far; gradients by name.
         self.max_logits: list[jax.Array] = []
         self.shares: dict[str, list[jax.Array]] = defaultdict(list)
@@ -238,7 +252,12 @@ class Piecewise:
             return piece.recount(row.counts, x) if row.counts else x
 
         operands = self.operands.replace(**keys.present() | dict.fromkeys(given))
-        return vary_together(operands.map(of_piece).replace(**given))
+        operands = operands.replace(visibility=None).map(of_piece).replace(**given)
+        if self.sight is not None:
+            sight = vary_together(self.sight.map(of_piece))
+            made = sight.table(self.local, piece.options.routes.backward, operands.extents)
+            operands = operands.replace(visibility=made)
+        return vary_together(operands)
 
     def _take(self, piece: Piece, row: Row, x: jax.Array) -> jax.Array:
         """The rows of a piece, one chunk after the other."""

@@ -9,40 +9,110 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
+import jax
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3 import api, sharding
-from jax_fa3.arguments import Arguments
+from jax_fa3.arguments import Arguments, Division
 from jax_fa3.context_parallel import Divided, Strategy
-from jax_fa3.context_parallel.layout import Layout, vary_together
+from jax_fa3.context_parallel.layout import STRIPE, Layout, whole
+from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import FLOAT8, MAX_SEQLEN
+from jax_fa3.varying import vary_together
+from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("contiguous", "zigzag", "striped")
 INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
-    "of jax.shard_map, which gathers a sequence that arrives split; of what hides keys a divided "
-    "one has is_causal, local_window_size, query_offset and lengths alone"
+    "of jax.shard_map, which gathers a sequence that arrives split"
 )
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _of_divided(function: Function) -> Function:
+class _Options(TypedDict, total=False):
+    """The keywords of the three functions that leave the types of their results alone."""
+
+    layout: Layout
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["fa3", "xla"] | None
+    query_offset: ArrayLike | None
+    deterministic: bool | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+    logits_soft_cap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
+
+
+class _Divided(Protocol):
+    """The type of the three functions."""
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: Literal[False] = ...,
+        return_max_logits: Literal[False] = ...,
+        **options: Unpack[_Options],
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: Literal[True],
+        return_max_logits: Literal[False] = ...,
+        **options: Unpack[_Options],
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        axis_name: str | tuple[str, ...],
+        return_residual: bool = ...,
+        return_max_logits: bool = ...,
+        **options: Unpack[_Options],
+    ) -> jax.Array | tuple[jax.Array, ...]: ...
+
+
+def _of_divided(function: Callable[..., Any]) -> _Divided:
     """The function, which says why it lacks what dot_product_attention has."""
     known = inspect.signature(function).parameters
     names = {field.name for field in dataclasses.fields(Arguments)} - known.keys()
 
     @functools.wraps(function)
-    def checked(*arguments, **keywords):
+    def checked(*arguments: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name in names:
                 raise TypeError(f"{function.__name__} takes no {name}; {_instead(name)}")
         return function(*arguments, **keywords)
 
-    return cast(Function, checked)
+    return cast(_Divided, checked)
 
 
 def _instead(name: str) -> str:
@@ -72,11 +142,17 @@ def ring_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
 
     Letters: N devices of the axis; B batch, T query rows, S key rows, H head_dim, all of one
@@ -90,15 +166,24 @@ def ring_attention(
         inside `jax.shard_map`.
       layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
         PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
-        (`zigzag_permute`), T and S even.
-      scale, is_causal, local_window_size, implementation, return_residual, deterministic,
-        sm_margin, forward_dtype: as in `dot_product_attention`. With forward_dtype 16-bit arrays
-        travel, and each device brings what it has to float8.
+        (`zigzag_permute`), T and S even. "striped", not for a ring: of stripes of 256 rows the
+        stripes r, r + N, r + 2N ... (`striped_permute`), T and S multiples of 256.
+      forward_dtype: as in `dot_product_attention`. 16-bit arrays travel, and each device rounds
+        its own part to float8.
       query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
         every device. Rows from there on are padding.
       query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
-      logits_soft_cap, return_max_logits: as in `dot_product_attention`.
-      alibi_slopes, sinks: float32 (heads,), the same on every device.
+      alibi_slopes, sinks: float32 (heads,), the same on every device; no slopes for
+        `allgather_attention` in layout "striped".
+      query_segment_ids, key_value_segment_ids: int32 (B, T) and (B, S), as in
+        `dot_product_attention`: the device's part of those of the whole sequences.
+      kv_start, kv_end: int32 (B, T), (B, heads, T) or (B, kv_heads, T), of the device's rows: key
+        positions in the whole sequence.
+      attention_chunk: as in `dot_product_attention`.
+      visibility: in place of these, the table of the whole sequences, N * T rows and N * S keys in
+        natural order, the same on every device.
+      Others: scale, is_causal, local_window_size, implementation, return_residual, deterministic,
+        sm_margin, logits_soft_cap and return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,
@@ -108,9 +193,8 @@ def ring_attention(
 
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
-        layout "zigzag" with an odd number of rows.
-      TypeError: also for a bias, mask, segment ids, intervals, chunks or a table of visibility,
-        which need whole sequences.
+        layout "zigzag" with an odd number of rows, "striped" with no multiple of 256 or for a ring.
+      TypeError: also for a bias or mask, which need whole sequences.
       NotImplementedError: as in `dot_product_attention`.
 
     Numerics:
@@ -122,7 +206,9 @@ def ring_attention(
       float32. Where a window hides a device's keys from all rows, its step is left out. Causal
       attention over contiguous parts trades halves of queries, keys and values between devices
       first, and halves of the results last, so that all devices have equal work; with an odd number
-      of rows a device, it goes without, and takes up to twice as long.
+      of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
+      gathered, 4 bytes each, where `visibility` is not given; with any of these no halves are
+      traded.
 
     Example:
       >>> mesh = jax.make_mesh((8,), ("seq",))
@@ -154,11 +240,17 @@ def allgather_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
     Args, Returns, Raises: those of `ring_attention`.
@@ -200,11 +292,17 @@ def ulysses_attention(
     deterministic: bool | None = None,
     sm_margin: int = 0,
     forward_dtype: DTypeLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    attention_chunk: int | None = None,
+    visibility: Visibility | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
 
     Args, Returns: those of `ring_attention`.
@@ -227,7 +325,9 @@ def ulysses_attention(
     return _attend("ulysses", **locals())
 
 
-def _attend(strategy, axis_name, layout, **arguments):
+def _attend(
+    strategy: Strategy, axis_name: str | tuple[str, ...], layout: Layout, **arguments: Any
+) -> jax.Array | tuple[jax.Array, ...]:
     return attention(Arguments(**arguments), strategy, axis_name, layout)
 
 
@@ -236,18 +336,21 @@ def attention(
     strategy: Strategy,
     axis_name: str | tuple[str, ...],
     layout: Layout = "contiguous",
-) -> Any:
+) -> jax.Array | tuple[jax.Array, ...]:
     """The attention of these arguments by one of the strategies."""
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
         raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
-    options, operands = api.prepare(arguments)
-    _check_layout(layout, size, query=operands.query, key=operands.key)
+    division = Division(size, lambda x: whole(x, x.ndim - 1, axis_name, layout))
+    arguments = api.checked(arguments, division)
+    _check_layout(layout, strategy, arguments)
+    _check_rows(layout, size, query=arguments.query, key=arguments.key)
+    options, operands = api.prepared(arguments, division)
     # A device's part of the work goes through sharding, which divides batch and heads where their
     # axes are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)
 
-    def core(operands):
+    def core(operands: Operands) -> Outputs:
         # The rank makes the operands vary over the axis even where a caller has copies of them.
         query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
         return attend(options, operands.replace(query=query), divided)
@@ -255,7 +358,7 @@ def attention(
     return api.public_results(api.in_public_layout(core, operands))
 
 
-def _axis_size(function, axis_name) -> int:
+def _axis_size(function: str, axis_name: str | tuple[str, ...]) -> int:
     try:
         return lax.axis_size(axis_name)
     except NameError as error:
@@ -265,9 +368,24 @@ def _axis_size(function, axis_name) -> int:
         ) from error
 
 
-def _check_layout(layout, size, **arrays) -> None:
+def _check_layout(layout: str, strategy: Strategy, arguments: Arguments) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    if layout != "striped":
+        return
+    if strategy == "ring":
+        raise ValueError(
+            "layout is 'striped'; expected 'contiguous' or 'zigzag' for a ring, or "
+            "allgather_attention or ulysses_attention"
+        )
+    if strategy == "allgather" and arguments.alibi_slopes is not None:
+        raise ValueError(
+            "layout is 'striped' and alibi_slopes is given; expected layout 'contiguous' or "
+            "'zigzag' with it: slopes need rows that are neighbours"
+        )
+
+
+def _check_rows(layout: str, size: int, **arrays: Any) -> None:
     for name, x in arrays.items():
         if x.dtype.name == FLOAT8:
             raise TypeError(
@@ -279,6 +397,11 @@ def _check_layout(layout, size, **arrays) -> None:
             raise ValueError(
                 f"{name} has seq = {seqlen} on each device; expected an even number for layout "
                 "'zigzag'"
+            )
+        if layout == "striped" and seqlen % STRIPE:
+            raise ValueError(
+                f"{name} has seq = {seqlen} on each device; expected a multiple of {STRIPE} for "
+                "layout 'striped'"
             )
         if seqlen * size >= MAX_SEQLEN:
             raise ValueError(

@@ -105,7 +105,7 @@ class _Ring(Piecewise):
 
     def __init__(self, part: Part, options: AttentionOptions, operands: Operands, *rest: Outputs):
         size, seqlens = part.axis.size, operands.extents[1:3]
-        order = balanced(part.layout, options, size, *seqlens)
+        order = balanced(part.layout, options, operands, size, *seqlens)
         table = chunk_table(order, size)
         chunks = (Chunks.of(table, n) for n in seqlens)
         super().__init__(part, order, *chunks, operands, *rest)

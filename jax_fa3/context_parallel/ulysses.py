@@ -27,10 +27,11 @@ from jax_fa3.context_parallel.layout import (
     Part,
     by_row,
     from_row,
+    in_layout,
+    in_order,
     pack,
     unpack,
-    zigzag_permute,
-    zigzag_unpermute,
+    whole,
 )
 from jax_fa3.context_parallel.pieces import beside
 from jax_fa3.operands import Bundle, Operands, Outputs, Row
@@ -111,9 +112,7 @@ class _Exchange:
         """Whole sequences of an array that has rows and no heads."""
         if row.axis("st") is None or row.axis("hk") is not None:
             return x
-        dim = row.axis("st")
-        x = lax.all_gather(x, self.axis.name, axis=dim, tiled=True)
-        return zigzag_unpermute(x, dim, self.axis.size) if self.layout == "zigzag" else x
+        return whole(x, row.axis("st"), self.axis.name, self.layout)
 
     def swap(self, arrays: Sequence[jax.Array]) -> jax.Array | None:
         """What the devices have for each other of these arrays, packed."""
@@ -145,7 +144,7 @@ class _Exchange:
         these heads of what is whole here."""
         arrays = iter(arrays)
 
-        def whole(row, x):
+        def received(row, x):
             if not _is_exchanged(row):
                 return x if row.axis("hk") is None else self._heads_of(group, x)
             batch, rows, heads, width = by_row(row, x).shape
@@ -154,19 +153,16 @@ class _Exchange:
             count = heads // (self.axis.size * self.groups)
             parts = jnp.moveaxis(next(arrays), 0, 1)
             parts = parts.reshape(batch, self.axis.size * rows, count, width)
-            if self.layout == "zigzag":
-                parts = zigzag_unpermute(parts, 1, self.axis.size)
-            return from_row(row, parts)
+            return from_row(row, in_order(parts, 1, self.axis.size, self.layout))
 
-        return [bundle.map(whole) for bundle in bundles]
+        return [bundle.map(received) for bundle in bundles]
 
     def to_rows(self, results: Bundle) -> list[jax.Array]:
         """Results for a group of heads, to be sent to the devices whose rows they are of."""
 
         def sent(row, x):
-            x, size = by_row(row, x), self.axis.size
-            if self.layout == "zigzag":
-                x = zigzag_permute(x, 1, size)
+            size = self.axis.size
+            x = in_layout(by_row(row, x), 1, size, self.layout)
             batch, rows, count, width = x.shape
             x = x.reshape(batch, size, rows // size * count * width)
             return jnp.moveaxis(x, 1, 0)
@@ -195,10 +191,12 @@ class _Exchange:
         return first.map(joined, *others)
 
     def _heads_of(self, group, x):
-        """This device's heads of a group, of x [batch, query heads]."""
-        batch, heads = x.shape
+        """This device's heads of a group, of x [batch, query heads or 1 for all, ...]."""
+        batch, heads, *rest = x.shape
+        if heads == 1:
+            return x
         count = heads // (self.axis.size * self.groups)
-        x = x.reshape(batch, self.axis.size, self.groups, count)
+        x = x.reshape(batch, self.axis.size, self.groups, count, *rest)
         return lax.dynamic_index_in_dim(x, self.axis.rank, 1, keepdims=False)[:, group]
 
     def _among_all(self, groups, absent):

@@ -24,8 +24,8 @@ def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any
     """Prints versions, GPUs and compiled kernels, and for a described call what would run it.
 
     Args:
-      query, key, value: arrays or `jax.ShapeDtypeStruct`s; key and value default to query.
-      **options: keyword arguments of `dot_product_attention`.
+      query, key, value: arrays or `jax.ShapeDtypeStruct`; key and value default to query.
+      options: keyword arguments of `dot_product_attention`.
 
     Example:
       >>> jax_fa3.doctor(jax.ShapeDtypeStruct((2, 4096, 16, 128), "bfloat16"), is_causal=True)
@@ -66,12 +66,12 @@ def _gpus() -> list[str]:
 def _kernels() -> list[str]:
     module = native.module()
     if module is None:
-        return [native.IMPORT_ERROR]
+        return [str(native.IMPORT_ERROR)]
     compiled = module.compiled_kernels()
     if not compiled:
         listed = len(module.listed_kernels())
         return [f"none compiled of {listed} (built with JAX_FA3_CUDA=OFF); calls run through XLA"]
-    tiles = defaultdict(dict)
+    tiles: defaultdict[Any, dict[str, None]] = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"
         variant = kernel.get("variant", "plain")

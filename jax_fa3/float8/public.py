@@ -7,7 +7,7 @@ everywhere else. Both ways are straight-through.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,56 @@ from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding, validate
 from jax_fa3.arguments import Arguments
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.float8 import rounding
 from jax_fa3.float8.rounding import SEED, Granularity, QuantizedQKV, Saturated
 from jax_fa3.operands import Operands, in_row_dims
+from jax_fa3.varying import vary_together
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `quantize_qkv` that leave the type of its result alone."""
+
+    granularity: Granularity
+    rotation_seed: int | None
+    prepare_value: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    query_descale: ArrayLike | None
+    key_descale: ArrayLike | None
+    value_descale: ArrayLike | None
+
+
+@overload
+def quantize_qkv(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_saturated: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> QuantizedQKV: ...
+
+
+@overload
+def quantize_qkv(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_saturated: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[QuantizedQKV, Saturated]: ...
+
+
+@overload
+def quantize_qkv(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_saturated: bool,
+    **options: Unpack[_Options],
+) -> QuantizedQKV | tuple[QuantizedQKV, Saturated]: ...
 
 
 def quantize_qkv(
@@ -35,7 +81,7 @@ def quantize_qkv(
     key_descale: ArrayLike | None = None,
     value_descale: ArrayLike | None = None,
     return_saturated: bool = False,
-) -> Any:
+) -> QuantizedQKV | tuple[QuantizedQKV, Saturated]:
     """float8 query, key and value with scales, as `dot_product_attention` takes them.
 
     Args:
@@ -76,7 +122,7 @@ def quantize_qkv(
 
     Source: FlashAttention-3, arXiv:2407.08608; Hadamard rotations, arXiv:2404.00456.
     """
-    given = dict(
+    given: dict[str, ArrayLike | None] = dict(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         query_descale=query_descale,
@@ -111,7 +157,7 @@ def _run(how: _How, operands: Operands) -> tuple[Operands, Saturated]:
     """quantize() with or without a batch dimension, compiled once outside of jax.jit."""
     scales = operands.only(rounding.DESCALES).present()
     spread = rounding.spread(scales, operands.query, operands.key, operands.value)
-    is_batched = operands.query.ndim == 4
+    is_batched = operands.is_batched
     operands = in_row_dims(operands.replace(**spread))
     if _may_use_kernel(how, operands):
         quantized = _measured(how, operands)
@@ -145,16 +191,19 @@ def _may_use_kernel(how: _How, operands: Operands) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measured(how: _How, operands: Operands) -> Operands:
     """float8 arrays with measured scales by blocks, by whoever rounds."""
+    assert how.seed is not None  # _may_use_kernel
     return sharding.quantized(
         vary_together(operands), seed=how.seed, prepare_value=how.prepare_value
     )
 
 
 @_measured.defjvp
-def _straight_through(how, primals, tangents):
-    (operands,), (tangents,) = primals, tangents
+def _straight_through(
+    how: _How, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[Operands, Operands]:
+    (operands,), (directions,) = primals, tangents
     results = _measured(how, operands)
-    arrays = rounding.straight_through(tangents, operands, results, how.seed)
+    arrays = rounding.straight_through(directions, operands, results, how.seed)
     arrays = rounding.prepared(arrays) if how.prepare_value else arrays
     typed = {
         name: sharding.typed_like(x, getattr(results, name)) for name, x in arrays.present().items()

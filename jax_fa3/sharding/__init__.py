@@ -76,7 +76,7 @@ def quantized(operands: Operands, *, seed: int, prepare_value: bool) -> Operands
     return Operands(**_divided(options, local, results, blocks, operands, heads_meet=False))
 
 
-def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
+def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> Operands:
     """A table of visibility, split over batch and heads as its sources are."""
 
     def local(sequence, sources):
@@ -85,7 +85,7 @@ def visibility(route: Route, options: VisibilityOptions, sources: Sources) -> ja
     _, heads = sources.batch_and_heads
     results = dict(visibility="bhv" if heads > 1 else "b.v")
     call = AttentionOptions(scale=1.0, routes=Routes(route, route))
-    return _divided(call, local, results, "segment ids", sources)["visibility"]
+    return Operands(**_divided(call, local, results, "segment ids", sources))
 
 
 def _over(sequence: Axes, options: AttentionOptions, operands: Operands) -> Operations:

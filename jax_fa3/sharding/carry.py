@@ -14,11 +14,11 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from jax_fa3.context_parallel.layout import vary_together
 from jax_fa3.operations import first_order_only
 from jax_fa3.sharding.meshes import axes_by_dimension, axes_of, decode, mesh_of
 from jax_fa3.sharding.operation import Operation, Results
 from jax_fa3.sharding.split import Split
+from jax_fa3.varying import vary_together
 
 
 def distribute(operation: Operation, operands: Sequence[jax.Array]) -> Results:
@@ -79,8 +79,9 @@ def _over_explicit(operation: Operation, operands: Sequence[jax.Array]) -> Resul
         out_specs=tuple(map(split.spec, operation.results)),
         axis_names=set(axes_of(mesh, AxisType.Explicit) if mixed else ()),
         # Where heads do not meet, results of key and value are equal on devices that share them,
-        # which cannot be inferred from one custom call for all.
-        check_vma=operation.heads_meet,
+        # which cannot be inferred from one custom call for all. Loops and derivative rules in a
+        # user's function have constants that do not vary with its scores.
+        check_vma=operation.heads_meet and operation.options.functions is None,
     )(*operands)
 
 

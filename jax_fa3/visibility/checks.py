@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_fa3.arguments import Arguments, values_of
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, values_of
 from jax_fa3.operands import Sources
 from jax_fa3.options import MAX_SEQLEN, UNBOUNDED
 from jax_fa3.validate import as_int, check_dtype, check_flag, check_offset, one_of, shape_of
@@ -22,11 +22,11 @@ BY_HEAD = ("kv_start", "kv_end")
 OFF = -1  # a side of a window, as flash-attn has it
 
 
-def check_call(arguments: Arguments) -> None:
+def check_call(arguments: Arguments, division: Division = UNDIVIDED) -> None:
     """Raises unless a call's arguments of this kind are legal, the others being so."""
     check_chunk(arguments.attention_chunk)
     if arguments.visibility is not None:
-        _check_visibility(arguments)
+        _check_visibility(arguments, division.parts)
     for name, x in arguments.sources.items():
         if name == "query_offset":
             continue
@@ -160,8 +160,8 @@ def check_chunk_offset(offset: Any, chunk: Any) -> None:
         )
 
 
-def _check_visibility(arguments: Arguments) -> None:
-    """It stands alone, and is of the call's rows and keys."""
+def _check_visibility(arguments: Arguments, parts: int) -> None:
+    """It stands alone, and is of the rows and keys of all parts of the call's sequences."""
     visibility, n = arguments.visibility, arguments.extents
     if not isinstance(visibility, Visibility):
         raise TypeError(
@@ -174,10 +174,11 @@ def _check_visibility(arguments: Arguments) -> None:
             "them: make_visibility takes such arguments"
         )
     made = visibility.options.seqlen_q, visibility.options.seqlen_k
-    if made != (n.seqlen_q, n.seqlen_k):
+    whole = n.seqlen_q * parts, n.seqlen_k * parts
+    if made != whole:
         raise ValueError(
-            f"visibility is of {made[0]} query rows and {made[1]} keys; expected {n.seqlen_q} and "
-            f"{n.seqlen_k} like query and key"
+            f"visibility is of {made[0]} query rows and {made[1]} keys; expected {whole[0]} and "
+            f"{whole[1]} like query and key{' on all devices together' if parts > 1 else ''}"
         )
     _check_table(visibility)
     *batch, heads, _ = visibility.table.shape

@@ -11,10 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import Arguments, as_indices, is_array
-from jax_fa3.context_parallel.layout import vary_together
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, is_array
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.varying import vary_together
 from jax_fa3.visibility import checks, table
 from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import CHECKPOINT_NAME
@@ -121,21 +121,25 @@ def of_sources(
     return Visibility(_made(how, options, Sources(**sources)), options)
 
 
-def of_call(arguments: Arguments) -> jax.Array:
-    """The table of a checked call that has one, for one head or all query heads."""
+def of_call(arguments: Arguments, division: Division = UNDIVIDED) -> jax.Array:
+    """The table of a checked call that has one, for one head or all query heads; it is that of the
+    whole sequences."""
     if arguments.visibility is not None:
         made = arguments.visibility.table
         made = made if made.ndim == 3 else made[None]  # a plane of each head, as jax.vmap maps it
     else:
-        offset, n = arguments.query_offset, arguments.extents
+        offset, seqlens = arguments.query_offset, arguments.extents[1:3]
         chunk = _chunk(arguments.attention_chunk)
         options = VisibilityOptions(
-            seqlen_q=n.seqlen_q,
-            seqlen_k=n.seqlen_k,
+            seqlen_q=seqlens[0] * division.parts,
+            seqlen_k=seqlens[1] * division.parts,
             query_offset=0 if is_array(offset) or not chunk else int(offset or 0),
             attention_chunk=chunk,
         )
-        sources = dict(arguments.sources)
+        sources = {
+            name: x if name == "query_offset" else division.gather(x)
+            for name, x in arguments.sources.items()
+        }
         for name in checks.BY_HEAD:
             if arguments.query.ndim == 3 and name in sources and sources[name].ndim == 2:
                 sources[name] = sources[name][None]
@@ -157,7 +161,9 @@ def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)
     sources = vary_together(table.in_row_dims(sources))
-    return sharding.visibility(how, options, sources)
+    made = sharding.visibility(how, options, sources).visibility
+    assert made is not None
+    return made
 
 
 def _chunk(attention_chunk: int | None) -> int:

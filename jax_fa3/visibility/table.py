@@ -175,6 +175,14 @@ def with_legal_documents(
     return Operands(visibility=made)
 
 
+def with_summary(tables: Array, is_valid: Array, rows_end: Array) -> Array:
+    """Tables whose planes are valid where `is_valid`, and of no fewer rows than `rows_end`, from
+    which on all others are padding; bool and int32 [batch | 1, heads | 1]."""
+    flags = jnp.where(is_valid, tables[..., 0], tables[..., 0] & ~VALID)
+    rows_end = jnp.maximum(tables[..., 1], rows_end)
+    return tables.at[..., :2].set(jnp.stack([flags, rows_end], -1))
+
+
 def _are_documents(cu_seqlens: Array, seqlen: int) -> Array:
     """bool [batch], of [batch, count]."""
     falls = cu_seqlens[:, 1:] < cu_seqlens[:, :-1]

@@ -14,7 +14,6 @@ import numpy as np
 import cached
 import contract
 from cases import CASES, HEAD_DIMS, Case
-from jax_fa3 import cached_attention
 
 LARGEST_BLOCK = 1 << 26  # bytes
 COPIES = 3
@@ -196,7 +195,6 @@ PADDED = [
 CACHED_DIMS = ((64, None), (96, None), (128, None), (192, 128), (256, None), (80, 40))
 PAGE_SIZES = (8, 16, 24, 64, 128, 256)
 GROUPS = (1, 2, 4, 8, 16, 64)
-STATIC = ("is_causal", "layout", "local_window_size", "scale", "return_residual", "rotary")
 
 
 def cached_case(seed):
@@ -205,9 +203,4 @@ def cached_case(seed):
 
 
 def attend_to_cache(problem, **more):
-    arrays, options = problem.arguments()
-    static = {name: options.pop(name) for name in STATIC if name in options}
-    if isinstance(options.get("query_offset"), int):
-        static["query_offset"] = options.pop("query_offset")
-    run = functools.partial(cached_attention, implementation="fa3", **static, **more)
-    return jax.jit(run)(*arrays, **options)
+    return cached.attend(problem, "fa3", **more)

@@ -1,0 +1,112 @@
+"""Which blocks of rows and keys a mask function hides, shows in part, or shows whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fa3.flex.functions import FULL, PARTIAL, over_pairs, trace
+from jax_fa3.options import MAX_SEQLEN
+from jax_fa3.validate import as_int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMask:
+    """What `create_block_mask` makes: a pytree whose only array is `states`.
+
+    Attributes:
+      states: uint8 (B or 1, N or 1, ceil(T / rows), ceil(S / keys)), for each block of rows and
+        keys: 0 no row sees a key, 1 some pairs are seen, 3 every row sees every key. Pairs beyond
+        the last row or key do not count.
+      q_len, kv_len: T and S, the numbers of rows and keys.
+      block_size: (rows, keys) of a block.
+    """
+
+    states: jax.Array
+    q_len: int = dataclasses.field(metadata=dict(static=True))
+    kv_len: int = dataclasses.field(metadata=dict(static=True))
+    block_size: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
+
+
+def create_block_mask(
+    mask_mod: Callable[..., Any],
+    batch: int | None,
+    num_heads: int | None,
+    q_len: int,
+    kv_len: int,
+    captured: tuple[Any, ...] = (),
+    *,
+    block_size: int | tuple[int, int] = 128,
+) -> BlockMask:
+    """The blocks of a mask function, made once and given to every layer as `block_mask`.
+
+    The function is evaluated for the rows of one block at a time: memory is that of one such row of
+    blocks and of the result, never of all pairs. It may be called under `jax.jit`, with arrays of
+    the step among `captured`.
+
+    Args:
+      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, as in `flex_attention`.
+      batch, num_heads: B and N, those of query; None where the mask does not depend on them. Then
+        the function is called with 0.
+      q_len, kv_len: T and S, the numbers of query rows and keys.
+      captured: arrays for the function.
+      block_size: rows and keys of a block, or (rows, keys), each at least 1.
+
+    Returns:
+      A BlockMask. It is of the function and the arrays that it was made of: with others
+      `flex_attention` gives what its blocks say where they are hidden or seen whole.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+      >>> causal = lambda batch, head, q_idx, kv_idx: q_idx >= kv_idx
+      >>> jax_fa3.create_block_mask(causal, None, None, 256, 256).states[0, 0].tolist()
+      [[1, 0], [3, 1]]
+
+    Source: FlexAttention, arXiv:2412.05496.
+    """
+    batch = 1 if batch is None else _at_least(1, "batch", batch, "an int or None")
+    heads = 1 if num_heads is None else _at_least(1, "num_heads", num_heads, "an int or None")
+    q_len, kv_len = (
+        _at_least(1, name, n, "an int") for name, n in (("q_len", q_len), ("kv_len", kv_len))
+    )
+    sides = block_size if isinstance(block_size, (tuple, list)) else (block_size,) * 2
+    if len(sides) != 2:
+        raise ValueError(f"block_size is {block_size!r}; expected an int or a pair of ints")
+    rows, keys = (_at_least(1, "block_size", n, "an int or a pair of ints") for n in sides)
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(captured)]
+    tree = jax.tree.structure(captured)
+    function, closed_over = trace("mask_mod", mask_mod, tree.unflatten(leaves), len(leaves))
+    mask = over_pairs(function, (*leaves, *closed_over))
+
+    num_blocks = -(-q_len // rows), -(-kv_len // keys)
+    column = jnp.arange(num_blocks[1] * keys, dtype=jnp.int32)
+
+    def states_of(place):
+        """Those of one row of blocks."""
+        b, h, i = place
+        row = i * rows + jnp.arange(rows, dtype=jnp.int32)
+        # What is not there repeats the last row or key.
+        near = jnp.minimum(row, q_len - 1), jnp.minimum(column, kv_len - 1)
+        seen = mask(b[None], h[None], *near)[0, 0].reshape(rows, num_blocks[1], keys)
+        return PARTIAL * seen.any((0, 2)) + (FULL - PARTIAL) * seen.all((0, 2))
+
+    extents = batch, heads, num_blocks[0]
+    places = jnp.indices(extents, dtype=jnp.int32).reshape(3, -1)
+    states = lax.map(states_of, tuple(places))
+    states = states.astype(jnp.uint8).reshape(*extents, num_blocks[1])
+    return BlockMask(states, q_len, kv_len, (rows, keys))
+
+
+def _at_least(least: int, name: str, x: Any, expected: str) -> int:
+    n = as_int(name, x, expected)
+    if not least <= n < MAX_SEQLEN:
+        raise ValueError(f"{name} is {n}; expected at least {least} and less than {MAX_SEQLEN}")
+    return n

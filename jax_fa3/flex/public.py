@@ -1,0 +1,197 @@
+"""The public call of attention with score and mask functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_fa3 import api
+from jax_fa3.arguments import Arguments
+from jax_fa3.flex.block_mask import BlockMask
+from jax_fa3.flex.functions import Functions, trace
+from jax_fa3.flex.operands import FlexOperands
+from jax_fa3.operands import DTYPES
+from jax_fa3.validate import check_dtype, one_of, shape_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlexArguments(Arguments):
+    """Those of `flex_attention`; what it does not take stays at its default."""
+
+    score_mod: Any = None
+    mask_mod: Any = None
+    captured: Any = ()
+    block_mask: Any = None
+
+    function: ClassVar[str] = "flex_attention"
+
+    @property
+    def has_functions(self) -> bool:
+        return self.score_mod is not None or self.mask_mod is not None
+
+
+def flex_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    captured: tuple[Any, ...] = (),
+    *,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    return_residual: bool = False,
+    implementation: Literal["fa3", "xla"] | None = None,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """softmax(score_mod(scale * query @ key^T)) @ value, where mask_mod lets a row see a key.
+
+    Both functions are ordinary JAX functions of scalars: the call maps them over all pairs, block
+    by block. In this version they run through XLA on every platform; a call without functions is
+    `dot_product_attention`. docs/flex.md has examples, and PyTorch's names.
+
+    Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
+    H head_dim.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H); bfloat16, float16 or float32.
+      key: (B, S, K, H) or (S, K, H), of query's dtype.
+      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
+        is then the output's.
+      score_mod: `score_mod(score, batch, head, q_idx, kv_idx, *captured) -> score`. score is a
+        float32 scalar, scale * q . k, and so is the result; -inf hides the pair. batch, head, q_idx
+        and kv_idx are int32 scalars: sequence, query head, number of the row and of the key, each
+        counted from 0 whatever query_offset is. 3-D inputs have batch 0.
+      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, True where the row sees
+        the key. It holds together with every other argument that hides keys.
+      captured: a tuple of arrays, or of pytrees of arrays, which both functions get. Arrays that a
+        function closes over, traced ones too, are captured as well. Floating ones have gradients.
+      block_mask: what `create_block_mask` made of mask_mod. Its hidden blocks are hidden and its
+        full blocks seen without asking mask_mod, whatever that would say; the others ask it.
+      scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
+      Others: is_causal, local_window_size, query_offset, query_seq_lengths, key_value_seq_lengths,
+        kv_start, kv_end, query_segment_ids and key_value_segment_ids, as in
+        `dot_product_attention`.
+      return_residual: also return the log-sum-exp of each row's scores.
+      implementation: None and "xla" run XLA, None with the reason in the log; "fa3" raises with the
+        reason.
+
+    Returns:
+      out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual a tuple (out, lse), lse
+      float32 (B, T, N) or (T, N), natural logarithm. A row that sees no key has out 0 and lse -inf.
+
+    Raises:
+      ValueError: shapes or values do not fit; the message names the argument, got and expected.
+      TypeError: a wrong dtype, or an array where a Python value must stand.
+      NotImplementedError: implementation="fa3" with a function.
+
+    Example:
+      >>> q = k = v = jax.random.normal(jax.random.key(0), (2, 256, 4, 64), jnp.bfloat16)
+      >>> bias = lambda score, batch, head, q_idx, kv_idx: score + 0.1 * (kv_idx - q_idx)
+      >>> jax_fa3.flex_attention(q, k, v, bias, jax_fa3.flex.causal_mask).shape
+      (2, 256, 4, 64)
+
+    Source: FlexAttention, arXiv:2412.05496.
+    """
+    arguments = FlexArguments(**locals())
+    _check_companions(arguments)
+    if arguments.has_functions:
+        return _attention(arguments)
+    names = {field.name for field in dataclasses.fields(Arguments)}
+    return api.attention(Arguments(**{name: getattr(arguments, name) for name in names}))
+
+
+def _check_companions(arguments: FlexArguments) -> None:
+    """What is for functions comes with them."""
+    if arguments.block_mask is not None and arguments.mask_mod is None:
+        raise ValueError(
+            "block_mask is given and mask_mod is None; expected the function that it was made of: "
+            "blocks that are seen in part ask it"
+        )
+    if not isinstance(arguments.captured, (tuple, list)):
+        raise TypeError(
+            f"captured is a {type(arguments.captured).__name__}; expected a tuple: the arguments "
+            "of the functions behind kv_idx"
+        )
+    if arguments.captured and not arguments.has_functions:
+        raise ValueError(
+            "captured is given and score_mod and mask_mod are None; expected a function that takes "
+            "it"
+        )
+
+
+def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
+    arguments = arguments.with_arrays()
+    for name in ("query", "key", "value"):
+        if getattr(arguments, name) is not None:
+            check_dtype(name, getattr(arguments, name), DTYPES)
+    options, operands = api.prepare(arguments)
+    _check_block_mask(arguments)
+    leaves, tree = _captured(arguments.captured)
+    functions, arrays = {}, list(leaves)
+    for name in ("score_mod", "mask_mod"):
+        function = getattr(arguments, name)
+        if function is not None:
+            made, closed_over = trace(name, function, tree.unflatten(leaves), len(arrays))
+            functions[name.removesuffix("_mod")] = made
+            arrays += closed_over
+    blocks = arguments.block_mask
+    scores = Functions(**functions, block=(0, 0) if blocks is None else blocks.block_size)
+    states = None if blocks is None else blocks.states
+    options = dataclasses.replace(options, functions=scores)
+    operands = FlexOperands.of(operands, arguments.extents, arrays, states)
+    return api.public_results(api.fa3_attention(options, operands))
+
+
+def _captured(captured: Any) -> tuple[list[jax.Array], Any]:
+    """Its arrays and the structure that they stand in."""
+    leaves, tree = jax.tree.flatten(tuple(captured))
+    arrays = []
+    for i, x in enumerate(leaves):
+        try:
+            arrays.append(jnp.asarray(x))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"captured has a {type(x).__name__} for array {i}; expected arrays"
+            ) from error
+    return arrays, tree
+
+
+def _check_block_mask(arguments: FlexArguments) -> None:
+    """It is one, and of the call's rows, keys, sequences and heads."""
+    blocks, n = arguments.block_mask, arguments.extents
+    if blocks is None:
+        return
+    if not isinstance(blocks, BlockMask):
+        raise TypeError(
+            f"block_mask is a {type(blocks).__name__}; expected what jax_fa3.create_block_mask "
+            "gives"
+        )
+    if (blocks.q_len, blocks.kv_len) != (n.seqlen_q, n.seqlen_k):
+        raise ValueError(
+            f"block_mask is of {blocks.q_len} rows and {blocks.kv_len} keys; expected "
+            f"{n.seqlen_q} and {n.seqlen_k} like query and key"
+        )
+    rows, keys = blocks.block_size
+    of_blocks = -(-blocks.q_len // rows), -(-blocks.kv_len // keys)
+    allowed = (1, n.batch), (1, n.num_heads_q), of_blocks[:1], of_blocks[1:]
+    shape = blocks.states.shape
+    if len(shape) != 4 or any(x not in some for x, some in zip(shape, allowed, strict=True)):
+        expected = (one_of(tuple(map(str, dict.fromkeys(some)))) for some in allowed)
+        raise ValueError(
+            f"block_mask has states of shape {shape_of(blocks.states)}; expected "
+            f"({', '.join(expected)})"
+        )

@@ -1,0 +1,172 @@
+"""The reliability campaign: parts of many checks each, on a Hopper GPU, into one file of results.
+
+    make campaign                                   # every part, for as long as it takes
+    make campaign PARTS="forward hostile"           # these parts
+    python tests/gpu/campaign.py --budget-s 500     # starts no task after so many seconds
+    python tests/gpu/campaign.py --render           # the table of docs/reliability.md
+
+A part has tasks. The results are saved after each task, and a run goes on where the last one ended.
+They belong to one source tree: a run on another one ends with an error, unless --again drops them.
+A check that fails is written down, and the campaign goes on.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+import time
+import traceback
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+import campaign_parts  # noqa: E402
+import record  # noqa: E402
+
+RESULTS = HERE / "CAMPAIGN.json"
+PAGE = record.ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+SOURCES = record.SUITES["mesh"]  # kernels and Python
+MAX_FAILURES = 20  # of a part that are written down with their text
+
+
+class Results:
+    """What the file holds: environment, and for each part tasks, checks, failures, seconds."""
+
+    def __init__(self, path, environment, again=False):
+        self.path = path
+        self.data = dict(environment=environment, parts={})
+        if again or not path.exists():
+            return
+        saved = json.loads(path.read_text())
+        for name in ("source_hash", "gpu"):
+            was, is_now = (x[name][:12] for x in (saved["environment"], environment))
+            if was != is_now:
+                raise SystemExit(
+                    f"{path} is for {name} {was}, this is {is_now}: --again drops its results"
+                )
+        self.data = saved
+
+    def part(self, name):
+        empty = dict(tasks=[], checks=0, failed=0, failures=[], seconds=0.0)
+        return self.data["parts"].setdefault(name, empty)
+
+    def add(self, name, task, checks, failures, seconds):
+        part = self.part(name)
+        part["tasks"].append(task)
+        part["checks"] += checks
+        part["failed"] += len(failures)
+        room = MAX_FAILURES - len(part["failures"])
+        part["failures"] += [dict(task=task, text=text) for text in failures[:room]]
+        part["seconds"] = round(part["seconds"] + seconds, 1)
+        new = self.path.with_suffix(".part")
+        new.write_text(json.dumps(self.data, indent=1) + "\n")
+        new.replace(self.path)
+
+    @property
+    def failed(self):
+        return sum(part["failed"] for part in self.data["parts"].values())
+
+
+def environment():
+    """What the results are of."""
+    import jax
+
+    return dict(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        source_hash=record.source_hash(SOURCES),
+        gpu=jax.devices()[0].device_kind,
+        driver=record.driver_version(),
+        packages=record.package_versions(),
+    )
+
+
+def run_task(part, task):
+    """The number of checks, and the texts of those that failed; an error ends the task."""
+    checks, failures = 0, []
+    try:
+        for count, failure in part.run(task, part.checks_of_a_task):
+            checks += count
+            failures += [failure] if failure else []
+    except Exception:
+        checks += 1
+        failures.append(traceback.format_exc())
+    return checks, failures
+
+
+def run(parts, results, budget_s, log=print):
+    """Runs the tasks of the parts that are not done yet."""
+    start = time.monotonic()
+    for part in parts:
+        done = set(results.part(part.name)["tasks"])
+        for task in (x for x in range(part.tasks) if x not in done):
+            if time.monotonic() - start > budget_s:
+                log("out of time: run again to go on")
+                return
+            began = time.monotonic()
+            checks, failures = run_task(part, task)
+            seconds = time.monotonic() - began
+            results.add(part.name, task, checks, failures, seconds)
+            log(f"{part.name} {task + 1}/{part.tasks}: {checks} {part.unit}, {seconds:.1f} s")
+            for failure in failures:
+                log(f"FAILED {failure}")
+
+
+def render(data, parts):
+    """The part of the page that shows results; `data` is None where there are none."""
+    if data is None:
+        return "The campaign of this version has not been run.\n"
+    rows = ["| part | done | wanted | failed | seconds |", "|---|---|---|---|---|"]
+    for part in parts:
+        if found := data["parts"].get(part.name):
+            rows.append(
+                f"| {part.name} | {found['checks']:,} {part.unit} | {part.goal:,} "
+                f"| {found['failed']} | {found['seconds']:.0f} |"
+            )
+    of = data["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
+    head = f"{of['date']}, {of['gpu']}, driver {of['driver']}, {packages}"
+    return f"{head}, source {of['source_hash'][:12]}.\n\n" + "\n".join(rows) + "\n"
+
+
+def rendered_page(text, results):
+    """The page with the results in their place."""
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return before + BEGIN + results + END + after
+
+
+def saved(path=RESULTS):
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def main(arguments=None):
+    parts = {part.name: part for part in campaign_parts.PARTS}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
+    parser.add_argument("--budget-s", type=float, default=float("inf"))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of each task's checks")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="drop the results that are there")
+    parser.add_argument("--render", action="store_true", help="write docs/reliability.md, no more")
+    args = parser.parse_args(arguments)
+    if unknown := [name for name in args.parts if name not in parts]:
+        parser.error(f"no part {', '.join(unknown)}; expected some of {', '.join(parts)}")
+    if args.render:
+        results = render(saved(args.results), campaign_parts.PARTS)
+        PAGE.write_text(rendered_page(PAGE.read_text(), results))
+        return 0
+    here = campaign_parts.IS_HOPPER
+    chosen = [parts[name].scaled(args.scale) for name in args.parts or parts]
+    if left := [part.name for part in chosen if part.needs_gpu and not here]:
+        print(f"left out without a Hopper GPU: {', '.join(left)}")
+    results = Results(args.results, environment(), args.again)
+    run([part for part in chosen if here or not part.needs_gpu], results, args.budget_s)
+    print(f"{results.failed} checks failed")
+    return 1 if results.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
