@@ -4,18 +4,29 @@ The only file that touches jax.ffi. A call's operands are the arrays that the ke
 order of their rows; the backward call has outputs and cotangents after query, key and value. Of
 what may be absent, attributes say whether it is there. Of a dense mask the kernels take a table,
 which a call of its own makes for each direction: XLA merges equal ones.
+
+A call with functions brings its kernels along, linked when the program is lowered for CUDA: a
+primitive of ours, because JAX's takes attributes that are known when it is traced.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from jax_fa3 import native
+from jax_fa3.flex import link
+from jax_fa3.flex.block_mask import kernel_table
+from jax_fa3.flex.operands import FlexOperands
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
 from jax_fa3.operands import Extents, Operands, Outputs, Sources
 from jax_fa3.options import (
@@ -36,7 +47,12 @@ BACKWARD = "jax_fa3_backward"
 QUANTIZE = "jax_fa3_quantize"
 VISIBILITY = "jax_fa3_visibility"
 DENSE_MASK = "jax_fa3_dense_mask"
-TARGETS = (FORWARD, FORWARD_FLOAT8, BACKWARD, QUANTIZE, VISIBILITY, DENSE_MASK)
+FLEX_FORWARD = "jax_fa3_flex_forward"
+FLEX_BACKWARD = "jax_fa3_flex_backward"
+TARGETS = (
+    *(FORWARD, FORWARD_FLOAT8, BACKWARD, QUANTIZE, VISIBILITY, DENSE_MASK),
+    *(FLEX_FORWARD, FLEX_BACKWARD),
+)
 
 WIDTHS = {bool: bool, int: np.int32, float: np.float32, str: str}  # as C++ decodes them
 
@@ -61,9 +77,13 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
         plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
         results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
         target = FORWARD_FLOAT8
-    operands = _as_kernels_take(operands)
-    call, arrays = jax.ffi.ffi_call(target, results), operands.present().values()
-    got = call(*arrays, options=attributes(options, operands, **wanted), **more)
+    operands = _as_kernels_take(options, operands)
+    arrays, known = operands.present().values(), attributes(options, operands, **wanted)
+    if options.functions is None:
+        got = jax.ffi.ffi_call(target, results)(*arrays, options=known, **more)
+    else:
+        plan = native.plan("forward", query.dtype.name, n, options, arrays=operands.present())
+        got = _linked(FLEX_FORWARD, plan, options, operands, known, results)(*arrays)
     outputs = Outputs(*got[:num_outputs])
     if outputs.max_logits is None:
         return outputs
@@ -75,7 +95,7 @@ def backward(
 ) -> Operands:
     query, n = operands.query, operands.extents
     plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
-    operands = _as_kernels_take(operands)
+    operands = _as_kernels_take(options, operands)
     differentiable = operands.differentiable(options).present()
     results = [
         _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
@@ -88,13 +108,14 @@ def backward(
         has_dbias="bias" in differentiable,
         has_dsinks="sinks" in differentiable,
     )
-    *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(
-        *arrays.present().values(),
-        *outputs.present().values(),
-        *cotangents.present().values(),
-        *others.present().values(),
-        options=attributes(options, operands, **wanted),
-    )
+    bundles = arrays, outputs, cotangents, others
+    given = [x for bundle in bundles for x in bundle.present().values()]
+    known = attributes(options, operands, **wanted)
+    if options.functions is None:
+        *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(*given, options=known)
+    else:
+        call = _linked(FLEX_BACKWARD, plan, options, operands, known, results)
+        *gradients, _ = call(*given)
     gradients = dict(zip(differentiable, gradients, strict=True))
     if "bias" in gradients:
         gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
@@ -187,8 +208,76 @@ def attributes(
     )
 
 
-def _as_kernels_take(operands: Operands) -> Operands:
-    """The operands with a bias of padded_bias_keys, and the table of a mask in its place."""
+class _LinkedCall(NamedTuple):
+    """A custom call that brings kernels along."""
+
+    target: str
+    results: tuple[jax.core.ShapedArray, ...]
+    options: tuple[tuple[str, object], ...]  # the dictionary attribute
+    has_block_states: bool
+    num_captured: int
+    kernels: tuple[tuple[str, str], ...]  # attributes and the names of the kernels
+    text: str  # of the functions
+
+    def attributes(self) -> dict[str, object]:
+        """All of them, which links the kernels."""
+        kernels = {name: link.linked(kernel, self.text) for name, kernel in self.kernels}
+        kernels = dict(kernel=link.NO_KERNEL, dquery_kernel=link.NO_KERNEL) | kernels
+        return dict(
+            options=dict(self.options),
+            has_block_states=self.has_block_states,
+            num_captured=np.int32(self.num_captured),
+            **{name: kernel._asdict() for name, kernel in kernels.items()},
+        )
+
+
+def _linked(
+    target: str,
+    plan: dict[str, object],
+    options: AttentionOptions,
+    operands: FlexOperands,
+    known: dict[str, object],
+    results: Sequence[jax.core.ShapedArray],
+) -> Callable[..., list[jax.Array]]:
+    """The custom call of a plan, linked with the functions of `options`."""
+    captured = operands.captured.values()
+    call = _LinkedCall(
+        target,
+        tuple(results),
+        tuple(known.items()),
+        operands.block_states is not None,
+        len(captured),
+        tuple(link.names(plan).items()),
+        link.text_of(options.functions, link.types_of(captured)),
+    )
+    return functools.partial(_bind, call)
+
+
+_linked_call = Primitive("jax_fa3_linked_call")
+_linked_call.multiple_results = True
+_linked_call.def_abstract_eval(lambda *_, call: call.results)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _bind(call: _LinkedCall, *arrays: jax.Array) -> list[jax.Array]:
+    return _linked_call.bind(*arrays, call=call)
+
+
+def _lower(context, *arrays, call):
+    return jax.ffi.ffi_lowering(call.target)(context, *arrays, **call.attributes())
+
+
+mlir.register_lowering(_linked_call, _lower, platform="cuda")
+
+
+def _as_kernels_take(options: AttentionOptions, operands: Operands) -> Operands:
+    """The operands with a bias of padded_bias_keys, and the table of a mask or of a block mask in
+    its place."""
+    if options.functions is not None and operands.block_states is not None:
+        n = operands.extents
+        block = options.functions.block
+        states = kernel_table(operands.block_states, block, n.seqlen_q, n.seqlen_k)
+        return operands.replace(block_states=states)
     bias, mask = operands.bias, operands.mask
     if bias is not None:
         missing = padded_bias_keys(bias.shape[3]) - bias.shape[3]

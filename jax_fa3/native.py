@@ -84,7 +84,9 @@ def plan(
     the order of work depend. Raises ValueError with the reason if there is none.
     """
     arrays = set(arrays)
-    presence = not arrays.isdisjoint(HIDING), "visibility" in arrays
+    functions = options.functions
+    has_blocks = functions is not None and functions.has_blocks
+    presence = has_blocks or not arrays.isdisjoint(HIDING), "visibility" in arrays
     if target == "forward_float8":
         mask = *options.window, *presence
         return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
@@ -97,6 +99,8 @@ def plan(
 
 def _variant(options: AttentionOptions, arrays: set[str]) -> str:
     """What a call has for which there are kernels of their own (Variant in src/call/types.h)."""
+    if options.functions is not None:
+        return "blocks" if options.functions.has_blocks else "function"
     dense = next((name for name in DENSE if name in arrays), None)
     if dense is not None:
         return dense

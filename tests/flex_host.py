@@ -29,11 +29,12 @@ extern "C" void {own}run(int count, const float* score, const int* index,
   for (int i = 0; i < count; ++i, index += 4, out += 4) {{
     const int b = index[0], h = index[1], q = index[2], k = index[3];
     const {own}JfaScore both = {own}jfa_score_and_slope(score[i], b, h, q, k, captured);
-    out[0] = {own}jfa_score(score[i], b, h, q, k, captured);
-    out[1] = both.score;
-    out[2] = both.slope;
-    out[3] = {addend};
     mask[i] = {own}jfa_mask(b, h, q, k, captured);
+    const float hidden = -__builtin_inff();
+    out[0] = mask[i] ? {own}jfa_score(score[i], b, h, q, k, captured) : hidden;
+    out[1] = mask[i] ? both.score : hidden;
+    out[2] = mask[i] ? both.slope : 0;
+    out[3] = mask[i] ? {addend} : hidden;
   }}
 }}
 """

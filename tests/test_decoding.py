@@ -31,6 +31,8 @@ TARGETS = (
     "jax_fa3_dense_mask",
     "jax_fa3_forward_cached",
     "jax_fa3_append",
+    "jax_fa3_flex_forward",
+    "jax_fa3_flex_backward",
 )
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),

@@ -300,7 +300,6 @@ def test_text():
     found = translate(relative, None, (TABLE,))
     assert found == translate(lambda *x: relative(*x), None, (TABLE,))
     assert hash(found) == hash(translate(relative, None, (TABLE,)))
-    assert found.has_score and not found.has_mask
     name = "JFA_FUNCTION float jfa_addend("
     assert found.text[found.text.index(name) :].splitlines() == [
         name,

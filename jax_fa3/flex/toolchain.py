@@ -52,7 +52,9 @@ class Toolchain(NamedTuple):
             status = self.nvrtc.nvrtcCompileProgram(program, *_strings(options))
             if status:
                 log = _sized(self.nvrtc, "nvrtcGetProgramLog", program)
-                raise RuntimeError(f"NVRTC cannot compile the text of a function:\n{_text(log)}")
+                raise RuntimeError(
+                    f"NVRTC cannot compile the text of a function:\n{_text(log)}\n{text}"
+                )
             return _sized(self.nvrtc, "nvrtcGetLTOIR", program)
         finally:
             self.nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -129,6 +131,9 @@ def _load(name: str) -> ctypes.CDLL | str:
     """A library, from JAX's wheels, a CUDA toolkit or where the loader looks."""
     for path in _places(name):
         try:
+            # NVRTC looks for a part of its own where the loader does, and not beside itself.
+            for part in sorted(Path(path).parent.glob(f"lib{name}-builtins.so.*")):
+                ctypes.CDLL(str(part))
             return ctypes.CDLL(str(path))
         except OSError:
             continue
@@ -137,7 +142,8 @@ def _load(name: str) -> ctypes.CDLL | str:
 
 def _places(name: str) -> Iterator[Path | str]:
     wheels = importlib.util.find_spec("nvidia")
-    roots = [f"{root}/cu{MAJOR}" for root in (wheels.submodule_search_locations if wheels else ())]
+    folders = (wheels and wheels.submodule_search_locations) or ()
+    roots = [f"{folder}/cu{MAJOR}" for folder in folders]
     roots += [os.environ.get("CUDA_HOME", "/usr/local/cuda")]
     for root in roots:
         for folder in ("lib", "lib64"):

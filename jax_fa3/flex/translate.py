@@ -73,8 +73,6 @@ class Translation:
     """
 
     text: str  # jfa_score, jfa_score_and_slope, jfa_mask; if is_additive, jfa_addend
-    has_score: bool
-    has_mask: bool
     is_additive: bool  # the score is only added to: its derivative is 1 wherever it is not -inf
 
 
@@ -125,10 +123,6 @@ def translate(
         score, slope = _values("score_mod", program, jaxpr, arguments)
         addend = _addend(program, score)
 
-    def masked(value: str, hidden: str) -> str:
-        return value if mask_mod is None else _select(program, "float", visible, hidden, value)
-
-    score, slope = masked(score, MINUS_INFINITY), masked(slope, literal(0, "float32"))
     pair = PARAMETERS | CAPTURED
     position = {name: pair[name] for name in (*INDICES, *CAPTURED)}
     functions = [
@@ -137,12 +131,9 @@ def translate(
         program.function("jfa_mask", "bool", position, [visible]),
     ]
     if addend is not None:
-        addend = masked(addend, MINUS_INFINITY)
         functions.append(program.function("jfa_addend", "float", position, [addend]))
     return Translation(
         text=program.text(functions),
-        has_score=score_mod is not None,
-        has_mask=mask_mod is not None,
         is_additive=addend is not None,
     )
 
@@ -437,6 +428,7 @@ FLOAT_TEMPLATES = {
     "square": "{0} * {0}",
     "logistic": "jfa_logistic({0})",
     "rsqrt": "jfa_rsqrt({0})",
+    "tanh": "jfa_tanh({0})",
     "atan2": "atan2f({0}, {1})",
 } | {
     name: f"{name}f({{0}})"
@@ -444,7 +436,7 @@ FLOAT_TEMPLATES = {
         *("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "cbrt"),
         *("floor", "ceil", "erf", "erfc"),
         *("sin", "cos", "tan", "asin", "acos", "atan"),
-        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+        *("sinh", "cosh", "asinh", "acosh", "atanh"),
     )
 }
 # Results that a narrow float can hold if it can hold the operands.

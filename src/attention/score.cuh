@@ -10,11 +10,13 @@
 #include "call/types.h"
 #include "device/mma.cuh"
 
-// What a flex call's text defines, and nvJitLink links.
+// What the text of a call's functions defines (docs/design/flex.md), and nvJitLink links.
 extern "C" __device__ float jfa_score(float score, int batch, int head, int row, int key,
-                                      const jax_fa3::Captured& captured);
-extern "C" __device__ float2 jfa_score_and_slope(float score, int batch, int head, int row, int key,
-                                                 const jax_fa3::Captured& captured);
+                                      const JfaCaptured& captured);
+extern "C" __device__ JfaScore jfa_score_and_slope(float score, int batch, int head, int row,
+                                                   int key, const JfaCaptured& captured);
+extern "C" __device__ bool jfa_mask(int batch, int head, int row, int key,
+                                    const JfaCaptured& captured);
 
 namespace jax_fa3 {
 
@@ -125,44 +127,70 @@ struct Alibi {
   float slope_;  // of products
 };
 
-// The logit is a function of scale * (q . k) and of where the pair stands, which is linked into the
-// kernel (docs/design/flex.md). This is the forward pass'.
+// The logit is a function of scale * (q . k) and of where the pair stands, where another one lets
+// it be seen. Both are linked into the kernel. This is the forward pass'.
 struct Function {
   static constexpr bool kIsLinear = false;
 
   CUTE_DEVICE Function(const FunctionParams& params, int batch, int head)
-      : params_(params), batch_(params.first_batch + batch), head_(params.first_head + head) {}
+      : params_(params),
+        batch_(__ldg(params.batch_numbers + batch)),
+        head_(__ldg(params.head_numbers + head)) {}
 
+  // Of S alone. `asks`: whether who sees whom is a question here.
   template <Rows, class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner) const {
-    const int row = corner.row + thread_row(), key = corner.key + thread_col();
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
-      tS(i) = jfa_score(tS(i) * params_.scale, batch_, head_, row + 8 * accumulator_row(i),
-                        key + accumulator_col(i), params_.captured);
+      const Pair pair = pair_of<Rows::kQueries>(corner, i);
+      const float score =
+          jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
+      tS(i) = !asks || is_seen(pair) ? score : -INFINITY;
     }
   }
 
  protected:
+  struct Pair {
+    int row, key;
+  };
+
+  // Of accumulator element i.
+  template <Rows kRows>
+  CUTE_DEVICE static Pair pair_of(const Corner& corner, int i) {
+    const int along_rows = thread_row() + 8 * accumulator_row(i);
+    const int along_cols = thread_col() + accumulator_col(i);
+    if (kRows == Rows::kQueries) return {corner.row + along_rows, corner.key + along_cols};
+    return {corner.row + along_cols, corner.key + along_rows};
+  }
+
+  CUTE_DEVICE bool is_seen(const Pair& pair) const {
+    return jfa_mask(batch_, head_, pair.row, pair.key, params_.captured);
+  }
+
   const FunctionParams& params_;
   int batch_, head_;
 };
 
-// The backward pass'. Value and derivative come at once, and the mask is asked before: what it
-// hides is no product.
+// The backward pass'. Value and derivative come at once, of a product; what is hidden is none.
 struct FunctionGradient : Function {
   using Function::Function;
 
-  template <Rows, class Accumulator>
-  CUTE_DEVICE void apply(Accumulator&, const Corner&) const {}
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      if (asks && !is_seen(pair_of<kRows>(corner, i))) tS(i) = -INFINITY;
+    }
+  }
 
+  // The slope of what is hidden may be NaN.
   CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
                            int key) const {
-    const float2 score =
+    const JfaScore logit =
         jfa_score_and_slope(product * params_.scale, batch_, head_, row, key, params_.captured);
-    float p = exp2_approx(fmaf(score.x, scale_log2, negative_lse_log2));
-    if (product == -INFINITY) p = 0.f;
-    return {p, p * score.y};
+    if (product == -INFINITY || logit.score == -INFINITY) return {0.f, 0.f};
+    const float p = exp2_approx(fmaf(logit.score, scale_log2, negative_lse_log2));
+    return {p, p * logit.slope};
   }
 };
 
@@ -186,6 +214,8 @@ struct ScoreChoice<Variant::kFunction> {
   using Forward = Function;
   using Backward = FunctionGradient;
 };
+template <>
+struct ScoreChoice<Variant::kBlocks> : ScoreChoice<Variant::kFunction> {};
 template <Variant kVariant>
 using ScoreOf = typename ScoreChoice<kVariant>::Forward;
 template <Variant kVariant>

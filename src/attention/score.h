@@ -34,21 +34,22 @@ struct ScoreParams {
   HeadTable slopes;  // Alibi
 };
 
-// The arrays that a flex call's function reads; the function knows their shapes.
-constexpr int kMostCaptured = 8;
-struct Captured {
-  const void* arrays[kMostCaptured];
-};
-
-// The same of a kernel whose Score is a function.
+// The same of a kernel whose Score is a function, which gives logits.
 struct FunctionParams {
   float scale;
-  int first_batch, first_head;  // numbers that this device's arrays begin with
-  Captured captured;
+  const std::int32_t* batch_numbers;  // [b], as the function counts them
+  const std::int32_t* head_numbers;   // [h_q]
+  JfaCaptured captured;
 };
 
 inline float logit_scale(const CallProblem& problem) {
+  if (has_function(problem.presence.variant)) return 1.f;
   return problem.softcap > 0 ? problem.softcap : problem.softmax_scale;
+}
+
+inline FunctionParams function_params(const CallProblem& problem) {
+  const FunctionArrays& function = problem.function;
+  return {problem.softmax_scale, function.batch_numbers, function.head_numbers, function.captured};
 }
 
 inline ScoreParams score_params(const CallProblem& problem) {

@@ -10,6 +10,7 @@
 //   r  keys of a bias, whole packets, of f sequences, g heads and q rows
 //   u  words of a plane of a dense mask, of i sequences and j heads
 //   a  sequences of sinks                  l  sequences of slopes
+//   G  groups of rows and W words of the classes of a dense mask alone, of i sequences and j heads
 // and those of caches:
 //   P  pages            S  slots of a page      T  query rows of all sequences
 //   M  pages of a table's row                   R  starts of sequences' query rows, one more than b
@@ -28,11 +29,12 @@ enum class Element {
   kInt32,
   kByte,
   kBool,
+  kAny,
 };
 
 struct Operand {
   const char* name;
-  const char* dims;
+  const char* dims;  // null: any
   Element element;
   bool optional = false;
 };
@@ -54,6 +56,11 @@ constexpr Operand kBias{"bias", "fgqr", Element::kInput, /*optional=*/true};
 constexpr Operand kDenseMask{"dense_mask", "iju", Element::kInt32, /*optional=*/true};
 constexpr Operand kSinks{"sinks", "ah", Element::kFloat32, /*optional=*/true};
 constexpr Operand kAlibiSlopes{"alibi_slopes", "lh", Element::kFloat32, /*optional=*/true};
+
+constexpr Operand kBatchNumber{"batch_number", "b", Element::kInt32};
+constexpr Operand kHeadNumber{"head_number", "h", Element::kInt32};
+constexpr Operand kBlockStates{"block_states", "ijGW", Element::kInt32, /*optional=*/true};
+constexpr Operand kCaptured{"captured", nullptr, Element::kAny};
 
 constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};

@@ -53,7 +53,7 @@ class Arrays {
   const Array<Problem>* end() const { return arrays_ + size_; }
 
  private:
-  static constexpr std::size_t kCapacity = 24;
+  static constexpr std::size_t kCapacity = 28;
   Array<Problem> arrays_[kCapacity];
   std::size_t size_ = 0;
 };
@@ -98,6 +98,19 @@ struct ArrayTable {
     return arrays;
   }
 
+  // What a score function of `num_captured` arrays takes, behind those.
+  static Arrays<Problem> with_function(Arrays<Problem> arrays, bool has_block_states,
+                                       int num_captured) {
+    using Function = FunctionArrays;
+    arrays.push_back(array<&Function::batch_numbers>(operands::kBatchNumber));
+    arrays.push_back(array<&Function::head_numbers>(operands::kHeadNumber));
+    arrays.push_back(array<&Function::blocks>(operands::kBlockStates, has_block_states));
+    for (int i = 0; i < num_captured; ++i) {
+      arrays.push_back({&operands::kCaptured, kStoreCaptured[i], true, 0});
+    }
+    return arrays;
+  }
+
  protected:
   static constexpr std::uintptr_t kVisibilityAlignment = 16;  // bytes: it is read in fours of words
 
@@ -115,6 +128,10 @@ struct ArrayTable {
     return problem.dense.*member;
   }
   template <class T>
+  static T& field(Problem& problem, T FunctionArrays::*member) {
+    return problem.function.*member;
+  }
+  template <class T>
   static T& field(Problem& problem, T CachedIndex::*member) {
     return problem.index.*member;
   }
@@ -123,6 +140,13 @@ struct ArrayTable {
     auto& pointer = field(problem, kMember);
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(address);
   }
+  template <int kNumber>
+  static void store_captured(Problem& problem, void* address) {
+    problem.function.captured.array[kNumber] = address;
+  }
+  static constexpr void (*kStoreCaptured[kMostCaptured])(Problem&, void*) = {
+      &store_captured<0>, &store_captured<1>, &store_captured<2>, &store_captured<3>,
+      &store_captured<4>, &store_captured<5>, &store_captured<6>, &store_captured<7>};
   template <HeadValues CallProblem::*kMember>
   static void store_table(Problem& problem, void* address) {
     (problem.*kMember).values = static_cast<const float*>(address);

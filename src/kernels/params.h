@@ -1,6 +1,8 @@
 // What every attention kernel is launched with, beside its tensor maps and what is its own.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/mask.h"
 #include "attention/score.h"
 #include "call/problem.h"
@@ -30,6 +32,9 @@ template <class Params>
 struct WithFunction : Params {
   FunctionParams score;
 };
+template <Variant kVariant, class Params>
+using ParamsOf =
+    std::conditional_t<has_function(kVariant), WithFunction<Params>, Params>;  // of a kernel
 
 inline CommonParams common_params(const CallProblem& problem) {
   const Shape& s = problem.shape;

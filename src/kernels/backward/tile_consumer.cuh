@@ -108,15 +108,21 @@ struct TileConsumer {
 
   // What a dense mask says of a step's queries and the tile's keys from `key` on, for
   // finish_scores.
-  using Bits = MaskBits<T::kBlockM>;
+  static constexpr bool kHasBlocks = T::kVariant == Variant::kBlocks;
+  using Bits = cute::conditional_t<kHasBlocks, TileClass, MaskBits<T::kBlockM>>;
   template <class Walk>
   CUTE_DEVICE Bits mask_bits(const Walk& walk, int key, bool cut) const {
     if constexpr (T::kListed) {
       if (cut && p.dense.has_mask) {
         const WorkTile& tile = work().tile;
         const int head = tile.head * p.heads_per_kv_head + walk.head();
-        return Bits::of_keys(p.dense.mask_of(tile.batch, head), walk.m * T::kBlockM,
-                             tile.block * T::kBlockN + key);
+        const DenseMask mask = p.dense.mask_of(tile.batch, head);
+        const int first_row = walk.m * T::kBlockM, first_key = tile.block * T::kBlockN;
+        if constexpr (kHasBlocks) {
+          return mask.classify(first_row, T::kBlockM, first_key, T::kBlockN);
+        } else {
+          return Bits::of_keys(mask, first_row, first_key + key);
+        }
       }
     }
     return {};
@@ -134,7 +140,12 @@ struct TileConsumer {
                                  const Bits& bits) const {
     const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
     const int position = first_row + work().mask.first + p.mask.window_left;
-    score_of(walk).template apply<Rows::kKeys>(tSt, {first_row, position, first_key});
+    const Corner corner{first_row, position, first_key};
+    if constexpr (kHasBlocks) {
+      score_of(walk).template apply<Rows::kKeys>(tSt, corner, /*asks=*/!bits.all);
+    } else {
+      score_of(walk).template apply<Rows::kKeys>(tSt, corner);
+    }
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
@@ -144,7 +155,7 @@ struct TileConsumer {
     if (cut) {
       T::Masking::mask_scores_transposed(tSt, work().mask, intervals(), first_row, first_key,
                                          walk.head());
-      if constexpr (T::kListed) {
+      if constexpr (T::kListed && !kHasBlocks) {
         if (p.dense.has_mask) bits.apply(tSt);
       }
     }

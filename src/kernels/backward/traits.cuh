@@ -155,12 +155,11 @@ struct ListedStages {
 
 template <class Config>
 struct BackwardTraits {
-  static constexpr bool kListed = has_dense_array(Config::kVariant);  // steps are those of a list
+  static constexpr bool kListed = is_listed(Config::kVariant);  // steps are those of a list
   static constexpr bool kTakesBias = Config::kVariant == Variant::kBias;
-  using Params = cute::conditional_t<
-      kListed, DenseBackwardParams,
-      cute::conditional_t<Config::kVariant == Variant::kFunction, WithFunction<BackwardParams>,
-                          BackwardParams>>;
+  static constexpr Variant kVariant = Config::kVariant;
+  using Params =
+      ParamsOf<kVariant, cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
