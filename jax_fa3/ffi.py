@@ -248,7 +248,7 @@ def _linked(
         operands.block_states is not None,
         len(captured),
         tuple(link.names(plan).items()),
-        link.text_of(options.functions, link.types_of(captured)),
+        link.text_of(options.functions, captured, operands.extents),
     )
     return functools.partial(_bind, call)
 

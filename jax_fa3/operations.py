@@ -166,8 +166,8 @@ def _run(
                 for x, of_x in zip(bundles, mapped, strict=True)
             )
         )
-        own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
-        own = own.present()  # a gradient has as many planes as its array
+        own = bundles[0].only(differentiated)  # a gradient has as many planes as its array
+        own = own.map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0]).present()
         unfolded = {
             name: x.reshape(size, own.get(name, batch), *x.shape[1:])
             for name, x in results.present().items()

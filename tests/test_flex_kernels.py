@@ -160,9 +160,10 @@ PROGRAM = """
 import hashlib, jax, jax.numpy as jnp
 from jax_fa3.flex import link
 from jax_fa3.flex.functions import Functions, trace
+from jax_fa3.operands import Extents
 slopes = jnp.ones(4)
 made, _ = trace("score_mod", lambda s, b, h, q, k, x: s - x[h] * jnp.abs(q - k), (slopes,), 1)
-text = link.text_of(Functions(made), link.types_of([slopes]))
+text = link.text_of(Functions(made), [slopes], Extents(1, 9, 9, 4, 4, 128, 128))
 print(link.linked("forward_bf16_128_128_192_80_function", text).key)
 """
 
@@ -273,6 +274,14 @@ def test_errors_of_the_libraries():
     kernel = (link.FOLDER / "forward_bf16_128_128_192_80_function.fatbin").read_bytes()
     with pytest.raises(RuntimeError, match=r"(?s)nvJitLink cannot link.*jfa_score"):
         libraries.link(kernel, libraries.compile("__device__ int f() { return 1; }"))
+
+
+def test_spills_are_told(caplog):
+    log = "ptxas info : 600 bytes stack frame, 600 bytes spill stores, 700 bytes spill loads"
+    link._tell_of_spills("a kernel", log)
+    link._tell_of_spills("a kernel", log.replace("600", "60"))
+    (said,) = caplog.messages
+    assert "a kernel" in said and "600 bytes" in said
 
 
 def test_versions_that_do_not_work_together():

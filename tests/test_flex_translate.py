@@ -12,6 +12,8 @@ import flex_functions
 import flex_host
 import flex_oracle
 from flex_host import needs_compiler
+from jax_fa3.flex.link import MOST_INDEX
+from jax_fa3.flex.ranges import chosen, decided, of_operation
 from jax_fa3.flex.text import HELPERS, Program
 from jax_fa3.flex.translate import Untranslatable, translate
 from nvrtc import compiled, needs_nvrtc
@@ -66,7 +68,10 @@ def test_random_functions(tmp_path):
     score, index = flex_functions.points(rng, NUM_POINTS)
 
     types = types_of(captured)
-    translations = [translate(s, m, types) for s, m, _ in functions]
+    bounds = MOST_INDEX, None  # the text may know how large indices are
+    translations = [
+        translate(s, m, types, bounds[i % 2]) for i, (s, m, _) in enumerate(functions)
+    ]
     # Others may turn out to be additive too; then their addends tell whether they are.
     expected = zip(translations, functions, strict=True)
     assert all(x.is_additive for x, (*_, is_additive) in expected if is_additive)
@@ -311,17 +316,63 @@ def test_text():
         "  const bool v4 = head < 0;",
         "  const int v5 = (int)((unsigned)head + (unsigned)4);",
         "  const int v6 = v4 ? v5 : head;",
-        "  const bool v7 = v3 < 0;",
-        "  const int v8 = (int)((unsigned)v3 + (unsigned)9);",
-        "  const int v9 = v7 ? v8 : v3;",
-        "  const int v10 = v6 < 0 ? 0 : (v6 < 3 ? v6 : 3);",
-        "  const int v11 = v9 < 0 ? 0 : (v9 < 8 ? v9 : 8);",
-        "  const int v12 = v10 * 9 + v11;",
-        "  const unsigned short v13 = ((const unsigned short*)captured.array[0])[v12];",
-        "  const float v14 = jfa_load_bfloat16(v13);",
-        "  return v14;",
+        "  const int v7 = v6 < 0 ? 0 : (v6 < 3 ? v6 : 3);",
+        "  const int v8 = v7 * 9 + v3;",
+        "  const unsigned short v9 = ((const unsigned short*)captured.array[0])[v8];",
+        "  const float v10 = jfa_load_bfloat16(v9);",
+        "  return v10;",
         "}",
     ]
+
+
+OPERATIONS = ("add", "sub", "mul", "square", "neg", "abs", "sign", "min", "max", "clamp")
+
+
+def test_ranges():
+    """Of all numbers of small ranges, what a range says of an operation's result is true."""
+    rng = np.random.default_rng(0)
+    bounds = [(0, 0), (-3, 5), (2, 9), (-8, -1), (100, 127), (-128, -120)]
+
+    def wrapped(x):
+        return (x + 128) % 256 - 128
+
+    for x, y, z in rng.choice(len(bounds), (60, 3)):
+        x, y, z = (bounds[i] for i in (x, y, z))
+        numbers = [np.arange(low, high + 1) for low, high in (x, y, z)]
+        a, b, c = np.meshgrid(*numbers)
+        results = dict(
+            add=a + b, sub=a - b, mul=a * b, square=a * a, neg=-a, abs=np.abs(a), sign=np.sign(a)
+        )
+        results |= dict(min=np.minimum(a, b), max=np.maximum(a, b))
+        results["clamp"] = np.minimum(np.maximum(a, b), c)
+        for name in OPERATIONS:
+            arity = dict(clamp=3, add=2, sub=2, mul=2, min=2, max=2).get(name, 1)
+            low, high = of_operation(name, "int8", *(x, y, z)[:arity])
+            got = wrapped(results[name])
+            assert low <= got.min() and got.max() <= high, (name, x, y, z)
+        for name in ("min", "max"):
+            which = chosen(name, x, y)
+            assert which is None or np.array_equal(results[name], (a, b)[which])
+        comparisons = dict(lt=a < b, le=a <= b, gt=a > b, ge=a >= b, eq=a == b, ne=a != b)
+        for name, said in comparisons.items():
+            if decided(name, x, y) is not None:
+                assert (said == decided(name, x, y)).all(), (name, x, y)
+
+
+def test_what_ranges_save():
+    """A wrapped or clamped index is no work where it is known to be within, nor is a cast."""
+
+    def alibi(score, b, h, q, k, slopes):
+        return score - slopes[h] * jnp.abs(q - k)
+
+    def by_key(score, b, h, q, k, slopes):
+        return score + slopes[jnp.clip(k, 0, 3)]
+
+    slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
+    short, any_length = (translate(alibi, None, (slopes,), x).text for x in (MOST_INDEX, None))
+    assert "jfa_from_small" in short and "jfa_from_small" not in any_length
+    assert "head < 0" in any_length and "head < 0" not in short
+    assert translate(by_key, None, (slopes,), MOST_INDEX).text.count(" < 0") == 0
 
 
 READS = [

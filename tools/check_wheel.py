@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 TAGS = ("cp311-cp311", "cp312-abi3")
-MAX_BYTES = 25 << 20
+MAX_BYTES = 40 << 20
 SYMBOLS = {"PyInit__C"}
 LIBRARIES = {  # of the C library and the compiler, which every machine of a manylinux tag has
     "libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "libgcc_s.so.1",

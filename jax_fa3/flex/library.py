@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_fa3.validate import as_int, check_soft_cap, one_of, shape_of
 
 Mask = Callable[..., Any]
 Score = Callable[..., Any]
+
+ROUGH = lax.Tolerance(rtol=2.0**-11)  # of the hardware's tanh
 
 
 def noop_mask(batch, head, q_idx, kv_idx, *captured):
@@ -121,14 +124,21 @@ def generate_alibi_bias(num_heads: int) -> Score:
     return alibi
 
 
-def generate_tanh_softcap(soft_cap: float) -> Score:
-    """A score function that makes soft_cap * tanh(score / soft_cap) of a score."""
+def generate_tanh_softcap(soft_cap: float, approx: bool = False) -> Score:
+    """A score function that makes soft_cap * tanh(score / soft_cap) of a score.
+
+    Args:
+      soft_cap: a positive number.
+      approx: the kernels take the hardware's tanh, whose relative error is 2^-11 at most, as
+        `logits_soft_cap` does; that is faster.
+    """
     if soft_cap is None:
         raise TypeError("soft_cap is None; expected a positive number")
     check_soft_cap(soft_cap, "soft_cap")
 
     def softcap(score, batch, head, q_idx, kv_idx, *captured):
-        return soft_cap * jnp.tanh(score / soft_cap)
+        tanh = lax.tanh(score / soft_cap, accuracy=ROUGH if approx else None)
+        return soft_cap * tanh
 
     return softcap
 

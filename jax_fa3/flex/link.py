@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,10 @@ import jax
 
 from jax_fa3.flex import cache, toolchain
 from jax_fa3.flex.functions import Functions
+from jax_fa3.flex.ranges import SMALL
 from jax_fa3.flex.translate import translate
+from jax_fa3.operands import Extents
+from jax_fa3.options import MAX_SEQLEN
 
 logger = logging.getLogger("jax_fa3")
 
@@ -35,6 +39,7 @@ class LinkedKernel(NamedTuple):
     code: str  # the machine code, a cubin, in base64
 
 
+MUCH_SPILLED = 512  # bytes of a kernel, more than what any function of the library makes
 NO_KERNEL = LinkedKernel("", "")
 
 
@@ -58,17 +63,25 @@ def names(plan: dict[str, object]) -> dict[str, str]:
 
 Types = tuple[tuple[tuple[int, ...], str], ...]  # a shape and a dtype each
 
+# Short sequences have texts that know it; they are the same for all lengths. A kernel also asks for
+# the rows and keys with which it fills up the last tile.
+MOST_INDEX = SMALL // 2 - 1
+LARGEST_TILE = 256
 
-def types_of(arrays: Iterable[jax.Array]) -> Types:
-    return tuple((x.shape, x.dtype.name) for x in arrays)
+
+def text_of(functions: Functions, captured: Iterable[jax.Array], extents: Extents) -> str:
+    """The CUDA C text of functions of captured arrays, or types of such, in calls of these extents.
+    Raises Untranslatable."""
+    lengths = extents.seqlen_q, extents.seqlen_k
+    is_short = extents.have_static_lengths and max(lengths) <= MOST_INDEX - LARGEST_TILE
+    types = tuple((x.shape, x.dtype.name) for x in captured)
+    return _text_of(functions, types, MOST_INDEX if is_short else MAX_SEQLEN)
 
 
 @functools.lru_cache(maxsize=256)
-def text_of(functions: Functions, captured: Types) -> str:
-    """The CUDA C text of functions of captured arrays of these shapes and dtypes. Raises
-    Untranslatable."""
+def _text_of(functions: Functions, captured: Types, most_index: int) -> str:
     types = tuple(jax.ShapeDtypeStruct(*x) for x in captured)
-    return translate(functions.score, functions.mask, types).text
+    return translate(functions.score, functions.mask, types, most_index).text
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +100,16 @@ def linked(name: str, text: str) -> LinkedKernel:
     code = cache.load(key)
     if code is None:
         begin = time.perf_counter()
-        code = libraries.link(kernel, libraries.compile(text))
+        code, log = libraries.link(kernel, libraries.compile(text))
         logger.debug("linked %s in %.1f s", name, time.perf_counter() - begin)
+        _tell_of_spills(name, log)
         cache.store(key, code)
     return LinkedKernel(hashlib.sha256(code).hexdigest(), base64.b64encode(code).decode())
+
+
+def _tell_of_spills(name: str, log: str) -> None:
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
+    if spilled > MUCH_SPILLED:
+        logger.warning(
+            "%s has too few registers for its functions and spills %d bytes, which is slow", name, spilled
+        )

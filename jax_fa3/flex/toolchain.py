@@ -24,6 +24,13 @@ _COMPILE = ("-ftz=true", "-prec-div=false", "-prec-sqrt=false", "-fmad=true")
 _LINK = ("-ftz=1", "-prec-div=0", "-prec-sqrt=0", "-fma=1")
 
 
+class Linked(NamedTuple):
+    """What the linker makes, and what ptxas -v says of it."""
+
+    code: bytes  # a cubin
+    log: str
+
+
 class Toolchain(NamedTuple):
     """The two libraries, and their versions, (major, minor)."""
 
@@ -59,18 +66,19 @@ class Toolchain(NamedTuple):
         finally:
             self.nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def link(self, kernel: bytes, function: bytes) -> bytes:
-        """The machine code, a cubin, of a kernel's fatbin and a function's LTO-IR. Raises
-        RuntimeError with nvJitLink's log."""
+    def link(self, kernel: bytes, function: bytes) -> Linked:
+        """The machine code of a kernel's fatbin and a function's LTO-IR. Raises RuntimeError with
+        nvJitLink's log."""
         linker = ctypes.c_void_p()
-        options = (f"-arch={ARCH}", "-lto", *_LINK)
+        options = (f"-arch={ARCH}", "-lto", "-verbose", "-Xptxas=-v", *_LINK)
         _check(self._linker("Create")(ctypes.byref(linker), *_strings(options)), "nvJitLinkCreate")
         try:
             for kind, name, data in ((FATBIN, b"kernel", kernel), (LTOIR, b"function", function)):
                 size = ctypes.c_size_t(len(data))
                 self._check_link(self._linker("AddData")(linker, kind, data, size, name), linker)
             self._check_link(self._linker("Complete")(linker), linker)
-            return self._linked(linker, "LinkedCubin")
+            logs = (_text(self._linked(linker, name)) for name in ("InfoLog", "ErrorLog"))
+            return Linked(self._linked(linker, "LinkedCubin"), "\n".join(logs))
         finally:
             self._linker("Destroy")(ctypes.byref(linker))
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
 
+from jax_fa3.flex.ranges import SMALL, chosen, decided, of_operation, whole
 from jax_fa3.flex.text import (
     FLOATS,
     INTEGERS,
@@ -34,6 +35,7 @@ from jax_fa3.flex.text import (
 )
 
 MAX_DIMS = 4  # of a captured array
+ROUGH_TANH = 2.0**-11  # a relative error that the hardware's tanh keeps to
 MAX_TABLE = 1024  # elements of an array that a function closes over
 
 INDICES = ("batch", "head", "query", "key")
@@ -80,6 +82,7 @@ def translate(
     score_mod: Callable[..., jax.Array] | None,
     mask_mod: Callable[..., jax.Array] | None,
     captured: Any = (),
+    most_index: int | None = None,
 ) -> Translation:
     """The CUDA C text of a score function, its derivative, and a mask function.
 
@@ -92,6 +95,7 @@ def translate(
       mask_mod: f(batch, head, query, key, *captured) that returns a bool scalar; None: all True.
       captured: a tuple, each item an array, anything with shape and dtype, or a pytree of such. At
         most 8 arrays of at most 4 dimensions: bool, integers, bfloat16, float16, float32.
+      most_index: if given, no index is negative, and those of query and key are this at most.
 
     Raises:
       Untranslatable: an operation, dtype or array that has no text.
@@ -100,7 +104,11 @@ def translate(
     leaves, tree = jax.tree.flatten(captured)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     given = jax.tree.unflatten(tree, types)
-    program = Program()
+    ranges = {}
+    if most_index is not None:
+        _, greatest = whole("int32")
+        ranges = {x: (0, most_index if x in ("query", "key") else greatest) for x in INDICES}
+    program = Program(ranges)
     arrays = [_captured(program, i, x) for i, x in enumerate(types)]
     if len(arrays) > MAX_CAPTURED:
         raise Untranslatable(f"{len(arrays)} captured arrays; at most {MAX_CAPTURED} are possible")
@@ -272,12 +280,19 @@ def _clamped(program: Program, value: str, dtype: str, last: int) -> Index:
     if last == 0 or value.isdigit():
         return min(int(value), last) if last else 0
     c = TYPES[dtype]
+    least, greatest = program.range_of(value, dtype)
+    if least >= 0 and dtype == "int32":
+        if greatest <= last:
+            return value
+        clamped = program.emit(c, f"{{0}} < {last} ? {{0}} : {last}", value)
+        return program.learn(clamped, (min(least, last), last))
     high = literal(last, dtype) if last <= np.iinfo(dtype).max else None
     text = "{0}" if high is None else f"{{0}} < {high} ? {{0}} : {high}"
     if not dtype.startswith("u"):
         text = f"{{0}} < 0 ? 0 : ({text})" if high else "{0} < 0 ? 0 : {0}"
     clamped = program.emit(c, text, value)
-    return clamped if dtype == "int32" else program.emit("int", "(int){0}", clamped)
+    clamped = clamped if dtype == "int32" else program.emit("int", "(int){0}", clamped)
+    return program.learn(clamped, (0, last))
 
 
 def _plus(program: Program, x: Index, y: Index) -> Index:
@@ -289,6 +304,8 @@ def _plus(program: Program, x: Index, y: Index) -> Index:
 
 
 def _select(program: Program, c_type: str, which: str, if_false: str, if_true: str) -> str:
+    if which in ("true", "false"):
+        return if_true if which == "true" else if_false
     return program.emit(c_type, SELECT, which, if_false, if_true)
 
 
@@ -429,6 +446,7 @@ FLOAT_TEMPLATES = {
     "logistic": "jfa_logistic({0})",
     "rsqrt": "jfa_rsqrt({0})",
     "tanh": "jfa_tanh({0})",
+    "rough_tanh": "jfa_rough_tanh({0})",
     "atan2": "atan2f({0}, {1})",
 } | {
     name: f"{name}f({{0}})"
@@ -497,6 +515,8 @@ def _writer(
         return lambda x: _converted(program, x, first, dtype)
     if name == "bitcast_convert_type":
         return _bitcast(program, first, dtype)
+    if name == "tanh" and _tolerance(params) >= ROUGH_TANH:
+        return functools.partial(_operation, program, "rough_tanh", dtype)
     if name == "integer_pow":
         return lambda x: _integer_power(program, x, params["y"], dtype)
     if name == "one_minus_square":
@@ -515,6 +535,11 @@ def _writer(
     return functools.partial(_operation, program, name, dtype)
 
 
+def _tolerance(params: dict[str, Any]) -> float:
+    """The relative error that the user of a primitive accepts; 0 where nothing is said."""
+    return getattr(params.get("accuracy"), "rtol", 0.0)
+
+
 def _templates(dtype: str) -> dict[str, str]:
     if dtype in FLOATS:
         return FLOAT_TEMPLATES
@@ -528,6 +553,13 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
     template = _templates(dtype)[name]
     if name in ("min", "max") and operands[0] == operands[1]:
         return operands[0]
+    ranges = [program.range_of(x, dtype) for x in operands] if dtype in INTEGERS else []
+    if ranges and name in ("min", "max"):
+        which = chosen(name, *ranges)
+        if which is not None:
+            return operands[which]
+    if ranges and name == "abs" and ranges[0][0] >= 0:
+        return operands[0]
     if dtype in INTEGERS:
         width = np.iinfo(dtype).bits
         words = {
@@ -540,12 +572,18 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
         for word, text in words.items():
             template = template.replace(word, text)
     value = program.emit(TYPES[dtype], template, *operands)
+    if ranges:
+        return program.learn(value, of_operation(name, dtype, *ranges))
     return value if name in EXACT else _rounded(program, value, dtype)
 
 
 def _compared(program: Program, name: str, dtype: str, x: str, y: str) -> str:
     if x == y and dtype not in FLOATS:  # of which compilers warn
         return literal(name in ("eq", "le", "ge"), "bool")
+    if dtype in INTEGERS:
+        known = decided(name, program.range_of(x, dtype), program.range_of(y, dtype))
+        if known is not None:
+            return literal(known, "bool")
     return program.emit("bool", f"{{0}} {COMPARISONS[name]} {{1}}", x, y)
 
 
@@ -567,7 +605,14 @@ def _converted(program: Program, value: str, old: str, new: str) -> str:
         return _rounded(program, value, new)
     if old in FLOATS:
         return program.emit(c_type, f"jfa_to_{new}({{0}})", value)
-    return _rounded(program, program.emit(c_type, f"({c_type}){{0}}", value), new)
+    least, greatest = program.range_of(value, old) if old in INTEGERS else (0, 1)
+    if new in FLOATS and TYPES[old] == "int" and -SMALL < least and greatest < SMALL:
+        return _rounded(program, program.emit("float", "jfa_from_small({0})", value), new)
+    converted = program.emit(c_type, f"({c_type}){{0}}", value)
+    if new not in INTEGERS:
+        return _rounded(program, converted, new)
+    fits = whole(new)[0] <= least and greatest <= whole(new)[1]
+    return program.learn(converted, (least, greatest)) if fits else converted
 
 
 def _bitcast(program: Program, old: str, new: str) -> Callable[..., str] | None:
@@ -615,13 +660,21 @@ def _polynomial(program: Program, dtype: str, x: str, *coefficients: str) -> str
 def _choice(program: Program, which_dtype: str, dtype: str) -> Callable[..., str]:
     """Chooses by a bool, or by an integer that is moved to the nearest case."""
 
+    def select(which, if_false, if_true):
+        chosen = _select(program, TYPES[dtype], which, if_false, if_true)
+        if dtype not in INTEGERS or chosen in (if_false, if_true):
+            return chosen
+        ranges = zip(*(program.range_of(x, dtype) for x in (if_false, if_true)), strict=True)
+        (least, greatest) = ranges
+        return program.learn(chosen, (min(least), max(greatest)))
+
     def choose(which, *cases):
         if which_dtype == "bool":
-            return _select(program, TYPES[dtype], which, *cases) if len(cases) > 1 else cases[0]
+            return select(which, *cases) if len(cases) > 1 else cases[0]
         *cases, result = cases
         for number, case in reversed([*enumerate(cases, 1)]):
-            is_later = program.emit("bool", f"{{0}} >= {literal(number, which_dtype)}", which)
-            result = _select(program, TYPES[dtype], is_later, case, result)
+            is_later = _compared(program, "ge", which_dtype, which, literal(number, which_dtype))
+            result = select(is_later, case, result)
         return result
 
     return choose
@@ -833,6 +886,9 @@ def _gather(program, out, params, operand, indices):
 
 
 def _is_within(program: Program, value: str, dtype: str, last: int) -> str:
+    least, greatest = program.range_of(value, dtype)
+    if 0 <= least and greatest <= last:
+        return literal(True, "bool")
     text = f"{{0}} <= {literal(last, dtype)}" if last <= np.iinfo(dtype).max else "true"
     if not dtype.startswith("u"):
         text = f"{{0}} >= 0 && {text}"
