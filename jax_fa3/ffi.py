@@ -27,6 +27,7 @@ from jax_fa3 import native
 from jax_fa3.flex import link
 from jax_fa3.flex.block_mask import kernel_table
 from jax_fa3.flex.operands import FlexOperands
+from jax_fa3.flex.translate import Translation
 from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
 from jax_fa3.operands import Extents, Operands, Outputs, Sources
 from jax_fa3.options import (
@@ -77,13 +78,14 @@ def forward(options: AttentionOptions, operands: Operands) -> Outputs:
         plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
         results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
         target = FORWARD_FLOAT8
-    operands = _as_kernels_take(options, operands)
-    arrays, known = operands.present().values(), attributes(options, operands, **wanted)
+    taken = _as_kernels_take(options, operands)
+    arrays, known = taken.present().values(), attributes(options, taken, **wanted)
     if options.functions is None:
         got = jax.ffi.ffi_call(target, results)(*arrays, options=known, **more)
     else:
-        plan = native.plan("forward", query.dtype.name, n, options, arrays=operands.present())
-        got = _linked(FLEX_FORWARD, plan, options, operands, known, results)(*arrays)
+        plan = native.plan("forward", query.dtype.name, n, options, arrays=taken.present())
+        text = _translation(options, operands).text
+        got = _linked(FLEX_FORWARD, plan, text, taken, known, results)(*arrays)
     outputs = Outputs(*got[:num_outputs])
     if outputs.max_logits is None:
         return outputs
@@ -95,6 +97,7 @@ def backward(
 ) -> Operands:
     query, n = operands.query, operands.extents
     plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
+    text = None if options.functions is None else _translation(options, operands).text
     operands = _as_kernels_take(options, operands)
     differentiable = operands.differentiable(options).present()
     results = [
@@ -111,10 +114,10 @@ def backward(
     bundles = arrays, outputs, cotangents, others
     given = [x for bundle in bundles for x in bundle.present().values()]
     known = attributes(options, operands, **wanted)
-    if options.functions is None:
+    if text is None:
         *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(*given, options=known)
     else:
-        call = _linked(FLEX_BACKWARD, plan, options, operands, known, results)
+        call = _linked(FLEX_BACKWARD, plan, text, operands, known, results)
         *gradients, _ = call(*given)
     gradients = dict(zip(differentiable, gradients, strict=True))
     if "bias" in gradients:
@@ -234,23 +237,27 @@ class _LinkedCall(NamedTuple):
 def _linked(
     target: str,
     plan: dict[str, object],
-    options: AttentionOptions,
+    text: str,
     operands: FlexOperands,
     known: dict[str, object],
     results: Sequence[jax.core.ShapedArray],
 ) -> Callable[..., list[jax.Array]]:
-    """The custom call of a plan, linked with the functions of `options`."""
-    captured = operands.captured.values()
+    """The custom call of a plan, linked with a text."""
     call = _LinkedCall(
         target,
         tuple(results),
         tuple(known.items()),
         operands.block_states is not None,
-        len(captured),
+        len(operands.captured),
         tuple(link.names(plan).items()),
-        link.text_of(options.functions, captured, operands.extents),
+        text,
     )
     return functools.partial(_bind, call)
+
+
+def _translation(options: AttentionOptions, operands: FlexOperands) -> Translation:
+    captured = operands.captured.values()
+    return link.translation(options.functions, captured, operands.extents)
 
 
 _linked_call = Primitive("jax_fa3_linked_call")
@@ -272,12 +279,16 @@ mlir.register_lowering(_linked_call, _lower, platform="cuda")
 
 def _as_kernels_take(options: AttentionOptions, operands: Operands) -> Operands:
     """The operands with a bias of padded_bias_keys, and the table of a mask or of a block mask in
-    its place."""
-    if options.functions is not None and operands.block_states is not None:
-        n = operands.extents
-        block = options.functions.block
-        states = kernel_table(operands.block_states, block, n.seqlen_q, n.seqlen_k)
-        return operands.replace(block_states=states)
+    its place. Of captured arrays those that the functions read."""
+    if options.functions is not None:
+        read = _translation(options, operands).captured
+        unread = {name for i, name in enumerate(operands.captured) if i not in read}
+        operands = operands.only(operands.present().keys() - unread)
+        if operands.block_states is not None:
+            lengths = operands.extents.seqlen_q, operands.extents.seqlen_k
+            table = kernel_table(operands.block_states, options.functions.block, *lengths)
+            operands = operands.replace(block_states=table)
+        return operands
     bias, mask = operands.bias, operands.mask
     if bias is not None:
         missing = padded_bias_keys(bias.shape[3]) - bias.shape[3]

@@ -22,7 +22,7 @@ import jax
 from jax_fa3.flex import cache, toolchain
 from jax_fa3.flex.functions import Functions
 from jax_fa3.flex.ranges import SMALL
-from jax_fa3.flex.translate import translate
+from jax_fa3.flex.translate import Translation, translate
 from jax_fa3.operands import Extents
 from jax_fa3.options import MAX_SEQLEN
 
@@ -69,19 +69,21 @@ MOST_INDEX = SMALL // 2 - 1
 LARGEST_TILE = 256
 
 
-def text_of(functions: Functions, captured: Iterable[jax.Array], extents: Extents) -> str:
+def translation(
+    functions: Functions, captured: Iterable[jax.Array], extents: Extents
+) -> Translation:
     """The CUDA C text of functions of captured arrays, or types of such, in calls of these extents.
     Raises Untranslatable."""
     lengths = extents.seqlen_q, extents.seqlen_k
     is_short = extents.have_static_lengths and max(lengths) <= MOST_INDEX - LARGEST_TILE
     types = tuple((x.shape, x.dtype.name) for x in captured)
-    return _text_of(functions, types, MOST_INDEX if is_short else MAX_SEQLEN)
+    return _translation(functions, types, MOST_INDEX if is_short else MAX_SEQLEN)
 
 
 @functools.lru_cache(maxsize=256)
-def _text_of(functions: Functions, captured: Types, most_index: int) -> str:
+def _translation(functions: Functions, captured: Types, most_index: int) -> Translation:
     types = tuple(jax.ShapeDtypeStruct(*x) for x in captured)
-    return translate(functions.score, functions.mask, types, most_index).text
+    return translate(functions.score, functions.mask, types, most_index)
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,6 +112,5 @@ def linked(name: str, text: str) -> LinkedKernel:
 def _tell_of_spills(name: str, log: str) -> None:
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
     if spilled > MUCH_SPILLED:
-        logger.warning(
-            "%s has too few registers for its functions and spills %d bytes, which is slow", name, spilled
-        )
+        text = "%s has too few registers for its functions and spills %d bytes, which is slow"
+        logger.warning(text, name, spilled)

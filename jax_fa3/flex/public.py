@@ -72,7 +72,7 @@ class FlexArguments(Arguments):
                 f"rows and keys, not {functions.block}"
             )
         try:
-            link.text_of(functions, arrays, self.extents)
+            link.translation(functions, arrays, self.extents)
         except Untranslatable as error:
             return str(error)
         return None

@@ -297,6 +297,7 @@ class Program:
     def __init__(self, ranges: dict[str, Range] | None = None) -> None:
         """`ranges`: what is known of integer parameters."""
         self._ranges = dict(ranges or {})
+        self._operations: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._statements: dict[Statement, str] = {}
         self._by_value: dict[str, Statement] = {}
         self._tables: dict[tuple[str, str], str] = {}
@@ -312,10 +313,15 @@ class Program:
         """Which numbers a value of integers can be."""
         return of_literal(value) or self._ranges.get(value) or whole(dtype)
 
-    def learn(self, value: str, found: Range) -> str:
-        """The value, an integer, of which that is known now."""
+    def learn(self, value: str, found: Range, name: str = "", operands: Sequence[str] = ()) -> str:
+        """The value, an integer, of which that is known now; also of which operation it is."""
         self._ranges[value] = found
+        self._operations[value] = name, tuple(operands)
         return value
+
+    def operation(self, value: str) -> tuple[str, tuple[str, ...]]:
+        """Name and operands of what makes an integer, as far as learn() was told."""
+        return self._operations.get(value, ("", ()))
 
     def table(self, values: np.ndarray, dtype: str) -> str:
         """The name of a constant array."""

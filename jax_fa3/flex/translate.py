@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
 
-from jax_fa3.flex.ranges import SMALL, chosen, decided, of_operation, whole
+from jax_fa3.flex.ranges import SMALL, chosen, decided, of_literal, of_operation, whole
 from jax_fa3.flex.text import (
     FLOATS,
     INTEGERS,
@@ -40,6 +41,7 @@ MAX_TABLE = 1024  # elements of an array that a function closes over
 
 INDICES = ("batch", "head", "query", "key")
 PARAMETERS = {"score": "float"} | dict.fromkeys(INDICES, "int")
+CAPTURED_ARRAY = r"captured\.array\[(\d+)\]"
 CAPTURED = {"captured": "const JfaCaptured&"}
 
 ADD, SUBTRACT, SELECT = "{0} + {1}", "{0} - {1}", "{0} ? {2} : {1}"
@@ -75,6 +77,7 @@ class Translation:
     """
 
     text: str  # jfa_score, jfa_score_and_slope, jfa_mask; if is_additive, jfa_addend
+    captured: tuple[int, ...]  # the numbers of the captured arrays that they read, in order
     is_additive: bool  # the score is only added to: its derivative is 1 wherever it is not -inf
 
 
@@ -93,8 +96,9 @@ def translate(
       score_mod: f(score, batch, head, query, key, *captured), of a float32 and four int32 scalars,
         that returns a float32 scalar; None leaves scores as they are.
       mask_mod: f(batch, head, query, key, *captured) that returns a bool scalar; None: all True.
-      captured: a tuple, each item an array, anything with shape and dtype, or a pytree of such. At
-        most 8 arrays of at most 4 dimensions: bool, integers, bfloat16, float16, float32.
+      captured: a tuple, each item an array, anything with shape and dtype, or a pytree of such:
+        arrays of at most 4 dimensions, bool, integers, bfloat16, float16, float32. The functions
+        may read 8 of them.
       most_index: if given, no index is negative, and those of query and key are this at most.
 
     Raises:
@@ -110,8 +114,6 @@ def translate(
         ranges = {x: (0, most_index if x in ("query", "key") else greatest) for x in INDICES}
     program = Program(ranges)
     arrays = [_captured(program, i, x) for i, x in enumerate(types)]
-    if len(arrays) > MAX_CAPTURED:
-        raise Untranslatable(f"{len(arrays)} captured arrays; at most {MAX_CAPTURED} are possible")
     float32, int32 = (jax.ShapeDtypeStruct((), x) for x in (jnp.float32, jnp.int32))
     indices = [_scalar(x, "int32") for x in INDICES]
 
@@ -140,8 +142,15 @@ def translate(
     ]
     if addend is not None:
         functions.append(program.function("jfa_addend", "float", position, [addend]))
+    text = program.text(functions)
+    read = sorted({int(number) for number in re.findall(CAPTURED_ARRAY, text)})
+    if len(read) > MAX_CAPTURED:
+        raise Untranslatable(
+            f"the functions read {len(read)} captured arrays; at most {MAX_CAPTURED} are possible"
+        )
     return Translation(
-        text=program.text(functions),
+        text=re.sub(CAPTURED_ARRAY, lambda x: f"captured.array[{read.index(int(x[1]))}]", text),
+        captured=tuple(read),
         is_additive=addend is not None,
     )
 
@@ -573,7 +582,7 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
             template = template.replace(word, text)
     value = program.emit(TYPES[dtype], template, *operands)
     if ranges:
-        return program.learn(value, of_operation(name, dtype, *ranges))
+        return program.learn(value, of_operation(name, dtype, *ranges), name, operands)
     return value if name in EXACT else _rounded(program, value, dtype)
 
 
@@ -605,14 +614,32 @@ def _converted(program: Program, value: str, old: str, new: str) -> str:
         return _rounded(program, value, new)
     if old in FLOATS:
         return program.emit(c_type, f"jfa_to_{new}({{0}})", value)
+    if new in FLOATS and old == "int32" and _is_small(program, value):
+        return _rounded(program, _small_as_float(program, value), new)
     least, greatest = program.range_of(value, old) if old in INTEGERS else (0, 1)
-    if new in FLOATS and TYPES[old] == "int" and -SMALL < least and greatest < SMALL:
-        return _rounded(program, program.emit("float", "jfa_from_small({0})", value), new)
     converted = program.emit(c_type, f"({c_type}){{0}}", value)
     if new not in INTEGERS:
         return _rounded(program, converted, new)
     fits = whole(new)[0] <= least and greatest <= whole(new)[1]
     return program.learn(converted, (least, greatest)) if fits else converted
+
+
+def _is_small(program: Program, value: str) -> bool:
+    least, greatest = program.range_of(value, "int32")
+    return -SMALL < least and greatest < SMALL
+
+
+def _small_as_float(program: Program, value: str) -> str:
+    """A small int32 as a float, made of the floats of what it is made of, which is exact: a kernel
+    then casts each row and each key, and not each pair."""
+    name, operands = program.operation(value)
+    if name in ("add", "sub", "mul", "neg", "abs") and all(_is_small(program, x) for x in operands):
+        floats = (_small_as_float(program, x) for x in operands)
+        return _operation(program, name, "float32", *floats)
+    number = of_literal(value)
+    if number is not None:
+        return literal(number[0], "float32")
+    return program.emit("float", "jfa_from_small({0})", value)
 
 
 def _bitcast(program: Program, old: str, new: str) -> Callable[..., str] | None:

@@ -3,6 +3,7 @@ backward, each result in memory that was NaN before."""
 
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,12 +190,13 @@ def random_functions():
     return captured, [flex_functions.random_functions(rng)[:2] for _ in range(NUM_RANDOM)]
 
 
-def over_pairs(function, index, *scores):
+def over_pairs(function, *scores):
     """A function of a score, if there is one, and four indices for all pairs, [B, N, T, S]."""
-    for axis in reversed(range(4)):
-        of_index = [0 if i == axis else None for i in range(4)]
-        function = jax.vmap(function, [*[0] * len(scores), *of_index])
-    return jax.jit(function)(*scores, *index)
+    n = flex_functions
+    shape = n.BATCH, n.HEADS, n.ROWS, n.KEYS
+    given = [jnp.asarray(x, jnp.float32).ravel() for x in scores]
+    flat = jax.jit(jax.vmap(function))(*given, *np.indices(shape, np.int32).reshape(4, -1))
+    return jax.tree.map(lambda x: np.asarray(x).reshape(shape), flat)
 
 
 def is_decided(change, scores):
@@ -215,13 +217,12 @@ def test_random_functions(first):
     n = flex_functions
     captured, functions = random_functions()
     captured = tuple(map(jnp.asarray, captured))
-    index = [jnp.arange(count) for count in (n.BATCH, n.HEADS, n.ROWS, n.KEYS)]
     num_decided = 0
     for number in range(first, first + IN_A_TEST):
         score_mod, mask_mod = functions[number]
         shape = n.BATCH, n.ROWS, n.KEYS, n.HEADS, 2, (64, 128)[number % 2]
         arrays = inputs(shape, "bfloat16", seed=number)
-        sees = np.asarray(over_pairs(lambda *x, m=mask_mod: m(*x, *captured), index))
+        sees = over_pairs(lambda *x, m=mask_mod: m(*x, *captured))
         all_scores = []
 
         def change(scores, f=score_mod, all_scores=all_scores):
@@ -231,11 +232,14 @@ def test_random_functions(first):
                 return jax.jvp(lambda s: f(s, *x, *captured), (s,), (jnp.ones_like(s),))
 
             all_scores.append(scores)
-            scores, slope = over_pairs(with_slope, index, jnp.asarray(scores, jnp.float32))
-            scores, slope = (np.asarray(x, np.float64) for x in (scores, slope))
+            scores, slope = (x.astype(np.float64) for x in over_pairs(with_slope, scores))
             return scores, np.where(np.isfinite(slope), slope, 0)  # of hidden pairs
 
-        got = run(attend(score_mod, mask_mod, captured), *arrays)
+        try:
+            got = run(attend(score_mod, mask_mod, captured), *arrays)
+        except NotImplementedError as error:  # with what they close over
+            assert re.search(r"read \d+ captured arrays; at most 8", str(error))
+            continue
         try:
             check(arrays, got, sees, change=change)
             num_decided += 1
