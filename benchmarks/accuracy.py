@@ -58,32 +58,45 @@ def draw(queries: int, keys: int, heads: int, head_dim: int, seed: int = 0) -> l
     return arrays
 
 
-def weights_of(query, key) -> np.ndarray:
-    """Of one head, [queries, keys]."""
+def in_float64(formula):
+    """The formula of one head's NumPy arrays, by XLA in float64 on the machine's accelerator."""
+    compiled = jax.jit(formula)
+
+    def run(*arrays):
+        with jax.enable_x64(True):
+            return jax.tree.map(np.asarray, compiled(*(np.asarray(x, np.float64) for x in arrays)))
+
+    return run
+
+
+def weights_and_lse(query, key):
+    """[queries, keys] and [queries, 1]."""
     scores = query.shape[-1] ** -0.5 * (query @ key.T)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+    lse = jax.nn.logsumexp(scores, -1, keepdims=True)
+    return jnp.exp(scores - lse), lse
 
 
-def exact_out(query, key, value) -> np.ndarray:
-    """Output by the textbook formula in float64, head by head."""
-    heads = [weights_of(query[0, :, h], key[0, :, h]) @ value[0, :, h] for h in range(key.shape[2])]
-    return np.stack(heads, 1)[None]
+@in_float64
+def exact_head(query, key, value):
+    """Output and LSE by the textbook formula."""
+    weights, lse = weights_and_lse(query, key)
+    return weights @ value, lse
 
 
-def exact(query, key, value, dout) -> list[np.ndarray]:
+@in_float64
+def exact_head_gradients(query, key, value, dout):
     """Output and gradients likewise."""
-    results = [np.empty_like(query) for _ in ARRAYS]
     scale = query.shape[-1] ** -0.5
-    for h in range(query.shape[2]):
-        q, k, v, do = (x[0, :, h] for x in (query, key, value, dout))
-        p = weights_of(q, k)
-        out = p @ v
-        ds = p * (do @ v.T - (do * out).sum(-1, keepdims=True))
-        answers = (out, scale * ds @ k, scale * ds.T @ q, p.T @ do)
-        for result, answer in zip(results, answers, strict=True):
-            result[0, :, h] = answer
-    return results
+    p, _ = weights_and_lse(query, key)
+    out = p @ value
+    ds = p * (dout @ value.T - (dout * out).sum(-1, keepdims=True))
+    return out, scale * ds @ key, scale * ds.T @ query, p.T @ dout
+
+
+def by_head(formula, *arrays) -> list[np.ndarray]:
+    """Results [1, rows, heads, columns] of a formula of one head."""
+    heads = [formula(*(x[0, :, h] for x in arrays)) for h in range(arrays[0].shape[2])]
+    return [np.stack(results, 1)[None] for results in zip(*heads, strict=True)]
 
 
 def standard(query, key, value):
@@ -185,7 +198,7 @@ def measured(row: Row, function, arrays, want, **record) -> dict:
 
 def measure(seqlen: int, heads: int, head_dim: int) -> list[dict]:
     arrays = draw(seqlen, seqlen, heads, head_dim)
-    want = exact(*arrays)
+    want = by_head(exact_head_gradients, *arrays)
     return [measured(row, program(row), arrays, want) for row in ROWS_OF_TABLE]
 
 
@@ -194,7 +207,7 @@ def measure_lengths(seqlens: tuple[int, ...], head_dim: int) -> list[dict]:
     records = []
     for seqlen in seqlens:
         *arrays, _ = draw(ROWS, seqlen, ROW_HEADS, head_dim)
-        want = exact_out(*arrays)
+        want = by_head(exact_head, *arrays)[0]
         for row in ROWS_OF_TABLE:
             if row.by_length:
                 function = jax.jit(lambda *x, row=row: (row.function(*x),))
@@ -223,12 +236,7 @@ def measure_means(seqlens: tuple[int, ...]) -> list[dict]:
                 arrays = (x[None, :, None] for x in (query, key, values(noise, at)))
                 x = jax_fa3.quantize_qkv(*(jnp.asarray(a, jnp.bfloat16) for a in arrays))
                 out, lse = (np.asarray(a, np.float64)[0, :, 0] for a in attend(**x._asdict()))
-                query8, key8 = dequantized(x[0], x[3]), dequantized(x[1], x[4])
-                scores = head_dim**-0.5 * (query8 @ key8.T)
-                top = scores.max(-1, keepdims=True)
-                weights = np.exp(scores - top)
-                total = weights.sum(-1, keepdims=True)
-                want = weights / total @ dequantized(x[2], x[5])
+                want, want_lse = exact_head(*map(dequantized, x[:3], x[3:]))
                 records.append(
                     dict(
                         head_dim=head_dim,
@@ -236,7 +244,7 @@ def measure_means(seqlens: tuple[int, ...]) -> list[dict]:
                         values=name,
                         error=float(np.linalg.norm(out - want) / np.linalg.norm(want)),
                         largest=float(np.abs(out - want).max()),
-                        lse=float(np.abs(lse - (top + np.log(total))[:, 0]).max()),
+                        lse=float(np.abs(lse - want_lse[:, 0]).max()),
                     )
                 )
     return records

@@ -46,7 +46,7 @@ set(JAX_FA3_FORWARD_TILES
   "128 128 192  80 Variant::kAlibi"
   "128 128 128 128 Variant::kAlibi"
   " 64  64 128 128 Variant::kFunction"
-  "128 128 192  80 Variant::kFunction"
+  "128 128 128 128 Variant::kFunction"
   " 64  64 128 128 Variant::kBlocks"
   "128 128 128 128 Variant::kBlocks"
 )
@@ -111,5 +111,6 @@ set(JAX_FA3_FORWARD_CACHED_DTYPES bf16 fp16)
 set(JAX_FA3_BACKWARD_DTYPES bf16 fp16)
 set(JAX_FA3_FORWARD_FLOAT8_DTYPES e4m3)
 
+set(JAX_FA3_FUNCTION_DTYPES bf16)  # of kernels for functions
 set(JAX_FA3_ALL_HEAD_DIMS 32 64 96 128 192 256)
 set(JAX_FA3_ALL_DTYPES bf16 fp16 e4m3)

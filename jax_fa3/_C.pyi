@@ -14,71 +14,16 @@ def compiled_kernels() -> list[dict[str, Any]]:
 def listed_kernels() -> list[dict[str, Any]]:
     """The kernels of the build's list, compiled or not."""
 
-def forward_plan(
-    dtype: str,  # "bf16" | "fp16"
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    window_left: int,
-    window_right: int,
-    has_index_arrays: bool,
-    has_visibility: bool,
-    variant: str,  # "plain", "mask", "bias", "softcap" or "alibi"
-    num_sms: int,
-) -> dict[str, Any]:
-    """Kernel, tiles and grid of a forward call. Raises ValueError with the reason if none fits."""
+def plan(family: str, **choices: str | int | bool) -> dict[str, Any]:
+    """Kernel, grid and, of a family that needs any, "workspace_bytes" of a call.
 
-def forward_float8_plan(
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    window_left: int,
-    window_right: int,
-    has_index_arrays: bool,
-    has_visibility: bool,
-    value_is_prepared: bool,
-    num_sms: int,
-) -> dict[str, Any]:
-    """Kernel, tiles, grid and "workspace_bytes" of a forward call on e4m3 arrays. Raises ValueError
-    likewise."""
+    family: "forward", "forward_float8", "backward" or "forward_cached".
+    choices: what the plan depends on, for all of them batch, seqlen_q, seqlen_k, num_heads_q,
+      num_heads_kv, head_dim, head_dim_v and num_sms; for attention without a cache also
+      has_index_arrays, has_visibility and variant ("plain", "mask", "bias", "softcap" or "alibi");
+      for the forward pass window_left and window_right. All but float8: dtype ("bf16" or "fp16");
+      float8: value_is_prepared; backward: deterministic; a cache: is_ragged, with the rows of all
+      sequences in seqlen_q, and page_size, 0 without a table of pages.
 
-def plan_forward_cached(
-    dtype: str,  # "bf16" | "fp16"
-    batch: int,
-    tokens: int,
-    rows_per_sequence: int,  # 0: those of query_starts
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    page_size: int,
-    has_block_tables: bool,
-    num_sms: int,
-) -> dict[str, Any]:
-    """Kernel, grid, "workspace_bytes" and "counters" of a forward call over caches. Raises
-    ValueError with the reason if none fits."""
-
-def backward_plan(
-    dtype: str,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    has_index_arrays: bool,
-    has_visibility: bool,
-    variant: str,
-    deterministic: bool,
-    num_sms: int,
-) -> dict[str, Any]:
-    """Kernel, tiles, grid and "workspace_bytes" of a backward call. Raises ValueError likewise."""
+    Raises ValueError with the reason if no kernel fits, TypeError if a choice is missing.
+    """

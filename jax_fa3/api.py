@@ -1,14 +1,14 @@
-"""The public call: checks, static choices, and the layout users see.
+"""The public call: checks, static options, and the public array layout.
 
-From here down everything is 4-D, the scale is positive, windows are numbers, and the choice between
-kernels and XLA is made.
+Below this layer all arrays are 4-D, the scale is positive, windows are numbers, and each call is
+assigned to the kernels or to XLA.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +23,59 @@ from jax_fa3.visibility import checks, public
 from jax_fa3.visibility.table import Visibility
 from jax_fa3.vjp import attend
 
-ArrayType = ArrayLike | jax.ShapeDtypeStruct  # an array, or its shape and dtype alone
+ArrayType = ArrayLike | jax.ShapeDtypeStruct  # an array, or only its shape and dtype
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _not_for_flax(function: Function) -> Function:
-    """`function`, which names the cure where a layer of Flax is given it for its attention_fn."""
+    """Adds an error with the cure for a Flax layer that gets `function` as its attention_fn."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if "dropout_rate" in kwargs:
             raise TypeError(
-                f"{function.__name__} is given Flax's dropout_rate; expected what is not a layer's "
-                "attention_fn: pass jax_fa3.flax.attention_fn there, or what "
-                "jax_fa3.flax.make_attention_fn gives"
+                f"{function.__name__} is given Flax's dropout_rate; expected no keyword of Flax: "
+                "as the attention_fn of a layer pass jax_fa3.flax.attention_fn, or a function from "
+                "jax_fa3.flax.make_attention_fn"
             )
         return function(*args, **kwargs)
 
     return cast(Function, call)
+
+
+class Keywords(TypedDict, total=False):
+    """What `dot_product_attention` and its forms for divided sequences take by name, but for what
+    changes the type of the results."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["fa3", "xla"] | None
+    query_offset: ArrayLike | None
+    deterministic: bool | None
+    sm_margin: int
+    forward_dtype: DTypeLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    attention_chunk: int | None
+    visibility: Visibility | None
+    logits_soft_cap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+
+
+class WholeKeywords(Keywords, total=False):
+    """Those of `dot_product_attention`, of whole sequences."""
+
+    sequence_parallel: SequenceParallel
+    query_descale: ArrayLike | None
+    key_descale: ArrayLike | None
+    value_descale: ArrayLike | None
+    value_is_prepared: bool
 
 
 @overload
@@ -51,32 +86,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: Literal[False] = ...,
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: Literal[False] = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> jax.Array: ...
 
 
@@ -88,32 +100,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: Literal[True],
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: Literal[False] = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -125,32 +114,9 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["fa3", "xla"] | None = None,
     return_residual: bool = ...,
-    query_offset: ArrayLike | None = None,
-    deterministic: bool | None = None,
-    sequence_parallel: SequenceParallel = "auto",
-    sm_margin: int = 0,
-    forward_dtype: DTypeLike | None = None,
-    query_descale: ArrayLike | None = None,
-    key_descale: ArrayLike | None = None,
-    value_descale: ArrayLike | None = None,
-    value_is_prepared: bool = False,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    kv_start: ArrayLike | None = None,
-    kv_end: ArrayLike | None = None,
-    attention_chunk: int | None = None,
-    visibility: Visibility | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
     return_max_logits: bool = ...,
+    **keywords: Unpack[WholeKeywords],
 ) -> jax.Array | tuple[jax.Array, ...]: ...
 
 
@@ -191,93 +157,97 @@ def dot_product_attention(
 ) -> jax.Array | tuple[jax.Array, ...]:
     """softmax(scale * query @ key^T + bias) @ value, with the arguments of `jax.nn`'s function.
 
-    On Hopper GPUs (H100, H200) bfloat16 and float16 run on this package's FlashAttention-3
-    kernels. Everything else runs through XLA, in memory linear in the sequence lengths.
+    On Hopper GPUs (H100, H200), bfloat16 and float16 calls run on this package's FlashAttention-3
+    kernels. Other calls run through XLA, in memory linear in the sequence lengths.
 
-    Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
+    Letters: B batch, T query rows, S keys, N query heads, K key/value heads (a divisor of N),
     H head_dim. All lengths, offsets and windows count tokens.
 
     Args:
       query: (B, T, N, H) or (T, N, H); bfloat16, float16, float32 or float8_e4m3fn.
       key: (B, S, K, H) or (S, K, H), of query's dtype.
-      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
-        is then the output's.
+      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H, and
+        the output then has the same last dimension.
       bias: floating, broadcastable to (B, N, T, S); added to the scaled scores. The kernels take a
-        bias of query's dtype whose last dimension is S. Its gradient is made where it is asked for.
-      mask: bool, broadcastable to (B, N, T, S); True where a row sees a key.
+        bias of query's dtype whose last dimension is S. Its gradient is computed only if requested.
+      mask: bool, broadcastable to (B, N, T, S); True if the row sees the key.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
-      is_causal: row i sees keys j <= i + query_offset (top-left aligned, whatever T and S).
-      query_seq_lengths: int32 (B,); rows from there on are padding. 3-D inputs: (1,) or ().
-        These, the next, query_offset, ids and ends of intervals may be int64 where all values fit
-        int32; traced values that do not fit are clamped to it, traced ids illegal.
-      key_value_seq_lengths: int32 (B,); keys from there on are padding. 3-D inputs: (1,) or ().
+      is_causal: row i sees keys j <= i + query_offset (top-left aligned for all T and S).
+      query_seq_lengths: int32 (B,), the number of rows of each sequence; later rows are padding.
+        3-D inputs: (1,) or (). All index arrays of this function may be int64 if their values fit
+        int32. Traced values that do not fit are clamped to int32; traced ids are then invalid.
+      key_value_seq_lengths: int32 (B,), the number of keys of each sequence; later keys are
+        padding. 3-D inputs: (1,) or ().
       local_window_size: (left, right), or one int for both: row i sees keys j with
         i + query_offset - left <= j <= i + query_offset + right, both ends included.
-      implementation: None takes the kernels where they apply and logs once, with the reason,
-        where they do not; "fa3" raises instead; "xla" forces XLA.
+      implementation: None runs the kernels if they support the call, and otherwise runs XLA and
+        logs the reason once; "fa3" raises instead; "xla" forces XLA.
       return_residual: also return the log-sum-exp of each row's scores.
       query_offset: int, or int32 of shape () or (B,): the position of row 0 among the keys, for
-        causal and windowed attention alike. May be negative. S - T gives bottom-right alignment.
+        causal and windowed attention. May be negative. S - T gives bottom-right alignment.
       deterministic: if True, gradients are bitwise reproducible; by default,
         True if XLA_FLAGS has --xla_gpu_deterministic_ops or
         --xla_gpu_exclude_nondeterministic_ops. The forward pass is always reproducible.
-      sequence_parallel: for query rows that arrive split over a mesh axis, under jax.jit or with
-        explicit sharding: "allgather", "ring" or "ulysses" (see docs/context_parallel.md), "auto"
-        picks one of the first two, "error" raises. With a bias, mask or float8 inputs only "auto",
-        which gathers.
-      sm_margin: streaming multiprocessors that the kernels leave free for what runs beside them,
-        such as the collectives of a ring; 0 to 131.
+      sequence_parallel: the strategy for query rows that arrive split over a mesh axis, under
+        jax.jit or with explicit sharding: "allgather", "ring" or "ulysses" (see
+        docs/context_parallel.md). "auto" selects one of the first two, and "error" raises. Calls
+        with a bias, mask or float8 inputs take only "auto", which then gathers the sequence.
+      sm_margin: the number of streaming multiprocessors, 0 to 131, that the kernels leave free for
+        other work, such as the collectives of a ring.
       forward_dtype: "float8_e4m3fn" runs the forward pass of bfloat16 or float16 inputs in float8,
-        rotated and with a scale for every 128 rows (see docs/fp8.md); the backward pass is in the
-        inputs' type, at the inputs as float8 rounded them, and straight-through. With a bias or
-        mask the kernels run it in the inputs' type.
-      query_descale, key_descale: factors by which elements of float8 inputs are multiplied,
-        positive, float32, (), (B, heads) or (B, heads, blocks), a block being 128 rows; 3-D
+        rotated and with a scale for every 128 rows (see docs/fp8.md). The backward pass runs in the
+        dtype of the inputs, uses the rounded inputs, and is straight-through. With a bias or mask,
+        the forward pass also runs in the dtype of the inputs.
+      query_descale, key_descale: factors that multiply the elements of float8 inputs: positive,
+        float32, of shape (), (B, heads) or (B, heads, blocks) with blocks of 128 rows; 3-D
         inputs: without B. Default 1. `quantize_qkv` makes inputs and scales.
-      value_descale: likewise, () or (B, K).
-      value_is_prepared: value has the layout that `quantize_qkv(..., prepare_value=True)` gives,
-        which saves the kernels a pass over it.
-      query_segment_ids: int32 (B, T), the number of each row's document, which sees itself only;
-        3-D inputs: (T,). 0 is padding, which sees nothing and is seen by nobody. Each document is
-        one run of rows; numbers are in any order. docs/packed.md says which form to take.
-      key_value_segment_ids: int32 (B, S), those of keys, by default query_segment_ids. With it
-        numbers do not fall in either, and zeros stand before and behind them only.
+      value_descale: the same for value, of shape () or (B, K).
+      value_is_prepared: True if value has the layout of `quantize_qkv(..., prepare_value=True)`,
+        which saves the kernels a pass over value.
+      query_segment_ids: int32 (B, T), the id of each row's document; a row sees only keys of its
+        document. 3-D inputs: (T,). 0 is padding: a padding row sees no key, and no row sees a
+        padding key. The rows of a document are adjacent; ids may be in any order. docs/packed.md
+        says which form to use.
+      key_value_segment_ids: int32 (B, S), the id of each key's document; default
+        query_segment_ids. If another array is given, nonzero ids must not decrease in either
+        array, and zeros must come before or after all nonzero ids.
       kv_start, kv_end: int32 (B, T), (B, N, T) or (B, K, T): row i sees keys j with kv_start[i] <=
-        j < kv_end[i]; either may be missing. 3-D inputs: without B.
-      attention_chunk: an int c: row i sees the keys of the chunk of c keys that has its position,
+        j < kv_end[i]; one of the two may be omitted. 3-D inputs: without B.
+      attention_chunk: an int c: row i sees the keys of the chunk of c keys that contains position
         i + query_offset.
       visibility: the result of `make_visibility`, in place of ids, intervals and chunks.
-      logits_soft_cap: a positive Python number c: scores with all that is added to them become
+      logits_soft_cap: a positive Python number c: each score, with bias and slopes added, becomes
         c * tanh(score / c), before any mask.
       alibi_slopes: float32 (N,); other floating dtypes are cast. `slope * |i + query_offset - j|`
-        is subtracted from the scaled scores. Asking for their gradient raises.
-      sinks: float32 (N,); other floating dtypes are cast. An additional logit for each row of a
-        head, of a key whose value is 0. Differentiable.
-      return_max_logits: also return the largest logit that each head sees, the sink apart.
+        is subtracted from the scaled scores. Differentiating the slopes raises.
+      sinks: float32 (N,); other floating dtypes are cast. For each row of a head, the sink is an
+        additional logit of a key whose value is 0. Differentiable.
+      return_max_logits: also return the largest visible logit of each head, without the sink.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype, bfloat16 for float8; with return_residual
       or return_max_logits a tuple (out, lse), (out, max_logits) or (out, lse, max_logits).
-      lse is float32 (B, T, N) or (T, N), in natural log units, the sink included; gradients flow
-      through out and lse. float8 inputs have none. max_logits is float32 (B, N) or (N,), -inf
-      where a head sees nothing, and has no gradient.
-      A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0; with sinks
-      the lse of a row that is no padding is then its sink.
+      lse is float32 (B, T, N) or (T, N), in natural log units, and includes the sink. Gradients
+      flow through out and lse, but float8 inputs have no gradients. max_logits is float32 (B, N) or
+      (N,), -inf if the head sees no key, and has no gradient.
+      A row that sees no key, and every padding row, has out 0, lse -inf and gradients 0. With
+      sinks, a row that sees no key and is not padding has its sink as lse.
 
     Raises:
-      ValueError: shapes or values do not fit; the message names the argument, got and expected.
-      TypeError: a wrong dtype, or an array where a Python value must stand.
+      ValueError: shapes or values do not fit; the message names the argument, the value it got and
+        the expected value.
+      TypeError: a wrong dtype, or an array in place of a Python value.
       NotImplementedError: implementation="fa3" and the kernels cannot run the call; the message
-        has the reason, as does `jax_fa3.is_supported`.
+        gives the reason, like `jax_fa3.is_supported`.
 
     Numerics:
       Products accumulate in float32, the softmax is in float32, and probabilities are rounded to
-      the input dtype before they multiply value (in float8 as 64 to 256 times themselves).
-      Gradients of shared key/value heads are summed in float32. Whatever padding holds, NaN
-      included, reaches no result. A NaN in a used query row stays in that row; one in a used key
-      or value stays in its batch and head. With segment ids padding is what stands behind the last
-      row and key of all documents. Ids that are no runs give NaN in their batch entry, where they
-      are not known until run time.
+      the input dtype before they multiply value (to float8, after multiplication by 64 to 256).
+      Gradients of shared key/value heads are summed in float32. Values in padding, including NaN,
+      reach no result. A NaN in a used query row stays in that row; a NaN in a used key or value
+      stays in its batch entry and head. With segment ids, padding is the rows and keys after the
+      last document. If ids that are only known at run time break the rules, the results of their
+      batch entry are NaN.
 
     Example:
       >>> q = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64), jnp.bfloat16)
@@ -324,15 +294,15 @@ def is_supported(
     sinks: ArrayType | None = None,
     return_max_logits: bool = False,
 ) -> str | None:
-    """Why `dot_product_attention` would not run a call on the Hopper kernels; None if it would.
+    """The reason why the Hopper kernels would not run a call, or None if they would.
 
-    Args: those of `dot_product_attention`, each array also as a `jax.ShapeDtypeStruct`.
+    Args: the arguments of `dot_product_attention`; each array may be a `jax.ShapeDtypeStruct`.
 
     Returns:
-      None when forward and backward of this call run on the kernels here, else the reason.
+      None if the kernels run the forward and backward pass of this call here, otherwise the reason.
 
     Raises:
-      ValueError, TypeError: as `dot_product_attention` does for the same arguments.
+      ValueError, TypeError: as `dot_product_attention` with the same arguments.
 
     Example:
       >>> x = jax.ShapeDtypeStruct((2, 1024, 16, 128), "float32")
@@ -343,24 +313,24 @@ def is_supported(
 
 
 def attention(arguments: Arguments) -> jax.Array | tuple[jax.Array, ...]:
-    """`dot_product_attention` of these arguments."""
+    """`dot_product_attention` with these arguments."""
     options, operands = prepare(arguments)
     return public_results(fa3_attention(options, operands))
 
 
 def reasons_against(arguments: Arguments) -> route.Reasons:
-    """Why the kernels would not run a call of these arguments, if there is a reason."""
+    """The reasons why the kernels would not run a call with these arguments, if any."""
     arguments = checked(arguments)
     return route.reasons_of(arguments, arguments.options())
 
 
 def prepare(arguments: Arguments) -> tuple[AttentionOptions, Operands]:
-    """`prepared` of these arguments, once they are checked."""
+    """Checks the arguments, then returns `prepared`."""
     return prepared(checked(arguments))
 
 
 def checked(arguments: Arguments, division: Division = UNDIVIDED) -> Arguments:
-    """The arguments, which are legal, with an array wherever something stood for one."""
+    """The arguments as arrays; raises unless they are valid."""
     arguments = arguments.with_arrays()
     validate.check_call(arguments)
     checks.check_call(arguments, division)
@@ -370,8 +340,8 @@ def checked(arguments: Arguments, division: Division = UNDIVIDED) -> Arguments:
 def prepared(
     arguments: Arguments, division: Division = UNDIVIDED
 ) -> tuple[AttentionOptions, Operands]:
-    """The static choices of checked arguments; the arrays are still the user's, but for the scales,
-    which have their rows' dimensions, and the sign of the scale, which query has."""
+    """The static options and the operands of checked arguments. The arrays keep the user's shapes,
+    except that descales get the dimensions of their rows and query gets the sign of the scale."""
     options = route.decide(arguments, arguments.options())
     query, arrays = arguments.query, dict(arguments.arrays)
     if arguments.is_float8:
@@ -386,15 +356,15 @@ def prepared(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def fa3_attention(options: AttentionOptions, operands: Operands) -> Outputs:
-    """attend() in the layout that users see, compiled once when called outside of jax.jit. Programs
-    and profiles show its name."""
-    with jax.named_scope("fa3_attention"):  # of jit's own name nothing stays where it is inlined
+    """attend() in the public layout, compiled once when called outside of jax.jit. Programs and
+    profiles show its name."""
+    with jax.named_scope("fa3_attention"):  # an inlined jit leaves no name of its own
         return in_public_layout(functools.partial(attend, options), operands)
 
 
 def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) -> Outputs:
-    """core(operands), of operands whose shapes are the user's, with or without a batch dimension;
-    the LSE's heads come last."""
+    """core(operands) for operands in the user's shapes, with or without a batch dimension; the
+    heads are the last dimension of the LSE."""
     outputs = core(in_row_dims(operands))
     if outputs.lse is not None:
         outputs = outputs.replace(lse=jnp.moveaxis(outputs.lse, 1, 2))
@@ -402,6 +372,6 @@ def in_public_layout(core: Callable[[Operands], Outputs], operands: Operands) ->
 
 
 def public_results(outputs: Outputs) -> jax.Array | tuple[jax.Array, ...]:
-    """out, or a tuple of it and what else was asked for."""
+    """out, or a tuple of out and the other requested results."""
     results = tuple(outputs.present().values())
     return results if len(results) > 1 else results[0]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,26 @@ import numpy as np
 
 from jax_fa3 import score
 from jax_fa3.operands import Extents, Operands, Sources
-from jax_fa3.options import FLOAT8, AttentionOptions, resolve_deterministic, resolve_window
+from jax_fa3.options import (
+    FLOAT8,
+    AttentionOptions,
+    SequenceParallel,
+    resolve_deterministic,
+    resolve_window,
+)
+from jax_fa3.values import (
+    argument,
+    check_choice,
+    check_flag,
+    check_implementation,
+    check_offset,
+    check_scale,
+    check_sm_margin,
+    check_soft_cap,
+    check_window,
+    is_array,
+    or_none,
+)
 
 NO_ID = -1  # what no row may have for an id
 
@@ -36,39 +56,40 @@ UNDIVIDED = Division()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arguments:
-    """Those of `jax_fa3.dot_product_attention`, as they were given."""
+    """Those of `jax_fa3.dot_product_attention`, as they were given. Arrays, and what goes together,
+    are checked in validate.py."""
 
     query: Any
     key: Any
     value: Any
     bias: Any = None
     mask: Any = None
-    scale: Any = None
-    is_causal: Any = False
+    scale: Any = argument(check_scale)
+    is_causal: Any = argument(check_flag, False)
     query_seq_lengths: Any = None
     key_value_seq_lengths: Any = None
-    local_window_size: Any = None
-    implementation: Any = None
-    return_residual: Any = False
-    query_offset: Any = None
-    deterministic: Any = None
-    sequence_parallel: Any = "auto"
-    sm_margin: Any = 0
+    local_window_size: Any = argument(check_window)
+    implementation: Any = argument(check_implementation)
+    return_residual: Any = argument(check_flag, False)
+    query_offset: Any = argument(check_offset)
+    deterministic: Any = argument(or_none(check_flag))
+    sequence_parallel: Any = argument(partial(check_choice, get_args(SequenceParallel)), "auto")
+    sm_margin: Any = argument(check_sm_margin, 0)
     forward_dtype: Any = None
     query_descale: Any = None
     key_descale: Any = None
     value_descale: Any = None
-    value_is_prepared: Any = False
+    value_is_prepared: Any = argument(check_flag, False)
     query_segment_ids: Any = None
     key_value_segment_ids: Any = None
     kv_start: Any = None
     kv_end: Any = None
     attention_chunk: Any = None
     visibility: Any = None
-    logits_soft_cap: Any = None
+    logits_soft_cap: Any = argument(check_soft_cap)
     alibi_slopes: Any = None
     sinks: Any = None
-    return_max_logits: Any = False
+    return_max_logits: Any = argument(check_flag, False)
 
     # What the record becomes.
     Options: ClassVar[type[AttentionOptions]] = AttentionOptions
@@ -143,6 +164,9 @@ class Arguments:
 
     def with_arrays(self) -> Self:
         """Whatever may stand for an array, such as a list, made one."""
+        of_keys = ids_of_keys(self.query_segment_ids, self.key_value_segment_ids)
+        if of_keys is not self.key_value_segment_ids:
+            return dataclasses.replace(self, key_value_segment_ids=of_keys).with_arrays()
         given = {name: getattr(self, name) for name in self._array_names()}
         made = {name: as_array(name, x) for name, x in given.items() if not _is_typed(x)}
         counts = {name: getattr(self, name) for name in self._count_names()}
@@ -236,17 +260,18 @@ def _name_of(dtype: np.dtype) -> str:
     return dtype.name
 
 
-def is_array(x: Any) -> bool:
-    """Whether an argument that may be a Python number is an array."""
-    return hasattr(x, "dtype") and not isinstance(x, np.integer)
-
-
 def as_array(name: str, x: Any) -> jax.Array | np.ndarray:
     try:
         # NumPy keeps the integers of a list whole, which JAX would cut to 32 bits or refuse.
         return np.asarray(x, np.int64) if _is_ints(x) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} is a {type(x).__name__}; expected an array") from error
+
+
+def ids_of_keys(ids: Any, of_keys: Any) -> Any:
+    """None, where rows and keys are given the same array: what it says of the rows is enough, is
+    found faster, and has fewer rules."""
+    return None if of_keys is ids else of_keys
 
 
 def as_indices(name: str, x: Any) -> Any:

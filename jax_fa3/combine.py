@@ -1,4 +1,4 @@
-"""`combine`: attention over parts of the keys, put together by the log-sum-exps of the parts."""
+"""`combine`: merges attention over parts of the keys by the log-sum-exps of the parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_fa3.arguments import as_array
 from jax_fa3.operands import DTYPES
-from jax_fa3.validate import as_int, check_dtype, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import as_int, shape_of
 
 
 def combine(
@@ -21,23 +22,24 @@ def combine(
     axis_name: Hashable | None = None,
     out_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over all keys, of attention over parts of them.
+    """Merges attention over parts of the keys into attention over all keys.
 
-    Each part has out and lse as `dot_product_attention` and `cached_attention` return them with
-    return_residual; ask them for out in float32, or each part is rounded first. Differentiable.
+    Each part has out and lse from `dot_product_attention` or `cached_attention` with
+    return_residual. Compute out in float32 if possible; otherwise each part is rounded before the
+    merge. Differentiable.
 
     Args:
-      outs: floating [n, ..., N, H], n parts on dimension `axis`.
-      lses: floating [n, ..., N], natural log; -inf is a part that sees no key, which weighs nothing
-        whatever its out is.
-      axis: the dimension of the parts, by default 0, or, with axis_name, none.
-      axis_name: a mesh axis, or several, of jax.shard_map (or jax.vmap) over whose devices the
-        parts, or further parts, are spread; every device gets the result.
-      out_dtype: of out, by default float32.
+      outs: floating [n, ..., N, H], with n parts along dimension `axis`.
+      lses: floating [n, ..., N], natural log. -inf marks a part that sees no key; such a part has
+        weight 0, even if its out is NaN.
+      axis: the dimension of the parts; default 0, or, with axis_name, no dimension.
+      axis_name: a mesh axis, or several, of jax.shard_map (or jax.vmap), whose devices hold the
+        parts, or additional parts; every device gets the result.
+      out_dtype: the dtype of out; default float32.
 
     Returns:
-      (out, lse) without the dimension of the parts, lse float32. Where all parts are empty, 0 and
-      -inf, with gradients 0. A single part that is not empty is returned as it is.
+      (out, lse) without the dimension of the parts; lse is float32. If all parts are empty, out is
+      0, lse is -inf and gradients are 0. A single part that is not empty is returned unchanged.
 
     Raises:
       ValueError, TypeError: shapes or dtypes do not fit.
@@ -71,7 +73,7 @@ def combine(
     if axis_name is not None:
         largest = lax.pmax(largest, axis_name)
     largest = jnp.where(largest == -jnp.inf, 0, largest)
-    # What is empty is replaced before exp, whose derivative would make NaN of it.
+    # Empty parts are replaced before exp, whose derivative at -inf - -inf would be NaN.
     weights = jnp.where(is_empty, 0, jnp.exp(jnp.where(is_empty, largest, lses) - largest))
     weighed = weights[..., None] * jnp.where(is_empty[..., None], 0, outs.astype(jnp.float32))
     if axis is not None:

@@ -1,4 +1,4 @@
-"""`jax_fa3.explain`: what runs each call of a program, and why."""
+"""`jax_fa3.explain`: the implementation that runs each call of a program, and the reason."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jax_fa3 import route
-from jax_fa3.arguments import is_array
+from jax_fa3.values import is_array
 
 PACKAGE = os.path.dirname(__file__)
 _numbers = itertools.count()
 
 
 class ExplainedCall(NamedTuple):
-    """One call of a program; as a string, all of it in a line."""
+    """One call of a program; str() gives one line."""
 
     where: str  # file:line of the code that calls this package
-    arguments: str  # those that are given, arrays as dtype[shape]
-    runs: str  # "the Hopper kernels", "its XLA implementation", or what else a message calls it
-    reason: str | None  # why not the kernels; None where they run forward and backward
+    arguments: str  # the given arguments, arrays as dtype[shape]
+    runs: str  # "the Hopper kernels", "its XLA implementation", or another name from a message
+    reason: str | None  # why the kernels do not run it; None if they run forward and backward
 
     def __str__(self) -> str:
         why = f": {self.reason}" if self.reason else ""
@@ -34,21 +34,21 @@ class ExplainedCall(NamedTuple):
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[ExplainedCall, ...]:
-    """What would run each attention call of `function(*args, **kwargs)` on this machine, and why.
+    """Lists the attention calls of `function(*args, **kwargs)`, what runs each one here, and why.
 
-    Calls of `append_to_cache` count too. The function is traced, not run. A call in a loop or scan
-    counts once, one that `jax.grad` differentiates too: `runs` is of its forward and its backward
-    pass.
+    The list includes calls of `append_to_cache`. The function is traced, not run. A call in a loop
+    or scan counts once, and so does a call that `jax.grad` differentiates: `runs` describes its
+    forward and its backward pass.
 
     Args:
-      function: any function of JAX, under jit or not.
-      args, kwargs: its arguments, pytrees of arrays or of `jax.ShapeDtypeStruct`.
+      function: any JAX function, jitted or not.
+      args, kwargs: the arguments of the function, pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-      The calls in the order in which they are traced.
+      The calls in the order of tracing.
 
     Raises:
-      What tracing the function raises, such as NotImplementedError for implementation="fa3".
+      The errors of tracing the function, such as NotImplementedError for implementation="fa3".
 
     Example:
       >>> x = jax.ShapeDtypeStruct((2, 1024, 16, 128), "float32")
@@ -63,7 +63,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ex
 
     token = route.listener.set(listen)
     try:
-        # Metadata of its own, so that JAX traces again what it has traced before.
+        # Unique metadata, so that JAX does not reuse an earlier trace.
         with set_xla_metadata(jax_fa3_explain=next(_numbers)):
             jax.eval_shape(function, *args, **kwargs)
     finally:
@@ -72,7 +72,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ex
 
 
 def _caller() -> str:
-    """Where the innermost code stands that is not of this package."""
+    """The file and line of the innermost frame outside of this package."""
     frames = reversed(traceback.extract_stack())
     frame = next(x for x in frames if not x.filename.startswith(PACKAGE + os.sep))
     return f"{frame.filename}:{frame.lineno}"
@@ -90,7 +90,7 @@ def _given(arguments: Any) -> str:
 
 
 def _shown(x: Any) -> str:
-    """Of arrays the types alone."""
+    """A value as text; arrays as their types."""
     if is_array(x):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     if dataclasses.is_dataclass(x):

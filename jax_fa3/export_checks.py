@@ -1,4 +1,4 @@
-"""What `jax.export` is to be told of programs that run the kernels."""
+"""The safety checks to disable when `jax.export` exports programs that run the kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax.export
 from jax_fa3 import ffi
 from jax_fa3.cached import ffi as cached_ffi
 
-# jax.export refuses custom calls that nobody vouches for: `disabled_checks` of programs for CUDA.
+# jax.export refuses custom calls without a compatibility guarantee. Pass these checks as
+# `disabled_checks` for CUDA programs.
 TARGETS = (*ffi.TARGETS, *cached_ffi.TARGETS)
 DISABLED_CHECKS = tuple(map(jax.export.DisabledSafetyCheck.custom_call, TARGETS))

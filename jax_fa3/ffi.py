@@ -1,9 +1,8 @@
 """The custom calls: targets, operands, results and attributes, as src/ffi binds them.
 
-The only file that touches jax.ffi. A call's operands are the arrays that the kernels take, in the
-order of their rows; the backward call has outputs and cotangents after query, key and value. Of
-what may be absent, attributes say whether it is there. Of a dense mask the kernels take a table,
-which a call of its own makes for each direction: XLA merges equal ones.
+A call's operands are the arrays that the kernels take, in the order of their rows; the backward
+call has outputs and cotangents after query, key and value. Of a dense mask the kernels take a
+table, which a call of its own makes for each direction: XLA merges equal ones.
 
 A call with functions brings its kernels along, linked when the program is lowered for CUDA: a
 primitive of ours, because JAX's takes attributes that are known when it is traced.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,11 +22,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_fa3 import native
+from jax_fa3.custom_call import custom_call
 from jax_fa3.flex import link
 from jax_fa3.flex.block_mask import kernel_table
-from jax_fa3.flex.operands import FlexOperands
-from jax_fa3.flex.translate import Translation
-from jax_fa3.float8.rounding import ARRAYS, SEED, TAKEN
+from jax_fa3.flex.operands import CAPTURED, FlexOperands
+from jax_fa3.float8.rounding import ARRAYS, DESCALES, SEED, TAKEN
 from jax_fa3.operands import Extents, Operands, Outputs, Sources
 from jax_fa3.options import (
     FLOAT8,
@@ -63,33 +61,28 @@ for _name, _capsule in native.registrations().items():
 
 def forward(options: AttentionOptions, operands: Operands) -> Outputs:
     query, n = operands.query, operands.extents
-    results = [
-        _result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
-        _by_row(query, n),
-    ]
-    wanted = dict(has_max_logits=options.return_max_logits)
+    outputs = dict(
+        out=_result(query, (n.batch, n.seqlen_q, n.num_heads_q, n.head_dim_v), options.out_dtype),
+        lse=_by_row(query, n),
+    )
     if options.return_max_logits:
-        results.append(_by_row(query, n))
-    num_outputs = len(results)
-    results.append(_result(query, (1,), jnp.int32))  # the tile counter
-    target, more = FORWARD, {}
+        outputs["max_logits"] = _by_row(query, n)
+    results = outputs | dict(tile_counter=_result(query, (1,), jnp.int32))
+    target = FORWARD
     if operands.is_float8:
-        more = dict(value_is_prepared=operands.prepared_value is not None)
-        plan = native.plan("forward_float8", query.dtype.name, n, options, **more)
-        results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
+        is_prepared = operands.prepared_value is not None
+        plan = native.plan("forward_float8", query.dtype.name, n, options, is_prepared)
+        results["workspace"] = _result(query, (plan["workspace_bytes"],), jnp.uint8)
         target = FORWARD_FLOAT8
-    taken = _as_kernels_take(options, operands)
-    arrays, known = taken.present().values(), attributes(options, taken, **wanted)
     if options.functions is None:
-        got = jax.ffi.ffi_call(target, results)(*arrays, options=known, **more)
+        arrays = _as_kernels_take(operands).by_argument()
+        got = custom_call(target, arrays, results, options=attributes(options))
     else:
-        plan = native.plan("forward", query.dtype.name, n, options, arrays=taken.present())
-        text = _translation(options, operands).text
-        got = _linked(FLEX_FORWARD, plan, text, taken, known, results)(*arrays)
-    outputs = Outputs(*got[:num_outputs])
-    if outputs.max_logits is None:
-        return outputs
-    return outputs.replace(max_logits=outputs.max_logits.max(-1))
+        arrays, text = _with_functions(options, operands)
+        plan = native.plan("forward", query.dtype.name, n, options, arrays=operands.present())
+        got = _linked(FLEX_FORWARD, arrays, results, options, plan, text)
+    made = Outputs(**{name: got[name] for name in outputs})
+    return made if made.max_logits is None else made.replace(max_logits=made.max_logits.max(-1))
 
 
 def backward(
@@ -97,29 +90,24 @@ def backward(
 ) -> Operands:
     query, n = operands.query, operands.extents
     plan = native.plan("backward", query.dtype.name, n, options, arrays=operands.present())
-    text = None if options.functions is None else _translation(options, operands).text
-    operands = _as_kernels_take(options, operands)
+    if options.functions is None:
+        operands = _as_kernels_take(operands)
     differentiable = operands.differentiable(options).present()
-    results = [
-        _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
+    results = {
+        f"d{name}": _by_row(query, n) if name == "sinks" else _result(query, x.shape, x.dtype)
         for name, x in differentiable.items()
-    ]
-    results.append(_result(query, (plan["workspace_bytes"],), jnp.uint8))
-    arrays, others = operands.only(ARRAYS), operands.only(operands.rows().keys() - ARRAYS)
-    wanted = dict(
-        has_dlse=cotangents.lse is not None,
-        has_dbias="bias" in differentiable,
-        has_dsinks="sinks" in differentiable,
-    )
-    bundles = arrays, outputs, cotangents, others
-    given = [x for bundle in bundles for x in bundle.present().values()]
-    known = attributes(options, operands, **wanted)
+    }
+    results["workspace"] = _result(query, (plan["workspace_bytes"],), jnp.uint8)
+    arrays, text = operands.by_argument(), None
+    if options.functions is not None:
+        arrays, text = _with_functions(options, operands)
+    given = {name: arrays.pop(name) for name in ("query", "key", "value")} | outputs.by_argument()
+    given |= {f"d{name}": x for name, x in cotangents.by_argument().items()} | arrays
     if text is None:
-        *gradients, _ = jax.ffi.ffi_call(BACKWARD, results)(*given, options=known)
+        got = custom_call(BACKWARD, given, results, options=attributes(options))
     else:
-        call = _linked(FLEX_BACKWARD, plan, text, operands, known, results)
-        *gradients, _ = call(*given)
-    gradients = dict(zip(differentiable, gradients, strict=True))
+        got = _linked(FLEX_BACKWARD, given, results, options, plan, text)
+    gradients = {name: got[f"d{name}"] for name in differentiable}
     if "bias" in gradients:
         gradients["bias"] = gradients["bias"][..., : n.seqlen_k]
     if "sinks" in gradients:
@@ -139,27 +127,27 @@ def quantize(
         value_shape = (n.batch, n.num_heads_kv, n.head_dim_v, padded_keys(n.seqlen_k))
     dtype = query.dtype if back else FLOAT8
     results = dict(
-        query=_result(query, query.shape, dtype),
-        key=_result(query, operands.key.shape, dtype),
-        value=_result(query, value_shape, dtype),
+        query_out=_result(query, query.shape, dtype),
+        key_out=_result(query, operands.key.shape, dtype),
+        value_out=_result(query, value_shape, dtype),
         query_descale=_result(query, (n.batch, n.num_heads_q, num_blocks(n.seqlen_q)), jnp.float32),
         key_descale=_result(query, (n.batch, n.num_heads_kv, num_blocks(n.seqlen_k)), jnp.float32),
         value_descale=_result(query, (n.batch, n.num_heads_kv), jnp.float32),
     )
-    got = jax.ffi.ffi_call(QUANTIZE, tuple(results.values()))(
-        *operands.only(TAKEN).present().values(),
+    got = custom_call(
+        QUANTIZE,
+        operands.only(TAKEN).by_argument(),
+        results,
         seed=np.uint32(seed),
         back=back,
         prepare_value=prepare_value,
-        has_query_lengths=operands.query_lengths is not None,
-        has_key_lengths=operands.key_lengths is not None,
     )
-    got = dict(zip(results, got, strict=True))
+    rounded = {name: got[f"{name}_out"] for name in ARRAYS}
     if back:
-        return Operands(**{name: got[name] for name in ARRAYS})
+        return Operands(**rounded)
     if prepare_value:
-        got["prepared_value"] = got.pop("value")
-    return Operands(**got)
+        rounded["prepared_value"] = rounded.pop("value")
+    return Operands(**rounded, **{name: got[name] for name in DESCALES})
 
 
 def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
@@ -167,58 +155,34 @@ def visibility(options: VisibilityOptions, sources: Sources) -> Operands:
     planes, seqlens = sources.batch_and_heads, (options.seqlen_q, options.seqlen_k)
     arrays = sources.present()
     like = next(iter(arrays.values()))
-    results = [
-        _result(like, (*planes, Layout.of(*seqlens).words), jnp.int32),
-        _result(like, (workspace_bytes(*planes, *seqlens),), jnp.uint8),
-    ]
-    choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
-    flags = dict(
-        has_query_segment_ids=sources.query_segment_ids is not None,
-        has_key_value_segment_ids=sources.key_value_segment_ids is not None,
-        has_kv_start=sources.kv_start is not None,
-        has_kv_end=sources.kv_end is not None,
-        has_cu_seqlens=sources.cu_seqlens_q is not None,
-        has_query_offset=sources.query_offset is not None,
+    results = dict(
+        visibility=_result(like, (*planes, Layout.of(*seqlens).words), jnp.int32),
+        workspace=_result(like, (workspace_bytes(*planes, *seqlens),), jnp.uint8),
     )
-    table, _ = jax.ffi.ffi_call(VISIBILITY, results)(*arrays.values(), **choices, **flags)
-    return Operands(visibility=table)
+    choices = {name: np.int32(x) for name, x in dataclasses.asdict(options).items()}
+    return Operands(visibility=custom_call(VISIBILITY, arrays, results, **choices)["visibility"])
 
 
 def dense_mask(mask: jax.Array) -> jax.Array:
     """The table of a mask [batch, heads, rows, seqlen_k] of any extents, of all its planes."""
     *planes, rows, seqlen_k = mask.shape
     result = _result(mask, (*planes, dense_mask_words(rows, seqlen_k)), jnp.int32)
-    return jax.ffi.ffi_call(DENSE_MASK, result)(mask)
+    return custom_call(DENSE_MASK, dict(mask=mask), dict(mask_table=result))["mask_table"]
 
 
-def attributes(
-    options: AttentionOptions,
-    operands: Operands,
-    *,
-    has_dlse: bool = False,
-    has_dbias: bool = False,
-    has_max_logits: bool = False,
-    has_dsinks: bool = False,
-) -> dict[str, object]:
+def attributes(options: AttentionOptions) -> dict[str, object]:
     """The dictionary attribute of forward and backward calls, in the exact widths C++ decodes."""
     values = {name: getattr(options, name) for name in options.of_kernels()}
-    flags = {name: getattr(operands, name) for name, row in operands.rows().items() if row.flag}
-    return (
-        {name: WIDTHS[type(x)](x) for name, x in values.items()}
-        | {f"has_{name}": x is not None for name, x in flags.items()}
-        | dict(has_dlse=has_dlse, has_dbias=has_dbias)
-        | dict(has_max_logits=has_max_logits, has_dsinks=has_dsinks)
-    )
+    return {name: WIDTHS[type(x)](x) for name, x in values.items()}
 
 
 class _LinkedCall(NamedTuple):
-    """A custom call that brings kernels along."""
+    """A custom call that brings kernels along. Values that JAX can hash stand for dictionaries."""
 
     target: str
-    results: tuple[jax.core.ShapedArray, ...]
-    options: tuple[tuple[str, object], ...]  # the dictionary attribute
-    has_block_states: bool
-    num_captured: int
+    operands: tuple[str, ...]
+    results: tuple[tuple[str, jax.core.ShapedArray], ...]
+    options: AttentionOptions
     kernels: tuple[tuple[str, str], ...]  # attributes and the names of the kernels
     text: str  # of the functions
 
@@ -227,42 +191,16 @@ class _LinkedCall(NamedTuple):
         kernels = {name: link.linked(kernel, self.text) for name, kernel in self.kernels}
         kernels = dict(kernel=link.NO_KERNEL, dquery_kernel=link.NO_KERNEL) | kernels
         return dict(
-            options=dict(self.options),
-            has_block_states=self.has_block_states,
-            num_captured=np.int32(self.num_captured),
+            operands=" ".join(self.operands),
+            results=" ".join(name for name, _ in self.results),
+            options=attributes(self.options),
             **{name: kernel._asdict() for name, kernel in kernels.items()},
         )
 
 
-def _linked(
-    target: str,
-    plan: dict[str, object],
-    text: str,
-    operands: FlexOperands,
-    known: dict[str, object],
-    results: Sequence[jax.core.ShapedArray],
-) -> Callable[..., list[jax.Array]]:
-    """The custom call of a plan, linked with a text."""
-    call = _LinkedCall(
-        target,
-        tuple(results),
-        tuple(known.items()),
-        operands.block_states is not None,
-        len(operands.captured),
-        tuple(link.names(plan).items()),
-        text,
-    )
-    return functools.partial(_bind, call)
-
-
-def _translation(options: AttentionOptions, operands: FlexOperands) -> Translation:
-    captured = operands.captured.values()
-    return link.translation(options.functions, captured, operands.extents)
-
-
 _linked_call = Primitive("jax_fa3_linked_call")
 _linked_call.multiple_results = True
-_linked_call.def_abstract_eval(lambda *_, call: call.results)
+_linked_call.def_abstract_eval(lambda *_, call: [x for _, x in call.results])
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -277,18 +215,38 @@ def _lower(context, *arrays, call):
 mlir.register_lowering(_linked_call, _lower, platform="cuda")
 
 
-def _as_kernels_take(options: AttentionOptions, operands: Operands) -> Operands:
-    """The operands with a bias of padded_bias_keys, and the table of a mask or of a block mask in
-    its place. Of captured arrays those that the functions read."""
-    if options.functions is not None:
-        read = _translation(options, operands).captured
-        unread = {name for i, name in enumerate(operands.captured) if i not in read}
-        operands = operands.only(operands.present().keys() - unread)
-        if operands.block_states is not None:
-            lengths = operands.extents.seqlen_q, operands.extents.seqlen_k
-            table = kernel_table(operands.block_states, options.functions.block, *lengths)
-            operands = operands.replace(block_states=table)
-        return operands
+def _linked(
+    target: str,
+    operands: dict[str, jax.Array],
+    results: dict[str, jax.core.ShapedArray],
+    options: AttentionOptions,
+    plan: dict[str, object],
+    text: str,
+) -> dict[str, jax.Array]:
+    """custom_call(...) of a plan, linked with a text."""
+    kernels = tuple(link.names(plan).items())
+    call = _LinkedCall(target, tuple(operands), tuple(results.items()), options, kernels, text)
+    return dict(zip(results, _bind(call, *operands.values()), strict=True))
+
+
+def _with_functions(
+    options: AttentionOptions, operands: FlexOperands
+) -> tuple[dict[str, jax.Array], str]:
+    """The arrays that the kernels take by their names, and the text of the functions: a table for a
+    block mask, and of the captured arrays those that the functions read."""
+    n, captured = operands.extents, operands.captured
+    found = link.translation(options.functions, captured.values(), n)
+    arrays = operands.only(operands.present().keys() - captured.keys()).by_argument()
+    if operands.block_states is not None:
+        block = options.functions.block
+        table = kernel_table(operands.block_states, block, n.seqlen_q, n.seqlen_k)
+        arrays["block_states"] = table
+    read = [x for i, x in enumerate(captured.values()) if i in found.captured]
+    return arrays | {f"{CAPTURED}{i}": x for i, x in enumerate(read)}, found.text
+
+
+def _as_kernels_take(operands: Operands) -> Operands:
+    """The operands with a bias of padded_bias_keys, and the table of a mask in its place."""
     bias, mask = operands.bias, operands.mask
     if bias is not None:
         missing = padded_bias_keys(bias.shape[3]) - bias.shape[3]

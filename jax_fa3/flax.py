@@ -1,11 +1,11 @@
-"""Attention for Flax: what `attention_fn=` of its multi-head layers takes.
+"""Attention functions for `attention_fn=` of Flax's multi-head layers.
 
     flax.linen.MultiHeadDotProductAttention(num_heads=8, attention_fn=jax_fa3.flax.attention_fn)
     flax.nnx.MultiHeadAttention(8, 512, attention_fn=jax_fa3.flax.attention_fn, rngs=rngs)
 
-`attention_fn` takes every keyword that Flax passes and honours it or raises. `make_attention_fn`
-makes one with options that Flax has no words for, so that causal and padding masks need not be
-arrays. Flax itself is not imported.
+`attention_fn` accepts every keyword that Flax passes, and follows it or raises. `make_attention_fn`
+makes an attention function with options that Flax does not have, so that causal and padding masks
+need no arrays. Flax itself is not imported.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jax_fa3.visibility.table import Visibility
 
 # Keywords of Flax that must be None, and why.
 REFUSED = {
-    "module": "the weights of attention are never in memory, so none can be sown",
-    "precision": "products are of the inputs' type and add up in float32",
-    "einsum_dot_general": "the products are the kernels' own",
-    "qk_attn_weights_einsum": "the products are the kernels' own",
-    "attn_weights_value_einsum": "the products are the kernels' own",
-    "promote_dtype": "give dtype, or cast the inputs before",
-    "input_positions": "rotate query and key before",
+    "module": "attention weights are never in memory and cannot be sown",
+    "precision": "products are in the dtype of the inputs and sums in float32",
+    "einsum_dot_general": "the kernels compute the products",
+    "qk_attn_weights_einsum": "the kernels compute the products",
+    "attn_weights_value_einsum": "the kernels compute the products",
+    "promote_dtype": "pass dtype, or cast the inputs before the call",
+    "input_positions": "rotate query and key before the call",
 }
 OF_ROWS = ("query_segment_ids", "key_value_segment_ids", "kv_start", "kv_end")
 
@@ -60,45 +60,48 @@ def make_attention_fn(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
 ) -> Callable[..., jax.Array]:
-    """An attention function for Flax's multi-head layers, with options set beforehand.
+    """Makes an attention function for Flax's multi-head layers, with options set in advance.
 
-    It takes query (batch..., T, N, H), key and value (batch..., S, K, H) with any number of batch
-    dimensions, bias and mask broadcastable to (batch..., N, T, S), the mask in any dtype, and
-    returns (batch..., T, N, H) in the `dtype` that Flax passes, or else in the inputs' common one.
+    The function takes query (batch..., T, N, H), key and value (batch..., S, K, H) with any number
+    of batch dimensions, and bias and mask broadcastable to (batch..., N, T, S); the mask may have
+    any dtype. It returns (batch..., T, N, H) in the `dtype` that Flax passes, or otherwise in the
+    common dtype of the inputs.
 
-    A step of Flax's decode cache is one query row, S > 1 keys and a mask that ends at the row's own
-    key: causal attention and windows then count from the last key that the mask shows, unless
+    A step of Flax's decode cache has one query row, S > 1 keys and a mask that ends at the row's
+    own key. Causal attention and windows then count from the last key that the mask shows, unless
     query_offset is given.
 
     Args:
-      padding_mask: promises that masks only hide the padding at the ends of sequences of keys. A
-        mask must then have the shape (batch..., 1, 1, S) and be True up to each sequence's length;
-        it becomes `key_value_seq_lengths`, which the kernels take. The mask of the decode cache is
-        one, and so is `flax.linen.make_attention_mask(jnp.ones((batch, 1)), tokens > 0)`.
-      is_causal: as in `dot_product_attention`; True also counts where nnx passes False.
+      padding_mask: True promises that masks hide only padding at the ends of key sequences. A mask
+        must then have shape (batch..., 1, 1, S) and be True up to the length of each sequence. The
+        function converts it to `key_value_seq_lengths`, which the kernels take. The mask of the
+        decode cache has this form, and
+        `flax.linen.make_attention_mask(jnp.ones((batch, 1)), tokens > 0)` makes one.
+      is_causal: as in `dot_product_attention`; True applies even if nnx passes False.
       query_seq_lengths, key_value_seq_lengths: int32 (batch...).
       query_offset: int, or int32 of shape () or (batch...).
-      deterministic: whether gradients have equal bits each time, as in `dot_product_attention`.
-        Flax's keyword of this name, passed at the call, is another one: it switches dropout off.
+      deterministic: if True, gradients are bitwise reproducible, as in `dot_product_attention`.
+        Flax passes a different keyword of the same name at the call, which turns dropout off.
       query_segment_ids, key_value_segment_ids: int32 (batch..., T) and (batch..., S).
       kv_start, kv_end: int32 (batch..., T), (batch..., N, T) or (batch..., K, T).
-      visibility: what `make_visibility` gives, for all batch dimensions in one or for any batch.
-      sinks: as in `dot_product_attention`. Sinks that are trained are a parameter of the layer;
-        make the function where that parameter is at hand.
+      visibility: the result of `make_visibility`, for all batch dimensions merged into one, or of
+        batch 1.
+      sinks: as in `dot_product_attention`. Trained sinks are a parameter of the layer: make the
+        function where the parameter is available.
       Others: scale, local_window_size, implementation, sm_margin, forward_dtype, attention_chunk,
         logits_soft_cap and alibi_slopes, as in `dot_product_attention`.
 
     Returns:
-      The function. Called, it raises NotImplementedError for dropout, for weights to sow and for a
-      precision, einsum or position of the caller's, naming the keyword, and otherwise what
-      `dot_product_attention` raises.
+      The function. It raises NotImplementedError, with the name of the keyword, for dropout, sown
+      weights, and a custom precision, einsum or position; other errors are as in
+      `dot_product_attention`.
 
     Raises:
       ValueError: padding_mask together with key_value_seq_lengths.
 
     Numerics:
-      The softmax is in float32 whatever `force_fp32_for_softmax` says. A row that sees no key has
-      output 0; Flax's own attention gives it the mean of the values.
+      The softmax is in float32 for every `force_fp32_for_softmax`. A row that sees no key has
+      output 0; with Flax's own attention, its output is the mean of the values.
 
     Example:
       >>> causal = jax_fa3.flax.make_attention_fn(is_causal=True)
@@ -109,7 +112,7 @@ def make_attention_fn(
     """
     if padding_mask and key_value_seq_lengths is not None:
         raise ValueError(
-            "key_value_seq_lengths is given and padding_mask is True; expected one of them, since "
+            "key_value_seq_lengths is given and padding_mask is True; expected one of them: "
             "padding_mask takes the lengths from the mask"
         )
     window = local_window_size
@@ -139,8 +142,8 @@ def make_attention_fn(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _AttentionFn:
-    """What `make_attention_fn` gives. Equal options make equal functions, so that jax.jit knows a
-    model again that holds one."""
+    """The function that `make_attention_fn` returns. Equal options make equal functions, so that
+    equal models share jax.jit's cache."""
 
     padding_mask: bool
     scale: float | None
@@ -195,7 +198,7 @@ class _AttentionFn:
         is_causal: bool = False,
         input_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention as Flax calls it; `make_attention_fn` says what it honours."""
+        """Attention with Flax's signature; `make_attention_fn` documents it."""
         _refuse_dropout(dropout_rate, deterministic)
         _refuse(
             module=module,
@@ -249,7 +252,7 @@ class _AttentionFn:
 
 
 def _comparable(x: Any) -> Any:
-    """An option that may be an array; traced arrays are equal where they are the same."""
+    """An option as a comparable value; traced arrays are equal only to themselves."""
     if isinstance(x, jax.core.Tracer):
         return id(x)
     if isinstance(x, Visibility):
@@ -264,7 +267,7 @@ attention_fn = make_attention_fn()
 
 
 def _fold(x: jax.Array) -> jax.Array:
-    """(batch..., length, heads, head_dim) with all batch dimensions in one."""
+    """(batch..., length, heads, head_dim) with all batch dimensions merged."""
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
@@ -280,36 +283,36 @@ def _fold_dense(name: str, x: jax.Array | None, batch: tuple[int, ...]) -> jax.A
         n not in (1, m) for n, m in zip(leading, batch, strict=True)
     ):
         raise ValueError(
-            f"{name} has shape {x.shape}; expected one that broadcasts to (batch..., heads, "
+            f"{name} has shape {x.shape}; expected a shape that broadcasts to (batch..., heads, "
             f"seqlen_q, seqlen_k) with the batch dimensions of query, {batch}"
         )
     return _fold(jnp.broadcast_to(x.reshape(full), batch + full[-3:]))
 
 
 def _fold_lengths(x: ArrayLike | None) -> jax.Array | np.ndarray | None:
-    """(batch...) with all batch dimensions in one."""
+    """(batch...) with all batch dimensions merged."""
     if x is None or isinstance(x, jax.Array):
         return None if x is None else x.reshape(-1)
-    return np.reshape(x, -1)  # whose int64 JAX would cut to 32 bits without a word
+    return np.reshape(x, -1)  # JAX would truncate int64 to 32 bits silently
 
 
 def _fold_rows(
     name: str, x: ArrayLike | None, batch: tuple[int, ...]
 ) -> jax.Array | np.ndarray | None:
-    """(batch..., rows), or with heads before the rows, with all batch dimensions in one."""
+    """(batch..., rows) or (batch..., heads, rows) with all batch dimensions merged."""
     if x is None:
         return None
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if x.shape[: len(batch)] != batch:
         raise ValueError(
-            f"{name} has shape {x.shape}; expected one that begins with the batch dimensions of "
-            f"query, {batch}"
+            f"{name} has shape {x.shape}; expected a shape that begins with the batch dimensions "
+            f"of query, {batch}"
         )
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def _lengths(mask: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """int32 [batch]: the number of keys up to the last that any row of a folded mask sees."""
+    """int32 [batch]: the number of keys up to the last key that any row of a folded mask sees."""
     count = jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32)[None]
     ends = jnp.where(mask.any((1, 2)), count, 0)
     return jnp.broadcast_to(ends.max(1, initial=0), (math.prod(batch),))
@@ -327,7 +330,7 @@ def _check_batch(query: jax.Array, **others: jax.Array) -> None:
 def _check_padding_mask(mask: jax.Array, seqlen_k: int) -> None:
     if mask.shape[1:] != (1, 1, seqlen_k):
         raise ValueError(
-            f"mask ends in {mask.shape[1:]}, heads, rows and keys; expected (1, 1, {seqlen_k}), "
+            f"mask has {mask.shape[1:]} heads, rows and keys; expected (1, 1, {seqlen_k}), "
             "because padding_mask is True"
         )
 
@@ -336,7 +339,7 @@ def _refuse_dropout(rate: float, deterministic: bool) -> None:
     if rate and not deterministic:
         raise NotImplementedError(
             f"dropout_rate is {rate} and deterministic is {deterministic}; expected a rate of 0 or "
-            "deterministic=True: no weight of attention can be dropped"
+            "deterministic=True: attention has no dropout here"
         )
 
 

@@ -4,8 +4,8 @@
         model.fit(x, y)
 
 Keras passes "cudnn" or "xla" to `jax.nn.dot_product_attention` and has no argument for another
-implementation. Both attention layers of Keras call the backend's function by its name in a module,
-and that is replaced here. Keras itself is imported only when `attention` is called.
+implementation. Both attention layers of Keras look up the backend's function by name in a module;
+the context replaces this function. Keras itself is imported only when `attention` is called.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ BACKEND = "keras.src.backend.jax.nn"
 
 @contextlib.contextmanager
 def attention(implementation: Literal["fa3", "xla"] | None = None) -> Iterator[None]:
-    """A context in which `keras.ops.dot_product_attention` is that of this package.
+    """A context in which `keras.ops.dot_product_attention` runs this package.
 
-    `keras.layers.MultiHeadAttention` and `GroupQueryAttention` call it, if they have no dropout
-    and return no scores. Keras traces a model at its first call, or its first step of `fit`: the
-    context must surround that. A program that was traced before or inside keeps what it has.
+    `keras.layers.MultiHeadAttention` and `GroupQueryAttention` call this function if they have no
+    dropout and return no scores. Keras traces a model at its first call, or at its first step of
+    `fit`: the context must surround this call or step. A traced program does not change when the
+    context begins or ends.
 
     Args:
       implementation: as in `dot_product_attention`, for calls whose `flash_attention` is None.
         Keras's `flash_attention=True` means "fa3" and False means "xla".
 
     Raises:
-      RuntimeError: Keras runs on another backend, or lacks the function that is replaced.
-      NotImplementedError: a call has `attn_logits_soft_cap`, whose formula in Keras is another one
-        than that of `logits_soft_cap`; or its `flash_attention` is True and the kernels cannot run
-        it.
+      RuntimeError: Keras runs on another backend, or does not have the replaced function.
+      NotImplementedError: a call has `attn_logits_soft_cap`, because Keras's formula differs from
+        `logits_soft_cap`; or its `flash_attention` is True and the kernels cannot run the call.
 
     Numerics:
-      A row that sees no key has output 0; Keras's own attention gives it the mean of the values.
+      A row that sees no key has output 0; with Keras's own attention, its output is the mean of the
+      values.
 
     Example:
       >>> layer = keras.layers.MultiHeadAttention(num_heads=8, key_dim=64)
@@ -65,8 +66,8 @@ def attention(implementation: Literal["fa3", "xla"] | None = None) -> Iterator[N
     ) -> jax.Array:
         if attn_logits_soft_cap is not None:
             raise NotImplementedError(
-                f"attn_logits_soft_cap is {attn_logits_soft_cap}; expected None: Keras's cap is "
-                "x / (1 + |x| / cap), which no kernel computes"
+                f"attn_logits_soft_cap is {attn_logits_soft_cap}; expected None: no kernel "
+                "computes Keras's cap, x / (1 + |x| / cap)"
             )
         query, key, value = (backend.convert_to_tensor(x) for x in (query, key, value))
         dtype = jnp.result_type(query, key, value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from jax_fa3.operands import Extents, Operands
+from jax_fa3.operands import Extents, Operands, Row
 from jax_fa3.options import NUM_SMS, AttentionOptions
 
 FOLDER = Path(__file__).resolve().parent
@@ -53,10 +53,6 @@ except ImportError as error:
 
 KERNEL_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
-# Arrays with which work tiles differ in length, and those for which there are kernels of their own.
-HIDING = {name for name, row in Operands.rows().items() if row.counts} | {"visibility", "mask"}
-DENSE = "bias", "mask"  # those for a bias take a mask too
-
 Target = Literal["forward", "forward_float8", "backward"]
 
 
@@ -84,50 +80,61 @@ def plan(
     the order of work depend. Raises ValueError with the reason if there is none.
     """
     arrays = set(arrays)
+    rows = [row for name, row in Operands.rows().items() if name in arrays]
     functions = options.functions
     has_blocks = functions is not None and functions.has_blocks
-    presence = has_blocks or not arrays.isdisjoint(HIDING), "visibility" in arrays
+    choices = extents._asdict() | dict(
+        window_left=options.window_left,
+        window_right=options.window_right,
+        has_index_arrays=has_blocks or any(row.hides or row.counts for row in rows),
+        has_visibility="visibility" in arrays,
+        num_sms=NUM_SMS,
+    )
     if target == "forward_float8":
-        mask = *options.window, *presence
-        return _remembered(target, *extents, *mask, value_is_prepared, NUM_SMS)
-    call = KERNEL_DTYPES[dtype], *extents
-    presence = *presence, _variant(options, arrays)
-    if target == "forward":
-        return _remembered(target, *call, *options.window, *presence, NUM_SMS)
-    return _remembered(target, *call, *presence, options.deterministic, NUM_SMS)
+        choices |= dict(value_is_prepared=value_is_prepared, variant="plain")
+    else:
+        choices |= dict(dtype=KERNEL_DTYPES[dtype], variant=_variant(options, rows))
+    if target == "backward":
+        choices |= dict(deterministic=options.deterministic)
+    return _plan(target, **choices)
 
 
-def _variant(options: AttentionOptions, arrays: set[str]) -> str:
-    """What a call has for which there are kernels of their own (Variant in src/call/types.h)."""
+def _variant(options: AttentionOptions, rows: list[Row]) -> str:
+    """What a call has for which there are kernels of their own: those for a bias, which stands
+    before a mask, take both."""
     if options.functions is not None:
         return "blocks" if options.functions.has_blocks else "function"
-    dense = next((name for name in DENSE if name in arrays), None)
-    if dense is not None:
-        return dense
-    return "softcap" if options.softcap else "alibi" if "alibi_slopes" in arrays else "plain"
+    found = [row.variant for row in rows if row.variant != "plain"]
+    found += ["softcap"] * (options.softcap > 0)
+    return next(iter(found), "plain")
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered(target: Target, *call: Any) -> dict[str, Any]:
-    return getattr(_C, f"{target}_plan")(*call)
-
-
-NO_CACHE_KERNELS = IMPORT_ERROR or "this build has no kernels for caches"
-
-
-def has_cache_kernels() -> bool:
-    return hasattr(_C, "plan_forward_cached")
+def _plan(family: str, **choices: Any) -> dict[str, Any]:
+    assert _C is not None
+    return _C.plan(family, **choices)
 
 
 def plan_forward_cached(dtype: str, sizes: Any, has_block_tables: bool) -> dict[str, Any]:
     """The kernel of attention over a cache, its grid, "workspace_bytes" and "counters"; `sizes` are
     cached.problem.Sizes. Raises ValueError with the reason if there is none."""
-    if not has_cache_kernels():
-        raise ValueError(NO_CACHE_KERNELS)
+    if _C is None:
+        raise ValueError(IMPORT_ERROR)
     n = sizes
-    call = (n.batch, n.tokens, n.rows, n.num_heads_q, n.num_heads_kv, n.head_dim, n.head_dim_v)
-    return _C.plan_forward_cached(
-        KERNEL_DTYPES[dtype], *call, n.page_size, has_block_tables, NUM_SMS
+    is_ragged = n.rows == 0
+    return _plan(
+        "forward_cached",
+        dtype=KERNEL_DTYPES[dtype],
+        batch=n.batch,
+        seqlen_q=n.tokens if is_ragged else n.rows,
+        seqlen_k=n.page_size,
+        num_heads_q=n.num_heads_q,
+        num_heads_kv=n.num_heads_kv,
+        head_dim=n.head_dim,
+        head_dim_v=n.head_dim_v,
+        is_ragged=is_ragged,
+        page_size=n.page_size if has_block_tables else 0,
+        num_sms=NUM_SMS,
     )
 
 

@@ -53,7 +53,9 @@ class Row:
     form: Form = "exact"
     counts: Counts | None = None
     differentiable: bool = False
-    flag: bool = False  # the kernels' options say whether it is there, as has_<field>
+    dear: bool = False  # its gradient is made only where it is asked for
+    hides: bool = False  # its values, which no plan knows, say which keys rows see
+    variant: str = "plain"  # of the kernels that a call with it takes (src/call/types.h)
     needs_whole: str | None = None  # what to call it where sequences cannot stay divided with it
     identifies: bool = False  # its values are ids, of which only equality or order matters
     shared: bool = False  # its batch may divide the call's: planes serve several sequences
@@ -144,6 +146,11 @@ class Bundle:
         arrays = {name: getattr(self, name) for name in self.rows()}
         return {name: x for name, x in arrays.items() if x is not None}
 
+    def by_argument(self) -> dict[str, Array]:
+        """The arrays that are there by their public names, as custom calls have them."""
+        rows = self.rows()
+        return {rows[name].argument or name: x for name, x in self.present().items()}
+
     def dims(self) -> tuple[str, ...]:
         """The dimensions of the arrays that are there."""
         return tuple(_dims(self.rows()[name], x) for name, x in self.present().items())
@@ -182,31 +189,32 @@ class Operands(Bundle):
     query_descale: Array | None = row("bhm", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
     key_descale: Array | None = row("bkn", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
     value_descale: Array | None = row("bk", "float32", form="blocks", needs_whole=FLOAT8_INPUTS)
-    query_lengths: Array | None = row(
-        "b", "int32", argument="query_seq_lengths", counts="queries", flag=True
-    )
-    key_lengths: Array | None = row(
-        "b", "int32", argument="key_value_seq_lengths", counts="keys", flag=True
-    )
-    query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal", flag=True)
-    visibility: Array | None = row("bhv", "int32", form="broadcast", flag=True)
+    query_lengths: Array | None = row("b", "int32", argument="query_seq_lengths", counts="queries")
+    key_lengths: Array | None = row("b", "int32", argument="key_value_seq_lengths", counts="keys")
+    query_offset: Array | None = row("b", "int32", form="scalar", counts="diagonal")
+    visibility: Array | None = row("bhv", "int32", form="broadcast", hides=True)
     bias: Array | None = row(
         "bhst",
         *DTYPES,
         form="broadcast",
         differentiable=True,
-        flag=True,
+        dear=True,
+        variant="bias",
         needs_whole="a bias or mask",
         shared=True,
     )
     mask: Array | None = row(
-        "bhst", "bool", form="broadcast", needs_whole="a bias or mask", shared=True
+        "bhst",
+        "bool",
+        form="broadcast",
+        hides=True,
+        variant="mask",
+        needs_whole="a bias or mask",
+        shared=True,
     )
-    dense_mask: Array | None = row("bhu", "int32", form="broadcast", flag=True, shared=True)
-    sinks: Array | None = row(
-        "bh", "float32", form="heads", differentiable=True, flag=True, shared=True
-    )
-    alibi_slopes: Array | None = row("bh", "float32", form="heads", flag=True, shared=True)
+    dense_mask: Array | None = row("bhu", "int32", form="broadcast", shared=True)
+    sinks: Array | None = row("bh", "float32", form="heads", differentiable=True, shared=True)
+    alibi_slopes: Array | None = row("bh", "float32", form="heads", variant="alibi", shared=True)
 
     @property
     def extents(self) -> Extents:
@@ -225,8 +233,11 @@ class Operands(Bundle):
 
     def differentiable(self, options: AttentionOptions) -> Self:
         """The arrays whose gradient is wanted, which also has this form."""
-        names = {name for name, row in self.rows().items() if row.differentiable}
-        return self.only(names if options.bias_gradient else names - {"bias"})
+        wanted, rows = options.dear_gradients, self.rows()
+        all_wanted = {name for name, row in rows.items() if row.differentiable}
+        if wanted is not None:
+            all_wanted -= {name for name, row in rows.items() if row.dear} - set(wanted)
+        return self.only(all_wanted)
 
     def needs_whole(self) -> str | None:
         """Which of the arrays need whole sequences."""
@@ -242,7 +253,7 @@ class Outputs(Bundle):
 
     out: Array | None = row("bshe", *DTYPES)
     lse: Array | None = row("bhs", "float32")
-    max_logits: Array | None = row("bh", "float32", flag=True)
+    max_logits: Array | None = row("bh", "float32")
 
     @classmethod
     def of_operations(cls, options: AttentionOptions) -> dict[str, str]:

@@ -210,9 +210,9 @@ def _fold(
 
 
 FIRST_ORDER_ONLY = (
-    "the kernels and the float8 forward pass have first derivatives in reverse mode only; pass "
-    "implementation='xla', and neither forward_dtype nor sequence_parallel, for forward mode (jvp, "
-    "jacfwd, linearize) and for derivatives of the gradient"
+    "the kernels and the float8 forward pass have first derivatives in reverse mode only; for "
+    "forward mode (jvp, jacfwd, linearize) and derivatives of the gradient, pass "
+    "implementation='xla', without forward_dtype and sequence_parallel"
 )
 
 

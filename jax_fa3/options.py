@@ -63,9 +63,8 @@ class AttentionOptions:
     out_dtype: str | None = _of_python(None)  # None: query's
     return_residual: bool = _of_python(False)  # the LSE is wanted too, so it may have a cotangent
     return_max_logits: bool = _of_python(False)  # the largest logit of each head is wanted too
-    bias_gradient: bool = _of_python(True)  # where there is a bias, its gradient is wanted
+    dear_gradients: tuple[str, ...] | None = _of_python(None)  # of these `dear` rows; None: of all
     functions: Hashable = _of_python(None)  # flex.functions.Functions, of scores and masks
-    captured_gradient: bool = _of_python(True)  # that of arrays which functions capture is wanted
 
     @classmethod
     def of_kernels(cls) -> tuple[str, ...]:

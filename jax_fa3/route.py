@@ -107,7 +107,7 @@ def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
     refusal = functools.partial(_refusal, arguments=arguments, planned=planned)
     if call is None and not arguments.is_float8:
         call = refusal("forward") or refusal("backward")
-    if options.forward_dtype is not None and arguments.arrays.keys() & set(native.DENSE):
+    if options.forward_dtype is not None and arguments.arrays.keys() & {"bias", "mask"}:
         rounding = "the float8 kernels take no bias and no dense mask"
     elif options.forward_dtype is not None and (wish := _of_scores(arguments)):
         rounding = f"the float8 kernels take no {wish}"
@@ -190,19 +190,19 @@ def _dense_reason(arguments: Arguments) -> str | None:
     if bias is not None and dtype_name(bias) != arguments.dtype:
         return (
             f"the kernels take a bias of query's dtype, {arguments.dtype}, not {bias.dtype}: cast "
-            "it, if its values allow"
+            "the bias, if its values allow it"
         )
     if bias is not None and bias.shape[-1:] != (seqlen_k,):
         return (
-            f"the kernels take a bias that has all keys, {seqlen_k}, not one of shape "
-            f"{tuple(bias.shape)}: broadcast its last dimension"
+            f"the kernels take a bias for all {seqlen_k} keys, not of shape {tuple(bias.shape)}: "
+            "broadcast its last dimension"
         )
     if mask is not None and arguments.extents.are_static:
         words = dense_mask_words(mask.shape[-2] if mask.ndim > 1 else 1, seqlen_k)
         if words > MAX_DENSE_MASK_WORDS:
             return (
                 f"the kernels take a dense mask of at most {MAX_DENSE_MASK_WORDS} words for each "
-                f"sequence and head, and one of shape {tuple(mask.shape)} makes {words}"
+                f"sequence and head, and a mask of shape {tuple(mask.shape)} needs {words}"
             )
     return None
 

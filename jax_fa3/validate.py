@@ -1,4 +1,5 @@
-"""What a call must look like, checked at trace time before anything is built from it.
+"""What a call must look like, checked at trace time before anything is built from it: its arrays,
+and what goes together. Python values have their checks in values.py.
 
 Each error names the argument, what was got and what was expected. TypeError: a wrong dtype, or
 an array where a Python value must stand. ValueError: shapes or values that do not fit. What is
@@ -7,54 +8,29 @@ legal but has no kernel is route.py's matter.
 
 from __future__ import annotations
 
-import numbers
-import operator
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_fa3.arguments import Arguments, dtype_name, is_array
+from jax_fa3.arguments import Arguments, dtype_name
 from jax_fa3.operands import ANY_SEQUENCE, DTYPES, FLOAT8_INPUTS, Extents, Row
-from jax_fa3.options import (
-    BLOCK,
-    FLOAT8,
-    MAX_SEQLEN,
-    NUM_SMS,
-    SequenceParallel,
-    padded_keys,
-)
+from jax_fa3.options import BLOCK, FLOAT8, MAX_SEQLEN, padded_keys
+from jax_fa3.values import check_values, one_of, shape_of
 
 HALF_DTYPES = ("bfloat16", "float16")
-IMPLEMENTATIONS = (None, "fa3", "xla")
-SEQUENCE_PARALLEL = get_args(SequenceParallel)
 WORDS = {"b": "batch", "h": "heads", "s": "seqlen_q", "t": "seqlen_k"}
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def check_call(arguments: Arguments) -> None:
     """Raises unless these are legal arguments of dot_product_attention (arrays or their types)."""
-    check_flag("value_is_prepared", arguments.value_is_prepared)
+    check_values(arguments)
     query, key = arguments.query, arguments.key
     if arguments.value_is_prepared:
         check_prepared(key, arguments.value)
     check_heads(query, key, arguments.plain_value, (*DTYPES, FLOAT8))
     check_float8(arguments)
     check_arrays(arguments)
-    check_scale(arguments.scale)
-    check_flag("is_causal", arguments.is_causal)
-    check_flag("return_residual", arguments.return_residual)
-    check_flag("return_max_logits", arguments.return_max_logits)
-    check_soft_cap(arguments.logits_soft_cap)
-    if arguments.deterministic is not None:
-        check_flag("deterministic", arguments.deterministic)
-    check_offset(arguments.query_offset)
-    check_window(arguments.local_window_size)
-    check_sm_margin(arguments.sm_margin)
-    check_implementation(arguments.implementation)
-    check_choice("sequence_parallel", arguments.sequence_parallel, SEQUENCE_PARALLEL)
     check_sequence_parallel(arguments)
 
 
@@ -138,7 +114,7 @@ def check_float8(arguments: Arguments) -> None:
         if rows[name].form == "blocks" and not arguments.is_float8:
             raise ValueError(
                 f"{name} is given and query has dtype {dtype}; expected {FLOAT8} "
-                "inputs with it (forward_dtype finds the scales of 16-bit inputs)"
+                "inputs with it (forward_dtype measures the scales of 16-bit inputs)"
             )
 
 
@@ -184,7 +160,7 @@ def check_broadcast(name: str, x: Any, row: Row, extents: Extents) -> None:
     if x.ndim > len(full) or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
         words = ", ".join(WORDS[letter] for letter in row.dims)
         raise ValueError(
-            f"{name} has shape {shape_of(x)}; expected one that broadcasts to {full}, ({words})"
+            f"{name} has shape {shape_of(x)}; expected a shape that broadcasts to {full}, ({words})"
         )
 
 
@@ -196,100 +172,6 @@ def check_sequence_parallel(arguments: Arguments) -> None:
             f"sequence_parallel is {arguments.sequence_parallel!r}; expected 'auto' with {whole}, "
             f"which need{'' if arguments.is_float8 else 's'} whole sequences"
         )
-
-
-def check_scale(scale: Any, name: str = "scale") -> None:
-    """A finite Python number: the scale is compiled into the call."""
-    if scale is None:
-        return
-    if isinstance(scale, jax.core.Tracer):
-        raise TypeError(
-            f"{name} is a traced array; expected a Python number (multiply query by a traced scale)"
-        )
-    if not isinstance(scale, numbers.Real) and (
-        getattr(scale, "shape", None) != () or scale.dtype.kind not in "fiu"
-    ):
-        raise TypeError(f"{name} is {scale!r}; expected a Python number")
-    if not abs(float(scale)) <= FLOAT32_MAX:
-        raise ValueError(f"{name} is {float(scale)}; expected a finite float32 number")
-
-
-def check_soft_cap(cap: Any, name: str = "logits_soft_cap") -> None:
-    """None, or a finite Python number above 0: the cap is compiled into the call."""
-    if cap is None:
-        return
-    expected = "a positive, finite float32 number, or None for no cap"
-    if isinstance(cap, (bool, np.bool_)) or not isinstance(cap, numbers.Real):
-        raise TypeError(f"{name} is {describe(cap)}; expected {expected}")
-    if not FLOAT32_TINY <= float(cap) <= FLOAT32_MAX:
-        raise ValueError(f"{name} is {float(cap)}; expected {expected}")
-
-
-def check_flag(name: str, x: Any) -> None:
-    """A Python bool."""
-    if not isinstance(x, (bool, np.bool_)):
-        raise TypeError(f"{name} is {describe(x)}; expected a Python bool")
-
-
-def check_choice(name: str, x: Any, choices: tuple[str | None, ...]) -> None:
-    """One of `choices`."""
-    if not (x is None or isinstance(x, str)) or x not in choices:
-        raise ValueError(f"{name} is {describe(x)}; expected one of {choices}")
-
-
-def check_implementation(x: Any) -> None:
-    """One of IMPLEMENTATIONS; "cudnn" is jax.nn's word."""
-    if isinstance(x, str) and x == "cudnn":
-        raise ValueError(
-            f"implementation is 'cudnn'; expected one of {IMPLEMENTATIONS}: None takes the kernels "
-            "where they apply, 'fa3' requires them, and cuDNN's own attention is "
-            "jax.nn.dot_product_attention"
-        )
-    check_choice("implementation", x, IMPLEMENTATIONS)
-
-
-def check_seed(name: str, x: Any) -> None:
-    """None, or an int that numpy takes for a seed."""
-    if x is not None and not 0 <= as_int(name, x, "an int or None") < 1 << 32:
-        raise ValueError(f"{name} is {x}; expected at least 0 and less than 2**32")
-
-
-def check_offset(x: Any) -> None:
-    """A Python int, where it is not an array."""
-    if x is None or is_array(x):
-        return
-    offset = as_int("query_offset", x, "an int or an int32 array")
-    if not -MAX_SEQLEN < offset < MAX_SEQLEN:
-        raise ValueError(f"query_offset is {offset}; expected less than {MAX_SEQLEN} in magnitude")
-
-
-def check_window(window: Any) -> None:
-    """None, a non-negative int, or a pair of them."""
-    if window is None:
-        return
-    expected = "an int or a pair of ints, each at least 0 (None switches the window off)"
-    sides = tuple(window) if isinstance(window, (tuple, list)) else (window,) * 2
-    if len(sides) != 2:
-        raise ValueError(f"local_window_size is {window!r}; expected {expected}")
-    for side in sides:
-        if as_int("local_window_size", side, expected) < 0:
-            raise ValueError(f"local_window_size is {window!r}; expected {expected}")
-
-
-def check_sm_margin(sm_margin: Any) -> None:
-    """An int that leaves the kernels a multiprocessor."""
-    expected = f"an int from 0 to {NUM_SMS - 1}"
-    if not 0 <= as_int("sm_margin", sm_margin, expected) < NUM_SMS:
-        raise ValueError(f"sm_margin is {sm_margin!r}; expected {expected}")
-
-
-def as_int(name: str, x: Any, expected: str) -> int:
-    if not isinstance(x, (bool, np.bool_, jax.Array)):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} is {describe(x)}; expected {expected}")
 
 
 def check_dtype(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
@@ -314,19 +196,7 @@ def _manual_axes_hint() -> str:
     if not manual:
         return ""
     return (
-        f" (these are one device's, inside jax.shard_map over {', '.join(manual)}: where query "
-        "heads are split over a mesh axis and key heads are not, take each device's own heads of "
+        f" (these are one device's heads, inside jax.shard_map over {', '.join(manual)}: if query "
+        "heads are split over a mesh axis and key heads are not, select each device's own heads of "
         "key and value, as docs/sharding.md shows)"
     )
-
-
-def one_of(names: tuple[str, ...]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def shape_of(x: Any) -> str:
-    return str(tuple(x.shape))
-
-
-def describe(x: Any) -> str:
-    return "an array" if isinstance(x, jax.Array) else repr(x)

@@ -1,4 +1,4 @@
-"""`flash_attention_varlen`: documents one after another without a batch, as flash-attn has them."""
+"""`flash_attention_varlen`: packed documents without a batch dimension, as in flash-attn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_fa3 import api, route, validate
+from jax_fa3 import api, route, validate, values
 from jax_fa3.arguments import Arguments, as_indices
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import FLOAT8, UNBOUNDED
@@ -17,7 +17,7 @@ from jax_fa3.visibility.table import Visibility
 
 
 class _Options(TypedDict, total=False):
-    """The keywords of `flash_attention_varlen` that leave the type of its result alone."""
+    """The keywords of `flash_attention_varlen` that do not change the type of its result."""
 
     max_seqlen_q: int | None
     max_seqlen_k: int | None
@@ -99,7 +99,7 @@ def flash_attention_varlen(
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """Attention within each of several documents that stand one after another.
+    """Attention within each document of a packed sequence.
 
     Letters: Q query rows and S keys of all documents, D documents, N query heads, K key/value heads
     (a divisor of N), H head_dim.
@@ -107,38 +107,39 @@ def flash_attention_varlen(
     Args:
       query: (Q, N, H); bfloat16, float16, float32 or float8_e4m3fn.
       key: (S, K, H), of query's dtype.
-      value: (S, K, H), of query's dtype; its last dimension may differ from H and is then the
-        output's.
-      cu_seqlens_q: int32 (D + 1,): document d has the rows from cu_seqlens_q[d] to
-        cu_seqlens_q[d + 1]. Documents may be empty; for a fixed number of them, repeat the last
-        value. Rows behind the last document are padding. Entries are at least 0, do not fall, and
-        are at most Q: values that are known raise, others give NaN in all results.
-      cu_seqlens_k: the same of keys. None, or the same object as cu_seqlens_q: the documents of
-        query.
-      max_seqlen_q, max_seqlen_k: ints, as flash-attn's callers have them, and without effect.
+      value: (S, K, H), of query's dtype; its last dimension may differ from H, and the output then
+        has the same last dimension.
+      cu_seqlens_q: int32 (D + 1,): document d has the rows from cu_seqlens_q[d] up to but not
+        including cu_seqlens_q[d + 1]. Documents may be empty; to keep D fixed, repeat the last
+        value. Rows after the last document are padding. Entries must not be negative, must not
+        decrease, and must not exceed Q: otherwise known values raise, and traced values give NaN in
+        all results.
+      cu_seqlens_k: the same for keys. None, or the same object as cu_seqlens_q, means that keys
+        have the documents of query.
+      max_seqlen_q, max_seqlen_k: ints; accepted for callers of flash-attn, and without effect.
       softmax_scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
-      causal: row i of q in a document sees the keys up to i + k - q of the document's k: the last
-        row sees all of them.
-      window_size: (left, right) columns around that position, both ends included; -1 is off.
-      visibility: what `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)` gives, made once
-        for many calls: it says where documents are, and cu_seqlens are only checked, as far as
-        their values are known. With
-        cu_seqlens_k it has causal and the window too, those of this call.
-      softcap: as `logits_soft_cap` of `dot_product_attention`; None or 0 switches it off.
-      alibi_slopes: as in `dot_product_attention`, with positions counted inside each document.
-        Only where cu_seqlens_k is None or cu_seqlens_q itself.
+      causal: in a document with q rows and k keys, row i sees the keys up to i + k - q. The last
+        row sees all keys.
+      window_size: (left, right): the number of keys seen on each side of position i + k - q; -1
+        means unlimited.
+      visibility: the result of `make_visibility(cu_seqlens_q=..., cu_seqlens_k=..., ...)`, made
+        once for many calls. It replaces cu_seqlens, whose values are then only checked, if they are
+        known. With cu_seqlens_k it must be made with the causal and window of this call.
+      softcap: as `logits_soft_cap` of `dot_product_attention`; None or 0 means no cap.
+      alibi_slopes: as in `dot_product_attention`, with positions counted inside each document; only
+        if cu_seqlens_k is None or the same object as cu_seqlens_q.
       Others: deterministic, return_residual, implementation, sm_margin, forward_dtype, sinks and
         return_max_logits, as in `dot_product_attention`.
 
     Returns:
-      out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of it,
-      lse, float32 (Q, N) in natural log units, and max_logits, float32 (N,), of all documents.
-      Gradients flow through out and lse. A row that sees no key, and every row behind the last
-      document, has out 0, lse -inf and gradients 0; with sinks the lse of a row that sees no key is
-      its sink, if a later row sees one.
+      out, (Q, N, H), of query's dtype; with return_residual or return_max_logits a tuple of out,
+      lse, float32 (Q, N) in natural log units, and max_logits, float32 (N,), the maxima over all
+      documents. Gradients flow through out and lse. A row that sees no key, and every row after the
+      last document, has out 0, lse -inf and gradients 0. With sinks, a row that sees no key has its
+      sink as lse if a later row sees a key.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `dot_product_attention`.
+      ValueError, TypeError, NotImplementedError: as in `dot_product_attention`.
 
     Example:
       >>> q = k = v = jnp.ones((6, 4, 64), jnp.bfloat16)
@@ -148,7 +149,7 @@ def flash_attention_varlen(
     given = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     for name, n in given.items():
         if n is not None:
-            validate.as_int(name, n, "an int or None")
+            values.as_int(name, n, "an int or None")
     arguments = Arguments(
         query,
         key,
@@ -171,7 +172,7 @@ def flash_attention_varlen(
             raise ValueError(f"{name} has shape {shape}; expected (rows, heads, head_dim)")
     dtypes = *DTYPES, FLOAT8
     validate.check_heads(arguments.query, arguments.key, arguments.value, dtypes)
-    validate.check_scale(softmax_scale, "softmax_scale")
+    values.check_scale("softmax_scale", softmax_scale)
     window = checks.window_of("window_size", window_size, causal)
     is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     documents = dict(cu_seqlens_q=_as_ends("cu_seqlens_q", cu_seqlens_q))
@@ -179,18 +180,18 @@ def flash_attention_varlen(
     seqlens = arguments.query.shape[0], arguments.key.shape[0]
     if alibi_slopes is not None and not is_self:
         raise ValueError(
-            "alibi_slopes is given, and cu_seqlens_k; expected one of them: rows and keys of a "
-            "document are then at distances of its own, which are no slopes' but a bias' matter"
+            "alibi_slopes and cu_seqlens_k are given; expected one of them: with cu_seqlens_k the "
+            "offset between rows and keys differs from document to document; use a bias"
         )
     if cu_seqlens_k is not None and not is_self:
         documents["cu_seqlens_k"] = _as_ends("cu_seqlens_k", cu_seqlens_k)
     else:
         if seqlens[0] != seqlens[1]:
             raise ValueError(
-                f"cu_seqlens_k is None, and query has {seqlens[0]} rows, key {seqlens[1]}; "
-                "expected cu_seqlens_k, or as many keys as query rows"
+                f"cu_seqlens_k is None, query has {seqlens[0]} rows and key has {seqlens[1]}; "
+                "expected cu_seqlens_k, or equal numbers of rows and keys"
             )
-        # Positions in a document and in the whole differ by the same, of rows and of keys.
+        # A document's rows and keys have the same offset in the packed sequence.
         arguments = dataclasses.replace(arguments, local_window_size=window)
         window = UNBOUNDED, UNBOUNDED
         in_tables.append(window)
@@ -207,9 +208,9 @@ def flash_attention_varlen(
 
 
 def _cap_of(softcap: float | None) -> float | None:
-    """flash-attn's 0 is off."""
+    """The cap, or None for flash-attn's 0."""
     cap = None if type(softcap) in (int, float) and softcap == 0 else softcap
-    validate.check_soft_cap(cap, "softcap")
+    values.check_soft_cap("softcap", cap)
     return cap
 
 

@@ -29,7 +29,7 @@ CHECKPOINT_NAME = "context"
 NO_FLOAT8_GRADIENT = (
     "float8 inputs have no gradient; pass 16-bit inputs with forward_dtype='float8_e4m3fn'"
 )
-NO_SLOPE_GRADIENT = "alibi_slopes have no gradient; pass jax.lax.stop_gradient of them"
+NO_SLOPE_GRADIENT = "alibi_slopes have no gradient; pass jax.lax.stop_gradient(alibi_slopes)"
 
 
 def attend(
@@ -62,13 +62,10 @@ def _derivative(operations, options, primals, tangents):
     outputs = operations.forward(options, operands)
     outputs = outputs.map(lambda _, x: checkpoint_name(x, CHECKPOINT_NAME))
     moving = [name for name, x in tangents.present().items() if not isinstance(x, SymbolicZero)]
-    options = dataclasses.replace(
-        options,
-        bias_gradient="bias" in moving,
-        captured_gradient=any(name.startswith(CAPTURED) for name in moving),
-    )
-    if options.captured_gradient and options.functions is not None:
-        options = _through_xla(options, operands, moving)
+    dear = tuple(name for name in moving if operands.rows()[name].dear)
+    options = dataclasses.replace(options, dear_gradients=dear)
+    if any(name.startswith(CAPTURED) for name in dear):
+        options = _through_xla(options, operands, dear)
     tangents, results = tangents.only(moving), _asked_for(options, outputs)
     # max_logits are a constant to what differentiates.
     options = dataclasses.replace(options, return_max_logits=False)

@@ -82,7 +82,8 @@ def backward(
     problem = _Problem(options, operands)
     query, key, value, bias = operands.query, operands.key, operands.value, operands.bias
     sinks = operands.sinks
-    wants_dbias = bias is not None and options.bias_gradient
+    differentiable = operands.differentiable(options)
+    wants_dbias = differentiable.bias is not None
     dout, dlse = cotangents.out, cotangents.lse
     rows = problem.rows()
     b, q, h, g, _ = rows.shape
@@ -109,7 +110,7 @@ def backward(
 
     captured = {}  # the arrays whose gradients a score function gives
     if options.functions is not None:
-        captured = operands.differentiable(options).captured
+        captured = differentiable.captured
 
     def step(carry, start):
         dquery, dbias, dcaptured = carry

@@ -2,9 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 
+#include "call/text.h"
 #include "kernels/backward/family.h"
 #include "kernels/forward/family.h"
 #include "kernels/forward_cached/family.h"
@@ -54,17 +57,21 @@ nb::dict to_dict(const Fields& fields) {
   return dict;
 }
 
+template <class Visit>
+void for_each_family(const Visit& visit) {
+  visit(Forward{});
+  visit(ForwardFloat8{});
+  visit(ForwardCached{});
+  visit(Backward{});
+}
+
 // The kernels of all families, by a list of each.
 template <class List>
 nb::list kernels(const List& keys_of) {
   nb::list list;
-  const auto append = [&](auto family) {
+  for_each_family([&](auto family) {
     for (const auto& key : keys_of(family)) list.append(to_dict(family.describe(key)));
-  };
-  append(Forward{});
-  append(ForwardFloat8{});
-  append(ForwardCached{});
-  append(Backward{});
+  });
   return list;
 }
 
@@ -76,78 +83,92 @@ nb::list listed_kernels() {
   return kernels([](auto family) { return KernelTable<decltype(family)>::listed(); });
 }
 
-DType parse_dtype(const std::string& name) {
-  for (const DType dtype : {DType::kBF16, DType::kFP16}) {
-    if (name == to_string(dtype)) return dtype;
+// What a plan depends on, by name.
+class Choices {
+ public:
+  explicit Choices(nb::dict values) : values_(std::move(values)) {}
+
+  template <class T>
+  T get(const char* name) const {
+    if (!values_.contains(name)) {
+      throw nb::type_error(concat("the plan needs ", name, ", which is missing").c_str());
+    }
+    T value;
+    if (nb::try_cast(values_[name], value)) return value;
+    throw nb::type_error(concat(name, " has a wrong type for the plan").c_str());
   }
-  throw nb::value_error(("dtype must be 'bf16' or 'fp16', got '" + name + "'").c_str());
+
+  // One of `choices`, by its name.
+  template <class Range>
+  auto get(const char* name, const Range& choices) const {
+    const auto got = get<std::string>(name);
+    std::string names;
+    for (const auto choice : choices) {
+      if (got == to_string(choice)) return choice;
+      names += concat(names.empty() ? "" : ", ", to_string(choice));
+    }
+    throw nb::value_error(concat(name, " must be one of ", names, ", got '", got, "'").c_str());
+  }
+
+  DType dtype() const { return get("dtype", std::array{DType::kBF16, DType::kFP16}); }
+  int num_sms() const { return get<int>("num_sms"); }
+  Shape shape(DType dtype) const {
+    const auto extent = [this](const char* name) { return get<std::int64_t>(name); };
+    return {dtype,
+            extent("batch"),
+            extent("seqlen_q"),
+            extent("seqlen_k"),
+            extent("num_heads_q"),
+            extent("num_heads_kv"),
+            extent("head_dim"),
+            extent("head_dim_v")};
+  }
+  MaskOptions mask() const {
+    return {get<std::int32_t>("window_left"), get<std::int32_t>("window_right"), 0};
+  }
+  IndexPresence presence() const {
+    return {get<bool>("has_index_arrays"), get<bool>("has_visibility"), get("variant", kVariants)};
+  }
+
+ private:
+  nb::dict values_;
+};
+
+StatusOr<ForwardPlan> plan_of(Forward, const Choices& c) {
+  return plan_forward(c.shape(c.dtype()), c.mask(), c.presence(), KernelTable<Forward>::plannable(),
+                      c.num_sms());
 }
 
-Variant parse_variant(const std::string& name) {
+StatusOr<ForwardFloat8Plan> plan_of(ForwardFloat8, const Choices& c) {
+  return plan_forward_float8(c.shape(DType::kBF16), c.mask(), c.presence(),
+                             c.get<bool>("value_is_prepared"),
+                             KernelTable<ForwardFloat8>::plannable(), c.num_sms());
+}
+
+StatusOr<BackwardPlan> plan_of(Backward, const Choices& c) {
+  return plan_backward(c.shape(c.dtype()), c.presence(), c.get<bool>("deterministic"),
+                       KernelTable<Backward>::plannable(), c.num_sms());
+}
+
+StatusOr<ForwardCachedPlan> plan_of(ForwardCached, const Choices& c) {
+  return plan_forward_cached(c.shape(c.dtype()), c.get<bool>("is_ragged"), c.get<int>("page_size"),
+                             KernelTable<ForwardCached>::plannable(), c.num_sms());
+}
+
+nb::dict plan(const std::string& family, const nb::kwargs& choices) {
+  nb::dict found;
   std::string names;
-  for (const Variant variant : kVariants) {
-    if (name == to_string(variant)) return variant;
-    names += std::string(names.empty() ? "" : ", ") + to_string(variant);
-  }
-  throw nb::value_error(("variant must be one of " + names + ", got '" + name + "'").c_str());
-}
-
-template <class Family>
-nb::dict plan_dict(const StatusOr<typename Family::Plan>& plan) {
-  if (!plan.ok()) throw nb::value_error(plan.status().message().c_str());
-  return to_dict(Family::describe(plan.value()));
-}
-
-nb::dict forward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
-                      std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
-                      std::int64_t head_dim, std::int64_t head_dim_v, std::int32_t window_left,
-                      std::int32_t window_right, bool has_index_arrays, bool has_visibility,
-                      const std::string& variant, int num_sms) {
-  const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
-                    num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  return plan_dict<Forward>(plan_forward(shape, {window_left, window_right, 0},
-                                         {has_index_arrays, has_visibility, parse_variant(variant)},
-                                         KernelTable<Forward>::plannable(), num_sms));
-}
-
-nb::dict forward_float8_plan(std::int64_t batch, std::int64_t seqlen_q, std::int64_t seqlen_k,
-                             std::int64_t num_heads_q, std::int64_t num_heads_kv,
-                             std::int64_t head_dim, std::int64_t head_dim_v,
-                             std::int32_t window_left, std::int32_t window_right,
-                             bool has_index_arrays, bool has_visibility, bool value_is_prepared,
-                             int num_sms) {
-  const Shape shape{DType::kBF16, batch,        seqlen_q, seqlen_k,
-                    num_heads_q,  num_heads_kv, head_dim, head_dim_v};
-  return plan_dict<ForwardFloat8>(
-      plan_forward_float8(shape, {window_left, window_right, 0}, {has_index_arrays, has_visibility},
-                          value_is_prepared, KernelTable<ForwardFloat8>::plannable(), num_sms));
-}
-
-nb::dict backward_plan(const std::string& dtype, std::int64_t batch, std::int64_t seqlen_q,
-                       std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_kv,
-                       std::int64_t head_dim, std::int64_t head_dim_v, bool has_index_arrays,
-                       bool has_visibility, const std::string& variant, bool deterministic,
-                       int num_sms) {
-  const Shape shape{parse_dtype(dtype), batch,        seqlen_q, seqlen_k,
-                    num_heads_q,        num_heads_kv, head_dim, head_dim_v};
-  return plan_dict<Backward>(
-      plan_backward(shape, {has_index_arrays, has_visibility, parse_variant(variant)},
-                    deterministic, KernelTable<Backward>::plannable(), num_sms));
-}
-
-// With rows_per_sequence 0 sequences have what rows query_starts gives them.
-nb::dict plan_of_forward_cached(const std::string& dtype, std::int64_t batch, std::int64_t tokens,
-                                std::int64_t rows_per_sequence, std::int64_t num_heads_q,
-                                std::int64_t num_heads_kv, std::int64_t head_dim,
-                                std::int64_t head_dim_v, std::int64_t page_size,
-                                bool has_block_tables, int num_sms) {
-  const bool is_ragged = rows_per_sequence == 0;
-  const Shape shape{parse_dtype(dtype), batch,       is_ragged ? tokens : rows_per_sequence,
-                    page_size,          num_heads_q, num_heads_kv,
-                    head_dim,           head_dim_v};
-  return plan_dict<ForwardCached>(
-      plan_forward_cached(shape, is_ragged, has_block_tables ? static_cast<int>(page_size) : 0,
-                          KernelTable<ForwardCached>::plannable(), num_sms));
+  bool is_known = false;
+  for_each_family([&](auto candidate) {
+    names += concat(names.empty() ? "" : ", ", candidate.kName);
+    if (family != candidate.kName) return;
+    is_known = true;
+    const auto plan = plan_of(candidate, Choices(choices));
+    if (!plan.ok()) throw nb::value_error(plan.status().message().c_str());
+    found = to_dict(candidate.describe(plan.value()));
+  });
+  if (is_known) return found;
+  throw nb::value_error(concat("family must be one of ", names, ", got '", family, "'").c_str());
 }
 
 }  // namespace
@@ -161,26 +182,9 @@ NB_MODULE(_C, module) {
              "capsules by stage.");
   module.def("compiled_kernels", &compiled_kernels, "The kernels linked into this build.");
   module.def("listed_kernels", &listed_kernels, "All kernels of the matrix, compiled or not.");
-  module.def("forward_plan", &forward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-             "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "window_left"_a,
-             "window_right"_a, "has_index_arrays"_a, "has_visibility"_a, "variant"_a, "num_sms"_a,
-             "Tile, order and grid of a forward call. Raises ValueError with the reason.");
-  module.def("forward_float8_plan", &forward_float8_plan, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-             "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "window_left"_a,
-             "window_right"_a, "has_index_arrays"_a, "has_visibility"_a, "value_is_prepared"_a,
-             "num_sms"_a,
-             "Tile, order, grid and workspace of a float8 forward call. Raises ValueError with the "
-             "reason.");
-  module.def(
-      "plan_forward_cached", &plan_of_forward_cached, "dtype"_a, "batch"_a, "tokens"_a,
-      "rows_per_sequence"_a, "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a,
-      "page_size"_a, "has_block_tables"_a, "num_sms"_a,
-      "Kernel, grid, workspace and counters of a forward call over caches. Raises ValueError "
-      "with the reason.");
-  module.def("backward_plan", &backward_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-             "num_heads_q"_a, "num_heads_kv"_a, "head_dim"_a, "head_dim_v"_a, "has_index_arrays"_a,
-             "has_visibility"_a, "variant"_a, "deterministic"_a, "num_sms"_a,
-             "Tile, grid and workspace of a backward call. Raises ValueError with the reason.");
+  module.def("plan", &plan, "family"_a, "choices"_a,
+             "Kernel, tiles, order, grid and workspace of a call of a family, by what they depend "
+             "on. Raises ValueError with the reason if no kernel fits.");
 }
 
 }  // namespace jax_fa3

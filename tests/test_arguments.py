@@ -8,10 +8,12 @@ import jax
 import pytest
 
 import jax_fa3
+from jax_fa3 import api
 from jax_fa3.arguments import Arguments
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import AttentionOptions
 
+ARRAYS = {"bias", "mask"}
 RECORD = {field.name: field.default for field in dataclasses.fields(Arguments)}
 NOT_ASKED = {"implementation"}  # of is_supported
 OF_WHOLE_SEQUENCES = {
@@ -38,8 +40,14 @@ def test_dot_product_attention_has_the_records_arguments():
 
 
 def test_overloads_have_the_records_arguments():
+    """Keywords are those of the record; what a form for divided sequences lacks stands apart."""
+    keywords = set(typing.get_type_hints(api.WholeKeywords))
+    assert keywords - set(typing.get_type_hints(api.Keywords)) == OF_WHOLE_SEQUENCES - ARRAYS
     for overload in typing.get_overloads(jax_fa3.dot_product_attention):
-        assert list(defaults(overload)) == list(RECORD)
+        *positional, _, _, last = names = list(defaults(overload))
+        assert last == "keywords" and len(names) == 8
+        assert positional == list(RECORD)[:5]
+        assert keywords | set(names[:-1]) == set(RECORD)
 
 
 def test_is_supported_has_the_records_arguments():

@@ -21,7 +21,7 @@ def main(monkeypatch, *arguments):
 def test_lowers_to_its_kernels(monkeypatch, capsys):
     """Each call of a chain, with its append where it has one."""
     plan = dict(workspace_bytes=4096, counters=8)
-    monkeypatch.setattr(native, "has_cache_kernels", lambda: True)
+    monkeypatch.setattr(native, "IMPORT_ERROR", None)
     monkeypatch.setattr(native, "plan_forward_cached", lambda *call: plan)
     some = "^jax_fa3( forward)?:warm:(1-x-4k|prompt|64-x-1-to)"
     assert main(monkeypatch, "--dry-run", "--quick", "--filter", some) == 0

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 import jax_fa3
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native, route, xla
-from jax_fa3.operands import Operands, Outputs
+from jax_fa3.operands import Extents, Operands, Outputs
 from jax_fa3.options import AttentionOptions, dense_mask_words
 from jax_fa3.reference import Reference
 from meshes import both_kinds, mesh_of, place, run
-from test_lowering import DEFAULTS, custom_calls, lower, operands
-from test_lowering import operations as operations_of
+from programs import backward_attributes, custom_calls, forward_attributes, lower, operands
+from programs import operations as operations_of
 from transforms import assert_near
 
 BIAS, MASK = (1, 4, 40, 44), (2, 1, 1, 44)
@@ -64,10 +64,11 @@ def test_forward():
 
     text = lower(call, *operands(seqlen_k=44), *bias_and_mask(), lengths)
     made, (target, attributes, args, results) = custom_calls(text)
-    assert made == ("jax_fa3_dense_mask", {}, ["2x1x1x44xi1"], [TABLE])
+    names = dict(operands=("mask",), results=("mask_table",))
+    assert made == ("jax_fa3_dense_mask", names, ["2x1x1x44xi1"], [TABLE])
     assert target == "jax_fa3_forward"
-    flags = dict(has_query_offset="true", has_bias="true", has_dense_mask="true")
-    assert attributes == DEFAULTS | flags | dict(window_right="0 : i32")
+    names = "query_offset", "bias", "dense_mask"
+    assert attributes == forward_attributes(*names) | dict(window_right="0 : i32")
     assert args == [QUERY, KEY, KEY, "2xi32", PADDED, TABLE]
     assert results == [QUERY, "2x4x40xf32", "1xi32"]
     assert operations_of(text) == ["custom_call", "custom_call", "pad"]
@@ -83,12 +84,12 @@ def test_one_of_them(name):
 
     *made, forward = custom_calls(lower(call, *operands(), array[name]))
     if name == "bias":
-        assert not made and forward[1] == DEFAULTS | dict(has_bias="true")
+        assert not made and forward[1] == forward_attributes("bias")
         assert forward[2][3:] == ["2x1x1x48xbf16"]
     else:
         ((_, _, args, (table,)),) = made
         assert args == ["1x4x40x48xi1"]  # a table has all keys
-        assert forward[1] == DEFAULTS | dict(has_dense_mask="true")
+        assert forward[1] == forward_attributes("dense_mask")
         assert forward[2][3:] == [table] == [f"1x4x{dense_mask_words(40, 48)}xi32"]
 
 
@@ -100,13 +101,13 @@ def test_backward(wanted):
     forward_table, forward, *of_backward = custom_calls(text)
     backward_table, (target, attributes, args, results) = of_backward
     assert forward_table == backward_table and target == "jax_fa3_backward"
-    flags = dict(has_bias="true", has_dense_mask="true", has_dbias=str(wanted).lower())
-    assert attributes == DEFAULTS | flags
+    gradients = ["dbias"] * wanted
+    assert attributes == backward_attributes("bias", "dense_mask", gradients=gradients)
     assert args == [QUERY, KEY, KEY, QUERY, "2x4x40xf32", QUERY, PADDED, TABLE]
     assert results[:-1] == [QUERY, KEY, KEY] + [PADDED] * wanted
-    plan = native.module().backward_plan(
-        "bf16", 2, 40, 44, 4, 2, 64, 64, True, False, "bias", False, 132
-    )
+    extents = Extents(2, 40, 44, 4, 2, 64, 64)
+    options = AttentionOptions(scale=0.125)
+    plan = native.plan("backward", "bfloat16", extents, options, arrays=["bias", "mask"])
     assert results[-1] == f"{plan['workspace_bytes']}xui8"
     assert ("slice" in operations_of(text)) == wanted
 
@@ -162,7 +163,7 @@ def test_a_gradient_is_made_where_it_is_wanted(wrap):
     function = wrap(loss)
     for arguments in ((0, 1, 2), (0, 3), (0, 1, 2), (3,), (1,)):
         attributes, *_ = backward_call(lower(jax.grad(function, arguments), *x))
-        assert (attributes["has_dbias"] == "true") == (3 in arguments), arguments
+        assert ("dbias" in attributes["results"]) == (3 in arguments), arguments
 
 
 def test_gradients_of_one_trace():
@@ -200,9 +201,9 @@ def test_an_lse_without_cotangent():
     def of_lse(query, key, value):
         return jnp.sum(dot_product_attention(query, key, value, return_residual=True)[1])
 
-    for function, has_dlse in ((of_out, "false"), (of_lse, "true")):
+    for function, has_dlse in ((of_out, False), (of_lse, True)):
         attributes, args, _ = backward_call(lower(jax.grad(function), *operands()))
-        assert attributes["has_dlse"] == has_dlse and args[5] == QUERY
+        assert ("dlse" in attributes["operands"]) == has_dlse and args[5] == QUERY
 
 
 MAPPED = [  # of query, bias and mask; the shapes that the kernels get, without their last dimension
@@ -305,7 +306,7 @@ def test_reasons():
     assert "bfloat16, not float32: cast" in call_reason(x, bias_and_mask(dtype="float32")[0])
     assert "bfloat16, not float16" in call_reason(x, bias_and_mask(dtype="float16")[0])
     assert "(40, 1): broadcast" in call_reason(x, jax.ShapeDtypeStruct((40, 1), "bfloat16"))
-    assert "all keys, 44" in call_reason(x, jax.ShapeDtypeStruct((), "bfloat16"))
+    assert "all 44 keys" in call_reason(x, jax.ShapeDtypeStruct((), "bfloat16"))
     for arrays in ((jax.ShapeDtypeStruct(BIAS, "float32"),), (None, mask)):
         assert "float8_e4m3fn inputs" in call_reason(float8, *arrays)
     square = jax.ShapeDtypeStruct((1, 1, 1 << 18, 1 << 18), "bool")

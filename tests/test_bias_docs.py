@@ -69,7 +69,7 @@ def test_line_by_line(names):
     assert len(lines) == 9
     biases = {  # of these words; the others take none
         "a pair bias": jnp.zeros((heads, seqlen, seqlen), q.dtype),
-        "a bias of keys": jnp.zeros((batch, seqlen), q.dtype),
+        "one bias for each key": jnp.zeros((batch, seqlen), q.dtype),
     }
     causal = jnp.broadcast_to(place[:, None] >= place, (batch, seqlen, seqlen))
     results = {}
@@ -79,8 +79,8 @@ def test_line_by_line(names):
         results[what.split(" (")[0]] = eval(line, given | more)
     assert {x.shape for x in results.values()} == {(batch, seqlen, heads, 16)}
     for x, y in (
-        ("which pairs see each other", "a causal mask, alone or with others"),
-        ("which pairs see each other", "a mask of floats, 0 and a large negative number"),
-        ("which keys are there, in any order", "padding behind each sequence"),
+        ("a mask of row and key pairs", "a causal mask, alone or with other masks"),
+        ("a mask of row and key pairs", "a float mask of 0 and a large negative number"),
+        ("a mask of the keys", "padding at the end of each sequence"),
     ):
         np.testing.assert_array_equal(results[x], results[y])

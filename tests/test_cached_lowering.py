@@ -15,8 +15,10 @@ from jax_fa3 import append_to_cache, cached_attention, dot_product_attention, na
 from jax_fa3.cached import few_rows
 from jax_fa3.operands import Operands
 from jax_fa3.options import AttentionOptions
-from test_lowering import custom_calls
+from programs import custom_calls
 
+ARRAYS = "query", "key_cache", "value_cache", "key_lengths", "query_offset"
+INDICES = "cache_lengths", "block_tables", "new_lengths"
 PLAN = dict(workspace_bytes=4096, counters=66)
 B, T, N, K, H, HV, P, S, M = 3, 2, 8, 2, 64, 64, 20, 16, 5
 
@@ -34,7 +36,7 @@ def plans(monkeypatch):
             )
         return PLAN
 
-    monkeypatch.setattr(native, "has_cache_kernels", lambda: True)
+    monkeypatch.setattr(native, "IMPORT_ERROR", None)
     monkeypatch.setattr(native, "plan_forward_cached", plan)
     return asked
 
@@ -96,10 +98,8 @@ def test_attention():
         window_right="0 : i32",
         rescale_threshold="8.000000e+00 : f32",
         sm_margin="0 : i32",
-        has_block_tables="true",
-        has_query_starts="false",
-        has_query_lengths="false",
-        has_key_starts="true",
+        operands=(*ARRAYS, "block_tables", "key_starts"),
+        results=("out", "lse", "workspace", "counters"),
         is_fused="false",
         out_float32="false",
         layout='"pskh"',
@@ -118,7 +118,9 @@ def test_ragged_queries_and_a_fused_cache():
     assert operands[2:] == [f"{B}xi32"] * 2 + [f"{B}x{M}xi32", f"{B + 1}xi32"]
     assert results[0] == f"17x{N}x{H}xf32"
     true = {name for name, x in attributes.items() if x == "true"}
-    assert true == {"has_block_tables", "has_query_starts", "is_fused", "out_float32"}
+    assert true == {"is_fused", "out_float32"}
+    names = [name for name in ARRAYS if name != "value_cache"]
+    assert attributes["operands"] == (*names, "block_tables", "query_starts")
     assert attributes["rows_per_sequence"] == "0 : i32" and attributes["sm_margin"] == "4 : i32"
     assert attributes["layout"] == '"pskh"'
 
@@ -167,11 +169,10 @@ def test_append(layout):
     assert operands == [*caches, *tokens, *index, "100x16xf32", "100x16xf32", query]
     assert results == [*caches, query]
     assert aliases(text) == [[(str(i), str(i)) for i in range(len(caches))]]
+    names = ("key_cache", "value_cache")[: len(caches)]
     assert attributes == dict(
-        has_block_tables="true",
-        has_new_lengths="true",
-        has_query="true",
-        has_rotary="true",
+        operands=(*names, "key", "value", *INDICES, "cos", "sin", "query"),
+        results=(*names, "query_out"),
         is_fused="true" if layout == "fused" else "false",
         is_interleaved="true",
         layout='"kpsh"' if layout == "kpsh" else '"pskh"',
@@ -188,12 +189,12 @@ def test_an_unmapped_cache_is_shared():
         lower(run, array(4, B, T, N, H), cache, cache, lengths)
     )
     assert operands[:3] == [f"{4 * B * T}x{N}x{H}xbf16"] + [f"{B}x64x{K}x{H}xbf16"] * 2
-    assert attributes["has_block_tables"] == "true"
+    assert attributes["operands"] == (*ARRAYS, "block_tables")
     odd = array(B, 63, K, H)  # no pages of the kernels: repeated
     ((_, attributes, operands, *_),) = custom_calls(
         lower(run, array(4, B, T, N, H), odd, odd, lengths)
     )
-    assert operands[1] == f"{4 * B}x63x{K}x{H}xbf16" and attributes["has_block_tables"] == "false"
+    assert operands[1] == f"{4 * B}x63x{K}x{H}xbf16" and attributes["operands"] == ARRAYS
 
 
 def test_reasons(plans, monkeypatch):
@@ -217,10 +218,10 @@ def test_reasons(plans, monkeypatch):
 
 def test_reason_without_the_kernels(monkeypatch):
     monkeypatch.undo()
-    if native.has_cache_kernels():
-        pytest.skip("this build has them")
+    if native.module() is not None:
+        pytest.skip("there is a module")
     x = jnp.zeros((1, 8, 1, 16), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="has no kernels for caches|no extension module"):
+    with pytest.raises(NotImplementedError, match="no extension module"):
         append_to_cache(x, x, x, x, cache_lengths=np.zeros(1, np.int32), implementation="fa3")
 
 

@@ -17,7 +17,7 @@ from jax_fa3.context_parallel import layout
 from jax_fa3.operands import Operands
 from jax_fa3.options import AttentionOptions
 from meshes import PART, STRATEGIES, compiled_for, mesh_of
-from test_lowering import custom_calls, lower
+from programs import custom_calls, lower
 
 DEVICES = 4
 ROWS, HEADS, KV_HEADS, DIM = 32, 4, 2, 16  # of one device
@@ -133,9 +133,10 @@ def test_kernel_calls(strategy, layout, options, count):
         assert [call[0] for call in calls] == [f"jax_fa3_{direction}"] * count
         if strategy == "ring" and count == 4 and not options:
             own, *others = (call[1] for call in calls)
-            assert own["window_right"] == "0 : i32" and own["has_query_lengths"] == "false"
+            lengths = "query_seq_lengths"
+            assert own["window_right"] == "0 : i32" and lengths not in own["operands"]
             assert {call["window_right"] for call in others} == {"1073741824 : i32"}
-            assert {call["has_query_lengths"] for call in others} == {"true"}
+            assert all(lengths in call["operands"] for call in others)
 
 
 def shard_mapped(function, size=2):

@@ -26,6 +26,7 @@ from jax_fa3 import (
     quantize_qkv,
     route,
 )
+from jax_fa3.custom_call import custom_call
 from jax_fa3.flex import link
 from jax_fa3.operands import Operands, Sources
 from jax_fa3.options import VisibilityOptions
@@ -285,30 +286,33 @@ def zeros(*shape, dtype="bfloat16"):
 def attend_cached(layout, *, out_float32=False, value_dim=64, rows=2, **arrays):
     """`arrays` are the index arrays beside lengths and offsets, in the call's order."""
     fused = layout == "fused"
-    names = "block_tables", "query_starts", "query_lengths", "key_starts"
     options = dict(scale=np.float32(0.5), window_left=np.int32(2**30), window_right=np.int32(0))
     options |= dict(rescale_threshold=np.float32(8), sm_margin=np.int32(0))
-    options |= {f"has_{name}": name in arrays for name in names}
     options |= dict(is_fused=fused, out_float32=out_float32)
     pages = () if "block_tables" in arrays else (3, 16)
     shape = (9, 16, 4) if fused else CACHES[layout]
     if pages:
         shape = tuple(3 if n == 9 else n for n in shape)
-    caches = [zeros(*shape, 64)] if fused else [zeros(*shape, 64), zeros(*shape, value_dim)]
+    caches = dict(key_cache=zeros(*shape, 64))
+    if not fused:
+        caches["value_cache"] = zeros(*shape, value_dim)
     value_dim = 64 if fused else value_dim
-    results = [
-        jax.ShapeDtypeStruct((6, 8, value_dim), "float32" if out_float32 else "bfloat16"),
-        jax.ShapeDtypeStruct((6, 8), "float32"),
-        jax.ShapeDtypeStruct((0,), "uint8"),
-        jax.ShapeDtypeStruct((0,), "int32"),
-    ]
-    index = [zeros(3, dtype="int32")] * 2 + [jnp.asarray(x, "int32") for x in arrays.values()]
-    call = jax.ffi.ffi_call("jax_fa3_forward_cached", results)
-    layout = "pskh" if fused else layout
-    out = call(
-        zeros(6, 8, 64), *caches, *index, options=options, layout=layout,
+    results = dict(
+        out=jax.ShapeDtypeStruct((6, 8, value_dim), "float32" if out_float32 else "bfloat16"),
+        lse=jax.ShapeDtypeStruct((6, 8), "float32"),
+        workspace=jax.ShapeDtypeStruct((0,), "uint8"),
+        counters=jax.ShapeDtypeStruct((0,), "int32"),
+    )
+    index = dict.fromkeys(("key_lengths", "query_offset"), zeros(3, dtype="int32"))
+    index |= {name: jnp.asarray(x, "int32") for name, x in arrays.items()}
+    out = custom_call(
+        "jax_fa3_forward_cached",
+        dict(query=zeros(6, 8, 64)) | caches | index,
+        results,
+        options=options,
+        layout="pskh" if fused else layout,
         rows_per_sequence=np.int32(rows),
-    )  # fmt: skip
+    )
     return jax.block_until_ready(out)
 
 
@@ -343,17 +347,24 @@ def append(layout, *, query=False, rotary=0, tables=False, rows=4, interleaved=F
     fused = layout == "fused"
     pages = 9 if tables else 3
     shape = (pages, 16, rows) if fused else [pages if n == 9 else n for n in CACHES[layout]]
-    caches = [zeros(*shape, 64)] * (1 if fused else 2)
-    arrays = [*caches, zeros(3, 2, 2, 64), zeros(3, 2, 2, 64), zeros(3, dtype="int32")]
-    arrays += [zeros(3, 5, dtype="int32")] * tables
-    arrays += [zeros(7, rotary // 2, dtype="float32")] * 2 * bool(rotary)
-    arrays += [zeros(3, 2, 8, 64)] * query
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches + arrays[-1:] * query]
-    call = jax.ffi.ffi_call("jax_fa3_append", results, input_output_aliases={0: 0})
-    out = call(
-        *arrays, layout="pskh" if fused else layout, is_fused=fused, has_block_tables=tables,
-        has_new_lengths=False, has_rotary=bool(rotary), is_interleaved=interleaved, has_query=query,
-    )  # fmt: skip
+    caches = dict.fromkeys(("key_cache", "value_cache")[: 1 if fused else 2], zeros(*shape, 64))
+    arrays = caches | dict.fromkeys(("key", "value"), zeros(3, 2, 2, 64))
+    arrays |= dict(cache_lengths=zeros(3, dtype="int32"))
+    arrays |= dict(block_tables=zeros(3, 5, dtype="int32")) if tables else {}
+    cosines = zeros(7, rotary // 2, dtype="float32")
+    arrays |= dict.fromkeys(("cos", "sin"), cosines) if rotary else {}
+    arrays |= dict(query=zeros(3, 2, 8, 64)) if query else {}
+    given = caches | (dict(query_out=arrays["query"]) if query else {})
+    results = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in given.items()}
+    out = custom_call(
+        "jax_fa3_append",
+        arrays,
+        results,
+        aliases={0: 0},
+        layout="pskh" if fused else layout,
+        is_fused=fused,
+        is_interleaved=interleaved,
+    )
     return jax.block_until_ready(out)
 
 

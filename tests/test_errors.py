@@ -181,7 +181,7 @@ VALUES = [
     (
         dict(implementation="cudnn"),
         ValueError,
-        ["implementation", "'cudnn'", "fa3", "None takes", "jax.nn"],
+        ["implementation", "'cudnn'", "fa3", "None runs", "jax.nn"],
     ),
     (dict(implementation="FA3"), ValueError, ["implementation", "'FA3'", "fa3", "xla"]),
     (dict(implementation=3), ValueError, ["implementation", "3", "fa3", "xla"]),

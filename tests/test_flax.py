@@ -366,8 +366,8 @@ def test_what_makes_no_difference_is_accepted():
         (dict(query=np.ones((9, 8), "float32")), r"query has shape \(9, 8\); expected \(batch"),
         (dict(mask=np.ones((3, 1, 9, 9))), r"mask has shape \(3, 1, 9, 9\); expected .*\(2,\)"),
         (dict(bias=np.ones((2, 2, 1, 9, 9))), r"bias has shape \(2, 2, 1, 9, 9\); expected"),
-        (dict(mask=np.ones((2, 1, 9, 9))), r"mask ends in \(1, 9, 9\).*expected \(1, 1, 9\)"),
-        (dict(mask=np.ones((2, 1, 1, 1))), r"mask ends in \(1, 1, 1\).*expected \(1, 1, 9\)"),
+        (dict(mask=np.ones((2, 1, 9, 9))), r"mask has \(1, 9, 9\).*expected \(1, 1, 9\)"),
+        (dict(mask=np.ones((2, 1, 1, 1))), r"mask has \(1, 1, 1\).*expected \(1, 1, 9\)"),
     ],
 )
 def test_bad_call(change, message):

@@ -95,7 +95,7 @@ def test_kernels_of_a_program(counted):
         "forward_bf16_64_64_128_128_function",
         "backward_bf16_64_64_64_128_false_function",
     ]
-    assert "num_captured = 1 : i32" in text and "has_block_states = false" in text
+    assert 'key value batch_number head_number captured_0"' in text
 
 
 @needs_module
@@ -117,7 +117,7 @@ def test_block_mask(counted):
         "forward_bf16_64_64_128_128_blocks",
         "backward_bf16_64_64_64_128_false_blocks",
     ]
-    assert text.count("has_block_states = true") == 2
+    assert text.count(" block_states captured_0") == 2
     assert "tensor<1x1x5x3xi32>" in text  # groups of 64 rows, words of 256 keys and one more
 
 
@@ -164,7 +164,7 @@ from jax_fa3.operands import Extents
 slopes = jnp.ones(4)
 made, _ = trace("score_mod", lambda s, b, h, q, k, x: s - x[h] * jnp.abs(q - k), (slopes,), 1)
 text = link.translation(Functions(made), [slopes], Extents(1, 9, 9, 4, 4, 128, 128)).text
-print(link.linked("forward_bf16_128_128_192_80_function", text).key)
+print(link.linked("forward_bf16_128_128_128_128_function", text).key)
 """
 
 
@@ -212,8 +212,14 @@ def test_equal_bits_in_every_process():
             ),
             "the kernels take bfloat16 or float16, not float32",
         ),
+        (
+            lambda q, k: flex_attention(
+                *(x.astype(jnp.float16) for x in (q, k, k)), lambda s, *_: s
+            ),
+            "the kernels take functions with bfloat16, not float16",
+        ),
     ),
-    ids=("primitive", "captured", "blocks", "dtype"),
+    ids=("primitive", "captured", "blocks", "dtype", "float16"),
 )
 def test_reasons(on_hopper, call, reason):
     query, key = jnp.zeros(QUERY.shape, QUERY.dtype), jnp.zeros(KEY.shape, KEY.dtype)
@@ -271,7 +277,7 @@ def test_errors_of_the_libraries():
         RuntimeError, match=r"(?s)NVRTC cannot compile.*undefined.*int f\(\) \{ return x; \}"
     ):
         libraries.compile("__device__ int f() { return x; }")
-    kernel = (link.FOLDER / "forward_bf16_128_128_192_80_function.fatbin").read_bytes()
+    kernel = (link.FOLDER / "forward_bf16_128_128_128_128_function.fatbin").read_bytes()
     with pytest.raises(RuntimeError, match=r"(?s)nvJitLink cannot link.*jfa_score"):
         libraries.link(kernel, libraries.compile("__device__ int f() { return 1; }"))
 

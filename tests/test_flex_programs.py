@@ -347,7 +347,7 @@ BLOCKS = create_block_mask(flex.causal_mask, None, None, 8, 8, block_size=4)
         (
             dict(captured=("table",), mask_mod=flex.causal_mask),
             TypeError,
-            "captured has a str for array 0; expected arrays",
+            "captured has a str as array 0; expected arrays",
         ),
         (dict(captured=(1.0,)), ValueError, "captured is given and score_mod and mask_mod are"),
         (dict(block_mask=BLOCKS), ValueError, "block_mask is given and mask_mod is None"),
@@ -359,7 +359,7 @@ BLOCKS = create_block_mask(flex.causal_mask, None, None, 8, 8, block_size=4)
         (
             dict(block_mask=BLOCKS.states, mask_mod=flex.causal_mask),
             TypeError,
-            "block_mask is a .*; expected what jax_fa3.create_block_mask gives",
+            "block_mask is a .*; expected the result of jax_fa3.create_block_mask",
         ),
         (
             dict(
@@ -367,7 +367,7 @@ BLOCKS = create_block_mask(flex.causal_mask, None, None, 8, 8, block_size=4)
                 mask_mod=flex.causal_mask,
             ),
             ValueError,
-            "block_mask is of 8 rows and 9 keys; expected 8 and 8 like query and key",
+            "block_mask is for 8 rows and 9 keys; expected 8 and 8 like query and key",
         ),
         (
             dict(
@@ -419,7 +419,7 @@ def test_errors_of_block_masks(change, error, words):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: flex.and_masks(flex.causal_mask, 3), TypeError, "mask_mods has 3; expected"),
+        (lambda: flex.and_masks(flex.causal_mask, 3), TypeError, "mask_mods contains 3; expected"),
         (lambda: flex.generate_sliding_window(-1), ValueError, "window_size is -1; expected at"),
         (lambda: flex.generate_prefix_lm_mask(1.5), TypeError, "prefix_length has dtype float32"),
         (lambda: flex.generate_doc_mask_mod(3), ValueError, "document_ids has 0 dimensions"),

@@ -13,70 +13,21 @@ import jax_fa3
 from cases import HEAD_DIMS
 from float8 import FLOAT8
 from jax_fa3 import dot_product_attention, native
+from jax_fa3.operands import Extents
+from jax_fa3.options import AttentionOptions
 from meshes import mesh_of
+from programs import (
+    DEFAULTS,
+    QKV,
+    backward_attributes,
+    custom_calls,
+    forward_attributes,
+    lower,
+    operands,
+    operations,
+)
 
 pytestmark = pytest.mark.usefixtures("forward_kernel_alone")
-
-DEFAULTS = {
-    "scale": "1.250000e-01 : f32",
-    "window_left": "1073741824 : i32",
-    "window_right": "1073741824 : i32",
-    "query_offset": "0 : i32",
-    "rescale_threshold": "8.000000e+00 : f32",
-    "softcap": "0.000000e+00 : f32",
-    "sm_margin": "0 : i32",
-    "deterministic": "false",
-    "has_query_lengths": "false",
-    "has_key_lengths": "false",
-    "has_query_offset": "false",
-    "has_visibility": "false",
-    "has_bias": "false",
-    "has_dense_mask": "false",
-    "has_sinks": "false",
-    "has_alibi_slopes": "false",
-    "has_dlse": "false",
-    "has_dbias": "false",
-    "has_max_logits": "false",
-    "has_dsinks": "false",
-}
-CHOICE = {"case", "constant", "return"}  # of the platform, with a constant index: XLA drops it
-
-
-def operands(
-    dtype="bfloat16", batch=2, seqlen_q=40, seqlen_k=48, heads_q=4, heads_kv=2, head_dim=64
-):
-    query = jax.ShapeDtypeStruct((batch, seqlen_q, heads_q, head_dim), dtype)
-    key = jax.ShapeDtypeStruct((batch, seqlen_k, heads_kv, head_dim), dtype)
-    return query, key, key
-
-
-def lower(function, *args, platform="cuda"):
-    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
-
-def operations(text):
-    """Names of the StableHLO operations in a program, the choice of the platform aside."""
-    return sorted(name for name in re.findall(r"\bstablehlo\.(\w+)", text) if name not in CHOICE)
-
-
-def custom_calls(text):
-    """[(target, attributes, operand types, result types)] of our custom calls, in order."""
-    found = []
-    for line in text.splitlines():
-        call = re.search(r"custom_call @(jax_fa3_\w+)\(.*?\) \{(.*)\} : \((.*?)\) -> (.*)$", line)
-        if call:
-            target, body, operand_types, results = call.groups()
-            config = re.search(r"mhlo\.backend_config = \{((?:[^{}]|\{.*?\})*)\}", body).group(1)
-            attributes = dict(re.findall(r"(\w+) = (true|false|\"\w+\"|[^,{}]+)", config))
-            found.append(
-                (
-                    target,
-                    attributes,
-                    re.findall(r"tensor<(.*?)>", operand_types),
-                    re.findall(r"tensor<(.*?)>", results),
-                )
-            )
-    return found
 
 
 def vector_jacobian(*x, **options):
@@ -89,7 +40,7 @@ def test_forward_is_one_custom_call_and_nothing_else():
     text = lower(dot_product_attention, *operands())
     ((target, attributes, args, results),) = custom_calls(text)
     assert target == "jax_fa3_forward"
-    assert attributes == DEFAULTS
+    assert attributes == forward_attributes()
     assert args == ["2x40x4x64xbf16", "2x48x2x64xbf16", "2x48x2x64xbf16"]
     assert results == ["2x40x4x64xbf16", "2x4x40xf32", "1xi32"]
     assert operations(text) == ["custom_call"]
@@ -100,7 +51,7 @@ def test_backward_is_one_custom_call_and_nothing_else():
     text = lower(vector_jacobian, query, key, value, query)
     forward, (target, attributes, args, results) = custom_calls(text)
     assert forward[0] == "jax_fa3_forward" and target == "jax_fa3_backward"
-    assert attributes == DEFAULTS
+    assert attributes == backward_attributes()
     q, k = "2x40x4x64xbf16", "2x48x2x64xbf16"
     assert args == [q, k, k, q, "2x4x40xf32", q]
     assert results[:3] == [q, k, k]
@@ -110,9 +61,10 @@ def test_backward_is_one_custom_call_and_nothing_else():
 
 def test_workspace_is_the_plans():
     query, key, value = operands(batch=3, seqlen_q=333, seqlen_k=100, heads_q=6, heads_kv=3)
+    extents = Extents.of(query, key, 64)
     for deterministic in (False, True):
-        call = ("bf16", 3, 333, 100, 6, 3, 64, 64)
-        plan = native.module().backward_plan(*call, False, False, "plain", deterministic, 132)
+        options = AttentionOptions(scale=0.125, deterministic=deterministic)
+        plan = native.plan("backward", "bfloat16", extents, options)
         text = lower(
             functools.partial(vector_jacobian, deterministic=deterministic),
             query,
@@ -128,7 +80,7 @@ def test_table_of_visibility_is_one_custom_call():
     text = lower(lambda ids: jax_fa3.make_visibility(ids).table, ids)
     ((target, attributes, args, results),) = custom_calls(text)
     assert target == "jax_fa3_visibility"
-    assert attributes["has_query_segment_ids"] == "true"
+    assert attributes["operands"] == ("query_segment_ids",)
     assert args == ["2x1500xi32"]
     words = 4 + 2 * 1500 + 2 * 4 * 24 + 2 * 1500
     assert results == [f"2x1x{words}xi32", f"{2 * 2 * 64}xui8"]  # two chunks of each plane
@@ -146,7 +98,7 @@ def test_gradient_of_the_residual_reaches_the_kernel():
         return jnp.sum(lse)
 
     backward = custom_calls(lower(jax.grad(loss), *operands()))[1]
-    assert backward[1]["has_dlse"] == "true"
+    assert backward[1] == backward_attributes(dlse=True)
     assert backward[2][6] == "2x4x40xf32"
 
 
@@ -176,15 +128,12 @@ def test_options_become_attributes(options, expected):
     text = lower(functools.partial(vector_jacobian, **options), query, key, value, query)
     calls = custom_calls(text)
     assert [call[0] for call in calls] == ["jax_fa3_forward", "jax_fa3_backward"]
-    for _, attributes, _, _ in calls:
-        assert attributes == DEFAULTS | expected
+    forward, backward = calls
+    assert forward[1] == forward_attributes() | expected
+    assert backward[1] == backward_attributes() | expected
 
 
-INDEX = {
-    "query_seq_lengths": "has_query_lengths",
-    "key_value_seq_lengths": "has_key_lengths",
-    "query_offset": "has_query_offset",
-}
+INDEX = "query_seq_lengths", "key_value_seq_lengths", "query_offset"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +158,8 @@ def test_index_arrays_become_operands(names):
         )
 
     forward, backward = custom_calls(lower(call, query, key, value, query, *lengths))
-    flags = {INDEX[name]: "true" for name in names}
-    assert forward[1] == backward[1] == DEFAULTS | flags
+    assert forward[1] == forward_attributes(*names)
+    assert backward[1] == backward_attributes(*names)
     assert forward[2][3:] == backward[2][6:] == ["2xi32"] * len(names)
 
 
@@ -233,12 +182,7 @@ TABLE = {  # the attributes of the call that makes a table
     "attention_chunk": "0 : i32",
     "window_left": "1073741824 : i32",
     "window_right": "1073741824 : i32",
-    "has_query_segment_ids": "false",
-    "has_key_value_segment_ids": "false",
-    "has_kv_start": "false",
-    "has_kv_end": "false",
-    "has_cu_seqlens": "false",
-    "has_query_offset": "false",
+    "results": ("visibility", "workspace"),
 }
 WORDS = 4 + 80 + 4 + 4 + 96  # of a plane for 40 rows and 48 keys
 
@@ -249,29 +193,29 @@ WORDS = 4 + 80 + 4 + 4 + 96  # of a plane for 40 rows and 48 keys
         (
             dict(query_segment_ids=(2, 40), key_value_segment_ids=(2, 48)),
             {},
-            dict(has_query_segment_ids="true", has_key_value_segment_ids="true"),
+            {},
             ["2x40xi32", "2x48xi32"],
             1,
         ),
-        (dict(kv_start=(2, 40)), {}, dict(has_kv_start="true"), ["2x1x40xi32"], 1),
+        (dict(kv_start=(2, 40)), {}, {}, ["2x1x40xi32"], 1),
         (
             dict(kv_start=(2, 40), kv_end=(2, 4, 40)),
             {},
-            dict(has_kv_start="true", has_kv_end="true"),
+            {},
             ["2x4x40xi32", "2x4x40xi32"],
             4,
         ),
         (
             dict(kv_end=(2, 40), query_offset=(2,)),
             dict(attention_chunk=16),
-            dict(has_kv_end="true", has_query_offset="true", attention_chunk="16 : i32"),
+            dict(attention_chunk="16 : i32"),
             ["2x1x40xi32", "2xi32"],
             1,
         ),
         (
             dict(kv_end=(2, 40)),
             dict(attention_chunk=16, query_offset=7),
-            dict(has_kv_end="true", attention_chunk="16 : i32", query_offset="7 : i32"),
+            dict(attention_chunk="16 : i32", query_offset="7 : i32"),
             ["2x1x40xi32"],
             1,
         ),
@@ -289,12 +233,12 @@ def test_a_table_is_one_custom_call_more(told, options, attributes, types, heads
     calls = custom_calls(lower(call, query, key, value, query, *arrays))
     (target, got, operand_types, results), forward, backward = calls
     assert target == "jax_fa3_visibility"
-    assert got == TABLE | attributes
+    assert got == TABLE | attributes | dict(operands=tuple(told))
     assert operand_types == types
     table = f"2x{heads}x{WORDS}xi32"
     assert results == [table, f"{2 * heads * 64}xui8"]
     for _, got, operand_types, _ in (forward, backward):
-        assert got["has_visibility"] == "true"
+        assert got["operands"][-1] == "visibility"
         assert operand_types[-1] == table  # behind the offsets
         assert ("query_offset" in told) == (operand_types[-2] == "2xi32")
 
@@ -303,7 +247,7 @@ def test_a_table_of_chunks_alone_has_its_offset():
     call = functools.partial(dot_product_attention, attention_chunk=16, query_offset=7)
     made, forward = custom_calls(lower(call, *operands()))
     assert made[1] == TABLE | dict(
-        attention_chunk="16 : i32", query_offset="7 : i32", has_query_offset="true"
+        attention_chunk="16 : i32", query_offset="7 : i32", operands=("query_offset",)
     )
     assert made[2:] == (["1xi32"], [f"1x1x{WORDS}xi32", "64xui8"])
     assert forward[2][-1] == f"1x1x{WORDS}xi32"
@@ -324,11 +268,11 @@ def test_documents_become_a_table(is_self):
 
     made, forward = custom_calls(lower(call, query, key, key, *[ends] * (1 if is_self else 2)))
     window = dict(window_left="9 : i32", window_right="0 : i32")
-    lengths = dict(seqlen_k=f"{rows} : i32", has_cu_seqlens="true")
+    lengths = dict(seqlen_k=f"{rows} : i32", operands=("cu_seqlens_q", "cu_seqlens_k"))
     assert made[1] == TABLE | lengths | ({} if is_self else window)
     assert made[2] == ["1x6xi32"] * 2
     others = {name: DEFAULTS[name] for name in window} if not is_self else window
-    assert forward[1] == DEFAULTS | others | dict(has_visibility="true")
+    assert forward[1] == forward_attributes("visibility") | others
 
 
 def test_a_mapped_table_is_still_one_call():
@@ -368,9 +312,9 @@ def test_padding_behind_documents_is_not_rounded():
         return dot_product_attention(query, key, value, query_segment_ids=ids, forward_dtype=FLOAT8)
 
     made, rounding, forward = custom_calls(lower(call, query, key, value, ids))
-    assert rounding[1]["has_query_lengths"] == rounding[1]["has_key_lengths"] == "true"
+    assert rounding[1]["operands"][3:] == ("query_seq_lengths", "key_value_seq_lengths")
     assert rounding[2][3:] == ["2xi32", "2xi32"]
-    assert forward[1]["has_query_lengths"] == "false" and forward[1]["has_visibility"] == "true"
+    assert forward[1]["operands"][2:] == ("prepared_value", *DESCALES, "visibility")
     assert forward[2][-1] == made[3][0]
 
 
@@ -421,6 +365,8 @@ def test_calls_without_kernels_lower_to_xla(options, dtype):
 QUERY, KEY, VALUE = (2, 200, 4, 80), (2, 300, 2, 80), (2, 300, 2, 80)  # a kernel of 96
 TYPES = ["2x200x4x80xf8E4M3FN", "2x300x2x80xf8E4M3FN", "2x300x2x80xf8E4M3FN"]
 RESULTS = ["2x200x4x80xbf16", "2x4x200xf32", "1xi32"]
+DESCALES = "query_descale", "key_descale", "value_descale"
+ROUNDING = dict(operands=QKV, results=("query_out", "key_out", "value_out", *DESCALES))
 
 
 def float8_operands():
@@ -445,8 +391,9 @@ def test_float8_forward_is_one_custom_call():
 
     text = lower(call, *float8_operands(), *scales, *[lengths] * 3)
     ((target, attributes, args, results),) = custom_calls(text)
-    flags = dict.fromkeys(INDEX.values(), "true") | {"value_is_prepared": "false"}
-    assert (target, attributes) == ("jax_fa3_forward_float8", DEFAULTS | flags)
+    results_of = "out", "lse", "tile_counter", "workspace"
+    names = dict(operands=(*QKV, *DESCALES, *INDEX), results=results_of)
+    assert (target, attributes) == ("jax_fa3_forward_float8", DEFAULTS | names)
     assert args == [*TYPES, "2x4x2xf32", "2x2x3xf32", "2x2xf32", *["2xi32"] * 3]
     assert results == [*RESULTS, f"{2 * 2 * 80 * 384}xui8"]  # value, transposed
     operands = ", ".join(f"%arg{i}" for i in range(9))
@@ -461,7 +408,7 @@ def test_prepared_value_goes_as_it_is():
         functools.partial(dot_product_attention, value_is_prepared=True), query, key, value
     )
     ((_, attributes, args, results),) = custom_calls(text)
-    assert attributes["value_is_prepared"] == "true"
+    assert attributes["operands"] == ("query", "key", "prepared_value", *DESCALES)
     assert args == [*TYPES[:2], "2x2x80x384xf8E4M3FN", "2x4x1xf32", "2x2x1xf32", "2x2xf32"]
     assert results == [*RESULTS, "0xui8"]
     assert not {"transpose", "reshape"} & set(operations(text))
@@ -484,7 +431,7 @@ def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementati
         "jax_fa3_quantize",
         "jax_fa3_backward",
     ]
-    rounds = dict(seed="0 : ui32", has_query_lengths="false", has_key_lengths="false")
+    rounds = ROUNDING | dict(seed="0 : ui32")
     types = [f"2x{n}x{heads}x80xf16" for n, heads in ((200, 4), (300, 2), (300, 2))]
     scales = ["2x4x2xf32", "2x2x3xf32", "2x2xf32"]
     assert there[1:3] == (rounds | dict(back="false", prepare_value="true"), types)
@@ -494,7 +441,8 @@ def test_forward_dtype_prepares_value_and_keeps_the_backward_kernel(implementati
         types,
         types + scales,
     )
-    assert forward[1]["value_is_prepared"] == "true" and forward[1]["window_right"] == "0 : i32"
+    assert forward[1]["operands"] == ("query", "key", "prepared_value", *DESCALES)
+    assert forward[1]["window_right"] == "0 : i32"
     assert forward[2] == there[3]
     assert forward[3] == ["2x200x4x80xf16", "2x4x200xf32", "1xi32", "0xui8"]
     assert set(operations(lower(call, query, key, value, query))) == {"custom_call"}
@@ -511,12 +459,11 @@ def test_quantize_qkv_is_one_call(prepare):
     how = dict(rotation_seed=7, prepare_value=prepare, key_value_seq_lengths=lengths)
     ((target, attributes, args, results),) = quantize_calls(*arrays, **how)
     assert target == "jax_fa3_quantize"
-    assert attributes == dict(
+    assert attributes == ROUNDING | dict(
+        operands=(*QKV, "key_value_seq_lengths"),
         seed="7 : ui32",
         back="false",
         prepare_value=str(prepare).lower(),
-        has_query_lengths="false",
-        has_key_lengths="true",
     )
     assert args == [f"2x{n}x80xbf16" for n in ("200x4", "300x2", "300x2")] + ["2xi32"]
     value = "2x2x80x384xf8E4M3FN" if prepare else TYPES[2]
@@ -579,8 +526,8 @@ def test_lengths_reach_the_rounding():
 
     text = lower(call, query, key, value, lengths, lengths)
     rounding, forward = custom_calls(text)
-    assert rounding[1]["has_key_lengths"] == "true"
-    assert rounding[1]["has_query_lengths"] == "false" and rounding[2][3:] == ["2xi32"]
+    assert rounding[1]["operands"] == (*QKV, "key_value_seq_lengths")
+    assert rounding[2][3:] == ["2xi32"]
     assert re.search(r"@jax_fa3_quantize\(%arg0, %arg1, %arg2, %arg3\)", text)
     assert forward[2][6:] == ["2xi32", "2xi32"]
 

@@ -27,7 +27,7 @@ from jax_fa3.operands import Operands, row
 from jax_fa3.options import AttentionOptions
 from meshes import LAYOUTS, PART, STRATEGIES, both_kinds, in_layout, mesh_of, place, run
 from modes import MODES
-from test_lowering import custom_calls, lower
+from programs import custom_calls, lower
 
 BATCH, SEQLEN, HEADS, KV_HEADS, DIM = 4, 32, 4, 2, 16
 LEAST_MARK = 3
@@ -36,9 +36,9 @@ LEAST_MARK = 3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewOperands(Operands):
-    row_end: jax.Array | None = row("bs", "int32", counts="keys", flag=True)
-    head_row_end: jax.Array | None = row("bhs", "int32", counts="keys", flag=True)
-    key_mark: jax.Array | None = row("bt", "int32", flag=True)
+    row_end: jax.Array | None = row("bs", "int32", counts="keys")
+    head_row_end: jax.Array | None = row("bhs", "int32", counts="keys")
+    key_mark: jax.Array | None = row("bt", "int32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,17 +243,14 @@ def test_divided_sequence(strategy, layout, options):
 
 
 def test_custom_calls():
-    """For CUDA: the arrays behind the known ones, their flags, and the option among the others."""
+    """For CUDA: the arrays behind the known ones, their names, and the option among the others."""
     x = inputs()
     forward, backward = custom_calls(lower(functools.partial(results, attend), *x))
     types = [f"{BATCH}x{SEQLEN}xi32", f"{BATCH}x{HEADS}x{SEQLEN}xi32", f"{BATCH}x{SEQLEN}xi32"]
     for _, attributes, operands, _ in (forward, backward):
         assert operands[-3:] == types
         assert attributes["least_mark"] == f"{LEAST_MARK} : i32"
-        flags = {
-            name: attributes[f"has_{name}"] for name in ("row_end", "head_row_end", "key_mark")
-        }
-        assert set(flags.values()) == {"true"}, flags
+        assert attributes["operands"][-3:] == ("row_end", "head_row_end", "key_mark")
     mapped = jax.vmap(functools.partial(results, attend))
     *_, operands, _ = custom_calls(lower(mapped, *(jnp.stack([a] * 3) for a in x)))[0]
     assert operands[-3:] == [shape.replace(f"{BATCH}x", f"{3 * BATCH}x", 1) for shape in types]

@@ -44,16 +44,21 @@ def test_python_and_cpp_have_the_same_rows():
         "max_logits": ("bh", "bhs"),
     }
     elements = {("float32",): "Float32", ("int32",): "Int32", ("bool",): "Bool"}
-    compared = 0
+    compared, optional = 0, set()
     for bundle in (operands.Operands, operands.Outputs):
         for field, row in bundle.rows().items():
             name = row.argument or field
             default = "Output" if bundle is operands.Outputs else "Input"
             dims, in_cpp = letters.get(field, (row.dims, row.dims))
             assert row.dims == dims
-            assert cpp[name] == (in_cpp, elements.get(row.dtypes, default), row.flag), name
+            is_optional = cpp[name][2]
+            assert cpp[name] == (in_cpp, elements.get(row.dtypes, default), is_optional), name
+            optional.update([field] * is_optional)
             compared += 1
     assert compared >= 19
+    always = {"query", "key", "value", "prepared_value", "mask", "out", "lse"}
+    every = operands.Operands.rows().keys() | operands.Outputs.rows().keys()
+    assert optional == every - always - {f"{name}_descale" for name in always}
     assert cpp["dsinks"] == ("bhs", "Float32", True)
 
 

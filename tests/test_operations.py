@@ -16,7 +16,7 @@ from jax_fa3 import dot_product_attention, native, operations, xla
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.options import AttentionOptions
 from jax_fa3.sharding import carry
-from test_lowering import custom_calls, lower
+from programs import custom_calls, lower
 
 OPTIONS = AttentionOptions(scale=0.25, window_right=0)
 
@@ -70,16 +70,15 @@ def test_a_gradient_in_float8_plans_each_kernel_once(monkeypatch):
 
     class Counting:
         def __getattr__(self, name):
-            found = getattr(module, name)
-            return functools.partial(counted, name, found) if name.endswith("_plan") else found
+            return counted if name == "plan" else getattr(module, name)
 
-    def counted(name, plan, *call):
-        plans.append(name)
-        return plan(*call)
+    def counted(family, **choices):
+        plans.append(family)
+        return module.plan(family, **choices)
 
     module = native.module()
     monkeypatch.setattr(native, "_C", Counting())
-    native._remembered.cache_clear()
+    native._plan.cache_clear()
     x = [jax.ShapeDtypeStruct((2, 40, 4, 64), "bfloat16")] * 3
 
     def loss(*x):
@@ -87,7 +86,7 @@ def test_a_gradient_in_float8_plans_each_kernel_once(monkeypatch):
         return out.astype(jnp.float32).sum()
 
     assert len(custom_calls(lower(jax.grad(loss, (0, 1, 2)), *x))) == 4
-    assert sorted(plans) == ["backward_plan", "forward_float8_plan", "forward_plan"]
+    assert sorted(plans) == ["backward", "forward", "forward_float8"]
 
 
 def tracers_in(x, seen=None):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jax_fa3 import ffi, options
-from jax_fa3.operands import Operands
 
 SRC = Path(__file__).parents[1] / "src"
 NOT_FOR_KERNELS = {  # Python's own choice
@@ -19,25 +18,11 @@ NOT_FOR_KERNELS = {  # Python's own choice
     "out_dtype",
     "return_residual",
     "return_max_logits",
-    "bias_gradient",
+    "dear_gradients",
     "functions",
-    "captured_gradient",
 }
-# Which arrays there are: the operands say, and in the backward pass the cotangents.
-ARRAYS = (
-    "query_lengths",
-    "key_lengths",
-    "query_offset",
-    "visibility",
-    "bias",
-    "dense_mask",
-    "sinks",
-    "alibi_slopes",
-)
-WANTED = ("has_dlse", "has_dbias", "has_max_logits", "has_dsinks")
-NOT_STATIC = {*(f"has_{name}" for name in ARRAYS), *WANTED}
 WIDTHS = {np.float32: "float", np.int32: "int32_t", bool: "bool"}
-ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5), Operands())
+ATTRIBUTES = ffi.attributes(options.AttentionOptions(scale=0.5))
 
 
 def struct_fields(text, name):
@@ -56,7 +41,7 @@ def header():
 
 def test_dataclass_and_dictionary_have_the_same_fields():
     fields = {field.name for field in dataclasses.fields(options.AttentionOptions)}
-    assert fields - NOT_FOR_KERNELS == ATTRIBUTES.keys() - NOT_STATIC
+    assert fields - NOT_FOR_KERNELS == ATTRIBUTES.keys()
 
 
 def test_dictionary_and_struct_have_the_same_names_order_and_widths(header):
@@ -76,12 +61,12 @@ def decoded_fields(text, name):
     [
         ("ffi/options.h", "Options"),
         ("ffi/options.h", "CallAttributes"),
-        ("kernels/forward_float8/call.h", "ForwardFloat8Attributes"),
         ("kernels/quantize/call.h", "QuantizeAttributes"),
         ("kernels/visibility/call.h", "VisibilityAttributes"),
         ("kernels/forward_cached/call.h", "CachedOptions"),
         ("kernels/forward_cached/call.h", "ForwardCachedAttributes"),
         ("kernels/append/call.h", "AppendAttributes"),
+        ("kernels/dense_mask/call.h", "DenseMaskAttributes"),
     ],
 )
 def test_decoder_lists_every_field(path, name):
@@ -105,16 +90,13 @@ def test_values_reach_the_dictionary():
         softcap=30.0,
         sm_margin=8,
     )
-    present = dict.fromkeys(ARRAYS, np.zeros(1, np.int32))
-    attributes = ffi.attributes(
-        options.AttentionOptions(**fields), Operands(**present), **dict.fromkeys(WANTED, True)
-    )
-    assert attributes == fields | dict.fromkeys(NOT_STATIC, True)
+    assert ffi.attributes(options.AttentionOptions(**fields)) == fields
 
 
 def test_a_tables_choices_are_the_attributes_of_its_call():
     text = (SRC / "kernels/visibility/call.h").read_text()
-    names = [name for name, kind in struct_fields(text, "VisibilityAttributes") if kind != "bool"]
+    fields = struct_fields(text, "VisibilityAttributes")
+    names = [name for name, kind in fields if kind != "Names"]
     assert names == [field.name for field in dataclasses.fields(options.VisibilityOptions)]
 
 

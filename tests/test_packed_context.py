@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit_raise():
         "1024 query rows and 1024 keys; expected 2048 and 2048 .* on all devices": dict(
             visibility=make_visibility(ids)
         ),
-        "visibility is given and so is kv_end": dict(
+        "visibility and kv_end are given": dict(
             visibility=make_visibility(seqlen_q=2048, seqlen_k=2048, attention_chunk=3), kv_end=ids
         ),
         r"kv_start has shape \(1, 3\)": dict(kv_start=ids[:, :3]),

@@ -24,7 +24,7 @@ from jax_fa3.reference import Reference
 from meshes import KINDS, PART, STRATEGIES, in_layout, mesh_of, place, run
 from modes import MODES
 from oracle import Results
-from test_lowering import DEFAULTS, custom_calls, lower, operands
+from programs import backward_attributes, custom_calls, forward_attributes, lower, operands
 
 QUERY, KEY = "2x100x4x64xbf16", "2x48x2x64xbf16"
 OF_ROWS = "2x4x100xf32"
@@ -53,8 +53,8 @@ def test_forward():
         attend, *X, sinks=OF_HEADS, alibi_slopes=OF_HEADS
     )
     assert target == "jax_fa3_forward"
-    flags = dict(has_sinks="true", has_alibi_slopes="true", has_max_logits="true")
-    assert attributes == DEFAULTS | flags | dict(window_right="0 : i32")
+    want = forward_attributes("sinks", "alibi_slopes", max_logits=True)
+    assert attributes == want | dict(window_right="0 : i32")
     assert args == [QUERY, KEY, KEY, HEADS, HEADS]
     assert results == [QUERY, OF_ROWS, OF_ROWS, "1xi32"]
 
@@ -76,10 +76,10 @@ def test_backward():
 
     text = lower(jax.grad(loss, (0, 1, 2, 3)), *X, OF_HEADS)
     forward, (target, attributes, args, results) = custom_calls(text)
-    cap = dict(softcap="3.000000e+01 : f32", has_sinks="true")
-    assert forward[1] == DEFAULTS | cap | dict(has_max_logits="true")
+    cap = dict(softcap="3.000000e+01 : f32")
+    assert forward[1] == forward_attributes("sinks", max_logits=True) | cap
     assert target == "jax_fa3_backward"
-    assert attributes == DEFAULTS | cap | dict(has_dlse="true", has_dsinks="true")
+    assert attributes == backward_attributes("sinks", dlse=True, gradients=["dsinks"]) | cap
     assert args == [QUERY, KEY, KEY, QUERY, OF_ROWS, QUERY, OF_ROWS, OF_SEQUENCES]
     assert results[:-1] == [QUERY, KEY, KEY, OF_ROWS]
 
@@ -92,7 +92,7 @@ def test_gradients_of_a_bias_and_sinks():
         return jnp.sum(out.astype(jnp.float32))
 
     call = custom_calls(lower(jax.grad(loss, (0, 3, 4)), *X, bias, OF_HEADS))[-1]
-    assert call[1]["has_dbias"] == call[1]["has_dsinks"] == "true"
+    assert call[1] == backward_attributes("bias", "sinks", gradients=["dbias", "dsinks"])
     assert call[2][-2:] == ["1x4x1x48xbf16", OF_SEQUENCES]
     assert call[3][3:5] == ["1x4x1x48xbf16", OF_ROWS]
 
@@ -124,11 +124,12 @@ def test_plans_know_the_score(monkeypatch):
     asked = []
 
     class Recording:
-        def __getattr__(self, name):
-            return lambda *call: asked.append((name, call[-3:])) or dict(workspace_bytes=0)
+        def plan(self, family, *, variant, **_):
+            asked.append((family, variant))
+            return dict(workspace_bytes=0)
 
     monkeypatch.setattr(native, "_C", Recording())
-    native._remembered.cache_clear()
+    native._plan.cache_clear()
     options = route.Arguments(*X, logits_soft_cap=3.0).options()
     plain = route.Arguments(*X).options()
     n = route.Arguments(*X).extents
@@ -136,12 +137,13 @@ def test_plans_know_the_score(monkeypatch):
     native.plan("backward", "bfloat16", n, options)
     native.plan("backward", "bfloat16", n, plain, arrays=["alibi_slopes", "sinks"])
     native.plan("forward", "bfloat16", n, plain, arrays=["sinks", "bias"])
-    native._remembered.cache_clear()
-    names = ["forward_plan", "backward_plan", "backward_plan", "forward_plan"]
-    assert [name for name, _ in asked] == names
-    forward, backward, alibi, bias = (call for _, call in asked)
-    assert forward[1:] == ("softcap", 132) and bias[1:] == ("bias", 132)
-    assert backward == ("softcap", False, 132) and alibi == ("alibi", False, 132)
+    native._plan.cache_clear()
+    assert asked == [
+        ("forward", "softcap"),
+        ("backward", "softcap"),
+        ("backward", "alibi"),
+        ("forward", "bias"),
+    ]
 
 
 # ---- routes
@@ -574,10 +576,10 @@ def test_a_ring_has_the_sink_in_one_step():
         return custom_calls(lower(function, *case.inputs()[:3], heads))
 
     sinks = calls(sinks=case.head_arrays["sinks"])
-    assert len(sinks) == 4 and [call[1]["has_sinks"] for call in sinks].count("true") == 1
+    assert len(sinks) == 4 and sum("sinks" in call[1]["operands"] for call in sinks) == 1
     slopes = calls(alibi_slopes=case.head_arrays["sinks"])
-    assert {call[1]["has_alibi_slopes"] for call in slopes} == {"true"}
-    assert any(call[1]["has_query_offset"] == "true" for call in slopes)
+    assert all("alibi_slopes" in call[1]["operands"] for call in slopes)
+    assert any("query_offset" in call[1]["operands"] for call in slopes)
 
 
 # ---- other entries
@@ -670,6 +672,6 @@ def test_bad_arguments_of_documents():
     with pytest.raises(ValueError, match="softcap is -1.0; expected a positive"):
         attend(*x, ends, softcap=-1.0)
     with pytest.raises(
-        ValueError, match="alibi_slopes is given, and cu_seqlens_k; expected one of"
+        ValueError, match="alibi_slopes and cu_seqlens_k are given; expected one of"
     ):
         attend(*x, ends, ends.copy(), alibi_slopes=np.ones(4, np.float32))

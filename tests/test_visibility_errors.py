@@ -147,7 +147,7 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         SELF,
         dict(query_segment_ids=ids_of(1, 2, 1)),
         ValueError,
-        ["query_segment_ids is 1 at position 2 of batch entry 1", "one run"],
+        ["query_segment_ids is 1 at position 2 of batch entry 1", "adjacent"],
     ),
     (
         SELF,
@@ -165,7 +165,7 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         SELF,
         dict(query_segment_ids=ONES, key_value_segment_ids=ids_of(1, 3, 2)),
         ValueError,
-        ["key_value_segment_ids is 2 at position 2 of batch entry 1", "do not fall"],
+        ["key_value_segment_ids is 2 at position 2 of batch entry 1", "do not decrease"],
     ),
     (
         SELF,
@@ -199,7 +199,7 @@ BAD_TABLES = [
     ({}, ValueError, ["None", "expected", "kv_start"]),
     (dict(kv_end=ONES), ValueError, ["seqlen_k is None", "expected an int"]),
     (dict(cu_seqlens_q=[0, 4]), ValueError, ["seqlen_q is None"]),
-    (dict(cu_seqlens_q=[], seqlen_q=4), ValueError, ["cu_seqlens_q has no entries", "one more"]),
+    (dict(cu_seqlens_q=[], seqlen_q=4), ValueError, ["cu_seqlens_q has no entries", "plus 1"]),
     (dict(query_segment_ids=[], seqlen_q=4), ValueError, ["query_segment_ids has 0 entries", "4"]),
     (dict(attention_chunk=4, seqlen_q=9), ValueError, ["seqlen_k is None"]),
     (

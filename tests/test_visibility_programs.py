@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import h200
 import jax_fa3
-from test_lowering import custom_calls
+from programs import custom_calls
 
 LAYERS = 8
 NAMED = jax.checkpoint_policies.save_only_these_names("context")

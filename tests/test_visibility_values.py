@@ -138,3 +138,28 @@ def test_documents_on_a_mesh_break_their_rule_one_by_one(kind):
         out = run(call, *place(mesh, (ends, *X), (P("data"), heads, heads, heads)))
     out = np.asarray(out)
     assert not np.isnan(out[0]).any() and np.isnan(out[1]).all()
+
+
+def test_one_array_for_rows_and_keys_means_the_rows_alone():
+    """Ids in any order, where two arrays would have to rise."""
+    ids = jnp.asarray([[3, 3, 1, 1, 2, 0]], jnp.int32)
+    query = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
+
+    def attend(ids, of_keys=None):
+        words = dict(query_segment_ids=ids, key_value_segment_ids=of_keys)
+        return jax_fa3.dot_product_attention(query, query, query, **words)
+
+    def both(ids):
+        return attend(ids, ids)
+
+    want = attend(ids)
+    for got in (
+        both(ids),
+        both(np.asarray(ids)),
+        jax.jit(both)(ids),
+        jax.jit(jax.vmap(both))(ids[None])[0],
+        jax_fa3.dot_product_attention(
+            query, query, query, visibility=jax_fa3.make_visibility(ids, ids)
+        ),
+    ):
+        np.testing.assert_array_equal(got, want)

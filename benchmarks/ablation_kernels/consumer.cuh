@@ -70,6 +70,7 @@ struct AblatedConsumer : ForwardConsumer<T> {
       const int first_row = row + thread_row();
       const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
       float lse[2];
+      softmax.settle(p.logit_scale_log2);
       softmax.finish(tO, exists, -INFINITY, lse);
       this->store_rows(p.lse, lse, tile, first_row);
       this->store_output(tO, tile, row);

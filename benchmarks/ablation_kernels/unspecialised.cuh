@@ -127,6 +127,7 @@ struct UnspecialisedForward {
     const int first_row = row + thread_row();
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
+    softmax.settle(p.logit_scale_log2);
     softmax.finish(tO, exists, -INFINITY, lse);
     ForwardConsumer<T> consumer{p, shared, warpgroup};
     consumer.store_rows(p.lse, lse, tile, first_row);

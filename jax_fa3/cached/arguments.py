@@ -1,31 +1,35 @@
-"""The arguments of a call over a cache as one record: its checks, and what they become.
+"""The arguments of a call over a cache as one record, and their checks.
 
-Each error names the argument, what was got and what was expected, as validate.py has them.
+As in validate.py, each error names the argument, the value it got and the expected value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3.arguments import as_array, as_indices, dtype_name, is_array
+from jax_fa3.arguments import as_array, as_indices, dtype_name
 from jax_fa3.cached.layout import FUSED, LAYOUTS, extent
 from jax_fa3.cached.rotary import Rotary
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import MAX_SEQLEN
-from jax_fa3.validate import (
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import (
+    argument,
     check_choice,
-    check_dtype,
     check_flag,
     check_implementation,
     check_offset,
     check_scale,
     check_sm_margin,
+    check_values,
     check_window,
+    is_array,
     one_of,
     shape_of,
 )
@@ -44,7 +48,7 @@ ROTARY_WIDTH = 16  # a multiple of it
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedArguments:
-    """Those of `cached_attention`; `append_to_cache` has some of them."""
+    """The arguments of `cached_attention`; `append_to_cache` has some of them."""
 
     query: Any
     key_cache: Any
@@ -57,19 +61,19 @@ class CachedArguments:
     new_lengths: Any = None
     key_starts: Any = None
     rotary: Any = None
-    scale: Any = None
-    is_causal: Any = True
-    local_window_size: Any = None
-    query_offset: Any = None
-    layout: Any = "pskh"
-    return_residual: Any = False
+    scale: Any = argument(check_scale)
+    is_causal: Any = argument(check_flag, True)
+    local_window_size: Any = argument(check_window)
+    query_offset: Any = argument(check_offset)
+    layout: Any = argument(partial(check_choice, LAYOUTS), "pskh")
+    return_residual: Any = argument(check_flag, False)
     out_dtype: Any = None
-    implementation: Any = None
-    sm_margin: Any = 0
+    implementation: Any = argument(check_implementation)
+    sm_margin: Any = argument(check_sm_margin, 0)
 
     def checked(self, needed: str) -> CachedArguments:
-        """The arguments with arrays for what may stand for them; raises unless they are legal and
-        the argument `needed` is given."""
+        """The arguments, with array-like values as arrays; raises unless all are valid and the
+        argument `needed` is given."""
         if getattr(self, needed) is None:
             raise TypeError(f"{needed} is None; expected an array")
         made = {name: getattr(self, name) for name in ARRAYS}
@@ -99,7 +103,7 @@ class CachedArguments:
 
     @property
     def capacity(self) -> int:
-        """The keys that a sequence may have."""
+        """The largest number of keys of a sequence."""
         width = 1 if self.block_tables is None else self.block_tables.shape[1]
         return width * extent(self.key_cache, self.layout, "s")
 
@@ -113,7 +117,7 @@ class CachedArguments:
         return extent(value, self.layout, "h")
 
     def _check(self) -> None:
-        check_choice("layout", self.layout, LAYOUTS)
+        check_values(self)
         self._check_caches()
         if self.query is not None:
             self._check_query()
@@ -121,13 +125,6 @@ class CachedArguments:
         self._check_indices()
         if self.rotary is not None:
             self._check_rotary()
-        check_scale(self.scale)
-        check_flag("is_causal", self.is_causal)
-        check_window(self.local_window_size)
-        check_offset(self.query_offset)
-        check_flag("return_residual", self.return_residual)
-        check_implementation(self.implementation)
-        check_sm_margin(self.sm_margin)
         if self.query is not None:
             self._check_out_dtype()
 
@@ -136,14 +133,14 @@ class CachedArguments:
         if self.is_fused:
             if self.value_cache is not None:
                 raise ValueError(
-                    "value_cache is given and layout is 'fused'; expected None: the values stand "
-                    "in key_cache"
+                    "value_cache is given and layout is 'fused'; expected None: key_cache holds "
+                    "the values"
                 )
         else:
             given["value_cache"] = self.value_cache
         for name, x in given.items():
             if x is None:
-                fused = " (None goes with layout='fused')" if name == "value_cache" else ""
+                fused = " (None only with layout='fused')" if name == "value_cache" else ""
                 raise TypeError(f"{name} is None; expected an array{fused}")
             letters = ", ".join(_WORDS[letter] for letter in self._order)
             if x.ndim != 4:
@@ -171,7 +168,7 @@ class CachedArguments:
         if self.is_fused and heads % 2:
             raise ValueError(
                 f"key_cache has heads = {heads}, shape {shape_of(self.key_cache)}; expected an "
-                "even number with layout='fused': key and value heads in turn"
+                "even number with layout='fused': key and value heads alternate"
             )
 
     @property
@@ -264,7 +261,7 @@ class CachedArguments:
             )
         if self.capacity >= MAX_SEQLEN:
             raise ValueError(
-                f"a sequence may have {self.capacity} keys in this cache; expected less than "
+                f"key_cache has room for {self.capacity} keys of a sequence; expected less than "
                 f"{MAX_SEQLEN}"
             )
 
@@ -281,7 +278,7 @@ class CachedArguments:
             if x.ndim != 2 or not x.size or x.shape != cos.shape:
                 raise ValueError(
                     f"rotary.{name} has shape {shape_of(x)}; expected (positions, width / 2), the "
-                    "same of cos and sin"
+                    "same for cos and sin"
                 )
         width, head_dim = 2 * cos.shape[1], extent(self.key_cache, self.layout, "h")
         if width % ROTARY_WIDTH or width > head_dim:

@@ -106,8 +106,8 @@ def _fold_append(name, size, mapped, operands) -> AppendOperands:
     for cache in ("key_cache", "value_cache"):
         if cache in arrays and not getattr(mapped, cache):
             raise ValueError(
-                f"{cache} is not mapped by jax.vmap, and what is appended to it is; expected a "
-                "mapped cache: calls that share one would write to the same slots"
+                f"{cache} is not mapped by jax.vmap, but the appended rows are; expected a mapped "
+                "cache: calls that share a cache would write to the same slots"
             )
     if mapped.cos or mapped.sin:
         raise ValueError("rotary is mapped by jax.vmap; expected one pair of tables for all calls")

@@ -29,7 +29,7 @@ WITHOUT_SAY = {
     "routes",
     "sequence_parallel",
     "return_residual",
-    "bias_gradient",
+    "dear_gradients",
 }
 
 

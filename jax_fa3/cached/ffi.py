@@ -6,7 +6,6 @@ the memory of its operands, which XLA copies first where something else still ne
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +19,7 @@ from jax_fa3.cached.problem import (
     CachedOperands,
     CachedOptions,
 )
+from jax_fa3.custom_call import custom_call
 from jax_fa3.result_type import result_type
 
 FORWARD_CACHED = "jax_fa3_forward_cached"
@@ -31,43 +31,44 @@ def attend(options: CachedOptions, operands: CachedOperands) -> Attended:
     n, query = operands.sizes(options.layout), operands.query
     plan = native.plan_forward_cached(query.dtype.name, n, operands.block_tables is not None)
     out_dtype = jnp.float32 if options.out_float32 else query.dtype
-    results = [
-        result_type(query, (n.tokens, n.num_heads_q, n.head_dim_v), out_dtype),
-        result_type(query, (n.tokens, n.num_heads_q), jnp.float32),
-        result_type(query, (plan["workspace_bytes"],), jnp.uint8),
-        result_type(query, (plan["counters"],), jnp.int32),
-    ]
+    results = dict(
+        out=result_type(query, (n.tokens, n.num_heads_q, n.head_dim_v), out_dtype),
+        lse=result_type(query, (n.tokens, n.num_heads_q), jnp.float32),
+        workspace=result_type(query, (plan["workspace_bytes"],), jnp.uint8),
+        counters=result_type(query, (plan["counters"],), jnp.int32),
+    )
     rows = operands.replace(query=query.reshape(n.tokens, n.num_heads_q, n.head_dim))
-    out, lse, *_ = jax.ffi.ffi_call(FORWARD_CACHED, results)(
-        *rows.present().values(),
-        options=attributes(options, operands),
+    got = custom_call(
+        FORWARD_CACHED,
+        rows.present(),
+        results,
+        options=attributes(options, is_fused=operands.value_cache is None),
         layout=order(options.layout),
         rows_per_sequence=np.int32(n.rows),
     )
+    out, lse = got["out"], got["lse"]
     return Attended(out.reshape(*query.shape[:-1], n.head_dim_v), lse.reshape(query.shape[:-1]))
 
 
 def append(options: AppendOptions, operands: AppendOperands) -> Appended:
     arrays = operands.present()
-    returned = [name for name in ("key_cache", "value_cache", "query") if name in arrays]
-    caches = range(len(returned) - ("query" in arrays))
-    results = [result_type(arrays[name], arrays[name].shape, None) for name in returned]
-    call = jax.ffi.ffi_call(APPEND, results, input_output_aliases={i: i for i in caches})
-    got = call(
-        *arrays.values(),
+    caches = [name for name in ("key_cache", "value_cache") if name in arrays]
+    results = {name: result_type(arrays[name], arrays[name].shape, None) for name in caches}
+    if operands.query is not None:
+        results["query_out"] = result_type(operands.query, operands.query.shape, None)
+    got = custom_call(
+        APPEND,
+        arrays,
+        results,
+        aliases={i: i for i in range(len(caches))},
         layout=order(options.layout),
         is_fused=operands.value_cache is None,
-        has_block_tables=operands.block_tables is not None,
-        has_new_lengths=operands.new_lengths is not None,
-        has_rotary=operands.cos is not None,
         is_interleaved=options.is_interleaved,
-        has_query=operands.query is not None,
     )
-    got = dict(zip(returned, got, strict=True))
-    return Appended(got["key_cache"], got.get("value_cache"), got.get("query"))
+    return Appended(got["key_cache"], got.get("value_cache"), got.get("query_out"))
 
 
-def attributes(options: CachedOptions, operands: CachedOperands) -> dict[str, object]:
+def attributes(options: CachedOptions, is_fused: bool) -> dict[str, object]:
     """The dictionary attribute of an attention call, in the exact widths C++ decodes."""
     return dict(
         scale=np.float32(options.scale),
@@ -75,10 +76,6 @@ def attributes(options: CachedOptions, operands: CachedOperands) -> dict[str, ob
         window_right=np.int32(options.window_right),
         rescale_threshold=np.float32(options.rescale_threshold),
         sm_margin=np.int32(options.sm_margin),
-        has_block_tables=operands.block_tables is not None,
-        has_query_starts=operands.query_starts is not None,
-        has_query_lengths=operands.query_lengths is not None,
-        has_key_starts=operands.key_starts is not None,
-        is_fused=operands.value_cache is None,
+        is_fused=is_fused,
         out_float32=options.out_float32,
     )

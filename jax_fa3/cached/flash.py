@@ -1,4 +1,4 @@
-"""`flash_attention_with_kvcache`: `cached_attention` in flash-attn's words."""
+"""`flash_attention_with_kvcache`: `cached_attention` with flash-attn's names and defaults."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3.arguments import as_indices, is_array
+from jax_fa3.arguments import as_indices
 from jax_fa3.cached.public import append_to_cache, cached_attention
 from jax_fa3.cached.rotary import Rotary, rotate
 from jax_fa3.options import UNBOUNDED
-from jax_fa3.validate import as_int, check_flag, check_scale, check_sm_margin, shape_of
+from jax_fa3.values import as_int, check_flag, check_scale, check_sm_margin, is_array, shape_of
 from jax_fa3.visibility.checks import window_of
 
 
@@ -38,36 +38,39 @@ def flash_attention_with_kvcache(
 ) -> jax.Array | tuple[jax.Array, ...]:
     """`cached_attention` with the names and defaults of flash-attn's flash_attn_with_kvcache.
 
-    JAX's arrays do not change, so that with k the caches are results: (out, [lse,] k_cache,
-    v_cache). Splits need no argument.
+    JAX arrays are immutable, so with k the result includes the caches: (out, [lse,] k_cache,
+    v_cache). There is no argument for the number of splits.
 
     Letters: B batch, T query rows, S slots, N query heads, K key/value heads, H head_dim.
 
     Args:
       q: (B, T, N, H).
       k_cache, v_cache: (B or more, S, K, H); with page_table (pages, S, K, H).
-      k, v: (B, rows, K, H), of as many rows as q, appended first; both or none.
-      rotary_cos, rotary_sin: (positions, width / 2), both or none. k is turned by its positions; q
-        likewise, but with neither causal nor a window all rows of q by that of the first.
-      cache_seqlens: int, or int32 (B,): tokens before the append; None: all S slots are tokens.
-      cache_batch_idx: int32 (B,), the sequence of the cache that each batch entry has; not with
-        page_table.
-      cache_leftpad: int32 (B,), the first slot that is seen. Positions count from slot 0, unlike
-        flash-attn's.
+      k, v: (B, T, K, H), new rows, appended first; both or none.
+      rotary_cos, rotary_sin: (positions, width / 2), both or none. Rows of k and q are rotated by
+        their positions. With neither causal nor a window, all rows of q are rotated by the position
+        of the first row.
+      cache_seqlens: int, or int32 (B,): the number of tokens before the append; None: all S slots
+        are tokens.
+      cache_batch_idx: int32 (B,), the cache's sequence for each batch entry; not with page_table.
+      cache_leftpad: int32 (B,), the first visible slot. Positions count from slot 0, unlike in
+        flash-attn.
       page_table: int32 (B, pages of a sequence).
       softmax_scale: a finite Python number; default 1 / sqrt(H).
-      causal: row i sees the keys up to i + keys - T, keys that are appended counted.
-      window_size: (left, right) columns around that position, both ends included; -1 is off.
-      rotary_interleaved: pairs are neighbours; else halves.
+      causal: row i sees the keys up to i + keys - T, where keys includes the appended keys.
+      window_size: (left, right): the number of keys seen on each side of position i + keys - T; -1
+        means unlimited.
+      rotary_interleaved: True: rotary pairs are adjacent elements; False: elements of the two
+        halves.
       sm_margin: as in `cached_attention`.
       return_softmax_lse: also return the log-sum-exp, float32 (B, T, N).
 
     Returns:
-      out (B, T, N, H), or a tuple, as said above.
+      out (B, T, N, H), or a tuple as described above.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `cached_attention`, whose names the message may
-      have.
+      ValueError, TypeError, NotImplementedError: as in `cached_attention`; a message may name the
+      argument of `cached_attention`.
 
     Example:
       >>> cache = jnp.zeros((2, 64, 2, 128), jnp.bfloat16)
@@ -75,11 +78,11 @@ def flash_attention_with_kvcache(
       >>> jax_fa3.flash_attention_with_kvcache(q, cache, cache, cache_seqlens=17).shape
       (2, 1, 8, 128)
     """
-    check_scale(softmax_scale, "softmax_scale")
+    check_scale("softmax_scale", softmax_scale)
     check_flag("causal", causal)
     check_flag("rotary_interleaved", rotary_interleaved)
     check_flag("return_softmax_lse", return_softmax_lse)
-    check_sm_margin(sm_margin)
+    check_sm_margin("sm_margin", sm_margin)
     for name, x in {"q": q, "k_cache": k_cache, "v_cache": v_cache}.items():
         if getattr(x, "ndim", None) != 4:
             got = shape_of(x) if hasattr(x, "shape") else type(x).__name__

@@ -1,4 +1,4 @@
-"""`cached_attention` and `append_to_cache`: from the user's arrays to options and operands."""
+"""`cached_attention` and `append_to_cache`: from public arrays to options and operands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax_fa3.options import UNBOUNDED, Route, resolve_window
 
 
 class _Options(TypedDict, total=False):
-    """The keywords of `cached_attention` that leave the type of its result alone."""
+    """The keywords of `cached_attention` that do not change the type of its result."""
 
     block_tables: ArrayLike | None
     query_starts: ArrayLike | None
@@ -130,61 +130,64 @@ def cached_attention(
 ) -> jax.Array | tuple[jax.Array | None, ...]:
     """Attention of new query rows over the keys and values of a cache, for inference.
 
-    On Hopper GPUs its kernels divide the work on the device, by the lengths that they find there.
-    One compiled program serves every length. It has no gradient.
+    On Hopper GPUs, the kernels divide the work on the device, by the lengths in device memory. One
+    compiled program serves all lengths. The function has no gradient.
 
-    Letters: B sequences, T new rows of each, N query heads, K key/value heads (a divisor of N), H
-    head_dim, P pages of S slots, M pages of a sequence at most. Lengths and positions count tokens.
+    Letters: B sequences, T new rows of each sequence, N query heads, K key/value heads (a divisor
+    of N), H head_dim, P pages of S slots, at most M pages for each sequence. Lengths and positions
+    count tokens.
 
     Args:
       query: (B, T, N, H), or (tokens, N, H) with query_starts; of the cache's dtype.
-      key_cache: bfloat16, float16, or float32 (through XLA). (B, S, K, H), a sequence each; with
-        block_tables (P, S, K, H). `layout` has other orders.
-      value_cache: likewise, with a head_dim of its own, then the output's; None: layout="fused".
-      key, value: (B, T, K, H), or (tokens, K, H): rows that are appended first, in the order of
-        query's. Then the caches are returned too; donate them, or XLA copies them.
-      cache_lengths: int32 (B,), the tokens of each sequence before the append; all tokens where
-        none are appended. Clamped to [0, capacity], which is S, or S * M with block_tables.
-      block_tables: int32 (B, M): slot j of a sequence stands in page block_tables[b, j // S]. An
-        entry outside [0, P) reads zeros, which take part, and writes nothing; one behind the
-        sequence's length is not read.
-      query_starts: int32 (B + 1,): sequence b has the query rows from query_starts[b] to
-        query_starts[b + 1]. Rows of no sequence are padding.
-      new_lengths: int32 (B,), with key: how many of the rows of each sequence are appended (all by
-        default); query rows from there on are padding.
-      key_starts: int32 (B,): slots before it are not seen. Positions still count from slot 0.
-      rotary: turns the query rows, and key before it is written, by their positions.
+      key_cache: bfloat16, float16, or float32 (through XLA); (B, S, K, H), one sequence for each
+        batch entry, or (P, S, K, H) with block_tables. `layout` gives other orders.
+      value_cache: like key_cache; its head_dim may differ from H, and the output then has the same
+        head_dim. None with layout="fused".
+      key, value: (B, T, K, H), or (tokens, K, H): new rows in the order of query's rows, appended
+        first. The result then includes the caches; donate the caches, or XLA copies them.
+      cache_lengths: int32 (B,), the number of tokens of each sequence before the append, or of all
+        tokens if nothing is appended. Clamped to [0, capacity]; the capacity is S, or S * M with
+        block_tables.
+      block_tables: int32 (B, M): page block_tables[b, j // S] holds slot j of sequence b. If an
+        entry within the length is outside [0, P), rows attend to zeros in its place, and nothing is
+        written. Entries past the length are not read.
+      query_starts: int32 (B + 1,): sequence b has the query rows from query_starts[b] up to but not
+        including query_starts[b + 1]. Rows of no sequence are padding.
+      new_lengths: int32 (B,), only with key: the number of rows of each sequence that are appended
+        (default: all). Later query rows are padding.
+      key_starts: int32 (B,): the first visible slot. Positions still count from slot 0.
+      rotary: rotates the query rows, and key before the write, by their positions.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       is_causal: a row sees the keys up to its own position.
-      local_window_size: (left, right), or one int for both: how far around its position a row sees,
-        both ends included.
-      query_offset: int, or int32 of shape () or (B,): the position of a sequence's first row. By
-        default that is cache_lengths where rows are appended, and else the last rows of the keys:
-        keys minus the sequence's own number of rows.
+      local_window_size: (left, right), or one int for both: the number of keys that a row sees on
+        each side of its position.
+      query_offset: int, or int32 of shape () or (B,): the position of a sequence's first row. The
+        default is cache_lengths if rows are appended; otherwise it is the number of keys minus the
+        number of rows of the sequence, so that the last row is the last token.
       layout: the order of p pages (or sequences), s slots, k heads, h head_dim in the caches:
         "pskh", "kpsh", "pksh" or "skph"; "fused": one array (P, S, 2 K, H), heads k0 v0 k1 v1 ...
       return_residual: also return the log-sum-exp of each row's scores, for `combine`.
       out_dtype: None, query's dtype, or float32.
-      implementation: None takes the kernels where they apply and logs once, with the reason, where
-        they do not; "fa3" raises instead; "xla" forces XLA.
-      sm_margin: streaming multiprocessors that the kernels leave free; 0 to 131.
+      implementation: None runs the kernels if they support the call, and otherwise runs XLA and
+        logs the reason once; "fa3" raises instead; "xla" forces XLA.
+      sm_margin: the number of streaming multiprocessors, 0 to 131, that the kernels leave free.
 
-    These index arrays may be int64 where their values fit int32; traced values that do not are
-    clamped to it.
+    The index arrays may be int64 if their values fit int32; traced values that do not fit are
+    clamped to int32.
 
     Returns:
-      out, or (out, lse) with return_residual; with key the caches follow: (out, [lse,] key_cache,
-      value_cache), value_cache None in the fused layout. out is like query with value's head_dim,
-      lse float32 (B, T, N) or (tokens, N) in natural log units. A row that sees no key, and every
-      padding row, has out 0 and lse -inf.
+      out, or (out, lse) with return_residual. With key, the caches follow: (out, [lse,] key_cache,
+      value_cache), with value_cache None in the fused layout. out has query's shape with value's
+      head_dim; lse is float32 (B, T, N) or (tokens, N) in natural log units. A row that sees no
+      key, and every padding row, has out 0 and lse -inf.
 
     Raises:
-      ValueError, TypeError: as `dot_product_attention`.
+      ValueError, TypeError: as in `dot_product_attention`.
       NotImplementedError: implementation="fa3" and the kernels cannot run the call; or the call is
         differentiated.
 
     Numerics:
-      As `dot_product_attention`. Whatever unused slots and pages hold, NaN included, reaches no
+      As in `dot_product_attention`. Values in unused slots and pages, including NaN, reach no
       result.
 
     Example:
@@ -222,21 +225,22 @@ def append_to_cache(
     layout: str = "pskh",
     implementation: Literal["fa3", "xla"] | None = None,
 ) -> tuple[jax.Array | None, ...]:
-    """Writes rows behind the tokens of a cache, in place where the caches are donated or carried.
+    """Appends rows to a cache, in place if the caches are donated or carried.
 
-    Row i of a sequence goes to position cache_lengths + i, where i < new_lengths. Rows at or past
-    the capacity and rows of a page outside [0, P) are dropped. Nothing else of the cache changes.
+    Row i of a sequence is written to position cache_lengths + i if i < new_lengths. Rows at or past
+    the capacity, and rows of a page outside [0, P), are not written. The rest of the cache does not
+    change.
 
     Args:
-      query: (B, T, N, H), or (tokens, N, H): is returned turned by `rotary`, which it needs.
-      Others: those of `cached_attention`.
+      query: (B, T, N, H), or (tokens, N, H): rotated by `rotary` and returned; needs `rotary`.
+      Others: as in `cached_attention`.
 
     Returns:
-      (key_cache, value_cache), value_cache None in the fused layout; with query
+      (key_cache, value_cache), with value_cache None in the fused layout; with query
       (key_cache, value_cache, query).
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `cached_attention`.
+      ValueError, TypeError, NotImplementedError: as in `cached_attention`.
 
     Example:
       >>> cache = jnp.zeros((2, 64, 2, 128), jnp.bfloat16)  # two sequences of up to 64 tokens
@@ -253,16 +257,16 @@ def append_to_cache(
     return caches if got.query is None else (*caches, got.query)
 
 
-# ---- static choices
+# ---- static options
 
 
 def _options(arguments: CachedArguments) -> tuple[CachedOptions, AppendOptions]:
-    """Of checked arguments."""
+    """The static options of checked arguments."""
     query = arguments.query
     left, right = resolve_window(arguments.local_window_size, arguments.is_causal)
     is_one_row = not arguments.is_ragged and query.shape[1] == 1
     if is_one_row and arguments.query_offset is None and right >= 0:
-        right = UNBOUNDED  # behind the last key there is none
+        right = UNBOUNDED  # the row is at the last key
     how = _route("cached_attention", arguments, _reason(arguments))
     out_dtype = None if arguments.out_dtype is None else jnp.dtype(arguments.out_dtype).name
     options = CachedOptions(
@@ -283,7 +287,7 @@ def _is_interleaved(rotary: Rotary | None) -> bool:
 
 
 def _route(function: str, arguments: CachedArguments, reason: str | None) -> Route:
-    """What runs a call, where `reason` is why no kernel would."""
+    """The route of a call; `reason` says why no kernel would run it, if any."""
     if arguments.implementation == "xla":
         route.tell(arguments, route.FORCED)
         return "xla"
@@ -306,7 +310,7 @@ def _append_reason(arguments: CachedArguments) -> str | None:
     dtype = dtype_name(arguments.key_cache)
     if dtype not in native.KERNEL_DTYPES:
         return f"the kernels take caches of {' or '.join(native.KERNEL_DTYPES)}, not {dtype}"
-    return None if native.has_cache_kernels() else native.NO_CACHE_KERNELS
+    return native.IMPORT_ERROR
 
 
 def _reason(arguments: CachedArguments) -> str | None:
@@ -318,7 +322,7 @@ def _reason(arguments: CachedArguments) -> str | None:
         return (
             f"the kernels take scales of at least {route.MIN_SCALE:g} in magnitude, not {scale:g}"
         )
-    # Of this, only what the plan asks for matters; index arrays are not made yet.
+    # The plan only reads the sizes; index arrays are not made yet.
     sizes = CachedOperands(
         arguments.query,
         arguments.key_cache,
@@ -340,7 +344,7 @@ def _reason(arguments: CachedArguments) -> str | None:
 
 
 def _arrays(arguments: CachedArguments) -> dict[str, jax.Array]:
-    """The arrays that a call is given."""
+    """The arrays of a call, by name."""
     names = (
         "query key_cache value_cache key value cache_lengths block_tables query_starts new_lengths "
         "key_starts query_offset"

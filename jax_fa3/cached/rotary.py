@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the tables that a call is given, and their meaning."""
+"""Rotary position embeddings: the tables of a call, and their meaning."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jax.typing import ArrayLike
 class Rotary:
     """Tables of rotary position embeddings, for `cached_attention` and `append_to_cache`.
 
-    The first `width` elements of a head at position p are turned in pairs: (x, y) becomes
-    (x cos - y sin, y cos + x sin) with row p of the tables; a position beyond them takes their
-    last row. Computed in float32 and rounded once.
+    The first `width` elements of a head at position p are rotated in pairs: (x, y) becomes
+    (x cos - y sin, y cos + x sin) with row p of the tables. A position past the tables uses their
+    last row. The rotation is computed in float32 and rounded once.
 
     Args:
       cos, sin: floating (positions, width / 2); width is a multiple of 16, at most head_dim.
-      interleaved: pairs are neighbours, elements 2 i and 2 i + 1; else i and width / 2 + i.
+      interleaved: True: pairs are elements 2 i and 2 i + 1; False: elements i and width / 2 + i.
     """
 
     cos: ArrayLike

@@ -39,13 +39,16 @@ STRIPE = 256  # rows: two tiles of every kernel, so that a tile's rows are neigh
 
 
 def zigzag_permute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
-    """A whole sequence in natural order, brought into the order of layout "zigzag".
+    """Permutes a whole sequence from natural order to the order of layout "zigzag".
 
     Args:
       x: an array of any dtype.
-      axis: the sequence's dimension, of an extent that 2 * num_devices divides.
-      num_devices: N; dividing the result into N equal parts gives part r the chunks r and
-        2N - 1 - r of the 2N equal chunks of x.
+      axis: the dimension of the sequence; its extent is a multiple of 2 * num_devices.
+      num_devices: N; part r of N equal parts of the result has chunks r and 2N - 1 - r of 2N equal
+        chunks of x.
+
+    Returns:
+      The permuted array, of x's shape and dtype.
 
     Raises:
       ValueError: the extent is not a multiple of 2 * num_devices.
@@ -71,13 +74,16 @@ def zigzag_unpermute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
 
 
 def striped_permute(x: jax.Array, axis: int, num_devices: int) -> jax.Array:
-    """A whole sequence in natural order, brought into the order of layout "striped".
+    """Permutes a whole sequence from natural order to the order of layout "striped".
 
     Args:
       x: an array of any dtype.
-      axis: the sequence's dimension, of an extent that 256 * num_devices divides.
-      num_devices: N; dividing the result into N equal parts gives part r the stripes r, r + N,
-        r + 2N ... of the stripes of 256 rows of x.
+      axis: the dimension of the sequence; its extent is a multiple of 256 * num_devices.
+      num_devices: N; part r of N equal parts of the result has the stripes r, r + N, r + 2N ... of
+        256 rows of x.
+
+    Returns:
+      The permuted array, of x's shape and dtype.
 
     Raises:
       ValueError: the extent is not a multiple of 256 * num_devices.

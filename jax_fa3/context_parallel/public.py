@@ -1,6 +1,7 @@
 """Attention over a divided sequence, for use inside jax.shard_map: the public functions.
 
-Each is `dot_product_attention` of the whole sequence, given and returning each device's part.
+Each function is `dot_product_attention` of the whole sequence; it takes and returns each device's
+part.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, Protocol, Unpack, cast, overload
 
 import jax
 from jax import lax
@@ -28,33 +29,14 @@ from jax_fa3.vjp import attend
 LAYOUTS = ("contiguous", "zigzag", "striped")
 INSTEAD = (
     "expected whole sequences with it: call jax_fa3.dot_product_attention under jax.jit, outside "
-    "of jax.shard_map, which gathers a sequence that arrives split"
+    "of jax.shard_map; the call then gathers a sequence that arrives split"
 )
 
 
-class _Options(TypedDict, total=False):
+class _Keywords(api.Keywords, total=False):
     """The keywords of the three functions that leave the types of their results alone."""
 
     layout: Layout
-    scale: float | None
-    is_causal: bool
-    query_seq_lengths: ArrayLike | None
-    key_value_seq_lengths: ArrayLike | None
-    local_window_size: int | tuple[int, int] | None
-    implementation: Literal["fa3", "xla"] | None
-    query_offset: ArrayLike | None
-    deterministic: bool | None
-    sm_margin: int
-    forward_dtype: DTypeLike | None
-    logits_soft_cap: float | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
-    query_segment_ids: ArrayLike | None
-    key_value_segment_ids: ArrayLike | None
-    kv_start: ArrayLike | None
-    kv_end: ArrayLike | None
-    attention_chunk: int | None
-    visibility: Visibility | None
 
 
 class _Divided(Protocol):
@@ -70,7 +52,7 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: Literal[False] = ...,
         return_max_logits: Literal[False] = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> jax.Array: ...
 
     @overload
@@ -83,7 +65,7 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: Literal[True],
         return_max_logits: Literal[False] = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> tuple[jax.Array, jax.Array]: ...
 
     @overload
@@ -96,12 +78,12 @@ class _Divided(Protocol):
         axis_name: str | tuple[str, ...],
         return_residual: bool = ...,
         return_max_logits: bool = ...,
-        **options: Unpack[_Options],
+        **keywords: Unpack[_Keywords],
     ) -> jax.Array | tuple[jax.Array, ...]: ...
 
 
 def _of_divided(function: Callable[..., Any]) -> _Divided:
-    """The function, which says why it lacks what dot_product_attention has."""
+    """Adds an error with the cure for each argument that only dot_product_attention takes."""
     known = inspect.signature(function).parameters
     names = {field.name for field in dataclasses.fields(Arguments)} - known.keys()
 
@@ -117,9 +99,9 @@ def _of_divided(function: Callable[..., Any]) -> _Divided:
 
 def _instead(name: str) -> str:
     if name == "sequence_parallel":
-        return "expected dot_product_attention with it: the function is such a choice"
+        return "expected dot_product_attention with it: this function is one of its values"
     if name.endswith("_descale") or name == "value_is_prepared":
-        return "expected bfloat16, float16 or float32 inputs: forward_dtype finds scales by itself"
+        return "expected bfloat16, float16 or float32 inputs: forward_dtype measures the scales"
     return INSTEAD
 
 
@@ -153,62 +135,63 @@ def ring_attention(
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """Attention over a sequence divided over a mesh axis; keys and values travel around a ring.
+    """Attention over a sequence divided over a mesh axis; keys and values pass around a ring.
 
-    Letters: N devices of the axis; B batch, T query rows, S key rows, H head_dim, all of one
-    device, so that the whole sequences have N * T and N * S rows. Devices hold equal parts.
+    Letters: N devices along the axis; B batch, T query rows, S keys, H head_dim, all of one device.
+    The whole sequences have N * T query rows and N * S keys. All devices hold equal parts.
 
     Args:
       query: (B, T, heads, H) or (T, heads, H); bfloat16, float16 or float32.
       key: (B, S, kv_heads, H) or (S, kv_heads, H), of query's dtype; kv_heads divides heads.
-      value: like key; its last dimension may differ from H and is then the output's.
-      axis_name: the mesh axis, or axes, over which the sequence is divided; manual here, as it is
-        inside `jax.shard_map`.
-      layout: which rows a device holds. "contiguous": device r the r-th of N equal parts, as
-        PartitionSpec has it. "zigzag": the r-th and the r-th from the end of 2N equal chunks
-        (`zigzag_permute`), T and S even. "striped", not for a ring: of stripes of 256 rows the
-        stripes r, r + N, r + 2N ... (`striped_permute`), T and S multiples of 256.
-      forward_dtype: as in `dot_product_attention`. 16-bit arrays travel, and each device rounds
-        its own part to float8.
-      query_seq_lengths, key_value_seq_lengths: int32 (B,), of the whole sequences, the same on
-        every device. Rows from there on are padding.
-      query_offset: as in `dot_product_attention`, of the first row of the whole sequence.
-      alibi_slopes, sinks: float32 (heads,), the same on every device; no slopes for
-        `allgather_attention` in layout "striped".
+      value: like key; its last dimension may differ from H, and the output then has the same last
+        dimension.
+      axis_name: the mesh axis, or axes, over which the sequence is divided; the axis must be
+        manual, as inside `jax.shard_map`.
+      layout: the rows that a device holds. "contiguous": device r holds the r-th of N equal parts,
+        as with PartitionSpec. "zigzag": device r holds the r-th and the r-th from the end of 2N
+        equal chunks (`zigzag_permute`); T and S are even. "striped", not for a ring: device r holds
+        stripes r, r + N, r + 2N ... of 256 rows (`striped_permute`); T and S are multiples of 256.
+      forward_dtype: as in `dot_product_attention`. Devices exchange 16-bit arrays, and each device
+        rounds its own part to float8.
+      query_seq_lengths, key_value_seq_lengths: int32 (B,), the lengths of the whole sequences, the
+        same on every device. Later rows and keys are padding.
+      query_offset: as in `dot_product_attention`, for the first row of the whole sequence.
+      alibi_slopes, sinks: float32 (heads,), the same on every device; `allgather_attention` takes
+        no slopes in layout "striped".
       query_segment_ids, key_value_segment_ids: int32 (B, T) and (B, S), as in
-        `dot_product_attention`: the device's part of those of the whole sequences.
-      kv_start, kv_end: int32 (B, T), (B, heads, T) or (B, kv_heads, T), of the device's rows: key
-        positions in the whole sequence.
+        `dot_product_attention`: the ids of the device's rows and keys.
+      kv_start, kv_end: int32 (B, T), (B, heads, T) or (B, kv_heads, T), the intervals of the
+        device's rows, as key positions in the whole sequence.
       attention_chunk: as in `dot_product_attention`.
-      visibility: in place of these, the table of the whole sequences, N * T rows and N * S keys in
-        natural order, the same on every device.
+      visibility: in place of ids, intervals and chunks, the table of the whole sequences, N * T
+        rows and N * S keys in natural order, the same on every device.
       Others: scale, is_causal, local_window_size, implementation, return_residual, deterministic,
         sm_margin, logits_soft_cap and return_max_logits, as in `dot_product_attention`.
 
     Returns:
       out, (B, T, heads, H) or (T, heads, H), of query's dtype; with return_residual also lse,
-      float32 (B, T, heads) or (T, heads), and with return_max_logits last max_logits, float32 (B,
-      heads) or (heads,), those of the whole sequence on every device. Gradients flow through out
-      and lse; those of key, value and sinks are sums over all devices, made in float32.
+      float32 (B, T, heads) or (T, heads); with return_max_logits also max_logits, last, float32
+      (B, heads) or (heads,), the maxima over the whole sequence on every device. Gradients flow
+      through out and lse; gradients of key, value and sinks are summed over all devices in float32.
 
     Raises:
       ValueError: an argument does not fit, as in `dot_product_attention`; axis_name is not bound;
-        layout "zigzag" with an odd number of rows, "striped" with no multiple of 256 or for a ring.
+        the rows do not fit the layout; layout "striped" for a ring.
       TypeError: also for a bias or mask, which need whole sequences.
       NotImplementedError: as in `dot_product_attention`.
 
     Numerics:
-      Partial results are rounded to the input dtype by the kernels and merged in float32: the error
-      stays within twice that of plain attention in the same dtype.
+      The kernels round partial results to the input dtype, and the partial results are merged in
+      float32: the error is at most twice the error of plain attention in the same dtype.
 
     Communication:
-      Forward, N - 1 permutes of K and V together; backward, those and N - 1 of dK and dV in
-      float32. Where a window hides a device's keys from all rows, its step is left out. Causal
-      attention over contiguous parts trades halves of queries, keys and values between devices
-      first, and halves of the results last, so that all devices have equal work; with an odd number
-      of rows a device, it goes without, and takes up to twice as long. Ids and intervals are
-      gathered, 4 bytes each, where `visibility` is not given; with any of these no halves are
-      traded.
+      Forward, N - 1 permutes of K and V together; backward, N - 1 permutes of K and V and N - 1
+      permutes of dK and dV in float32. If a window hides a device's keys from all rows, the ring
+      skips their step. Causal attention over contiguous parts first exchanges halves of queries,
+      keys and values between devices, and last exchanges halves of the results, so that all devices
+      have equal work. With an odd number of rows on each device there is no such exchange, and the
+      call takes up to twice as long. Without `visibility`, ids and intervals are gathered, 4 bytes
+      each. With ids, intervals, chunks or `visibility`, no halves are exchanged.
 
     Example:
       >>> mesh = jax.make_mesh((8,), ("seq",))
@@ -253,20 +236,20 @@ def allgather_attention(
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attention over a sequence divided over a mesh axis; each device gathers all keys and values.
 
-    Args, Returns, Raises: those of `ring_attention`.
+    Args, Returns, Raises: as in `ring_attention`.
 
     Numerics:
-      Without a mask, or under a causal one alone, results for a device's own keys and for the
-      others' are each rounded to the input dtype by the kernels and merged in float32; under other
-      masks, and with alibi_slopes, the forward pass is that of a single device, row by row. Each
-      device's share of the gradients of key and value is rounded to the input dtype; they are added
-      in float32.
+      Without a mask, or with only a causal mask, the kernels round the results for a device's own
+      keys and the results for the other devices' keys to the input dtype; both are merged in
+      float32. Under other masks, and with alibi_slopes, each row's forward pass is the same as on a
+      single device. Each device's share of the gradients of key and value is rounded to the input
+      dtype; the shares are summed in float32.
 
     Communication:
-      Forward, one all-gather of K and V; backward, that and one reduce-scatter of dK and dV in
-      float32. Causal attention over contiguous parts trades halves of queries and of results, as in
-      `ring_attention`. Other masks than a causal one, and alibi_slopes, have exchanges of their own
-      for K and V.
+      Forward, one all-gather of K and V; backward, the same and one reduce-scatter of dK and dV in
+      float32. Causal attention over contiguous parts exchanges halves of queries and of results, as
+      in `ring_attention`. Under masks other than a causal mask, and with alibi_slopes, K and V have
+      separate exchanges.
 
     Source: Llama 3, arXiv:2407.21783, section 3.3.2.
     """
@@ -303,22 +286,23 @@ def ulysses_attention(
     sinks: ArrayLike | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """Attention over a sequence divided over a mesh axis; parts of the sequence trade for heads.
+    """Attention over a sequence divided over a mesh axis; devices exchange rows for heads.
 
-    Args, Returns: those of `ring_attention`.
+    Args, Returns: as in `ring_attention`.
 
     Raises:
-      ValueError: also where the N devices do not divide query's heads. Key/value heads may be
-        fewer than devices, or not a multiple of them: those needed twice are sent twice.
+      ValueError: also if the number of query heads is not a multiple of the N devices. Key/value
+        heads may be fewer than the devices, or not a multiple of them: a head that several devices
+        need is sent to each of them.
 
     Numerics:
-      Those of a single device, but for shared key/value heads, whose gradients are rounded to the
-      input dtype once on each device that has them and then summed in float32.
+      As on a single device, except for key/value heads that several devices share: each device
+      rounds its share of their gradients to the input dtype, and the shares are summed in float32.
 
     Communication:
       For each group of heads, all-to-alls of Q, K and V together, and of out and lse; backward, of
-      Q, K, V, out, lse and dout, and of the three gradients. A device's heads are up to four
-      groups, as its number of key/value heads allows.
+      Q, K, V, out, lse and dout, and of the three gradients. A device's heads form up to four
+      groups, depending on its number of key/value heads.
 
     Source: DeepSpeed Ulysses, arXiv:2309.14509.
     """
@@ -337,7 +321,7 @@ def attention(
     axis_name: str | tuple[str, ...],
     layout: Layout = "contiguous",
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """The attention of these arguments by one of the strategies."""
+    """Attention with these arguments, by the given strategy."""
     size = _axis_size(f"{strategy}_attention", axis_name)
     if arguments.needs_whole:
         raise ValueError(f"{arguments.needs_whole} is given; {INSTEAD}")
@@ -346,12 +330,12 @@ def attention(
     _check_layout(layout, strategy, arguments)
     _check_rows(layout, size, query=arguments.query, key=arguments.key)
     options, operands = api.prepared(arguments, division)
-    # A device's part of the work goes through sharding, which divides batch and heads where their
-    # axes are automatic here.
+    # A device's part of the work goes through sharding, which divides batch and heads over axes
+    # that are automatic here.
     divided = Divided(strategy, axis_name, layout, sharding)
 
     def core(operands: Operands) -> Outputs:
-        # The rank makes the operands vary over the axis even where a caller has copies of them.
+        # The rank makes the operands vary over the axis even if the caller passes replicated ones.
         query, _ = vary_together((operands.query, lax.axis_index(axis_name)))
         return attend(options, operands.replace(query=query), divided)
 
@@ -381,7 +365,7 @@ def _check_layout(layout: str, strategy: Strategy, arguments: Arguments) -> None
     if strategy == "allgather" and arguments.alibi_slopes is not None:
         raise ValueError(
             "layout is 'striped' and alibi_slopes is given; expected layout 'contiguous' or "
-            "'zigzag' with it: slopes need rows that are neighbours"
+            "'zigzag' with it: slopes need adjacent rows"
         )
 
 
@@ -390,7 +374,7 @@ def _check_rows(layout: str, size: int, **arrays: Any) -> None:
         if x.dtype.name == FLOAT8:
             raise TypeError(
                 f"{name} has dtype {FLOAT8}; expected bfloat16, float16 or float32 (forward_dtype "
-                "brings 16-bit inputs to float8)"
+                "rounds 16-bit inputs to float8)"
             )
         seqlen = x.shape[-3]
         if layout == "zigzag" and seqlen % 2:
@@ -406,5 +390,5 @@ def _check_rows(layout: str, size: int, **arrays: Any) -> None:
         if seqlen * size >= MAX_SEQLEN:
             raise ValueError(
                 f"{name} has seq = {seqlen} on each of {size} devices; expected less than "
-                f"{MAX_SEQLEN} in all"
+                f"{MAX_SEQLEN} in total"
             )

@@ -1,6 +1,6 @@
-"""`jax_fa3.doctor()`, also `python -m jax_fa3.doctor`: what is installed, and would a call run.
+"""`jax_fa3.doctor()` and `python -m jax_fa3.doctor`: what is installed, and what runs a call here.
 
-A package with a __main__ rather than one file, because `jax_fa3.doctor` is also the function.
+This is a package with a __main__, not one file, because `jax_fa3.doctor` is also the function.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import jax
 
 from jax_fa3 import api, native, route
-from jax_fa3.arguments import Arguments, is_array
+from jax_fa3.arguments import Arguments
 from jax_fa3.flex import cache, link, toolchain
+from jax_fa3.values import is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
 
 
 def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any) -> None:
-    """Prints versions, GPUs and compiled kernels, and for a described call what would run it.
+    """Prints versions, GPUs and compiled kernels, and, for a given call, what would run it.
 
     Args:
       query, key, value: arrays or `jax.ShapeDtypeStruct`; key and value default to query.
@@ -72,7 +73,7 @@ def _kernels() -> list[str]:
     compiled = module.compiled_kernels()
     if not compiled:
         listed = len(module.listed_kernels())
-        return [f"none compiled of {listed} (built with JAX_FA3_CUDA=OFF); calls run through XLA"]
+        return [f"0 compiled of {listed} (built with JAX_FA3_CUDA=OFF); calls run through XLA"]
     tiles: defaultdict[Any, dict[str, None]] = defaultdict(dict)
     for kernel in compiled:
         tile = f"{kernel['block_m']}x{kernel['block_n']}"

@@ -1,4 +1,4 @@
-"""Which blocks of rows and keys a mask function hides, shows in part, or shows whole."""
+"""Block masks: for each block of rows and keys, whether no, some or all pairs are visible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_fa3.flex.functions import FULL, PARTIAL, over_pairs, trace
 from jax_fa3.options import MAX_SEQLEN
-from jax_fa3.validate import as_int
+from jax_fa3.values import as_int
 
 # The kernels' tiles are within a block of this many rows and keys. Their table has two bits, as a
 # state has, for each group of rows and block of keys (src/attention/dense_mask.h).
@@ -23,12 +23,12 @@ GROUP_ROWS, CLASS_KEYS, CLASSES_OF_WORD = 64, 16, 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
-    """What `create_block_mask` makes: a pytree whose only array is `states`.
+    """The result of `create_block_mask`: a pytree whose only array is `states`.
 
     Attributes:
       states: uint8 (B or 1, N or 1, ceil(T / rows), ceil(S / keys)), for each block of rows and
-        keys: 0 no row sees a key, 1 some pairs are seen, 3 every row sees every key. Pairs beyond
-        the last row or key do not count.
+        keys: 0 if no row sees a key, 1 if some pairs are visible, 3 if every row sees every key.
+        Pairs past the last row or key do not count.
       q_len, kv_len: T and S, the numbers of rows and keys.
       block_size: (rows, keys) of a block.
     """
@@ -49,23 +49,23 @@ def create_block_mask(
     *,
     block_size: int | tuple[int, int] = 128,
 ) -> BlockMask:
-    """The blocks of a mask function, made once and given to every layer as `block_mask`.
+    """The block mask of a mask function, made once and passed to every layer as `block_mask`.
 
-    The function is evaluated for the rows of one block at a time: memory is that of one such row of
-    blocks and of the result, never of all pairs. It may be called under `jax.jit`, with arrays of
-    the step among `captured`.
+    The function is evaluated for one row of blocks at a time, so the peak memory is one row of
+    blocks and the result, never all pairs. `create_block_mask` may be called under `jax.jit`, with
+    traced arrays in `captured`.
 
     Args:
       mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, as in `flex_attention`.
-      batch, num_heads: B and N, those of query; None where the mask does not depend on them. Then
-        the function is called with 0.
+      batch, num_heads: B and N of query; None if the mask does not depend on the index, which is
+        then 0.
       q_len, kv_len: T and S, the numbers of query rows and keys.
       captured: arrays for the function.
-      block_size: rows and keys of a block, or (rows, keys), each at least 1.
+      block_size: the number of rows and keys of a block, or (rows, keys), each at least 1.
 
     Returns:
-      A BlockMask. It is of the function and the arrays that it was made of: with others
-      `flex_attention` gives what its blocks say where they are hidden or seen whole.
+      A BlockMask for this function and these arrays. With another function or other arrays,
+      `flex_attention` still hides the hidden blocks and shows the full blocks of the block mask.
 
     Raises:
       TypeError, ValueError: an argument does not fit; the message names it.
@@ -95,10 +95,10 @@ def create_block_mask(
     column = jnp.arange(num_blocks[1] * keys, dtype=jnp.int32)
 
     def states_of(place):
-        """Those of one row of blocks."""
+        """The states of one row of blocks."""
         b, h, i = place
         row = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        # What is not there repeats the last row or key.
+        # Rows and keys past the end repeat the last one.
         near = jnp.minimum(row, q_len - 1), jnp.minimum(column, kv_len - 1)
         seen = mask(b[None], h[None], *near)[0, 0].reshape(rows, num_blocks[1], keys)
         return PARTIAL * seen.any((0, 2)) + (FULL - PARTIAL) * seen.all((0, 2))

@@ -1,7 +1,7 @@
-"""Score and mask functions that are often wanted, by the names of PyTorch's examples.
+"""Common score and mask functions, with the names of PyTorch's examples.
 
-What a function needs it closes over: an array is then captured by the call, with its gradient. Each
-may stand beside functions with captured arrays of their own: it takes theirs, and uses none.
+The functions close over their arrays, which the call then captures, with gradients. They accept and
+ignore captured arrays, so a call may combine them with a function that uses captured arrays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_fa3.validate import as_int, check_soft_cap, one_of, shape_of
+from jax_fa3.values import as_int, check_soft_cap, one_of, shape_of
 
 Mask = Callable[..., Any]
 Score = Callable[..., Any]
@@ -25,29 +25,29 @@ ROUGH = lax.Tolerance(rtol=2.0**-11)  # of the hardware's tanh
 
 
 def noop_mask(batch, head, q_idx, kv_idx, *captured):
-    """A mask function by which every row sees every key."""
+    """The mask function with which every row sees every key."""
     return True
 
 
 def causal_mask(batch, head, q_idx, kv_idx, *captured):
-    """A mask function by which row i sees the keys j <= i."""
+    """The mask function with which row i sees the keys j <= i."""
     return q_idx >= kv_idx
 
 
 def and_masks(*mask_mods: Mask) -> Mask:
-    """A mask function that is True where all of `mask_mods` are; without any, everywhere.
+    """A mask function that is True where all `mask_mods` are True; without any, everywhere.
 
     Raises:
-      TypeError: one is no function.
+      TypeError: an argument is not a function.
     """
     return _combined(jnp.logical_and, True, mask_mods)
 
 
 def or_masks(*mask_mods: Mask) -> Mask:
-    """A mask function that is True where one of `mask_mods` is; without any, nowhere.
+    """A mask function that is True where any of `mask_mods` is True; without any, nowhere.
 
     Raises:
-      TypeError: one is no function.
+      TypeError: an argument is not a function.
     """
     return _combined(jnp.logical_or, False, mask_mods)
 
@@ -55,7 +55,7 @@ def or_masks(*mask_mods: Mask) -> Mask:
 def _combined(combine, initial: bool, mask_mods: tuple[Mask, ...]) -> Mask:
     for mask_mod in mask_mods:
         if not callable(mask_mod):
-            raise TypeError(f"mask_mods has {mask_mod!r}; expected functions")
+            raise TypeError(f"mask_mods contains {mask_mod!r}; expected functions")
 
     def mask(*x):
         return functools.reduce(combine, (mask_mod(*x) for mask_mod in mask_mods), initial)
@@ -64,7 +64,7 @@ def _combined(combine, initial: bool, mask_mods: tuple[Mask, ...]) -> Mask:
 
 
 def generate_sliding_window(window_size: int) -> Mask:
-    """A mask function by which row i sees the keys i - window_size <= j <= i."""
+    """A mask function with which row i sees the keys i - window_size <= j <= i."""
     if as_int("window_size", window_size, "an int") < 0:
         raise ValueError(f"window_size is {window_size}; expected at least 0")
 
@@ -75,7 +75,7 @@ def generate_sliding_window(window_size: int) -> Mask:
 
 
 def generate_prefix_lm_mask(prefix_length: ArrayLike) -> Mask:
-    """A mask function by which row i sees the keys j <= i and the prefix, j < prefix_length.
+    """A mask function with which row i sees the keys j <= i and the prefix j < prefix_length.
 
     Args:
       prefix_length: an int, or integers (B,), one for each sequence.
@@ -90,11 +90,11 @@ def generate_prefix_lm_mask(prefix_length: ArrayLike) -> Mask:
 
 
 def generate_doc_mask_mod(document_ids: ArrayLike, mask_mod: Mask = causal_mask) -> Mask:
-    """A mask function by which a row sees, of its own document, what `mask_mod` lets it see.
+    """A mask function with which a row sees the keys of its document that `mask_mod` allows.
 
     Args:
       document_ids: integers (T,) or (B, T), T = S: the document of each row and key, in any order.
-      mask_mod: of rows and keys as they are numbered within their sequence, not their document.
+      mask_mod: a mask function; its indices count in the sequence, not in the document.
     """
     ids = _array("document_ids", document_ids, jnp.integer, (1, 2))
 
@@ -107,7 +107,7 @@ def generate_doc_mask_mod(document_ids: ArrayLike, mask_mod: Mask = causal_mask)
 
 
 def generate_alibi_bias(num_heads: int) -> Score:
-    """A score function that adds slope * (j - i), the slope of head n being 2^(-8 (n + 1) / N).
+    """A score function that adds slope * (j - i); the slope of head n is 2^(-8 (n + 1) / N).
 
     Args:
       num_heads: N, the number of query heads.
@@ -125,16 +125,16 @@ def generate_alibi_bias(num_heads: int) -> Score:
 
 
 def generate_tanh_softcap(soft_cap: float, approx: bool = False) -> Score:
-    """A score function that makes soft_cap * tanh(score / soft_cap) of a score.
+    """A score function that returns soft_cap * tanh(score / soft_cap).
 
     Args:
       soft_cap: a positive number.
-      approx: the kernels take the hardware's tanh, whose relative error is 2^-11 at most, as
-        `logits_soft_cap` does; that is faster.
+      approx: if True, the kernels use the hardware's tanh, as for `logits_soft_cap`. It is faster
+        and has a relative error of at most 2^-11.
     """
     if soft_cap is None:
         raise TypeError("soft_cap is None; expected a positive number")
-    check_soft_cap(soft_cap, "soft_cap")
+    check_soft_cap("soft_cap", soft_cap)
 
     def softcap(score, batch, head, q_idx, kv_idx, *captured):
         tanh = lax.tanh(score / soft_cap, accuracy=ROUGH if approx else None)
@@ -144,15 +144,16 @@ def generate_tanh_softcap(soft_cap: float, approx: bool = False) -> Score:
 
 
 def generate_relative_position_bias(table: ArrayLike) -> Score:
-    """A score function that adds a number for each head and distance, clipped to the table's ends.
+    """A score function that adds a learned number for each head and clipped distance.
 
     Args:
-      table: floats (N, 2 R + 1): those of the distances j - i from -R to R.
+      table: floats (N, 2 R + 1): the numbers for the distances j - i from -R to R. Other distances
+        use the nearest end.
     """
     table = _array("table", table, jnp.floating, (2,))
     if table.shape[1] % 2 == 0:
         raise ValueError(
-            f"table has shape {shape_of(table)}; expected (heads, 2 R + 1): an odd number of "
+            f"table has shape {shape_of(table)}; expected (heads, 2 R + 1), with an odd number of "
             "distances"
         )
     reach = table.shape[1] // 2
@@ -167,7 +168,7 @@ def generate_relative_position_bias(table: ArrayLike) -> Score:
 def generate_t5_bias(
     table: ArrayLike, *, bidirectional: bool = True, max_distance: int = 128
 ) -> Score:
-    """A score function that adds a number for each head and bucket of distances, as T5 has them.
+    """A score function that adds a learned number for each head and distance bucket, as in T5.
 
     Args:
       table: floats (buckets, N).
@@ -194,16 +195,18 @@ def t5_bucket(
     bidirectional: bool = True,
     max_distance: int = 128,
 ) -> jax.Array:
-    """The bucket of each distance j - i from a row to a key: of near ones one for each, of others
-    one for a range that grows with the distance.
+    """The bucket of each distance j - i from a row to a key.
+
+    Each small distance has its own bucket; larger distances share a bucket, and the range of a
+    bucket grows with the distance.
 
     Args:
       distance: integers of any shape.
-      num_buckets: their number, even, at least 4 if bidirectional and 2 if not.
-      bidirectional: half of the buckets are for keys behind the row; otherwise all of those share
-        bucket 0 with the row's own.
-      max_distance: all distances from there on share the last bucket; more than have a bucket of
-        their own, num_buckets / 4 if bidirectional and num_buckets / 2 if not.
+      num_buckets: the number of buckets, even, at least 4 if bidirectional and 2 otherwise.
+      bidirectional: True: half of the buckets are for keys after the row. False: keys after the row
+        share bucket 0 with the row's own key.
+      max_distance: all distances of at least max_distance share the last bucket. It must exceed the
+        number of small distances: num_buckets / 4 if bidirectional, otherwise num_buckets / 2.
 
     Returns:
       int32 of the shape of `distance`, from 0 to num_buckets - 1.
@@ -219,7 +222,7 @@ def t5_bucket(
     if as_int("max_distance", max_distance, "an int") <= num_buckets // least:
         raise ValueError(
             f"max_distance is {max_distance}; expected more than {num_buckets // least}, the "
-            "distances with a bucket of their own"
+            "number of distances with their own bucket"
         )
     if bidirectional:
         buckets = num_buckets // 2

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jax_fa3.operands import Extents, Operands, row
-from jax_fa3.options import AttentionOptions
 
 CAPTURED = "captured_"
 
@@ -53,12 +51,6 @@ class FlexOperands(Operands):
         """The captured arrays by their fields, in order."""
         return {name: x for name, x in self.present().items() if name.startswith(CAPTURED)}
 
-    def differentiable(self, options: AttentionOptions) -> Self:
-        found = super().differentiable(options)
-        if options.captured_gradient:
-            return found
-        return found.only(found.present().keys() - found.captured.keys())
-
 
 @functools.cache
 def _with_captured(facts: tuple[tuple[int, bool], ...]) -> type[FlexOperands]:
@@ -68,7 +60,7 @@ def _with_captured(facts: tuple[tuple[int, bool], ...]) -> type[FlexOperands]:
         (
             f"{CAPTURED}{i}",
             Array | None,
-            row("." * ndim, differentiable=is_floating),
+            row("." * ndim, differentiable=is_floating, dear=True),
         )
         for i, (ndim, is_floating) in enumerate(facts)
     ]

@@ -18,9 +18,13 @@ from jax_fa3.flex.block_mask import BLOCK_OF_KERNELS, BlockMask
 from jax_fa3.flex.functions import Functions, trace
 from jax_fa3.flex.operands import FlexOperands
 from jax_fa3.flex.translate import Untranslatable
+from jax_fa3.native import KERNEL_DTYPES
 from jax_fa3.operands import DTYPES
 from jax_fa3.options import AttentionOptions
-from jax_fa3.validate import check_dtype, one_of, shape_of
+from jax_fa3.validate import check_dtype
+from jax_fa3.values import one_of, shape_of
+
+DTYPE_OF_KERNELS = "bfloat16"
 
 
 class Traced(NamedTuple):
@@ -32,7 +36,7 @@ class Traced(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlexArguments(Arguments):
-    """Those of `flex_attention`; what it does not take stays at its default."""
+    """The arguments of `flex_attention`; arguments that it does not take keep their defaults."""
 
     score_mod: Any = None
     mask_mod: Any = None
@@ -66,6 +70,8 @@ class FlexArguments(Arguments):
 
     def why_no_function_kernel(self) -> str | None:
         functions, arrays = self.traced
+        if self.dtype in KERNEL_DTYPES and self.dtype != DTYPE_OF_KERNELS:
+            return f"the kernels take functions with {DTYPE_OF_KERNELS}, not {self.dtype}"
         if functions.has_blocks and any(n % BLOCK_OF_KERNELS for n in functions.block):
             return (
                 f"the kernels take a block_mask whose blocks have multiples of {BLOCK_OF_KERNELS} "
@@ -111,25 +117,25 @@ def flex_attention(
     call without functions is `dot_product_attention`. docs/flex.md has examples, and PyTorch's
     names.
 
-    Letters: B batch, T query rows, S key rows, N query heads, K key/value heads (a divisor of N),
+    Letters: B batch, T query rows, S keys, N query heads, K key/value heads (a divisor of N),
     H head_dim.
 
     Args:
       query: (B, T, N, H) or (T, N, H); bfloat16, float16 or float32.
       key: (B, S, K, H) or (S, K, H), of query's dtype.
-      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H and
-        is then the output's.
-      score_mod: `score_mod(score, batch, head, q_idx, kv_idx, *captured) -> score`. score is a
-        float32 scalar, scale * q . k, and so is the result; -inf hides the pair. batch, head, q_idx
-        and kv_idx are int32 scalars: sequence, query head, number of the row and of the key, each
-        counted from 0 whatever query_offset is. 3-D inputs have batch 0.
-      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, True where the row sees
-        the key. It holds together with every other argument that hides keys.
+      value: (B, S, K, H) or (S, K, H), of query's dtype; its last dimension may differ from H, and
+        the output then has the same last dimension.
+      score_mod: `score_mod(score, batch, head, q_idx, kv_idx, *captured) -> score`. score is
+        scale * q . k; score and result are float32 scalars, and -inf hides the pair. batch, head,
+        q_idx and kv_idx are int32 scalars: the indices of sequence, query head, row and key. They
+        count from 0 and do not depend on query_offset. 3-D inputs have batch 0.
+      mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, True if the row may see
+        the key. A row sees a key only if mask_mod and all other arguments allow it.
       captured: a tuple of arrays, or of pytrees of arrays, which both functions get. Arrays that a
         function closes over, traced ones too, are captured as well. Floating ones have gradients,
-        which XLA makes. The kernels take 8 arrays of at most 4 dimensions.
-      block_mask: what `create_block_mask` made of mask_mod. Its hidden blocks are hidden and its
-        full blocks seen without asking mask_mod, whatever that would say; the others ask it.
+        which XLA makes. The kernels take functions that read at most 8 arrays.
+      block_mask: the result of `create_block_mask` for mask_mod. mask_mod decides only the pairs of
+        its partly visible blocks; hidden blocks stay hidden and full blocks stay visible.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
       Others: is_causal, local_window_size, query_offset, query_seq_lengths, key_value_seq_lengths,
         kv_start, kv_end, query_segment_ids and key_value_segment_ids, as in
@@ -143,11 +149,12 @@ def flex_attention(
       float32 (B, T, N) or (T, N), natural logarithm. A row that sees no key has out 0 and lse -inf.
 
     Raises:
-      ValueError: shapes or values do not fit; the message names the argument, got and expected.
-      TypeError: a wrong dtype, or an array where a Python value must stand.
-      NotImplementedError: implementation="fa3" and the kernels cannot run the call: the reason
-        names what of a function has no translation, and its line. Also its gradient in a captured
-        array.
+      ValueError: shapes or values do not fit; the message names the argument, the value it got and
+        the expected value.
+      TypeError: a wrong dtype, or an array in place of a Python value.
+      NotImplementedError: implementation="fa3" and the kernels cannot run the call; the message
+        names the primitive of a function that they do not know, and its line. Also the gradient of
+        a captured array, which it names.
 
     Example:
       >>> q = k = v = jax.random.normal(jax.random.key(0), (2, 256, 4, 64), jnp.bfloat16)
@@ -166,21 +173,21 @@ def flex_attention(
 
 
 def _check_companions(arguments: FlexArguments) -> None:
-    """What is for functions comes with them."""
+    """Raises for an argument that needs a function without that function."""
     if arguments.block_mask is not None and arguments.mask_mod is None:
         raise ValueError(
-            "block_mask is given and mask_mod is None; expected the function that it was made of: "
-            "blocks that are seen in part ask it"
+            "block_mask is given and mask_mod is None; expected the function that block_mask was "
+            "made from: it decides the pairs of partly visible blocks"
         )
     if not isinstance(arguments.captured, (tuple, list)):
         raise TypeError(
             f"captured is a {type(arguments.captured).__name__}; expected a tuple: the arguments "
-            "of the functions behind kv_idx"
+            "of the functions after kv_idx"
         )
     if arguments.captured and not arguments.has_functions:
         raise ValueError(
             "captured is given and score_mod and mask_mod are None; expected a function that takes "
-            "it"
+            "captured arrays"
         )
 
 
@@ -199,7 +206,7 @@ def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
 
 
 def _captured(captured: Any) -> tuple[list[jax.Array], Any]:
-    """Its arrays and the structure that they stand in."""
+    """The captured arrays, and their tree structure."""
     leaves, tree = jax.tree.flatten(tuple(captured))
     arrays = []
     for i, x in enumerate(leaves):
@@ -207,24 +214,24 @@ def _captured(captured: Any) -> tuple[list[jax.Array], Any]:
             arrays.append(jnp.asarray(x))
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"captured has a {type(x).__name__} for array {i}; expected arrays"
+                f"captured has a {type(x).__name__} as array {i}; expected arrays"
             ) from error
     return arrays, tree
 
 
 def _check_block_mask(arguments: FlexArguments) -> None:
-    """It is one, and of the call's rows, keys, sequences and heads."""
+    """Raises unless block_mask is a BlockMask for the call's rows, keys, sequences and heads."""
     blocks, n = arguments.block_mask, arguments.extents
     if blocks is None:
         return
     if not isinstance(blocks, BlockMask):
         raise TypeError(
-            f"block_mask is a {type(blocks).__name__}; expected what jax_fa3.create_block_mask "
-            "gives"
+            f"block_mask is a {type(blocks).__name__}; expected the result of "
+            "jax_fa3.create_block_mask"
         )
     if (blocks.q_len, blocks.kv_len) != (n.seqlen_q, n.seqlen_k):
         raise ValueError(
-            f"block_mask is of {blocks.q_len} rows and {blocks.kv_len} keys; expected "
+            f"block_mask is for {blocks.q_len} rows and {blocks.kv_len} keys; expected "
             f"{n.seqlen_q} and {n.seqlen_k} like query and key"
         )
     rows, keys = blocks.block_size

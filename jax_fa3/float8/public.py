@@ -1,7 +1,7 @@
-"""The public way to float8 arrays: checks, and who rounds.
+"""`quantize_qkv`: checks, and the choice between kernel and XLA.
 
-Kernels round where they can (`_may_use_kernel`), as they do within `forward_dtype`, and XLA
-everywhere else. Both ways are straight-through.
+Kernels round if they can (`_may_use_kernel`), as in `forward_dtype`; otherwise XLA rounds. Both are
+straight-through.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3 import route, sharding, validate
+from jax_fa3 import route, sharding, validate, values
 from jax_fa3.arguments import Arguments
 from jax_fa3.float8 import rounding
 from jax_fa3.float8.rounding import SEED, Granularity, QuantizedQKV, Saturated
@@ -22,7 +22,7 @@ from jax_fa3.varying import vary_together
 
 
 class _Options(TypedDict, total=False):
-    """The keywords of `quantize_qkv` that leave the type of its result alone."""
+    """The keywords of `quantize_qkv` that do not change the type of its result."""
 
     granularity: Granularity
     rotation_seed: int | None
@@ -82,39 +82,40 @@ def quantize_qkv(
     value_descale: ArrayLike | None = None,
     return_saturated: bool = False,
 ) -> QuantizedQKV | tuple[QuantizedQKV, Saturated]:
-    """float8 query, key and value with scales, as `dot_product_attention` takes them.
+    """Rounds query, key and value to float8, with scales, for `dot_product_attention`.
 
     Args:
       query, key, value: as in `dot_product_attention`; bfloat16, float16 or float32.
-      granularity: what shares a scale: "tensor", all of it; "head", a (batch, head); "block", 128
-        rows of a (batch, head) in query and key, and a (batch, head) in value.
-      rotation_seed: of the random signs with which query and key are rotated: the same seed and
-        head_dim give the same rotation, always. None leaves them as they are. Keys and queries
-        that meet must have the same seed.
-      prepare_value: give value in the layout that the kernels read, keys innermost (docs/fp8.md),
-        for `dot_product_attention(..., value_is_prepared=True)`; they need not transpose it then.
-      query_seq_lengths, key_value_seq_lengths: int32 (B,); rows from there on are padding, which
-        takes no part in a scale and becomes 0.
-      query_descale, key_descale, value_descale: positive float32 scales of the rotated arrays to
-        use in place of measured ones, of the shapes that `dot_product_attention` takes.
-      return_saturated: also return how many elements were cut to the largest float8, 448 scales.
-        With measured scales there are none.
+      granularity: the elements that share a scale: "tensor", the whole array; "head", a (batch,
+        head); "block", 128 rows of a (batch, head) in query and key, and a (batch, head) in value.
+      rotation_seed: the seed of the random signs of the rotation of query and key. The same seed
+        and head_dim always give the same rotation, in every version. None means no rotation.
+        Queries and the keys that they attend to must have the same seed.
+      prepare_value: return value in the layout of the kernels, keys innermost (docs/fp8.md), for
+        `dot_product_attention(..., value_is_prepared=True)`, which then does not transpose it.
+      query_seq_lengths, key_value_seq_lengths: int32 (B,), the numbers of rows of each sequence;
+        later rows are padding, which does not affect scales and becomes 0.
+      query_descale, key_descale, value_descale: positive float32 scales of the rotated arrays, in
+        place of measured scales, with the shapes that `dot_product_attention` takes.
+      return_saturated: also return the number of elements that were cut to the largest float8
+        number, 448 times the scale. With measured scales the number is 0.
 
     Returns:
-      `QuantizedQKV`; with return_saturated a pair of it and `Saturated`.
+      `QuantizedQKV`; with return_saturated, a pair of `QuantizedQKV` and `Saturated`.
 
     Raises:
-      ValueError, TypeError: an argument does not fit; the message names it, got and expected.
+      ValueError, TypeError: an argument does not fit; the message names the argument, the value it
+        got and the expected value.
 
     Numerics:
-      Rotation and scaling are in float32. NaN and infinity become NaN (e4m3 has no infinity) and
-      take no part in a scale. The rotation's Hadamard blocks are as large as the largest power of
-      two that divides head_dim: 128 for 128, 64 for 64 and 192, 32 for 96.
+      Rotation and scaling are in float32. NaN and infinity become NaN (e4m3 has no infinity) and do
+      not affect scales. The size of the rotation's Hadamard blocks is the largest power of two that
+      divides head_dim: 128 for 128, 64 for 64 and 192, 32 for 96.
 
     Derivative:
-      Straight-through: rounding passes a gradient on, what saturates has none, scales are
-      constants. JAX gives float8 arrays float8 cotangents, which suits no training step: that is
-      what `dot_product_attention(..., forward_dtype="float8_e4m3fn")` is for.
+      Straight-through: rounding passes the gradient through, saturated elements have gradient 0,
+      and scales are constants. JAX gives float8 arrays float8 cotangents, which are too coarse for
+      training: use `dot_product_attention(..., forward_dtype="float8_e4m3fn")` there.
 
     Example:
       >>> q8 = jax_fa3.quantize_qkv(q, k, v)
@@ -132,10 +133,10 @@ def quantize_qkv(
     arguments = Arguments(query, key, value, **given).with_arrays()
     validate.check_heads(arguments.query, arguments.key, arguments.value)
     validate.check_arrays(arguments)
-    validate.check_choice("granularity", granularity, get_args(Granularity))
-    validate.check_seed("rotation_seed", rotation_seed)
-    validate.check_flag("prepare_value", prepare_value)
-    validate.check_flag("return_saturated", return_saturated)
+    values.check_choice(get_args(Granularity), "granularity", granularity)
+    values.check_seed("rotation_seed", rotation_seed)
+    values.check_flag("prepare_value", prepare_value)
+    values.check_flag("return_saturated", return_saturated)
     how = _How(granularity, rotation_seed, bool(prepare_value))
     quantized, saturated = _run(how, Operands(**arguments.arrays))
     fields = {name: x for name, x in quantized.present().items() if name != "prepared_value"}
@@ -145,7 +146,7 @@ def quantize_qkv(
 
 
 class _How(NamedTuple):
-    """The static choices of rounding."""
+    """The static options of rounding."""
 
     granularity: Granularity
     seed: int | None
@@ -161,8 +162,8 @@ def _run(how: _How, operands: Operands) -> tuple[Operands, Saturated]:
     operands = in_row_dims(operands.replace(**spread))
     if _may_use_kernel(how, operands):
         quantized = _measured(how, operands)
-        # A measured scale brings the largest element to 448, give or take a rounding; elements are
-        # cut from 464 on.
+        # A measured scale maps the largest element to 448, up to rounding; elements are cut from
+        # 464 on.
         saturated = Saturated(*[jnp.int32(0)] * 3)
     else:
         quantized, saturated = rounding.quantize(operands, how.granularity, how.seed)
@@ -173,10 +174,10 @@ def _run(how: _How, operands: Operands) -> tuple[Operands, Saturated]:
 
 
 def _may_use_kernel(how: _How, operands: Operands) -> bool:
-    """Whether to leave the choice of kernel or XLA to the platform that the program is lowered
-    for. What is said here holds on all of them."""
-    # In a jax.shard_map results vary over the mesh axes of their operand, those of one custom call
-    # all alike.
+    """Whether the platform of the lowering may choose between kernel and XLA. The conditions here
+    hold on all platforms."""
+    # In a jax.shard_map each result varies over the mesh axes of its operand, but all results of
+    # one custom call vary over the same axes.
     arrays = operands.only(rounding.ARRAYS).present().values()
     varying = {jax.typeof(x).manual_axis_type.varying for x in arrays}
     return (
@@ -190,7 +191,7 @@ def _may_use_kernel(how: _How, operands: Operands) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measured(how: _How, operands: Operands) -> Operands:
-    """float8 arrays with measured scales by blocks, by whoever rounds."""
+    """float8 arrays with measured block scales, by kernel or XLA."""
     assert how.seed is not None  # _may_use_kernel
     return sharding.quantized(
         vary_together(operands), seed=how.seed, prepare_value=how.prepare_value

@@ -35,10 +35,10 @@ GIVEN = (*ARRAYS, "prepared_value", *DESCALES)  # what it gives
 
 
 class QuantizedQKV(NamedTuple):
-    """float8 arrays and the float32 scales by which they are to be multiplied.
+    """float8 arrays and their float32 descales: an element means float8 value times descale.
 
     Letters as in `dot_product_attention`; 3-D arrays have no B. nq is ceil(T / 128) and nk is
-    ceil(S / 128) where blocks of 128 rows have scales of their own, else 1.
+    ceil(S / 128) if each block of 128 rows has its own scale, otherwise 1.
     """
 
     query: jax.Array  # (B, T, N, H) float8_e4m3fn
@@ -50,7 +50,7 @@ class QuantizedQKV(NamedTuple):
 
 
 class Saturated(NamedTuple):
-    """Numbers of elements cut to the largest float8, int32 ()."""
+    """The numbers of elements that were cut to the largest float8 number, int32 ()."""
 
     query: jax.Array
     key: jax.Array

@@ -158,8 +158,8 @@ def _keeps_sequence_split(
         )
     elif not communicates:
         obstacle = (
-            "the call stands in a jax.shard_map that leaves this axis automatic; make it manual "
-            "there and use the functions of docs/context_parallel.md"
+            "the call is inside a jax.shard_map that leaves this axis automatic; make the axis "
+            "manual there and use the functions of docs/context_parallel.md"
         )
     elif operation.needs_whole:
         obstacle = f"the call has {operation.needs_whole}, which need whole sequences"

@@ -1,4 +1,4 @@
-"""The public way to a table of visibility, and a call's own one."""
+"""The visibility table: the public function, and the table that a call makes for itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_fa3 import route, sharding
-from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, is_array
+from jax_fa3.arguments import UNDIVIDED, Arguments, Division, as_indices, ids_of_keys
 from jax_fa3.operands import Sources
 from jax_fa3.options import UNBOUNDED, Route, VisibilityOptions
+from jax_fa3.values import is_array
 from jax_fa3.varying import vary_together
 from jax_fa3.visibility import checks, table
 from jax_fa3.visibility.table import Visibility
@@ -35,36 +36,36 @@ def make_visibility(
     seqlen_q: int | None = None,
     seqlen_k: int | None = None,
 ) -> Visibility:
-    """Which keys each row sees, in the form that the kernels read: made once, for every layer.
+    """Makes the table of visible keys that the kernels read, once for all layers.
 
-    `dot_product_attention(..., visibility=...)` means the same as with the arguments of which it
-    was made. is_causal, windows and lengths are not in it: each call has its own. Chunks have the
-    query_offset given here, not a call's.
+    `dot_product_attention(..., visibility=...)` has the same meaning as the call with the arguments
+    of the table. The table does not include is_causal, windows and lengths, which are arguments of
+    each call. Chunks use the query_offset given here, not the query_offset of a call.
 
     Args:
       query_segment_ids, key_value_segment_ids, kv_start, kv_end, attention_chunk: as in
-        `dot_product_attention`. The batch may be 1, or be left out: then it serves any batch. Heads
-        may be any number that the call has, or be left out.
-      query_offset: as in `dot_product_attention`, for attention_chunk, with which alone it goes.
-      cu_seqlens_q: int32 (C,) or (B, C): document d has the query rows from cu_seqlens_q[d] to
-        cu_seqlens_q[d + 1]; its rows see keys of the same document. Padded by repeating the last
-        value. Entries are at least 0, do not fall, and are at most seqlen_q. Needs seqlen_q.
-      cu_seqlens_k: the same of keys, by default cu_seqlens_q; needs seqlen_k.
-      causal, window: of documents, with cu_seqlens alone: row i of q in a document sees keys up to
-        i + k - q of its k; window is (left, right) around that position, both ends included, -1
-        where a side is off.
-      seqlen_q, seqlen_k: the numbers of query rows and keys, where no array tells them. With
-        query_segment_ids alone there are as many keys as rows.
+        `dot_product_attention`. The batch may be 1 or be omitted; the table then serves any batch.
+        The heads may be the query or key/value heads of the call, or be omitted.
+      query_offset: as in `dot_product_attention`; only with attention_chunk.
+      cu_seqlens_q: int32 (C,) or (B, C): document d has the query rows from cu_seqlens_q[d] up to
+        but not including cu_seqlens_q[d + 1]; its rows see keys of the same document. To pad,
+        repeat the last value. Entries must not be negative, must not decrease, and must not exceed
+        seqlen_q, which must be given.
+      cu_seqlens_k: the same for keys; default cu_seqlens_q. Needs seqlen_k.
+      causal, window: only with cu_seqlens_q. In a document with q rows and k keys, causal hides
+        the keys after position i + k - q from row i; window is (left, right), the number of keys
+        seen on each side of this position, where -1 means unlimited.
+      seqlen_q, seqlen_k: the numbers of query rows and keys; needed if no array has this dimension.
+        With query_segment_ids alone, the numbers are equal.
 
     Returns:
-      A `Visibility`, a pytree: it may be an argument or result of jax.jit, be closed over by a
-      scan, and be mapped by jax.vmap.
+      A `Visibility`, a pytree: it may be an argument or result of jax.jit, a constant of a scan,
+      and a mapped argument of jax.vmap.
 
     Raises:
-      ValueError: shapes or values do not fit; ids whose values are known that are no runs, and
-        documents that fall or go past the rows. What turns out so at run time gives NaN in the
-        calls that have it.
-      TypeError: a wrong dtype, or an array where a Python value must stand.
+      ValueError: shapes or values do not fit. Known ids and cu_seqlens that break the rules raise;
+        traced ones give NaN in the results of the calls that use the table.
+      TypeError: a wrong dtype, or an array in place of a Python value.
 
     Example:
       >>> ids = jnp.array([[1, 1, 1, 2, 2, 0]])
@@ -75,7 +76,7 @@ def make_visibility(
     """
     given = dict(
         query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
+        key_value_segment_ids=ids_of_keys(query_segment_ids, key_value_segment_ids),
         kv_start=kv_start,
         kv_end=kv_end,
         cu_seqlens_q=cu_seqlens_q,
@@ -100,7 +101,7 @@ def of_sources(
     seqlens: tuple[int | None, int | None],
     how: Route,
 ) -> Visibility:
-    """`make_visibility` of the sources that are there, with a window as the kernels have it."""
+    """`make_visibility` of the given sources, with a window in the form of the kernels."""
     checks.check_chunk(attention_chunk)
     checks.check_chunk_offset(query_offset, attention_chunk)
     if is_array(query_offset):
@@ -122,11 +123,11 @@ def of_sources(
 
 
 def of_call(arguments: Arguments, division: Division = UNDIVIDED) -> jax.Array:
-    """The table of a checked call that has one, for one head or all query heads; it is that of the
-    whole sequences."""
+    """The table of a checked call that has one: of the whole sequences, for one head or for all
+    query heads."""
     if arguments.visibility is not None:
         made = arguments.visibility.table
-        made = made if made.ndim == 3 else made[None]  # a plane of each head, as jax.vmap maps it
+        made = made if made.ndim == 3 else made[None]  # without a batch under jax.vmap
     else:
         offset, seqlens = arguments.query_offset, arguments.extents[1:3]
         chunk = _chunk(arguments.attention_chunk)
@@ -150,14 +151,14 @@ def of_call(arguments: Arguments, division: Division = UNDIVIDED) -> jax.Array:
 
 
 def named(made: jax.Array) -> jax.Array:
-    """A table that a call makes for itself, which a remat policy keeps with the call's results."""
+    """A table that a call makes for itself; a remat policy keeps it with the call's results."""
     return checkpoint_name(made, CHECKPOINT_NAME)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _made(how: Route, options: VisibilityOptions, sources: Sources) -> jax.Array:
-    """The table of checked sources of public shapes."""
-    if not sources.present():  # so that there is an array to tell the mesh
+    """The table of checked sources in public shapes."""
+    if not sources.present():  # an array is needed to find the mesh
         offset = jnp.full((1,), options.query_offset, jnp.int32)
         sources = Sources(query_offset=offset)
     sources = vary_together(table.in_row_dims(sources))

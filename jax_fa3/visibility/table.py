@@ -41,17 +41,17 @@ MOST = np.iinfo(np.int32).max
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["options"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visibility:
-    """Which keys each row sees, as the kernels read it; `make_visibility` makes it.
+    """The table of the keys that each row sees, in the form of the kernels, from `make_visibility`.
 
-    A pytree: it may be an argument of jax.jit and of what jax.export serializes, be mapped by
-    jax.vmap and be closed over by a scan.
+    A pytree: it may be an argument of jax.jit and of programs that jax.export serializes, a mapped
+    argument of jax.vmap, and a constant of a scan.
     """
 
     table: Array  # int32 (B or 1, heads or 1, words)
     options: VisibilityOptions
 
     def __repr__(self) -> str:
-        """Of arrays the types alone: a table has many words."""
+        """Shows only the type of the table, which may be large."""
         x = self.table
         table = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
         return f"Visibility(table={table}, options={self.options})"

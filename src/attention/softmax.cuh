@@ -23,21 +23,24 @@ namespace jax_fa3 {
 // does not.
 //
 // kKeepsLargest: largest() keeps what it finds from tile to tile, which makes the rows' largest
-// logits known in the end: where scale_log2 is the same for all tiles.
+// logits known in the end. scale_log2 must be the same for all tiles. Then huge logits have exact
+// differences too: float32 holds a logit of 2^12 in steps of 2^-11, and the weight of the largest
+// one would no longer be 1. A huge row's reference is the score itself, exponentiate_exactly()
+// subtracts it before it scales, and the row's limit sends every tile there.
 template <int kShift, bool kReuseFound, bool kKeepsLargest>
 struct OnlineSoftmax {
   float threshold;
   // In its place while a row's logits are negative: largest() does not tell these apart. 0 where
   // the largest of them is wanted, which then is the reference.
   float negative_threshold;
-  // Of each of the thread's two rows. Below every logit, and finite: a row that has seen no key
-  // needs no care.
+  // Of each of the thread's two rows, of a huge row in scores until settle(). Below every logit,
+  // and finite: a row that has seen no key needs no care.
   float reference[2] = {-FLT_MAX, -FLT_MAX};
   // This thread's share of the row sums, until finish() adds up the quad's.
   float row_sum[2] = {0.f, 0.f};
   // What O must be multiplied with before the next P V is added, if the reference moved.
   float correction[2];
-  // The result of largest() from which on the reference may have to move.
+  // The result of largest() from which on the reference may have to move; NaN of a huge row.
   float limit[2] = {-INFINITY, -INFINITY};
   // The largest of this thread's scores in each row, where that is not negative.
   float kept[2] = {-INFINITY, -INFINITY};
@@ -50,9 +53,8 @@ struct OnlineSoftmax {
       kept[0] = row_max[0];
       kept[1] = row_max[1];
     }
-    row_max[0] *= scale_log2;
-    row_max[1] *= scale_log2;
-    move_reference(row_max);
+    move_reference(row_max, scale_log2);
+    if (any_is_huge()) return exponentiate_exactly(tS, scale_log2);
     exponentiate(tS, scale_log2);
   }
 
@@ -60,18 +62,25 @@ struct OnlineSoftmax {
   template <class Accumulator>
   CUTE_DEVICE bool update(Accumulator& tS, float scale_log2) {
     float found[2];
-    largest(found, tS, scale_log2);
-    const bool moved = follow(found, tS, scale_log2);
+    largest(found, tS);
+    bool moved = false;
+    if (may_move(found, scale_log2)) {
+      moved = follow(found, tS, scale_log2);
+      if (any_is_huge()) {
+        exponentiate_exactly(tS, scale_log2);
+        return moved;
+      }
+    }
     exponentiate(tS, scale_log2);
     return moved;
   }
 
-  // The largest of this thread's scaled logits in each row, for follow(); where it is negative,
+  // The largest of this thread's scores in each row, for may_move(); where it is negative,
   // some negative number. One instruction finds the largest of three integers, of floats only of
   // two, and bits of floats compare as integers where one of them is not negative. What is kept
   // takes part: of an even number of scores it costs no instruction.
   template <class Accumulator>
-  CUTE_DEVICE void largest(float (&found)[2], const Accumulator& tS, float scale_log2) {
+  CUTE_DEVICE void largest(float (&found)[2], const Accumulator& tS) {
     int bits[2][2];  // two chains a row: one would wait for its own latency
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
@@ -85,24 +94,23 @@ struct OnlineSoftmax {
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float score = __int_as_float(max(bits[r][0], bits[r][1]));
-      if constexpr (kKeepsLargest) kept[r] = score;
-      found[r] = score * scale_log2;
+      found[r] = __int_as_float(max(bits[r][0], bits[r][1]));
+      if constexpr (kKeepsLargest) kept[r] = found[r];
     }
   }
 
-  // Every thread compares what it has found, and a vote makes that the warp's: as long as no
-  // reference moves, nobody needs a row's maximum. Negative ones count where a limit is negative.
+  // Whether follow() has anything to do. Every thread compares what it has found, and a vote makes
+  // that the warp's: as long as no reference moves, nobody needs a row's maximum. Negative ones
+  // count where a limit is negative.
+  CUTE_DEVICE bool may_move(const float (&found)[2], float scale_log2) const {
+    return any(!(found[0] * scale_log2 < limit[0] && found[1] * scale_log2 < limit[1]));
+  }
+
   template <class Accumulator>
   CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2) {
-    if (!any(found[0] >= limit[0] || found[1] >= limit[1])) return false;
     float row_max[2] = {found[0], found[1]};
-    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) {
-      maximum(row_max, tS);
-      row_max[0] *= scale_log2;
-      row_max[1] *= scale_log2;
-    }
-    return move_reference(row_max);
+    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS);
+    return move_reference(row_max, scale_log2);
   }
 
   template <class Accumulator>
@@ -118,6 +126,29 @@ struct OnlineSoftmax {
       tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -reference[r]));
       row_sum[r] += tS(i);
     }
+  }
+
+  // P = exp2((S - reference) * scale_log2) of huge rows, and of the others as above.
+  template <class Accumulator>
+  CUTE_DEVICE void exponentiate_exactly(Accumulator& tS, float scale_log2) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float before = is_huge(r) ? reference[r] : 0.f;
+      const float behind = is_huge(r) ? 0.f : reference[r];
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tS); ++i) {
+        if (accumulator_row(i) != r) continue;
+        tS(i) = exp2_approx(fmaf(tS(i) - before, scale_log2, -behind));
+        row_sum[r] += tS(i);
+      }
+    }
+  }
+
+  // After the last tile: every reference in log2 units.
+  CUTE_DEVICE void settle(float scale_log2) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      if (is_huge(r)) reference[r] *= scale_log2;
   }
 
   template <class Accumulator>
@@ -178,9 +209,15 @@ struct OnlineSoftmax {
  protected:
   CUTE_DEVICE static bool any(bool condition) { return __any_sync(0xffffffff, condition); }
 
+  // Logits beyond this, in log2 units, are huge.
+  static constexpr float kHuge = 4096.f;
+
+  CUTE_DEVICE bool is_huge(int r) const { return kKeepsLargest && isnan(limit[r]); }
+  CUTE_DEVICE bool any_is_huge() const { return kKeepsLargest && any(is_huge(0) || is_huge(1)); }
+
+  // How far above the reference a logit may be, in log2 units.
   CUTE_DEVICE float reach(int r) const {
-    const bool is_negative = kKeepsLargest && reference[r] < 0.f;
-    return reference[r] + (kShift + (is_negative ? negative_threshold : threshold));
+    return kShift + (kKeepsLargest && reference[r] < 0.f ? negative_threshold : threshold);
   }
 
   // This thread's sums become the rows'.
@@ -204,26 +241,36 @@ struct OnlineSoftmax {
   }
 
   // Lets the references follow the quads' maxima if one has outgrown its own; returns whether.
-  CUTE_DEVICE bool move_reference(float (&row_max)[2]) {
+  // row_max are scores: times scale_log2 they are in log2 units.
+  CUTE_DEVICE bool move_reference(float (&row_max)[2], float scale_log2) {
+    float above[2];  // the reference, in log2 units
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(0xffffffff, row_max[r], 1));
       row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(0xffffffff, row_max[r], 2));
+      above[r] = is_huge(r) ? (row_max[r] - reference[r]) * scale_log2
+                            : row_max[r] * scale_log2 - reference[r];
     }
-    if (!any(row_max[0] > reach(0) || row_max[1] > reach(1))) return false;
+    if (!any(above[0] > reach(0) || above[1] > reach(1))) return false;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float moved = fmaxf(row_max[r] - kShift, reference[r]);
-      correction[r] = exp2_approx(reference[r] - moved);
+      const float step = fmaxf(above[r] - kShift, 0.f);
+      correction[r] = exp2_approx(-step);
       row_sum[r] *= correction[r];
-      set_reference(r, moved);
+      const float moved = row_max[r] * scale_log2 - kShift;
+      if (kKeepsLargest && step > 0.f && fabsf(moved) > kHuge) {
+        reference[r] = row_max[r];
+        limit[r] = NAN;
+      } else if (step > 0.f) {
+        set_reference(r, moved);
+      }
     }
     return true;
   }
 
   CUTE_DEVICE void set_reference(int r, float moved) {
     reference[r] = moved;
-    limit[r] = reach(r) < 0.f ? -INFINITY : reach(r);
+    limit[r] = moved + reach(r) < 0.f ? -INFINITY : moved + reach(r);
   }
 };
 

@@ -1,6 +1,7 @@
 // Every array of a call, one row each: its public name, dimensions, element type, and whether a
 // call may be without it. jax_fa3/operands.py has the same rows for what a user passes and gets
-// (tests/test_options_contract.py compares them); buffers are decoded by them (ffi/decode.h).
+// (tests/test_operands_contract.py compares them); buffers are decoded by them (ffi/decode.h).
+// Below the rows: where the arrays go that any call of attention may have.
 //
 // Dimensions are letters:
 //   b  batch            h  query heads          d  head_dim             m  blocks of query rows
@@ -10,35 +11,21 @@
 //   r  keys of a bias, whole packets, of f sequences, g heads and q rows
 //   u  words of a plane of a dense mask, of i sequences and j heads
 //   a  sequences of sinks                  l  sequences of slopes
-//   G  groups of rows and W words of the classes of a dense mask alone, of i sequences and j heads
 // and those of caches:
 //   P  pages            S  slots of a page      T  query rows of all sequences
 //   M  pages of a table's row                   R  starts of sequences' query rows, one more than b
 //   L  rows of a slot, of keys and of values    C  counters
 //   X  positions of a rotary table              Y  pairs of columns that it turns
-// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's; a, f, i and l
-// divide b; x is b, g, j and y are h, and q is s, or 1.
+// or the extent itself. m and n are of kDescaleBlock rows, where not one of a head's. Which of them
+// may broadcast stands below the rows.
 #pragma once
 
+#include <string_view>
+
+#include "call/arrays.h"
+#include "call/problem.h"
+
 namespace jax_fa3 {
-
-enum class Element {
-  kInput,   // that of query
-  kOutput,  // that of out
-  kFloat32,
-  kInt32,
-  kByte,
-  kBool,
-  kAny,
-};
-
-struct Operand {
-  const char* name;
-  const char* dims;  // null: any
-  Element element;
-  bool optional = false;
-};
-
 namespace operands {
 
 constexpr Operand kQuery{"query", "bshd", Element::kInput};
@@ -60,7 +47,14 @@ constexpr Operand kAlibiSlopes{"alibi_slopes", "lh", Element::kFloat32, /*option
 constexpr Operand kBatchNumber{"batch_number", "b", Element::kInt32};
 constexpr Operand kHeadNumber{"head_number", "h", Element::kInt32};
 constexpr Operand kBlockStates{"block_states", "ijGW", Element::kInt32, /*optional=*/true};
-constexpr Operand kCaptured{"captured", nullptr, Element::kAny};
+constexpr Operand kCaptured0{"captured_0", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured1{"captured_1", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured2{"captured_2", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured3{"captured_3", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured4{"captured_4", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured5{"captured_5", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured6{"captured_6", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured7{"captured_7", nullptr, Element::kAny, /*optional=*/true};
 
 constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};
@@ -122,5 +116,119 @@ constexpr Operand kSin{"sin", "XY", Element::kFloat32, /*optional=*/true};
 constexpr Operand kTileCounter{"tile_counter", "1", Element::kInt32};
 constexpr Operand kWorkspace{"workspace", "w", Element::kByte};
 
+// Dimensions of 1, or of the extent of another letter.
+struct OneOrAll {
+  char letter;
+  char all;
+  const char* what;
+};
+constexpr OneOrAll kOneOrAll[] = {{'x', 'b', "sequences"},
+                                  {'y', 'h', "heads"},
+                                  {'g', 'h', "heads"},
+                                  {'j', 'h', "heads"},
+                                  {'q', 's', "rows"}};
+
+// Sequences that each serve as many of a call's: their number divides b.
+constexpr std::string_view kDivisorsOfBatch = "afil";
+
 }  // namespace operands
+
+// An index array, with which work tiles differ in length as no plan can know.
+template <class Problem, auto kMember>
+Array<Problem> index_array(const Operand& operand) {
+  return {&operand, [](Problem& problem, void* address, Dims) {
+            problem.index.*kMember = static_cast<const std::int32_t*>(address);
+            problem.presence.any = true;
+          }};
+}
+
+// What any call of attention may have behind its other operands, in the order of Operands in
+// jax_fa3/operands.py.
+template <class Problem>
+Arrays<Problem> index_arrays() {
+  using Index = IndexArrays;
+  constexpr std::uintptr_t kVisibilityAlignment = 16;  // bytes: it is read in fours of words
+  return {
+      index_array<Problem, &Index::query_lengths>(operands::kQueryLengths),
+      index_array<Problem, &Index::key_lengths>(operands::kKeyLengths),
+      index_array<Problem, &Index::query_offset>(operands::kQueryOffset),
+      {&operands::kVisibility,
+       [](Problem& problem, void* address, Dims dims) {
+         const std::int64_t sequences = dims[0], heads = dims[1], words = dims[2];
+         problem.index.visibility = static_cast<const std::int32_t*>(address);
+         problem.index.visibility_batch_stride = sequences > 1 ? heads * words : 0;
+         problem.index.visibility_head_stride = heads > 1 ? words : 0;
+         problem.presence.any = problem.presence.visibility = true;
+       },
+       kVisibilityAlignment},
+  };
+}
+
+// What a call in 16 bits may have behind those.
+template <class Problem>
+Arrays<Problem> score_arrays() {
+  return {
+      {&operands::kBias,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.dense.bias = address;
+         problem.dense.bias_shape = {dims[0], dims[1], dims[2]};
+         problem.presence.variant = Variant::kBias;
+       }},
+      {&operands::kDenseMask,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.dense.mask = static_cast<const std::int32_t*>(address);
+         problem.dense.mask_shape.sequences = dims[0];
+         problem.dense.mask_shape.heads = dims[1];
+         problem.presence.any = true;
+         Variant& variant = problem.presence.variant;
+         if (variant != Variant::kBias) variant = Variant::kMask;  // those for a bias take both
+       }},
+      {&operands::kSinks,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.sinks = {static_cast<const float*>(address), dims[0]};
+       }},
+      {&operands::kAlibiSlopes,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.alibi_slopes = {static_cast<const float*>(address), dims[0]};
+         problem.presence.variant = Variant::kAlibi;
+       }},
+  };
+}
+
+template <class Problem, int kNumber>
+Array<Problem> captured_array(const Operand& operand) {
+  return {&operand, [](Problem& problem, void* address, Dims) {
+            problem.function.captured.array[kNumber] = address;
+          }};
+}
+
+// What a call with score or mask functions has behind all others.
+template <class Problem>
+Arrays<Problem> function_arrays() {
+  return {
+      {&operands::kBatchNumber,
+       [](Problem& problem, void* address, Dims) {
+         problem.function.batch_numbers = static_cast<const std::int32_t*>(address);
+         problem.presence.variant = Variant::kFunction;
+       }},
+      pointer_to<Problem, &Problem::function, &FunctionArrays::head_numbers>(operands::kHeadNumber),
+      {&operands::kBlockStates,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.function.blocks = static_cast<const std::int32_t*>(address);
+         problem.function.blocks_shape.sequences = dims[0];
+         problem.function.blocks_shape.heads = dims[1];
+         problem.presence.any = true;
+         problem.presence.variant = Variant::kBlocks;
+       }},
+      captured_array<Problem, 0>(operands::kCaptured0),
+      captured_array<Problem, 1>(operands::kCaptured1),
+      captured_array<Problem, 2>(operands::kCaptured2),
+      captured_array<Problem, 3>(operands::kCaptured3),
+      captured_array<Problem, 4>(operands::kCaptured4),
+      captured_array<Problem, 5>(operands::kCaptured5),
+      captured_array<Problem, 6>(operands::kCaptured6),
+      captured_array<Problem, 7>(operands::kCaptured7),
+  };
+}
+
 }  // namespace jax_fa3

@@ -57,7 +57,7 @@ Status encode_tensor_map(CUtensorMap* map, const void* data, const std::int64_t 
       Tile::kChunkBytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
       : Tile::kChunkBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                 : CU_TENSOR_MAP_SWIZZLE_32B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return internal_error("cuTensorMapEncodeTiled returned CUresult " + std::to_string(result) +
                           " for an array of shape (" + std::to_string(shape[3]) + ", " +

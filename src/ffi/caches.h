@@ -19,10 +19,9 @@ inline Status check_layout(std::string_view layout, bool is_fused) {
   return invalid_argument(concat("layout must be pskh with is_fused, got '", layout, "'"));
 }
 
-inline const Operand& key_cache_operand(std::string_view layout, bool is_fused) {
+inline const Operand& key_cache_operand(std::string_view layout) {
   static constexpr const Operand* kRows[] = {&operands::kKeyCachePskh, &operands::kKeyCacheKpsh,
                                              &operands::kKeyCachePksh, &operands::kKeyCacheSkph};
-  if (is_fused) return operands::kKeyCacheFused;
   return *kRows[static_cast<int>(*parse_cache_layout(layout))];
 }
 inline const Operand& value_cache_operand(std::string_view layout) {
@@ -30,6 +29,14 @@ inline const Operand& value_cache_operand(std::string_view layout) {
                                              &operands::kValueCachePksh,
                                              &operands::kValueCacheSkph};
   return *kRows[static_cast<int>(*parse_cache_layout(layout))];
+}
+
+// The caches themselves, of a checked layout: one array where they are fused.
+template <class Problem, auto kKeyCache, auto kValueCache>
+Arrays<Problem> cache_arrays(std::string_view layout, bool is_fused) {
+  if (is_fused) return {pointer_to<Problem, kKeyCache>(operands::kKeyCacheFused)};
+  return {pointer_to<Problem, kKeyCache>(key_cache_operand(layout)),
+          pointer_to<Problem, kValueCache>(value_cache_operand(layout))};
 }
 
 inline CacheShape cache_shape(const Extents& extents, std::string_view layout, bool is_fused,

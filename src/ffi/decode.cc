@@ -141,47 +141,32 @@ std::int64_t Extents::mask_rows() const { return (*this)['u'] == mask_words(1) ?
 
 // Some have a choice of two, or of divisors.
 Status Extents::check_choice(const Operand& operand, char letter, std::int64_t extent) const {
-  const auto one_or_all = [&](char of_call, const char* what) -> Status {
-    const std::int64_t all = (*this)[of_call];
-    if (extent == 1 || extent == all) return {};
+  for (const auto& choice : operands::kOneOrAll) {
+    const std::int64_t all = (*this)[choice.all];
+    if (letter != choice.letter || extent == 1 || extent == all) continue;
     return invalid_argument(
-        concat(operand.name, " must have 1 or ", all, " ", what, ", got ", extent));
-  };
-  switch (letter) {
-    case 'm':
-    case 'n': {
-      const std::int64_t blocks = num_blocks((*this)[letter == 'm' ? 's' : 't']);
-      if (extent == 1 || extent == blocks) return {};
-      return invalid_argument(concat(operand.name, " must have 1 or ", blocks,
-                                     " scales of a head (one for ", kDescaleBlock, " rows), got ",
-                                     extent));
-    }
-    case 'x':
-      return one_or_all('b', "sequences");
-    case 'g':
-    case 'j':
-    case 'y':
-      return one_or_all('h', "heads");
-    case 'q':
-      return one_or_all('s', "rows");
-    case 'a':
-    case 'f':
-    case 'i':
-    case 'l': {
-      const std::int64_t batch = (*this)['b'];
-      if (extent > 0 && batch % extent == 0) return {};
-      return invalid_argument(concat(operand.name, " must have a number of sequences that divides ",
-                                     batch, ", got ", extent));
-    }
-    case 'u': {
-      const std::int64_t rows = (*this)['s'], one = mask_words(1), each = mask_words(rows);
-      if (extent == one || extent == each) return {};
-      return invalid_argument(concat(operand.name, " must have ", one, " words of one row or ",
-                                     each, " of ", rows, " rows, got ", extent));
-    }
-    default:
-      return {};
+        concat(operand.name, " must have 1 or ", all, " ", choice.what, ", got ", extent));
   }
+  if (operands::kDivisorsOfBatch.find(letter) != std::string_view::npos) {
+    const std::int64_t batch = (*this)['b'];
+    if (extent > 0 && batch % extent == 0) return {};
+    return invalid_argument(concat(operand.name, " must have a number of sequences that divides ",
+                                   batch, ", got ", extent));
+  }
+  if (letter == 'm' || letter == 'n') {
+    const std::int64_t blocks = num_blocks((*this)[letter == 'm' ? 's' : 't']);
+    if (extent == 1 || extent == blocks) return {};
+    return invalid_argument(concat(operand.name, " must have 1 or ", blocks,
+                                   " scales of a head (one for ", kDescaleBlock, " rows), got ",
+                                   extent));
+  }
+  if (letter == 'u') {
+    const std::int64_t rows = (*this)['s'], one = mask_words(1), each = mask_words(rows);
+    if (extent == one || extent == each) return {};
+    return invalid_argument(concat(operand.name, " must have ", one, " words of one row or ", each,
+                                   " of ", rows, " rows, got ", extent));
+  }
+  return {};
 }
 
 Shape Extents::shape() const {
@@ -199,18 +184,10 @@ Shape Extents::shape() const {
   return shape;
 }
 
-Status wrong_count(const char* side, std::size_t got, std::size_t required, std::size_t announced,
-                   const Operand* first_missing) {
-  if (got < required) {
-    return invalid_argument(
-        concat("the call must have ", required, " ", side, " at least, got ", got));
-  }
-  const std::string optional = concat(", got ", got - required, " optional ", side);
-  if (first_missing != nullptr) {
-    return invalid_argument(concat("options announce the operand ", first_missing->name, optional));
-  }
-  return invalid_argument(
-      concat("options announce ", announced, " optional ", side, ", got ", got - required));
+Status wrong_names(const char* side, Names names, Names rest, const Operand* next) {
+  const std::string got = concat(" in its place, got '", names.text(), "'");
+  if (next != nullptr) return invalid_argument(concat(side, " must have ", next->name, got));
+  return invalid_argument(concat(side, " must not have ", rest.front(), got));
 }
 
 Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address) {

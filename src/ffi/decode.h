@@ -4,15 +4,13 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
-#include <string>
-#include <type_traits>
+#include <string_view>
 
-#include "call/cache.h"
 #include "call/operands.h"
 #include "call/problem.h"
 #include "call/status.h"
+#include "call/text.h"
 #include "ffi/error.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -32,124 +30,48 @@ struct Types {
   std::int64_t seqlen_k = -1;
 };
 
-// One array of a family's table: what it is, and where its address goes.
-template <class Problem>
-struct Array {
-  const Operand* operand;
-  void (*store)(Problem&, void* address);
-  bool present;
-  std::uintptr_t alignment;  // bytes; 0: what elements of this kind are read and written by
-};
-
-// A table, made anew at every call: without allocations.
-template <class Problem>
-class Arrays {
+// The arrays of one side of a call, as the attribute of that side has them: the names of their rows
+// in the order of the buffers, with a space between.
+class Names {
  public:
-  Arrays(std::initializer_list<Array<Problem>> arrays) {
-    for (const auto& array : arrays) push_back(array);
+  Names() = default;
+  explicit Names(std::string_view text) : text_(text) {}
+
+  std::string_view text() const { return text_; }
+  bool empty() const { return text_.empty(); }
+  std::string_view front() const { return text_.substr(0, text_.find(' ')); }
+  Names behind_front() const {
+    const std::size_t end = text_.find(' ');
+    return Names(end == text_.npos ? std::string_view() : text_.substr(end + 1));
   }
-  void push_back(const Array<Problem>& array) { arrays_[size_++] = array; }
-  const Array<Problem>* begin() const { return arrays_; }
-  const Array<Problem>* end() const { return arrays_ + size_; }
+
+  bool has(const Operand& operand) const {
+    for (Names rest = *this; !rest.empty(); rest = rest.behind_front()) {
+      if (rest.front() == operand.name) return true;
+    }
+    return false;
+  }
 
  private:
-  static constexpr std::size_t kCapacity = 28;
-  Array<Problem> arrays_[kCapacity];
-  std::size_t size_ = 0;
+  std::string_view text_;
 };
 
-// The words that a family's table is written in: array<&Problem::query>(operands::kQuery).
+// The words that a family's table is written in.
 template <class Problem_>
 struct ArrayTable {
   using Problem = Problem_;
 
-  template <auto kMember>
-  static Array<Problem> array(const Operand& operand, bool present = true,
-                              std::uintptr_t alignment = 0) {
-    return {&operand, &store<kMember>, present, alignment};
+  // array<&Problem::query>(operands::kQuery)
+  template <auto... kPath>
+  static Array<Problem> array(const Operand& operand, std::uintptr_t alignment = 0) {
+    return pointer_to<Problem, kPath...>(operand, alignment);
   }
-  template <auto kMember>
   static Array<Problem> workspace(std::uintptr_t alignment) {
-    return array<kMember>(operands::kWorkspace, true, alignment);
-  }
-
-  // The index arrays of any call of attention, behind its other operands.
-  template <class Options>
-  static Arrays<Problem> with_index(Arrays<Problem> arrays, const Options& options) {
-    using Index = IndexArrays;
-    arrays.push_back(
-        array<&Index::query_lengths>(operands::kQueryLengths, options.has_query_lengths));
-    arrays.push_back(array<&Index::key_lengths>(operands::kKeyLengths, options.has_key_lengths));
-    arrays.push_back(array<&Index::query_offset>(operands::kQueryOffset, options.has_query_offset));
-    arrays.push_back(array<&Index::visibility>(operands::kVisibility, options.has_visibility,
-                                               kVisibilityAlignment));
-    return arrays;
-  }
-
-  // Those, and what else a call in 16 bits may have.
-  template <class Options>
-  static Arrays<Problem> with_all(Arrays<Problem> arrays, const Options& options) {
-    arrays = with_index(arrays, options);
-    arrays.push_back(array<&DenseArrays::bias>(operands::kBias, options.has_bias));
-    arrays.push_back(array<&DenseArrays::mask>(operands::kDenseMask, options.has_dense_mask));
-    arrays.push_back({&operands::kSinks, &store_table<&CallProblem::sinks>, options.has_sinks, 0});
-    arrays.push_back({&operands::kAlibiSlopes, &store_table<&CallProblem::alibi_slopes>,
-                      options.has_alibi_slopes, 0});
-    return arrays;
-  }
-
-  // What a score function of `num_captured` arrays takes, behind those.
-  static Arrays<Problem> with_function(Arrays<Problem> arrays, bool has_block_states,
-                                       int num_captured) {
-    using Function = FunctionArrays;
-    arrays.push_back(array<&Function::batch_numbers>(operands::kBatchNumber));
-    arrays.push_back(array<&Function::head_numbers>(operands::kHeadNumber));
-    arrays.push_back(array<&Function::blocks>(operands::kBlockStates, has_block_states));
-    for (int i = 0; i < num_captured; ++i) {
-      arrays.push_back({&operands::kCaptured, kStoreCaptured[i], true, 0});
-    }
-    return arrays;
-  }
-
- protected:
-  static constexpr std::uintptr_t kVisibilityAlignment = 16;  // bytes: it is read in fours of words
-
- private:
-  template <class T, class Class>
-  static T& field(Problem& problem, T Class::*member) {
-    return problem.*member;
-  }
-  template <class T>
-  static T& field(Problem& problem, T IndexArrays::*member) {
-    return problem.index.*member;
-  }
-  template <class T>
-  static T& field(Problem& problem, T DenseArrays::*member) {
-    return problem.dense.*member;
-  }
-  template <class T>
-  static T& field(Problem& problem, T FunctionArrays::*member) {
-    return problem.function.*member;
-  }
-  template <class T>
-  static T& field(Problem& problem, T CachedIndex::*member) {
-    return problem.index.*member;
-  }
-  template <auto kMember>
-  static void store(Problem& problem, void* address) {
-    auto& pointer = field(problem, kMember);
-    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(address);
-  }
-  template <int kNumber>
-  static void store_captured(Problem& problem, void* address) {
-    problem.function.captured.array[kNumber] = address;
-  }
-  static constexpr void (*kStoreCaptured[kMostCaptured])(Problem&, void*) = {
-      &store_captured<0>, &store_captured<1>, &store_captured<2>, &store_captured<3>,
-      &store_captured<4>, &store_captured<5>, &store_captured<6>, &store_captured<7>};
-  template <HeadValues CallProblem::*kMember>
-  static void store_table(Problem& problem, void* address) {
-    (problem.*kMember).values = static_cast<const float*>(address);
+    const auto place = [](Problem& problem, void* address, Dims dims) {
+      problem.workspace = address;
+      problem.workspace_bytes = dims[0];
+    };
+    return {&operands::kWorkspace, place, alignment};
   }
 };
 
@@ -190,56 +112,62 @@ inline xla::ffi::AnyBuffer buffer_of(xla::ffi::Result<xla::ffi::AnyBuffer>& resu
 // What the kernels need of an array's address; `alignment` as in Array.
 Status check_aligned(const Operand& operand, std::uintptr_t alignment, const void* address);
 
-// Why a side of a call, "operands" or "results", has not the arrays that it should: of those that
-// `options` announce, the first that is missing has a name.
-Status wrong_count(const char* side, std::size_t got, std::size_t required, std::size_t announced,
-                   const Operand* first_missing);
+// Why `names` are not arrays of a table: `rest` of them stand where the table must have `next`, or,
+// if that is null, ends.
+Status wrong_names(const char* side, Names names, Names rest, const Operand* next);
 
+// The arrays of a table that a call names: those that it must have, and any of the others.
 template <class Problem>
-Status check_count(const Arrays<Problem>& arrays, const char* side, std::size_t got) {
-  std::size_t required = 0, announced = 0, present = 0;
-  const Operand* first_missing = nullptr;
-  for (const auto& array : arrays) {
-    required += !array.operand->optional;
-    announced += array.operand->optional && array.present;
-    present += array.present;
-    const bool is_missing = array.operand->optional && array.present && present > got;
-    if (is_missing && first_missing == nullptr) first_missing = array.operand;
+StatusOr<Arrays<Problem>> named(const Arrays<Problem>& table, const char* side, Names names) {
+  Arrays<Problem> found;
+  Names rest = names;
+  for (const auto& array : table) {
+    if (rest.front() == array.operand->name) {
+      found.push_back(array);
+      rest = rest.behind_front();
+    } else if (!array.operand->optional) {
+      return wrong_names(side, names, rest, array.operand);
+    }
   }
-  if (got == present) return {};
-  return wrong_count(side, got, required, announced, first_missing);
+  if (!rest.empty()) return wrong_names(side, names, rest, nullptr);
+  return found;
 }
 
 enum class Addresses { kChecked, kUnchecked };
 
-// One side of a call into the problem.
+// One side of a call, "operands" or "results", into the problem.
 template <class Problem, class Buffers>
-Status take_all(const Arrays<Problem>& arrays, const Buffers& buffers, const char* side,
+Status take_all(const Arrays<Problem>& table, Names names, const Buffers& buffers, const char* side,
                 Addresses addresses, Extents& extents, Problem& problem) {
-  JFA_CHECK_OK(check_count(arrays, side, buffers.size()));
+  JFA_TRY(arrays, named(table, side, names));
+  if (buffers.size() != arrays.size()) {
+    return invalid_argument(concat(side, " names ", arrays.size(), " arrays, got ", buffers.size(),
+                                   ": '", names.text(), "'"));
+  }
   std::size_t next = 0;
   for (const auto& array : arrays) {
-    if (!array.present) continue;
     auto got = buffers.template get<xla::ffi::AnyBuffer>(next++);
     if (!got.has_value()) {
-      return invalid_argument(std::string(array.operand->name) + " must be a buffer");
+      return invalid_argument(concat(array.operand->name, " must be a buffer"));
     }
     const xla::ffi::AnyBuffer buffer = buffer_of(*got);
     JFA_CHECK_OK(extents.take(*array.operand, buffer));
     if (addresses == Addresses::kChecked) {
       JFA_CHECK_OK(check_aligned(*array.operand, array.alignment, buffer.untyped_data()));
     }
-    array.store(problem, buffer.untyped_data());
+    array.place(problem, buffer.untyped_data(), buffer.dimensions().begin());
   }
   return {};
 }
 
 // The Problem of a call of `Family`, whose table is
-//   check(attributes)                        what the attributes contradict by themselves
+//   check(attributes)                        which values are legal, as far as attributes tell
 //   types(attributes)
-//   operands(attributes)                     in the order of the custom call
+//   operands(attributes)                     all that it may have, in the order of the custom call
 //   results(attributes)
-//   fill(attributes, extents, problem)       what is no address
+//   fill(attributes, extents, problem)       what no array says by itself
+//
+// and whose attributes name the call's `operands` and `results`.
 template <class Family>
 StatusOr<typename Family::Problem> decode(const xla::ffi::RemainingArgs& args,
                                           const xla::ffi::RemainingRets& rets,
@@ -248,12 +176,25 @@ StatusOr<typename Family::Problem> decode(const xla::ffi::RemainingArgs& args,
   JFA_CHECK_OK(Family::check(attributes));
   Extents extents(Family::types(attributes));
   typename Family::Problem problem;
-  JFA_CHECK_OK(
-      take_all(Family::operands(attributes), args, "operands", addresses, extents, problem));
-  JFA_CHECK_OK(take_all(Family::results(attributes), rets, "results", addresses, extents, problem));
+  JFA_CHECK_OK(take_all(Family::operands(attributes), attributes.operands, args, "operands",
+                        addresses, extents, problem));
+  JFA_CHECK_OK(take_all(Family::results(attributes), attributes.results, rets, "results", addresses,
+                        extents, problem));
   problem.shape = extents.shape();
   Family::fill(attributes, extents, problem);
   return problem;
 }
 
 }  // namespace jax_fa3
+
+// A string attribute.
+template <>
+struct xla::ffi::AttrDecoding<jax_fa3::Names> {
+  using Type = jax_fa3::Names;
+  static std::optional<Type> Decode(XLA_FFI_AttrType type, void* attr,
+                                    DiagnosticEngine& diagnostic) {
+    const auto text = AttrDecoding<std::string_view>::Decode(type, attr, diagnostic);
+    if (!text.has_value()) return std::nullopt;
+    return Type(*text);
+  }
+};

@@ -2,9 +2,7 @@
 // launch kernels that the call brings along.
 #pragma once
 
-#include <cstdint>
-
-#include "call/text.h"
+#include "call/operands.h"
 #include "ffi/handler.h"
 #include "ffi/linked_kernels.h"
 #include "ffi/options.h"
@@ -12,35 +10,23 @@
 namespace jax_fa3 {
 
 struct FunctionAttributes {
+  Names operands;
+  Names results;
   Options options;
-  bool has_block_states;
-  std::int32_t num_captured;
   LinkedKernel kernel;
   LinkedKernel dquery_kernel;  // backward only, where dQ has one of its own
 
-  CallAttributes of_call() const { return {options}; }
+  CallAttributes of_call() const { return {operands, results, options}; }
 };
 
 inline Status check_function(const FunctionAttributes& a) {
-  const Options& o = a.options;
-  if (o.has_bias || o.has_dense_mask || o.softcap > 0 || o.has_alibi_slopes) {
-    return unimplemented("no kernel has a function and a dense array, softcap or alibi_slopes");
-  }
   if (!a.kernel.is_there()) return invalid_argument("kernel must not be empty");
-  if (a.num_captured >= 0 && a.num_captured <= kMostCaptured) return {};
-  return invalid_argument(
-      concat("num_captured must be 0 to ", kMostCaptured, ", got ", a.num_captured));
-}
-
-inline void fill_function(const FunctionAttributes& a, const Extents& extents,
-                          CallProblem& problem) {
-  problem.presence.variant = a.has_block_states ? Variant::kBlocks : Variant::kFunction;
-  problem.presence.any |= a.has_block_states;
-  problem.function.kernel_key = a.kernel.key;
-  problem.function.dquery_kernel_key = a.dquery_kernel.key;
-  if (a.has_block_states) {
-    problem.function.blocks_shape = {extents['i'], extents['j'], extents['s']};
+  const auto has = [&](const Operand& operand) { return a.operands.has(operand); };
+  if (!has(operands::kBias) && !has(operands::kDenseMask) && !has(operands::kAlibiSlopes) &&
+      a.options.softcap == 0) {
+    return {};
   }
+  return unimplemented("no kernel has a function and a dense array, softcap or alibi_slopes");
 }
 
 // The same of the custom call `Call`, of a call without functions.
@@ -55,12 +41,14 @@ struct WithFunctions : Call {
   }
   static Types types(const Attributes& a) { return Call::types(a.of_call()); }
   static Arrays<Problem> operands(const Attributes& a) {
-    return Call::with_function(Call::operands(a.of_call()), a.has_block_states, a.num_captured);
+    return joined<Problem>({Call::operands(a.of_call()), function_arrays<Problem>()});
   }
   static Arrays<Problem> results(const Attributes& a) { return Call::results(a.of_call()); }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     Call::fill(a.of_call(), extents, problem);
-    fill_function(a, extents, problem);
+    problem.function.blocks_shape.rows = problem.shape.seqlen_q;
+    problem.function.kernel_key = a.kernel.key;
+    problem.function.dquery_kernel_key = a.dquery_kernel.key;
   }
   static int sm_margin(const Attributes& a) { return Call::sm_margin(a.of_call()); }
 
@@ -97,8 +85,8 @@ inline xla::ffi::Error load_kernels(const FunctionAttributes& a, const char* tar
       ::xla::ffi::Ffi::BindInstantiate().Attrs<::jax_fa3::FunctionAttributes>())
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_fa3::FunctionAttributes, xla::ffi::StructMember<jax_fa3::Options>("options"),
-    xla::ffi::StructMember<bool>("has_block_states"),
-    xla::ffi::StructMember<std::int32_t>("num_captured"),
+    jax_fa3::FunctionAttributes, xla::ffi::StructMember<jax_fa3::Names>("operands"),
+    xla::ffi::StructMember<jax_fa3::Names>("results"),
+    xla::ffi::StructMember<jax_fa3::Options>("options"),
     xla::ffi::StructMember<jax_fa3::LinkedKernel>("kernel"),
     xla::ffi::StructMember<jax_fa3::LinkedKernel>("dquery_kernel"));

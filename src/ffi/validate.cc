@@ -1,7 +1,6 @@
 #include "ffi/validate.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "attention/dense_mask.h"
@@ -29,16 +28,9 @@ Status check_device(const Device& device) {
                               device.major, ".", device.minor));
 }
 
-Status check_call(const CallProblem& problem) {
+Status check_extents(const CallProblem& problem) {
   JFA_CHECK_OK(check_shape(problem.shape));
-  JFA_CHECK_OK(check_mask(problem.mask));
-  JFA_CHECK_OK(check_dense_mask(problem));
-  if (!(problem.softcap >= 0 && std::isfinite(problem.softcap))) {
-    return invalid_argument(
-        concat("softcap must be non-negative and finite, got ", problem.softcap));
-  }
-  if (problem.softmax_scale > 0 && std::isfinite(problem.softmax_scale)) return {};
-  return invalid_argument(concat("scale must be positive and finite, got ", problem.softmax_scale));
+  return check_dense_mask(problem);
 }
 
 StatusOr<int> num_sms_to_fill(const Device& device, std::int32_t sm_margin) {

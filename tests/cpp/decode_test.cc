@@ -24,6 +24,7 @@ using Dims = std::vector<std::int64_t>;
 constexpr Device kHopper{9, 0, 132};
 
 struct Buffer {
+  const char* name;
   ffi::DataType dtype;
   Dims dims;
   std::uintptr_t address = 0;  // 0: some address, aligned
@@ -74,12 +75,21 @@ class Frame {
   XLA_FFI_Rets rets_{};
 };
 
+std::string names_of(const std::vector<Buffer>& buffers) {
+  std::string names;
+  for (const Buffer& buffer : buffers) names += concat(names.empty() ? "" : " ", buffer.name);
+  return names;
+}
+
 template <class Family>
 StatusOr<typename Family::Problem> decoded(std::vector<Buffer> operands,
                                            const std::vector<Buffer>& optionals,
                                            const std::vector<Buffer>& results,
-                                           const typename Family::Attributes& attributes) {
+                                           typename Family::Attributes attributes) {
   operands.insert(operands.end(), optionals.begin(), optionals.end());
+  const std::string operand_names = names_of(operands), result_names = names_of(results);
+  attributes.operands = Names(operand_names);
+  attributes.results = Names(result_names);
   Frame args(operands), rets(results);
   return decode<Family>(args.args(), rets.rets(), attributes, Addresses::kChecked);
 }
@@ -98,38 +108,39 @@ struct Call {
   Dims dbias;  // none: no such result
   ffi::DataType lse_dtype = kF32;
   std::vector<Buffer> optionals;
-  Options options{0.125f, kUnbounded, 0,     0,     8.f,   0.f,   0,     false, false, false,
-                  false,  false,      false, false, false, false, false, false, false, false};
+  Options options{0.125f, kUnbounded, 0, 0, 8.f, 0.f, 0, false};
   std::uintptr_t query_address = 0;
   std::uintptr_t workspace_address = 0;
   bool has_lse = true;
 
   StatusOr<ForwardProblem> forward() const {
-    std::vector<Buffer> results{{dtype, out}, {lse_dtype, lse}, {kS32, counter}};
-    if (!has_lse) results.resize(1);
-    return decoded<ForwardCall>({{dtype, query, query_address}, {dtype, key}, {dtype, value}},
-                                optionals, results, {options});
+    std::vector<Buffer> results{
+        {"out", dtype, out}, {"lse", lse_dtype, lse}, {"tile_counter", kS32, counter}};
+    if (!has_lse) results.erase(results.begin() + 1);
+    return decoded<ForwardCall>(
+        {{"query", dtype, query, query_address}, {"key", dtype, key}, {"value", dtype, value}},
+        optionals, results, {{}, {}, options});
   }
 
   StatusOr<BackwardProblem> backward() const {
-    std::vector<Buffer> results{{dtype, query}, {dtype, key}, {dtype, value}};
-    if (!dbias.empty()) results.push_back({dtype, dbias});
-    results.push_back({ffi::DataType::U8, {4096}, workspace_address});
-    return decoded<BackwardCall>({{dtype, query, query_address},
-                                  {dtype, key},
-                                  {dtype, value},
-                                  {dtype, out},
-                                  {lse_dtype, lse},
-                                  {dtype, out}},
-                                 optionals, results, {options});
+    std::vector<Buffer> results{
+        {"dquery", dtype, query}, {"dkey", dtype, key}, {"dvalue", dtype, value}};
+    if (!dbias.empty()) results.push_back({"dbias", dtype, dbias});
+    results.push_back({"workspace", ffi::DataType::U8, {4096}, workspace_address});
+    return decoded<BackwardCall>({{"query", dtype, query, query_address},
+                                  {"key", dtype, key},
+                                  {"value", dtype, value},
+                                  {"out", dtype, out},
+                                  {"lse", lse_dtype, lse},
+                                  {"dout", dtype, out}},
+                                 optionals, results, {{}, {}, options});
   }
 };
 
 void decodes() {
   Call call;
   call.dtype = ffi::DataType::F16;
-  call.options.has_query_lengths = call.options.has_query_offset = true;
-  call.optionals = {{kS32, {2}}, {kS32, {2}}};
+  call.optionals = {{"query_seq_lengths", kS32, {2}}, {"query_offset", kS32, {2}}};
   const auto forward = call.forward();
   CHECK_DETAIL(forward.ok(), forward.status().message());
   const ForwardProblem& problem = forward.value();
@@ -141,8 +152,8 @@ void decodes() {
   CHECK(problem.mask.window_left == kUnbounded && problem.mask.window_right == 0);
   CHECK(validate<ForwardCall>(problem, kHopper).ok());
 
-  call.options.has_dlse = call.options.deterministic = true;
-  call.optionals.insert(call.optionals.begin(), {kF32, {2, 6, 100}});
+  call.options.deterministic = true;
+  call.optionals.insert(call.optionals.begin(), {"dlse", kF32, {2, 6, 100}});
   const auto backward = call.backward();
   CHECK_DETAIL(backward.ok(), backward.status().message());
   CHECK(backward.value().dlse && backward.value().index.query_lengths);
@@ -176,33 +187,48 @@ void refuses_buffers() {
           "out must have shape [2, 100, 6, 64], got [2, 100, 6, 72]");
   refuses(with([](Call& c) { c.lse = {2, 100, 6}; }), "lse must have shape [2, 6, 100]");
   refuses(with([](Call& c) { c.lse_dtype = ffi::DataType::BF16; }), "lse must be F32, got BF16");
-  refuses(with([](Call& c) { c.options.has_key_lengths = true; }),
-          "options announce the operand key_value_seq_lengths");
-  refuses(with([](Call& c) {
-            c.optionals = {{kS32, {2}}};
-          }),
-          "options announce 0 optional operands, got 1");
-  refuses(with([](Call& c) {
-            c.options.has_key_lengths = true;
-            c.optionals = {{ffi::DataType::S64, {2}}};
-          }),
-          "key_value_seq_lengths must be S32, got S64");
-  refuses(with([](Call& c) {
-            c.options.has_query_offset = true;
-            c.optionals = {{kS32, {3}}};
-          }),
-          "query_offset must have shape [2], got [3]");
-  CHECK_REFUSES(with([](Call& c) { c.options.has_dlse = true; }).forward().status(), "has_dlse");
+  const auto refuses_optionals = [&](const std::vector<Buffer>& optionals, const char* part) {
+    refuses(with([&](Call& c) { c.optionals = optionals; }), part);
+  };
+  refuses_optionals({{"mask", kS32, {2}}}, "operands must not have mask in its place, got 'query");
+  refuses_optionals({{"query_offset", kS32, {2}}, {"query_seq_lengths", kS32, {2}}},
+                    "operands must not have query_seq_lengths in its place, got 'query key value");
+  refuses_optionals({{"query_offset", kS32, {2}}, {"query_offset", kS32, {2}}},
+                    "operands must not have query_offset in its place");
+  refuses_optionals({{"", kS32, {2}}}, "operands names ");
+  refuses_optionals({{"key_value_seq_lengths", ffi::DataType::S64, {2}}},
+                    "key_value_seq_lengths must be S32, got S64");
+  refuses_optionals({{"query_offset", kS32, {3}}}, "query_offset must have shape [2], got [3]");
+  refuses_optionals({{"query_seq_lengths", kS32, {2}, 4098}},
+                    "query_seq_lengths must be aligned to 4 bytes");
+  CHECK_REFUSES(with([](Call& c) {
+                  c.optionals = {{"dlse", kF32, {2, 6, 100}}};
+                })
+                    .forward()
+                    .status(),
+                "operands must not have dlse in its place");
   refuses(with([](Call& c) { c.query_address = 4104; }), "query must be aligned to 16 bytes");
-  refuses(with([](Call& c) {
-            c.options.has_query_lengths = true;
-            c.optionals = {{kS32, {2}, 4098}};
-          }),
-          "query_seq_lengths must be aligned to 4 bytes");
   CHECK_REFUSES(with([](Call& c) { c.workspace_address = 4112; }).backward().status(),
                 "workspace must be aligned to 256 bytes");
   CHECK_REFUSES(with([](Call& c) { c.has_lse = false; }).forward().status(),
-                "the call must have 3 results at least, got 1");
+                "results must have lse in its place, got 'out tile_counter'");
+}
+
+// Names and buffers that do not fit each other.
+void refuses_other_numbers() {
+  const std::vector<Buffer> masks(2, {"mask", ffi::DataType::PRED, {1, 1, 8, 8}});
+  Frame args(masks), rets({});
+  const auto refuses = [&](const char* operands, const char* part) {
+    const DenseMaskAttributes attributes{Names(operands), Names("mask_table")};
+    CHECK_REFUSES(
+        decode<DenseMaskCall>(args.args(), rets.rets(), attributes, Addresses::kChecked).status(),
+        part);
+  };
+  refuses("mask", "operands names 1 arrays, got 2: 'mask'");
+  refuses("mask mask", "operands must not have mask in its place, got 'mask mask'");
+  refuses("mask ", "operands names 1 arrays, got 2");
+  refuses(" mask", "operands must have mask in its place, got ' mask'");
+  refuses("", "operands must have mask in its place, got ''");
 }
 
 void refuses_values() {
@@ -212,14 +238,21 @@ void refuses_values() {
   };
   refuses(Call(), "compute capability 9.0 (H100, H200), got 8.6", {8, 6, 80});
   refuses(Call(), "got 10.0", {10, 0, 148});
-  refuses(with([](Call& c) { c.options.scale = 0; }), "scale must be positive and finite, got 0");
-  refuses(with([](Call& c) { c.options.window_left = -3; }), "window_left");
+  const auto refuses_options = [](const Call& call, const char* part) {
+    CHECK_REFUSES(call.forward().status(), part);
+    CHECK_REFUSES(call.backward().status(), part);
+  };
+  refuses_options(with([](Call& c) { c.options.scale = 0; }),
+                  "scale must be positive and finite, got 0");
+  refuses_options(with([](Call& c) { c.options.softcap = -1; }),
+                  "softcap must be non-negative and finite, got -1");
+  refuses_options(with([](Call& c) { c.options.window_left = -3; }), "window_left");
   refuses(with([](Call& c) { c.key[2] = c.value[2] = 4; }),
           "num_heads_q must be a multiple of num_heads_kv, got 6 and 4");
   refuses(with([](Call& c) { c.query[3] = c.key[3] = c.value[3] = c.out[3] = 36; }),
           "head_dim must be a multiple of 8");
   const Call negative = with([](Call& c) { c.options.rescale_threshold = -1; });
-  CHECK_REFUSES(validate<ForwardCall>(negative.forward().value(), kHopper), "rescale_threshold");
+  CHECK_REFUSES(negative.forward().status(), "rescale_threshold must be non-negative");
   CHECK(num_sms_to_fill(kHopper, 0).value() == 132);
   CHECK(num_sms_to_fill(kHopper, 20).value() == 112);
   CHECK(num_sms_to_fill(kHopper, 200).value() == 1);
@@ -244,25 +277,25 @@ struct Float8Call {
   Options options = Call().options;
 
   StatusOr<ForwardFloat8Problem> decode() const {
-    return decoded<ForwardFloat8Call>({{dtype, query},
-                                       {dtype, key},
-                                       {dtype, value},
-                                       {kF32, query_descale},
-                                       {kF32, key_descale},
-                                       {kF32, value_descale}},
+    const char* value_name = value_is_prepared ? "prepared_value" : "value";
+    return decoded<ForwardFloat8Call>({{"query", dtype, query},
+                                       {"key", dtype, key},
+                                       {value_name, dtype, value},
+                                       {"query_descale", kF32, query_descale},
+                                       {"key_descale", kF32, key_descale},
+                                       {"value_descale", kF32, value_descale}},
                                       optionals,
-                                      {{out_dtype, out},
-                                       {kF32, {2, 6, 300}},
-                                       {kS32, {1}},
-                                       {ffi::DataType::U8, {4096}, workspace_address}},
-                                      {options, value_is_prepared});
+                                      {{"out", out_dtype, out},
+                                       {"lse", kF32, {2, 6, 300}},
+                                       {"tile_counter", kS32, {1}},
+                                       {"workspace", ffi::DataType::U8, {4096}, workspace_address}},
+                                      {{}, {}, options});
   }
 };
 
 void decodes_float8() {
   Float8Call call;
-  call.options.has_key_lengths = true;
-  call.optionals = {{kS32, {2}}};
+  call.optionals = {{"key_value_seq_lengths", kS32, {2}}};
   const auto plain = call.decode();
   CHECK_DETAIL(plain.ok(), plain.status().message());
   const ForwardFloat8Problem& problem = plain.value();
@@ -302,8 +335,10 @@ void refuses_float8() {
       "query_descale must have 1 or 3 scales of a head (one for 128 rows), got 2");
   refuses([](C& c) { c.key_descale = {2, 6, 2}; }, "key_descale must have shape [2, 3, -1]");
   refuses([](C& c) { c.value_descale = {2, 3, 1}; }, "value_descale must have shape [2, 3]");
-  refuses([](C& c) { c.options.has_dlse = true; }, "has_dlse");
-  refuses([](C& c) { c.options.has_key_lengths = true; }, "key_value_seq_lengths");
+  refuses([](C& c) { c.options.softcap = 1; }, "the float8 kernels have no softcap");
+  for (const char* name : {"dlse", "bias", "dense_mask", "sinks", "alibi_slopes"}) {
+    refuses([&](C& c) { c.optionals = {{name, kS32, {2}}}; }, "operands must not have ");
+  }
   Float8Call call;
   call.workspace_address = 4104;
   CHECK_REFUSES(call.decode().status(), "workspace must be aligned to 16 bytes");
@@ -319,25 +354,25 @@ struct Rounding {
   Dims key_descale{2, 3, 2};
   std::uintptr_t value_address = 0;
   std::vector<Buffer> optionals;
-  QuantizeAttributes options{5, false, true, false, false};
+  QuantizeAttributes options{{}, {}, 5, false, true};
 
   StatusOr<QuantizeProblem> decode() const {
-    return decoded<QuantizeCall>({{dtype, query}, {dtype, key}, {dtype, value, value_address}},
-                                 optionals,
-                                 {{out_dtype, query},
-                                  {out_dtype, key},
-                                  {out_dtype, value_out},
-                                  {kF32, {2, 6, 3}},
-                                  {kF32, key_descale},
-                                  {kF32, {2, 3}}},
-                                 options);
+    return decoded<QuantizeCall>(
+        {{"query", dtype, query}, {"key", dtype, key}, {"value", dtype, value, value_address}},
+        optionals,
+        {{"query_out", out_dtype, query},
+         {"key_out", out_dtype, key},
+         {"value_out", out_dtype, value_out},
+         {"query_descale", kF32, {2, 6, 3}},
+         {"key_descale", kF32, key_descale},
+         {"value_descale", kF32, {2, 3}}},
+        options);
   }
 };
 
 void decodes_quantize() {
   Rounding call;
-  call.options.has_key_lengths = true;
-  call.optionals = {{kS32, {2}}};
+  call.optionals = {{"key_value_seq_lengths", kS32, {2}}};
   const auto there = call.decode();
   CHECK_DETAIL(there.ok(), there.status().message());
   CHECK(there.value().shape.seqlen_q == 300 && there.value().shape.head_dim_v == 48);
@@ -370,8 +405,11 @@ void refuses_quantize() {
   refuses([](C& c) { c.value_out = c.value; }, "value_out must have shape [2, 3, 48, 256]");
   refuses([](C& c) { c.options.prepare_value = false; }, "value_out must have shape [2, 200, 3,");
   refuses([](C& c) { c.key_descale = {2, 3, 1}; }, "key_descale must have shape [2, 3, 2]");
-  refuses([](C& c) { c.options.has_query_lengths = true; }, "query_seq_lengths");
-  refuses([](C& c) { c.optionals = {{kS32, {2}}}; }, "options announce 0 optional operands, got 1");
+  refuses(
+      [](C& c) {
+        c.optionals = {{"query_offset", kS32, {2}}};
+      },
+      "operands must not have query_offset in its place");
   Rounding call;
   call.value_address = 4104;
   CHECK_REFUSES(call.decode().status(), "value must be aligned to 16 bytes");
@@ -393,8 +431,7 @@ constexpr std::int64_t kWords = 4 + 200 + 4 * 2 + 4 * 2 + 180;
 void decodes_row_intervals() {
   const auto strides = [](const Dims& table) {
     Call call;
-    call.options.has_visibility = true;
-    call.optionals = {{kS32, table}};
+    call.optionals = {{"visibility", kS32, table}};
     const auto forward = call.forward();
     CHECK_DETAIL(forward.ok(), forward.status().message());
     const IndexArrays& index = forward.value().index;
@@ -408,16 +445,15 @@ void decodes_row_intervals() {
 
   const auto refuses = [](const Buffer& table, const char* part) {
     Call call;
-    call.options.has_visibility = true;
     call.optionals = {table};
     CHECK_REFUSES(call.forward().status(), part);
     CHECK_REFUSES(call.backward().status(), part);
   };
-  refuses({kS32, {3, 1, kWords}}, "visibility must have 1 or 2 sequences, got 3");
-  refuses({kS32, {1, 3, kWords}}, "visibility must have 1 or 6 heads, got 3");
-  refuses({kS32, {1, 1, kWords + 4}}, "visibility must have shape [-1, -1, 400]");
-  refuses({kF32, {1, 1, kWords}}, "visibility must be S32, got F32");
-  refuses({kS32, {1, 1, kWords}, 4104}, "visibility must be aligned to 16 bytes");
+  refuses({"visibility", kS32, {3, 1, kWords}}, "visibility must have 1 or 2 sequences, got 3");
+  refuses({"visibility", kS32, {1, 3, kWords}}, "visibility must have 1 or 6 heads, got 3");
+  refuses({"visibility", kS32, {1, 1, kWords + 4}}, "visibility must have shape [-1, -1, 400]");
+  refuses({"visibility", kF32, {1, 1, kWords}}, "visibility must be S32, got F32");
+  refuses({"visibility", kS32, {1, 1, kWords}, 4104}, "visibility must be aligned to 16 bytes");
 }
 
 // Dense arrays, of 100 rows and 90 keys.
@@ -432,10 +468,11 @@ bool same(const Broadcast& a, const Broadcast& b) {
 void decodes_dense_arrays() {
   Call call;
   call.query[0] = call.key[0] = call.value[0] = call.out[0] = call.lse[0] = 4;
-  call.options.has_visibility = call.options.has_bias = call.options.has_dense_mask = true;
   const auto decodes = [&](const Dims& bias, const Dims& mask, const Broadcast& bias_shape,
                            const Broadcast& mask_shape) {
-    call.optionals = {{kS32, {1, 1, kWords}}, {call.dtype, bias}, {kS32, mask}};
+    call.optionals = {{"visibility", kS32, {1, 1, kWords}},
+                      {"bias", call.dtype, bias},
+                      {"dense_mask", kS32, mask}};
     const auto forward = call.forward();
     CHECK_DETAIL(forward.ok(), forward.status().message());
     const ForwardProblem& problem = forward.value();
@@ -446,7 +483,6 @@ void decodes_dense_arrays() {
     CHECK(validate<ForwardCall>(problem, kHopper).ok());
 
     for (const bool has_dbias : {false, true}) {
-      call.options.has_dbias = has_dbias;
       call.dbias = has_dbias ? bias : Dims();
       const auto backward = call.backward();
       CHECK_DETAIL(backward.ok(), backward.status().message());
@@ -455,15 +491,14 @@ void decodes_dense_arrays() {
       CHECK(same(problem.dense.bias_shape, bias_shape));
       CHECK(validate<BackwardCall>(problem, kHopper).ok());
     }
-    call.options.has_dbias = false;
+    call.dbias = {};
   };
   decodes({4, 6, 100, kBiasKeys}, {4, 6, kMaskWords}, {4, 6, 100}, {4, 6, 100});
   decodes({1, 6, 100, kBiasKeys}, {2, 1, kMaskWords}, {1, 6, 100}, {2, 1, 100});
   decodes({2, 1, 1, kBiasKeys}, {1, 1, kMaskWordsOfOneRow}, {2, 1, 1}, {1, 1, 1});
 
   // A bias alone does not make tiles differ in length.
-  call.options.has_visibility = call.options.has_dense_mask = false;
-  call.optionals = {{call.dtype, {1, 1, 1, kBiasKeys}}};
+  call.optionals = {{"bias", call.dtype, {1, 1, 1, kBiasKeys}}};
   const ForwardProblem problem = call.forward().value();
   CHECK(problem.presence.variant == Variant::kBias);
   CHECK(!problem.presence.any && !problem.dense.mask);
@@ -476,52 +511,57 @@ void refuses_dense_arrays() {
     CHECK_REFUSES(call.backward().status(), part);
   };
   const auto refuses_bias = [&](const Buffer& bias, const char* part) {
-    refuses(with([&](Call& c) { c.options.has_bias = true, c.optionals = {bias}; }), part);
+    refuses(with([&](Call& c) { c.optionals = {bias}; }), part);
   };
   constexpr auto kBF16 = ffi::DataType::BF16;
-  refuses_bias({kF32, {2, 6, 100, kBiasKeys}}, "bias must be BF16, got F32");
-  refuses_bias({kBF16, {6, 100, kBiasKeys}}, "bias must have shape [-1, -1, -1, 96]");
-  refuses_bias({kBF16, {2, 6, 100, 90}}, "got [2, 6, 100, 90]");
-  refuses_bias({kBF16, {2, 6, 100, 1}}, "got [2, 6, 100, 1]");
-  refuses_bias({kBF16, {3, 6, 100, kBiasKeys}},
+  refuses_bias({"bias", kF32, {2, 6, 100, kBiasKeys}}, "bias must be BF16, got F32");
+  refuses_bias({"bias", kBF16, {6, 100, kBiasKeys}}, "bias must have shape [-1, -1, -1, 96]");
+  refuses_bias({"bias", kBF16, {2, 6, 100, 90}}, "got [2, 6, 100, 90]");
+  refuses_bias({"bias", kBF16, {2, 6, 100, 1}}, "got [2, 6, 100, 1]");
+  refuses_bias({"bias", kBF16, {3, 6, 100, kBiasKeys}},
                "bias must have a number of sequences that divides 2, got 3");
-  refuses_bias({kBF16, {0, 6, 100, kBiasKeys}}, "that divides 2, got 0");
-  refuses_bias({kBF16, {2, 3, 100, kBiasKeys}}, "bias must have 1 or 6 heads, got 3");
-  refuses_bias({kBF16, {2, 6, 50, kBiasKeys}}, "bias must have 1 or 100 rows, got 50");
-  refuses_bias({kBF16, {2, 6, 100, kBiasKeys}, 4104}, "bias must be aligned to 16 bytes");
+  refuses_bias({"bias", kBF16, {0, 6, 100, kBiasKeys}}, "that divides 2, got 0");
+  refuses_bias({"bias", kBF16, {2, 3, 100, kBiasKeys}}, "bias must have 1 or 6 heads, got 3");
+  refuses_bias({"bias", kBF16, {2, 6, 50, kBiasKeys}}, "bias must have 1 or 100 rows, got 50");
+  refuses_bias({"bias", kBF16, {2, 6, 100, kBiasKeys}, 4104}, "bias must be aligned to 16 bytes");
 
   const auto refuses_mask = [&](const Buffer& mask, const char* part) {
-    refuses(with([&](Call& c) { c.options.has_dense_mask = true, c.optionals = {mask}; }), part);
+    refuses(with([&](Call& c) { c.optionals = {mask}; }), part);
   };
-  refuses_mask({ffi::DataType::PRED, {2, 6, kMaskWords}}, "dense_mask must be S32, got PRED");
-  refuses_mask({kS32, {3, 6, kMaskWords}},
+  refuses_mask({"dense_mask", ffi::DataType::PRED, {2, 6, kMaskWords}},
+               "dense_mask must be S32, got PRED");
+  refuses_mask({"dense_mask", kS32, {3, 6, kMaskWords}},
                "dense_mask must have a number of sequences that divides 2, got 3");
-  refuses_mask({kS32, {2, 2, kMaskWords}}, "dense_mask must have 1 or 6 heads, got 2");
-  refuses_mask({kS32, {2, 6, kMaskWords + 1}},
+  refuses_mask({"dense_mask", kS32, {2, 2, kMaskWords}},
+               "dense_mask must have 1 or 6 heads, got 2");
+  refuses_mask({"dense_mask", kS32, {2, 6, kMaskWords + 1}},
                "dense_mask must have 103 words of one row or 672 of 100 rows, got 673");
-  refuses_mask({kS32, {2, 6, kMaskWords}, 4098}, "dense_mask must be aligned to 4 bytes");
+  refuses_mask({"dense_mask", kS32, {2, 6, kMaskWords}, 4098},
+               "dense_mask must be aligned to 4 bytes");
 
-  refuses(with([](Call& c) { c.options.has_bias = true; }), "options announce the operand bias");
   Call call;
-  call.options.has_dbias = true;
-  CHECK_REFUSES(call.backward().status(), "has_bias must be true with has_dbias");
-  CHECK_REFUSES(call.forward().status(), "has_dbias must be false in the forward pass");
-  call.options.has_bias = true;
-  call.optionals = {{kBF16, {1, 6, 100, kBiasKeys}}};
-  CHECK_REFUSES(call.backward().status(), "options announce 1 optional results, got 0");
+  call.dbias = {1, 6, 100, kBiasKeys};
+  CHECK_REFUSES(call.backward().status(), "operands must have bias with dbias");
+  call.optionals = {{"bias", kBF16, {1, 6, 100, kBiasKeys}}};
+  CHECK(call.backward().ok());
   call.dbias = {1, 1, 100, kBiasKeys};
   CHECK_REFUSES(call.backward().status(), "dbias must have shape [1, 6, 100, 96]");
 
-  Float8Call float8;
-  float8.options.has_dense_mask = true;
-  CHECK_REFUSES(float8.decode().status(), "the float8 kernels have no bias, dense mask");
+  // A kernel is for one variant.
+  const char* one_variant = "no kernel has two of a dense array, softcap and alibi_slopes";
+  call.options.softcap = 1;
+  CHECK_REFUSES(call.forward().status(), one_variant);
+  call.optionals = {{"alibi_slopes", kF32, {1, 6}}};
+  CHECK_REFUSES(call.backward().status(), one_variant);
+  call.options.softcap = 0;
+  call.optionals.insert(call.optionals.begin(), {"dense_mask", kS32, {1, 1, kMaskWords}});
+  CHECK_REFUSES(call.forward().status(), one_variant);
 
   constexpr std::int64_t kLong = 1 << 18;
   const std::int64_t words = DenseMaskLayout{kLong, kLong}.words();
   const Call longer = with([&](Call& c) {
     c.query[1] = c.key[1] = c.value[1] = c.out[1] = c.lse[2] = kLong;
-    c.options.has_dense_mask = true;
-    c.optionals = {{kS32, {1, 1, words}}};
+    c.optionals = {{"dense_mask", kS32, {1, 1, words}}};
   });
   CHECK_REFUSES(validate<ForwardCall>(longer.forward().value(), kHopper),
                 "dense_mask must have less than 2^31 words for each sequence and head");
@@ -529,8 +569,7 @@ void refuses_dense_arrays() {
 }
 
 struct Making {
-  VisibilityAttributes options{100,   90,    0,     0,     kUnbounded, kUnbounded,
-                               false, false, false, false, false,      false};
+  VisibilityAttributes options{{}, {}, 100, 90, 0, 0, kUnbounded, kUnbounded};
   std::vector<Buffer> optionals;
   Dims result{2, 3, kWords};
   std::int64_t workspace_bytes = 2 * 3 * sizeof(ChunkSummary);
@@ -538,18 +577,21 @@ struct Making {
 
   StatusOr<VisibilityProblem> decode() const {
     return decoded<VisibilityCall>(
-        {}, optionals, {{kS32, result}, {ffi::DataType::U8, {workspace_bytes}, workspace_address}},
+        {}, optionals,
+        {{"visibility", kS32, result},
+         {"workspace", ffi::DataType::U8, {workspace_bytes}, workspace_address}},
         options);
   }
 };
 
 void decodes_visibility() {
   Making call;
-  call.options.has_query_segment_ids = call.options.has_key_value_segment_ids = true;
-  call.options.has_kv_end = call.options.has_cu_seqlens = true;
   call.options.attention_chunk = 7;
-  call.optionals = {
-      {kS32, {2, 100}}, {kS32, {2, 90}}, {kS32, {2, 3, 100}}, {kS32, {2, 5}}, {kS32, {2, 5}}};
+  call.optionals = {{"query_segment_ids", kS32, {2, 100}},
+                    {"key_value_segment_ids", kS32, {2, 90}},
+                    {"kv_end", kS32, {2, 3, 100}},
+                    {"cu_seqlens_q", kS32, {2, 5}},
+                    {"cu_seqlens_k", kS32, {2, 5}}};
   const auto problem = call.decode();
   CHECK_DETAIL(problem.ok(), problem.status().message());
   CHECK(problem.value().query_ids && problem.value().key_ids && problem.value().kv_end);
@@ -585,21 +627,20 @@ void refuses_visibility() {
         problem.ok() ? validate<VisibilityCall>(problem.value(), kHopper) : problem.status(), part);
   };
   using C = Making;
-  refuses([](C& c) { c.options.has_key_value_segment_ids = true; },
-          "has_query_segment_ids must be true");
-  refuses([](C& c) { c.options.has_kv_start = true; }, "options announce the operand kv_start");
-  refuses(
-      [](C& c) {
-        c.options.has_query_segment_ids = true;
-        c.optionals = {{kS32, {2, 90}}};
-      },
-      "query_segment_ids must have shape [-1, 100], got [2, 90]");
-  refuses(
-      [](C& c) {
-        c.options.has_query_segment_ids = true;
-        c.optionals = {{kS32, {2, 100}}};
-      },
+  const auto refuses_optionals = [&](const std::vector<Buffer>& optionals, const char* part) {
+    refuses([&](C& c) { c.optionals = optionals; }, part);
+  };
+  refuses_optionals({{"key_value_segment_ids", kS32, {2, 90}}},
+                    "operands must have query_segment_ids with key_value_segment_ids");
+  refuses_optionals({{"cu_seqlens_k", kS32, {2, 5}}},
+                    "operands must have both of cu_seqlens_q and cu_seqlens_k, or none");
+  refuses_optionals({{"query_segment_ids", kS32, {2, 90}}},
+                    "query_segment_ids must have shape [-1, 100], got [2, 90]");
+  refuses_optionals(
+      {{"query_segment_ids", kS32, {2, 100}}},
       "query_segment_ids without key_value_segment_ids must have one id for each of 90 keys");
+  refuses_optionals({{"cu_seqlens_q", kS32, {2, 0}}, {"cu_seqlens_k", kS32, {2, 0}}},
+                    "the number of cu_seqlens must be in [1, ");
   refuses([](C& c) { c.result = {2, 3, kWords - 4}; }, "visibility must have shape [-1, -1, 400]");
   refuses([](C& c) { c.options.attention_chunk = -1; }, "attention_chunk must be in [0, ");
   refuses([](C& c) { c.options.window_left = -1; }, "window_left must be in [0, ");
@@ -608,12 +649,6 @@ void refuses_visibility() {
         c.options.seqlen_k = 0, c.result = {2, 3, 4 + 200 + 8};
       },
       "seqlen_k must be in [1, ");
-  refuses(
-      [](C& c) {
-        c.options.has_cu_seqlens = true;
-        c.optionals = {{kS32, {2, 0}}, {kS32, {2, 0}}};
-      },
-      "the number of cu_seqlens must be in [1, ");
   refuses([](C& c) { --c.workspace_bytes; }, "workspace must have 384 bytes, got 383");
   refuses([](C& c) { c.workspace_address = 4104; }, "workspace must be aligned to 16 bytes");
 }
@@ -627,8 +662,8 @@ struct MaskTable {
   std::uintptr_t table_address = 0;
 
   StatusOr<DenseMaskProblem> decode() const {
-    return decoded<DenseMaskCall>({{dtype, mask, mask_address}}, {}, {{kS32, table, table_address}},
-                                  {});
+    return decoded<DenseMaskCall>({{"mask", dtype, mask, mask_address}}, {},
+                                  {{"mask_table", kS32, table, table_address}}, {});
   }
 };
 
@@ -701,6 +736,7 @@ int main() {
   jax_fa3::refuses_float8();
   jax_fa3::decodes();
   jax_fa3::refuses_buffers();
+  jax_fa3::refuses_other_numbers();
   jax_fa3::refuses_values();
   return jax_fa3::test::finish();
 }

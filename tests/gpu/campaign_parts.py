@@ -395,6 +395,14 @@ def _without_option(name):
     return damage
 
 
+def _named_otherwise(results, arrays, attributes):
+    return (
+        results,
+        arrays,
+        attributes | dict(operands=attributes["operands"].replace("key", "keys")),
+    )
+
+
 def _smaller_workspace(results, arrays, attributes):
     *others, last = results
     shape = (0,) if last.shape[0] == 1 else (1,)
@@ -416,7 +424,7 @@ DAMAGES = {  # what Python never lets through to the handlers
     "sm_margin negative": _option("sm_margin", np.int32(-1)),
     "scale of another type": _option("scale", np.float64(1)),
     "no scale": _without_option("scale"),
-    "no flag": _without_option("has_dlse"),
+    "another name": _named_otherwise,
 }
 
 

@@ -8,53 +8,52 @@
 namespace jax_fa3 {
 
 struct AppendAttributes {
+  Names operands;
+  Names results;
   std::string_view layout;  // of the caches
   bool is_fused;            // keys and values in one array
-  bool has_block_tables;
-  bool has_new_lengths;
-  bool has_rotary;
-  bool is_interleaved;  // rotary pairs are neighbours, else of the two halves
-  bool has_query;
+  bool is_interleaved;      // rotary pairs are neighbours, else of the two halves
 };
 
 struct AppendCall : ArrayTable<AppendProblem> {
   static constexpr const char* kTarget = "jax_fa3_append";
   using Attributes = AppendAttributes;
 
-  static Status check(const Attributes& a) { return check_layout(a.layout, a.is_fused); }
+  static Status check(const Attributes& a) {
+    if (a.operands.has(operands::kCos) != a.operands.has(operands::kSin)) {
+      return invalid_argument("operands must have both of cos and sin, or none");
+    }
+    if (a.operands.has(operands::kNewQuery) != a.results.has(operands::kNewQueryOut)) {
+      return invalid_argument("query must be among operands and query_out among results, or none");
+    }
+    return check_layout(a.layout, a.is_fused);
+  }
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    Arrays<Problem> arrays{
-        array<&Problem::key_cache>(key_cache_operand(a.layout, a.is_fused)),
+    const Arrays<Problem> others{
+        array<&Problem::key>(operands::kNewKey),
+        array<&Problem::value>(operands::kNewValue),
+        array<&Problem::cache_lengths>(operands::kCacheLengths),
+        array<&Problem::block_tables>(operands::kBlockTables),
+        array<&Problem::new_lengths>(operands::kNewLengths),
+        array<&Problem::cos>(operands::kCos),
+        array<&Problem::sin>(operands::kSin),
+        array<&Problem::query>(operands::kNewQuery),
     };
-    if (!a.is_fused) arrays.push_back(array<&Problem::value_cache>(value_cache_operand(a.layout)));
-    arrays.push_back(array<&Problem::key>(operands::kNewKey));
-    arrays.push_back(array<&Problem::value>(operands::kNewValue));
-    arrays.push_back(array<&Problem::cache_lengths>(operands::kCacheLengths));
-    arrays.push_back(array<&Problem::block_tables>(operands::kBlockTables, a.has_block_tables));
-    arrays.push_back(array<&Problem::new_lengths>(operands::kNewLengths, a.has_new_lengths));
-    arrays.push_back(array<&Problem::cos>(operands::kCos, a.has_rotary));
-    arrays.push_back(array<&Problem::sin>(operands::kSin, a.has_rotary));
-    arrays.push_back(array<&Problem::query>(operands::kNewQuery, a.has_query));
-    return arrays;
+    return joined<Problem>({caches<&Problem::key_cache, &Problem::value_cache>(a), others});
   }
   static Arrays<Problem> results(const Attributes& a) {
-    Arrays<Problem> arrays{
-        array<&Problem::key_cache_out>(key_cache_operand(a.layout, a.is_fused)),
-    };
-    if (!a.is_fused) {
-      arrays.push_back(array<&Problem::value_cache_out>(value_cache_operand(a.layout)));
-    }
-    arrays.push_back(array<&Problem::query_out>(operands::kNewQueryOut, a.has_query));
-    return arrays;
+    return joined<Problem>({caches<&Problem::key_cache_out, &Problem::value_cache_out>(a),
+                            {array<&Problem::query_out>(operands::kNewQueryOut)}});
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
-    problem.cache = cache_shape(extents, a.layout, a.is_fused, a.has_block_tables);
-    problem.has_block_tables = a.has_block_tables;
+    problem.has_block_tables = a.operands.has(operands::kBlockTables);
+    problem.cache = cache_shape(extents, a.layout, a.is_fused, problem.has_block_tables);
     problem.shape.seqlen_k = problem.cache.capacity();
     // Without a query there is nothing that head counts of one could differ from.
-    if (!a.has_query) problem.shape.num_heads_q = problem.shape.num_heads_kv;
+    if (!a.operands.has(operands::kNewQuery))
+      problem.shape.num_heads_q = problem.shape.num_heads_kv;
     problem.rows = extents['L'];
     problem.positions = extents['X'];
     problem.half_width = extents['Y'];
@@ -82,12 +81,19 @@ struct AppendCall : ArrayTable<AppendProblem> {
     }
     return launch_append(problem, stream);
   }
+
+ private:
+  template <auto kKeyCache, auto kValueCache>
+  static Arrays<Problem> caches(const Attributes& a) {
+    return cache_arrays<Problem, kKeyCache, kValueCache>(a.layout, a.is_fused);
+  }
 };
 
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_fa3::AppendAttributes, xla::ffi::StructMember<std::string_view>("layout"),
-    xla::ffi::StructMember<bool>("is_fused"), xla::ffi::StructMember<bool>("has_block_tables"),
-    xla::ffi::StructMember<bool>("has_new_lengths"), xla::ffi::StructMember<bool>("has_rotary"),
-    xla::ffi::StructMember<bool>("is_interleaved"), xla::ffi::StructMember<bool>("has_query"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::AppendAttributes,
+                                      xla::ffi::StructMember<jax_fa3::Names>("operands"),
+                                      xla::ffi::StructMember<jax_fa3::Names>("results"),
+                                      xla::ffi::StructMember<std::string_view>("layout"),
+                                      xla::ffi::StructMember<bool>("is_fused"),
+                                      xla::ffi::StructMember<bool>("is_interleaved"));

@@ -13,39 +13,38 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
   static constexpr const char* kTarget = "jax_fa3_backward";
   using Attributes = CallAttributes;
 
-  static Status check(const Attributes& a) { return check_backward(a.options); }
+  static Status check(const Attributes& a) {
+    JFA_CHECK_OK(check_call(a));
+    if (a.results.has(operands::kDBias) && !a.operands.has(operands::kBias)) {
+      return invalid_argument("operands must have bias with dbias");
+    }
+    if (!a.results.has(operands::kDSinks) || a.operands.has(operands::kSinks)) return {};
+    return invalid_argument("operands must have sinks with dsinks");
+  }
   static Types types(const Attributes&) { return {}; }
 
-  static Arrays<Problem> operands(const Attributes& a) {
-    return with_all(
-        {
-            array<&Problem::query>(operands::kQuery),
-            array<&Problem::key>(operands::kKey),
-            array<&Problem::value>(operands::kValue),
-            array<&Problem::out>(operands::kOut),
-            array<&Problem::lse>(operands::kLse),
-            array<&Problem::dout>(operands::kDOut),
-            array<&Problem::dlse>(operands::kDLse, a.options.has_dlse),
-        },
-        a.options);
+  static Arrays<Problem> operands(const Attributes&) {
+    const Arrays<Problem> own{
+        array<&Problem::query>(operands::kQuery), array<&Problem::key>(operands::kKey),
+        array<&Problem::value>(operands::kValue), array<&Problem::out>(operands::kOut),
+        array<&Problem::lse>(operands::kLse),     array<&Problem::dout>(operands::kDOut),
+        array<&Problem::dlse>(operands::kDLse),
+    };
+    return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
   }
-  static Arrays<Problem> results(const Attributes& a) {
+  static Arrays<Problem> results(const Attributes&) {
     return {
-        array<&Problem::dquery>(operands::kDQuery),
-        array<&Problem::dkey>(operands::kDKey),
-        array<&Problem::dvalue>(operands::kDValue),
-        array<&Problem::dbias>(operands::kDBias, a.options.has_dbias),
-        array<&Problem::dsinks>(operands::kDSinks, a.options.has_dsinks),
-        workspace<&Problem::workspace>(kWorkspaceAlignment),
+        array<&Problem::dquery>(operands::kDQuery), array<&Problem::dkey>(operands::kDKey),
+        array<&Problem::dvalue>(operands::kDValue), array<&Problem::dbias>(operands::kDBias),
+        array<&Problem::dsinks>(operands::kDSinks), workspace(kWorkspaceAlignment),
     };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     fill_call(a.options, extents, problem);
     problem.deterministic = a.options.deterministic;
-    problem.workspace_bytes = extents['w'];
   }
 
-  static Status validate(const Problem& problem) { return check_call(problem); }
+  static Status validate(const Problem& problem) { return check_extents(problem); }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<BackwardPlan> plan(const Problem& problem, int num_sms) {

@@ -7,7 +7,10 @@
 namespace jax_fa3 {
 
 // The arrays say all there is.
-struct DenseMaskAttributes {};
+struct DenseMaskAttributes {
+  Names operands;
+  Names results;
+};
 
 struct DenseMaskCall : ArrayTable<DenseMaskProblem> {
   static constexpr const char* kTarget = "jax_fa3_dense_mask";
@@ -17,7 +20,7 @@ struct DenseMaskCall : ArrayTable<DenseMaskProblem> {
   static Types types(const Attributes&) { return {}; }
 
   static Arrays<Problem> operands(const Attributes&) {
-    return {array<&Problem::mask>(operands::kMask, true, kMaskAlignment)};
+    return {array<&Problem::mask>(operands::kMask, kMaskAlignment)};
   }
   static Arrays<Problem> results(const Attributes&) {
     return {array<&Problem::table>(operands::kMaskTable)};
@@ -42,4 +45,6 @@ struct DenseMaskCall : ArrayTable<DenseMaskProblem> {
 
 }  // namespace jax_fa3
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::DenseMaskAttributes, );
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::DenseMaskAttributes,
+                                      xla::ffi::StructMember<jax_fa3::Names>("operands"),
+                                      xla::ffi::StructMember<jax_fa3::Names>("results"));

@@ -16,23 +16,28 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   static constexpr const char* kTarget = "jax_fa3_forward";
   using Attributes = CallAttributes;
 
-  static Status check(const Attributes& a) { return check_forward(a.options); }
+  static Status check(const Attributes& a) {
+    JFA_CHECK_OK(check_call(a));
+    const float threshold = a.options.rescale_threshold;
+    if (threshold >= 0 && std::isfinite(threshold)) return {};
+    return invalid_argument(
+        concat("rescale_threshold must be non-negative and finite, got ", threshold));
+  }
   static Types types(const Attributes&) { return {}; }
 
-  static Arrays<Problem> operands(const Attributes& a) {
-    return with_all(
-        {
-            array<&Problem::query>(operands::kQuery),
-            array<&Problem::key>(operands::kKey),
-            array<&Problem::value>(operands::kValue),
-        },
-        a.options);
+  static Arrays<Problem> operands(const Attributes&) {
+    const Arrays<Problem> own{
+        array<&Problem::query>(operands::kQuery),
+        array<&Problem::key>(operands::kKey),
+        array<&Problem::value>(operands::kValue),
+    };
+    return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
   }
-  static Arrays<Problem> results(const Attributes& a) {
+  static Arrays<Problem> results(const Attributes&) {
     return {
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
-        array<&Problem::max_logits>(operands::kMaxLogits, a.options.has_max_logits),
+        array<&Problem::max_logits>(operands::kMaxLogits),
         array<&Problem::tile_counter>(operands::kTileCounter),
     };
   }
@@ -41,12 +46,7 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
     problem.rescale_threshold = a.options.rescale_threshold;
   }
 
-  static Status validate(const Problem& problem) {
-    JFA_CHECK_OK(check_call(problem));
-    if (problem.rescale_threshold >= 0 && std::isfinite(problem.rescale_threshold)) return {};
-    return invalid_argument(concat("rescale_threshold must be non-negative and finite, got ",
-                                   problem.rescale_threshold));
-  }
+  static Status validate(const Problem& problem) { return check_extents(problem); }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardPlan> plan(const Problem& problem, int num_sms) {

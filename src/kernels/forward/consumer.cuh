@@ -69,6 +69,7 @@ struct ForwardConsumer {
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
     const bool is_valid = intervals().is_valid;
+    softmax.settle(p.logit_scale_log2);
     if (p.max_logits != nullptr) {
       float logits[2];
       softmax.largest_logits(logits, p.logit_scale_log2);

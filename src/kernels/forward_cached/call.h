@@ -17,15 +17,13 @@ struct CachedOptions {
   std::int32_t window_right;  // columns, inclusive; kUnbounded when off
   float rescale_threshold;    // log2 units
   std::int32_t sm_margin;     // streaming multiprocessors to leave free
-  bool has_block_tables;
-  bool has_query_starts;
-  bool has_query_lengths;
-  bool has_key_starts;
-  bool is_fused;  // keys and values in one array
+  bool is_fused;              // keys and values in one array
   bool out_float32;
 };
 
 struct ForwardCachedAttributes {
+  Names operands;
+  Names results;
   CachedOptions options;
   std::string_view layout;         // of the caches
   std::int32_t rows_per_sequence;  // 0 with query_starts
@@ -34,13 +32,12 @@ struct ForwardCachedAttributes {
 struct ForwardCachedCall : ArrayTable<ForwardCachedProblem> {
   static constexpr const char* kTarget = "jax_fa3_forward_cached";
   using Attributes = ForwardCachedAttributes;
-  using Index = CachedIndex;
 
   static Status check(const Attributes& a) {
-    if (a.rows_per_sequence < 0 || (a.options.has_query_starts && a.rows_per_sequence != 0)) {
+    const bool is_ragged = a.operands.has(operands::kQueryStarts);
+    if (a.rows_per_sequence < 0 || (is_ragged && a.rows_per_sequence != 0)) {
       return invalid_argument(
-          concat("rows_per_sequence must be 0 with query_starts, else at least "
-                 "0, got ",
+          concat("rows_per_sequence must be 0 with query_starts, else at least 0, got ",
                  a.rows_per_sequence));
     }
     return check_layout(a.layout, a.options.is_fused);
@@ -52,38 +49,36 @@ struct ForwardCachedCall : ArrayTable<ForwardCachedProblem> {
   }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    const CachedOptions& o = a.options;
-    Arrays<Problem> arrays{
-        array<&Problem::query>(operands::kCachedQuery),
-        array<&Problem::key_cache>(key_cache_operand(a.layout, o.is_fused)),
+    const auto caches = cache_arrays<Problem, &Problem::key_cache, &Problem::value_cache>(
+        a.layout, a.options.is_fused);
+    const Arrays<Problem> index{
+        array<&Problem::index, &CachedIndex::key_lengths>(operands::kCacheKeyLengths),
+        array<&Problem::index, &CachedIndex::query_offset>(operands::kCacheQueryOffset),
+        array<&Problem::index, &CachedIndex::block_tables>(operands::kBlockTables),
+        array<&Problem::index, &CachedIndex::query_starts>(operands::kQueryStarts),
+        array<&Problem::index, &CachedIndex::query_lengths>(operands::kRowLengths),
+        array<&Problem::index, &CachedIndex::key_starts>(operands::kKeyStarts),
     };
-    if (!o.is_fused) arrays.push_back(array<&Problem::value_cache>(value_cache_operand(a.layout)));
-    arrays.push_back(array<&Index::key_lengths>(operands::kCacheKeyLengths));
-    arrays.push_back(array<&Index::query_offset>(operands::kCacheQueryOffset));
-    arrays.push_back(array<&Index::block_tables>(operands::kBlockTables, o.has_block_tables));
-    arrays.push_back(array<&Index::query_starts>(operands::kQueryStarts, o.has_query_starts));
-    arrays.push_back(array<&Index::query_lengths>(operands::kRowLengths, o.has_query_lengths));
-    arrays.push_back(array<&Index::key_starts>(operands::kKeyStarts, o.has_key_starts));
-    return arrays;
+    return joined<Problem>({{array<&Problem::query>(operands::kCachedQuery)}, caches, index});
   }
   static Arrays<Problem> results(const Attributes&) {
     return {
         array<&Problem::out>(operands::kCachedOut),
         array<&Problem::lse>(operands::kCachedLse),
-        workspace<&Problem::workspace>(kWorkspaceAlignment),
+        workspace(kWorkspaceAlignment),
         array<&Problem::counters>(operands::kCounters),
     };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     const CachedOptions& o = a.options;
     Shape& shape = problem.shape;
-    problem.cache = cache_shape(extents, a.layout, o.is_fused, o.has_block_tables);
+    problem.is_ragged = a.operands.has(operands::kQueryStarts);
+    problem.has_block_tables = a.operands.has(operands::kBlockTables);
+    problem.cache = cache_shape(extents, a.layout, o.is_fused, problem.has_block_tables);
     problem.tokens = extents['T'];
-    problem.is_ragged = o.has_query_starts;
-    problem.has_block_tables = o.has_block_tables;
     problem.num_starts = extents['R'];
     problem.rows = extents['L'];
-    shape.seqlen_q = o.has_query_starts ? problem.tokens : a.rows_per_sequence;
+    shape.seqlen_q = problem.is_ragged ? problem.tokens : a.rows_per_sequence;
     shape.seqlen_k = problem.cache.capacity();
     if (o.is_fused) shape.num_heads_kv = extents['L'] / 2;
     problem.window_left = o.window_left;
@@ -91,7 +86,6 @@ struct ForwardCachedCall : ArrayTable<ForwardCachedProblem> {
     problem.softmax_scale = o.scale;
     problem.rescale_threshold = o.rescale_threshold;
     problem.out_float32 = o.out_float32;
-    problem.workspace_bytes = extents['w'];
     problem.num_counters = extents['C'];
   }
 
@@ -151,14 +145,12 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::CachedOptions,
                                       xla::ffi::StructMember<std::int32_t>("window_right"),
                                       xla::ffi::StructMember<float>("rescale_threshold"),
                                       xla::ffi::StructMember<std::int32_t>("sm_margin"),
-                                      xla::ffi::StructMember<bool>("has_block_tables"),
-                                      xla::ffi::StructMember<bool>("has_query_starts"),
-                                      xla::ffi::StructMember<bool>("has_query_lengths"),
-                                      xla::ffi::StructMember<bool>("has_key_starts"),
                                       xla::ffi::StructMember<bool>("is_fused"),
                                       xla::ffi::StructMember<bool>("out_float32"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::ForwardCachedAttributes,
+                                      xla::ffi::StructMember<jax_fa3::Names>("operands"),
+                                      xla::ffi::StructMember<jax_fa3::Names>("results"),
                                       xla::ffi::StructMember<jax_fa3::CachedOptions>("options"),
                                       xla::ffi::StructMember<std::string_view>("layout"),
                                       xla::ffi::StructMember<std::int32_t>("rows_per_sequence"));

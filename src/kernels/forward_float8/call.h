@@ -8,58 +8,45 @@
 
 namespace jax_fa3 {
 
-struct ForwardFloat8Attributes {
-  Options options;  // rescale_threshold has no meaning
-  bool value_is_prepared;
-};
-
 struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
   static constexpr const char* kTarget = "jax_fa3_forward_float8";
-  using Attributes = ForwardFloat8Attributes;
+  using Attributes = CallAttributes;  // rescale_threshold has no meaning
 
   static Status check(const Attributes& a) {
-    const Options& options = a.options;
-    JFA_CHECK_OK(check_forward(options));
-    const bool has_more = options.has_bias || options.has_dense_mask || options.has_sinks ||
-                          options.has_alibi_slopes || options.has_max_logits || options.softcap > 0;
-    if (!has_more) return {};
-    return unimplemented(
-        "the float8 kernels have no bias, dense mask, sinks, slopes, softcap or max_logits");
+    if (a.options.softcap > 0) return unimplemented("the float8 kernels have no softcap");
+    return check_options(a.options);
   }
   static Types types(const Attributes&) {
     return {Types::DataType::F8E4M3FN, /*output=*/Types::kAny16Bit};
   }
 
   static Arrays<Problem> operands(const Attributes& a) {
-    return with_index(
-        {
-            array<&Problem::query>(operands::kQuery),
-            array<&Problem::key>(operands::kKey),
-            array<&Problem::value>(a.value_is_prepared ? operands::kPreparedValue
-                                                       : operands::kValue),
-            array<&Problem::query_descale>(operands::kQueryDescale),
-            array<&Problem::key_descale>(operands::kKeyDescale),
-            array<&Problem::value_descale>(operands::kValueDescale),
-        },
-        a.options);
+    const Arrays<Problem> own{
+        array<&Problem::query>(operands::kQuery),
+        array<&Problem::key>(operands::kKey),
+        array<&Problem::value>(is_prepared(a) ? operands::kPreparedValue : operands::kValue),
+        array<&Problem::query_descale>(operands::kQueryDescale),
+        array<&Problem::key_descale>(operands::kKeyDescale),
+        array<&Problem::value_descale>(operands::kValueDescale),
+    };
+    return joined<Problem>({own, index_arrays<Problem>()});
   }
   static Arrays<Problem> results(const Attributes&) {
     return {
         array<&Problem::out>(operands::kOut),
         array<&Problem::lse>(operands::kLse),
         array<&Problem::tile_counter>(operands::kTileCounter),
-        workspace<&Problem::workspace>(kWorkspaceAlignment),
+        workspace(kWorkspaceAlignment),
     };
   }
   static void fill(const Attributes& a, const Extents& extents, Problem& problem) {
     fill_call(a.options, extents, problem);
     problem.query_descales = extents['m'];
     problem.key_descales = extents['n'];
-    problem.value_is_prepared = a.value_is_prepared;
-    problem.workspace_bytes = extents['w'];
+    problem.value_is_prepared = is_prepared(a);
   }
 
-  static Status validate(const Problem& problem) { return check_call(problem); }
+  static Status validate(const Problem& problem) { return check_extents(problem); }
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<ForwardFloat8Plan> plan(const Problem& problem, int num_sms) {
@@ -78,11 +65,9 @@ struct ForwardFloat8Call : ArrayTable<ForwardFloat8Problem> {
   }
 
  private:
+  static bool is_prepared(const Attributes& a) { return a.operands.has(operands::kPreparedValue); }
+
   static constexpr std::uintptr_t kWorkspaceAlignment = 16;  // bytes, as TMA reads value
 };
 
 }  // namespace jax_fa3
-
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::ForwardFloat8Attributes,
-                                      xla::ffi::StructMember<jax_fa3::Options>("options"),
-                                      xla::ffi::StructMember<bool>("value_is_prepared"));

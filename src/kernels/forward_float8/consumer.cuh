@@ -132,9 +132,9 @@ struct ForwardFloat8Consumer : ForwardConsumer<T> {
       bool moved;
       if constexpr (kMasked || T::kFindsMaxima) {
         float found[2];
-        softmax.largest(found, tS, scale);
+        softmax.largest(found, tS);
         if constexpr (T::kScoresOfTurn == 0) this->pass_turn();
-        moved = softmax.follow(found, tS, scale);
+        moved = softmax.may_move(found, scale) && softmax.follow(found, tS, scale);
         if constexpr (T::kScoresOfTurn > 0) {
           softmax.template exponentiate<0, T::kScoresOfTurn>(tS, scale);
           warpgroup_fence_operand(tS);  // no exponential moves past it, in either direction

@@ -33,9 +33,7 @@ struct Float8Softmax : OnlineSoftmax<6, true, false> {
         recompute(tS);
         float row_max[2];
         maximum(row_max, tS);
-        row_max[0] *= scale_log2;
-        row_max[1] *= scale_log2;
-        move_reference(row_max);
+        move_reference(row_max, scale_log2);
         exponentiate_into(sums, tS, scale_log2);
       }
       CUTE_UNROLL

@@ -7,11 +7,11 @@
 namespace jax_fa3 {
 
 struct QuantizeAttributes {
+  Names operands;
+  Names results;
   std::uint32_t seed;  // of the rotation
   bool back;           // to the arrays' own dtype and basis again
   bool prepare_value;
-  bool has_query_lengths;
-  bool has_key_lengths;
 };
 
 struct QuantizeCall : ArrayTable<QuantizeProblem> {
@@ -29,13 +29,13 @@ struct QuantizeCall : ArrayTable<QuantizeProblem> {
     return types;
   }
 
-  static Arrays<Problem> operands(const Attributes& a) {
+  static Arrays<Problem> operands(const Attributes&) {
     return {
         array<&Problem::query>(operands::kQuery),
         array<&Problem::key>(operands::kKey),
         array<&Problem::value>(operands::kValue),
-        array<&IndexArrays::query_lengths>(operands::kQueryLengths, a.has_query_lengths),
-        array<&IndexArrays::key_lengths>(operands::kKeyLengths, a.has_key_lengths),
+        array<&Problem::index, &IndexArrays::query_lengths>(operands::kQueryLengths),
+        array<&Problem::index, &IndexArrays::key_lengths>(operands::kKeyLengths),
     };
   }
   static Arrays<Problem> results(const Attributes& a) {
@@ -70,8 +70,8 @@ struct QuantizeCall : ArrayTable<QuantizeProblem> {
 }  // namespace jax_fa3
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa3::QuantizeAttributes,
+                                      xla::ffi::StructMember<jax_fa3::Names>("operands"),
+                                      xla::ffi::StructMember<jax_fa3::Names>("results"),
                                       xla::ffi::StructMember<std::uint32_t>("seed"),
                                       xla::ffi::StructMember<bool>("back"),
-                                      xla::ffi::StructMember<bool>("prepare_value"),
-                                      xla::ffi::StructMember<bool>("has_query_lengths"),
-                                      xla::ffi::StructMember<bool>("has_key_lengths"));
+                                      xla::ffi::StructMember<bool>("prepare_value"));

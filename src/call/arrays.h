@@ -1,0 +1,80 @@
+// What is known of an array of a custom call, and the tables of arrays that the families' calls
+// have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+namespace jax_fa3 {
+
+enum class Element {
+  kInput,   // that of query
+  kOutput,  // that of out
+  kFloat32,
+  kInt32,
+  kByte,
+  kBool,
+  kAny,
+};
+
+// A row of call/operands.h.
+struct Operand {
+  const char* name;
+  const char* dims;  // a letter or an extent each; null: any shape
+  Element element;
+  bool optional = false;
+};
+
+// The extents of a checked array, in the order of its row's dimensions.
+using Dims = const std::int64_t*;
+
+// One array of a family's table: what it is, and what the problem learns of it.
+template <class Problem>
+struct Array {
+  const Operand* operand;
+  void (*place)(Problem& problem, void* address, Dims dims);
+  std::uintptr_t alignment = 0;  // bytes; 0: what elements of this kind are read and written by
+};
+
+// A table, made anew at every call: without allocations.
+template <class Problem>
+class Arrays {
+ public:
+  Arrays() = default;
+  Arrays(std::initializer_list<Array<Problem>> arrays) {
+    for (const auto& array : arrays) push_back(array);
+  }
+  void push_back(const Array<Problem>& array) { arrays_[size_++] = array; }
+
+  const Array<Problem>* begin() const { return arrays_; }
+  const Array<Problem>* end() const { return arrays_ + size_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  static constexpr std::size_t kCapacity = 28;
+  Array<Problem> arrays_[kCapacity];
+  std::size_t size_ = 0;
+};
+
+template <class Problem>
+Arrays<Problem> joined(std::initializer_list<Arrays<Problem>> parts) {
+  Arrays<Problem> all;
+  for (const auto& part : parts) {
+    for (const auto& array : part) all.push_back(array);
+  }
+  return all;
+}
+
+// An array of which the problem has the address alone: the member that `kPath` leads to.
+template <class Problem, auto... kPath>
+Array<Problem> pointer_to(const Operand& operand, std::uintptr_t alignment = 0) {
+  const auto place = [](Problem& problem, void* address, Dims) {
+    auto& pointer = (problem.*....*kPath);
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(address);
+  };
+  return {&operand, place, alignment};
+}
+
+}  // namespace jax_fa3
