@@ -175,17 +175,15 @@ def generate_t5_bias(
       bidirectional, max_distance: as in `t5_bucket`.
     """
     table = _array("table", table, jnp.floating, (2,))
-
-    def t5(score, batch, head, q_idx, kv_idx, *captured):
-        bucket = t5_bucket(
-            kv_idx - q_idx,
-            num_buckets=table.shape[0],
-            bidirectional=bidirectional,
-            max_distance=max_distance,
-        )
-        return score + table[bucket, head].astype(jnp.float32)
-
-    return t5
+    reach = as_int("max_distance", max_distance, "an int")
+    # Made once for each distance, and not for each pair.
+    bucket = t5_bucket(
+        jnp.arange(-reach, reach + 1),
+        num_buckets=table.shape[0],
+        bidirectional=bidirectional,
+        max_distance=reach,
+    )
+    return generate_relative_position_bias(table[bucket].T)
 
 
 def t5_bucket(

@@ -958,6 +958,8 @@ def _addend(program: Program, value: str) -> str | None:
     """What is added to the score to make a value, or None if it is not made by additions alone."""
     if value == "score":
         return literal(0, "float32")
+    if value == MINUS_INFINITY:  # what is left of a choice that is decided
+        return value
     if not program.depends_on(value, "score"):
         return None
     template, operands = program.expression(value)

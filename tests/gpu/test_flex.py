@@ -16,16 +16,15 @@ import oracle
 import tolerance
 from jax_fa3 import create_block_mask, flex, flex_attention
 
-NUM_RANDOM, IN_A_TEST = 200, 8
-DTYPES = "bfloat16", "float16"
+NUM_RANDOM, IN_A_TEST = 40, 2  # the campaign has more of them
 
 
-def inputs(shape, dtype, seed=0):
+def inputs(shape, seed=0):
     """query, key, value, dout and dlse, of (batch, rows, keys, heads, kv heads, head_dim)."""
     batch, rows, keys, heads, kv_heads, dim = shape
     rng = np.random.default_rng(seed)
     shapes = [(batch, rows, heads, dim), *[(batch, keys, kv_heads, dim)] * 2]
-    arrays = [rng.normal(size=x).astype(jnp.dtype(dtype)) for x in (*shapes, shapes[0])]
+    arrays = [rng.normal(size=x).astype(jnp.bfloat16) for x in (*shapes, shapes[0])]
     return *arrays, rng.normal(size=(batch, rows, heads)).astype(np.float32)
 
 
@@ -77,10 +76,12 @@ GRID = np.ogrid[:BATCH, :HEADS, :ROWS, :KEYS]
 SHAPES = [(BATCH, ROWS, KEYS, HEADS, 2, dim) for dim in (128, 64, 80)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ("identity", "alibi", "softcap", "rough softcap", "table"))
-def test_scores(name, dtype, shape):
+NAMES = "identity", "alibi", "softcap", "rough softcap", "table"
+CASES = [(name, SHAPES[i % 2]) for i, name in enumerate(NAMES)] + [("identity", SHAPES[2])]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_scores(name, shape):
     b, n, i, j = GRID
     table = np.random.default_rng(1).normal(size=(HEADS, 65)).astype(np.float32)
     score_mod, words = {
@@ -96,7 +97,7 @@ def test_scores(name, dtype, shape):
             dict(bias=table[n, np.clip(j - i, -32, 32) + 32]),
         ),
     }[name]
-    arrays = inputs(shape, dtype)
+    arrays = inputs(shape)
     check(arrays, run(attend(score_mod), *arrays), **words)
 
 
@@ -105,9 +106,16 @@ DOCUMENTS = flex.generate_doc_mask_mod(jnp.asarray(IDS))
 SAME = IDS[:, None, :ROWS, None] == IDS[:, None, None, :]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("beside", ("score", "mask", "window and lengths"))
-@pytest.mark.parametrize("blocks", (None, 128, (256, 128)), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "beside", "blocks"),
+    [
+        *((SHAPES[0], beside, None) for beside in ("score", "window and lengths")),
+        *((SHAPES[0], beside, 128) for beside in ("mask", "window and lengths")),
+        (SHAPES[1], "score", (256, 128)),
+        (SHAPES[2], "mask", 128),
+    ],
+    ids=str,
+)
 def test_documents(shape, beside, blocks):
     _, _, i, j = GRID
     block_mask = None
@@ -122,7 +130,7 @@ def test_documents(shape, beside, blocks):
         used = np.arange(KEYS) < lengths[:, None]
         sees = sees & (i - j <= 50) & (j - i <= 9) & used[:, None, None]
         words = dict(key_used=used)
-    arrays = inputs(shape, "bfloat16", seed=5)
+    arrays = inputs(shape, seed=5)
     call = attend(score_mod, DOCUMENTS, block_mask=block_mask, **options)
     check(arrays, run(call, *arrays), sees, **words)
 
@@ -132,7 +140,7 @@ def test_blocks_of_another_function():
     _, _, i, j = GRID
     block_mask = create_block_mask(flex.causal_mask, None, None, ROWS, KEYS)
     states = np.asarray(block_mask.states)[0, 0][i // 128, j // 128]
-    arrays = inputs(SHAPES[0], "bfloat16")
+    arrays = inputs(SHAPES[0])
     odd = lambda b, h, q, k: (q + k) % 2 == 1  # noqa: E731
     call = attend(None, odd, block_mask=block_mask)
     sees = (states == 3) | ((states == 1) & ((i + j) % 2 == 1))
@@ -141,7 +149,7 @@ def test_blocks_of_another_function():
 
 def test_numbers_of_mapped_calls():
     """jax.vmap over query counts the sequences of one mapped call."""
-    arrays = inputs(SHAPES[0], "bfloat16")
+    arrays = inputs(SHAPES[0])
     by_batch = attend(lambda s, b, h, q, k: s * (1 + b) + h)
     mapped = jax.vmap(by_batch, (0, None, None))
     alone = run(by_batch, *arrays)
@@ -158,7 +166,7 @@ def test_deterministic_gradients(blocks, monkeypatch):
     flags = os.environ.get("XLA_FLAGS", "")
     monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_gpu_deterministic_ops=true")
     block_mask = create_block_mask(DOCUMENTS, BATCH, None, ROWS, KEYS) if blocks else None
-    arrays = inputs(SHAPES[0], "bfloat16")
+    arrays = inputs(SHAPES[0])
     score_mod = flex.generate_tanh_softcap(2.0)
     first, *others = (
         run(attend(score_mod, DOCUMENTS, block_mask=block_mask), *arrays) for _ in range(4)
@@ -170,7 +178,7 @@ def test_deterministic_gradients(blocks, monkeypatch):
 
 def test_gradient_of_a_captured_array():
     """Through XLA, after the forward kernel."""
-    arrays = inputs(SHAPES[0], "bfloat16")
+    arrays = inputs(SHAPES[0])
     query, key, value, dout, _ = map(jnp.asarray, arrays)
     table = jnp.asarray(np.random.default_rng(1).normal(size=(HEADS, 65)), jnp.float32)
 
@@ -184,10 +192,9 @@ def test_gradient_of_a_captured_array():
 
 
 @functools.cache
-def random_functions():
+def captured_arrays():
     rng = np.random.default_rng(2026)
-    captured = flex_functions.captured_arrays(rng)
-    return captured, [flex_functions.random_functions(rng)[:2] for _ in range(NUM_RANDOM)]
+    return tuple(map(jnp.asarray, flex_functions.captured_arrays(rng)))
 
 
 def over_pairs(function, *scores):
@@ -204,46 +211,46 @@ def is_decided(change, scores):
     here = change(scores)
     for sign in (-1, 1):
         near = change(scores + sign * 4e-6 * (1 + np.abs(scores)))
-        if not all(
-            np.all(np.abs(x - y) <= 0.01 * (1 + np.abs(x))) for x, y in zip(here, near, strict=True)
-        ):
+        pairs = zip(here, near, strict=True)
+        if not all(np.all(np.abs(x - y) <= 0.01 * (1 + np.abs(x))) for x, y in pairs):
             return False
+    return True
+
+
+def check_random(number):
+    """A drawn function, forward and backward, with float64. False where it says nothing: it reads
+    more arrays than kernels take, with those that it closes over, or a wrong result hangs on a
+    score's last bits."""
+    n, captured = flex_functions, captured_arrays()
+    score_mod, mask_mod, _ = n.random_functions(np.random.default_rng(number))
+    arrays = inputs((n.BATCH, n.ROWS, n.KEYS, n.HEADS, 2, (64, 128)[number % 2]), seed=number)
+    sees = over_pairs(lambda *x: mask_mod(*x, *captured))
+    all_scores = []
+
+    def change(scores):
+        """The changed scores and their derivatives, [B, N, T, S]."""
+
+        def with_slope(s, *x):
+            return jax.jvp(lambda s: score_mod(s, *x, *captured), (s,), (jnp.ones_like(s),))
+
+        all_scores.append(scores)
+        scores, slope = (x.astype(np.float64) for x in over_pairs(with_slope, scores))
+        return scores, np.where(np.isfinite(slope), slope, 0)  # of hidden pairs
+
+    try:
+        got = run(attend(score_mod, mask_mod, captured), *arrays)
+    except NotImplementedError as error:
+        assert re.search(r"read \d+ captured arrays; at most 8", str(error))
+        return False
+    try:
+        check(arrays, got, sees, change=change)
+    except AssertionError:
+        if is_decided(change, all_scores[0]):
+            raise
+        return False
     return True
 
 
 @pytest.mark.parametrize("first", range(0, NUM_RANDOM, IN_A_TEST))
 def test_random_functions(first):
-    """Functions that are drawn, forward and backward, with float64."""
-    n = flex_functions
-    captured, functions = random_functions()
-    captured = tuple(map(jnp.asarray, captured))
-    num_decided = 0
-    for number in range(first, first + IN_A_TEST):
-        score_mod, mask_mod = functions[number]
-        shape = n.BATCH, n.ROWS, n.KEYS, n.HEADS, 2, (64, 128)[number % 2]
-        arrays = inputs(shape, "bfloat16", seed=number)
-        sees = over_pairs(lambda *x, m=mask_mod: m(*x, *captured))
-        all_scores = []
-
-        def change(scores, f=score_mod, all_scores=all_scores):
-            """The changed scores and their derivatives, [B, N, T, S]."""
-
-            def with_slope(s, *x):
-                return jax.jvp(lambda s: f(s, *x, *captured), (s,), (jnp.ones_like(s),))
-
-            all_scores.append(scores)
-            scores, slope = (x.astype(np.float64) for x in over_pairs(with_slope, scores))
-            return scores, np.where(np.isfinite(slope), slope, 0)  # of hidden pairs
-
-        try:
-            got = run(attend(score_mod, mask_mod, captured), *arrays)
-        except NotImplementedError as error:  # with what they close over
-            assert re.search(r"read \d+ captured arrays; at most 8", str(error))
-            continue
-        try:
-            check(arrays, got, sees, change=change)
-            num_decided += 1
-        except AssertionError:
-            if is_decided(change, all_scores[0]):
-                raise
-    assert num_decided >= IN_A_TEST // 2
+    assert any([check_random(number) for number in range(first, first + IN_A_TEST)])
