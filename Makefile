@@ -263,4 +263,4 @@ format: $(VENV)/.ready
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 clean:
-	rm -rf build dist jax_fa3/_C*.so
+	rm -rf build dist jax_fa3/_C*.so jax_fa3/flex/kernels

@@ -10,6 +10,8 @@
 # Cached rows:   head_dim head_dim_v columns
 # separate_dq: dQ has a kernel of its own (kernels/backward/config.h); variant: the calls that it is
 # for (call/types.h).
+# Kernels for functions (kFunction, kBlocks) are no part of the module: they are shipped beside it,
+# to be linked with what a user writes (cmake/linkable.cmake).
 # The planner weighs a head dim's rows against each other: forward by their makespan, backward the
 # first that is deterministic if need be.
 
@@ -43,6 +45,10 @@ set(JAX_FA3_FORWARD_TILES
   "256 256 128  64 Variant::kSoftcap"
   "128 128 192  80 Variant::kAlibi"
   "128 128 128 128 Variant::kAlibi"
+  " 64  64 128 128 Variant::kFunction"
+  "128 128 128 128 Variant::kFunction"
+  " 64  64 128 128 Variant::kBlocks"
+  "128 128 128 128 Variant::kBlocks"
 )
 
 set(JAX_FA3_BACKWARD_TILES
@@ -70,6 +76,14 @@ set(JAX_FA3_BACKWARD_TILES
   "256 256  64  64 true  Variant::kSoftcap"
   "128 128  64 128 false Variant::kAlibi"
   "128 128  64 128 true  Variant::kAlibi"
+  " 64  64  64 128 false Variant::kFunction"
+  " 64  64  64 128 true  Variant::kFunction"
+  "128 128  64 128 false Variant::kFunction"
+  "128 128  64 128 true  Variant::kFunction"
+  " 64  64  64 128 false Variant::kBlocks"
+  " 64  64  64 128 true  Variant::kBlocks"
+  "128 128  64 128 false Variant::kBlocks"
+  "128 128  64 128 true  Variant::kBlocks"
 )
 
 set(JAX_FA3_FORWARD_FLOAT8_TILES
@@ -100,5 +114,6 @@ set(JAX_FA3_FORWARD_CACHED_DTYPES bf16 fp16)
 set(JAX_FA3_BACKWARD_DTYPES bf16 fp16)
 set(JAX_FA3_FORWARD_FLOAT8_DTYPES e4m3)
 
+set(JAX_FA3_FUNCTION_DTYPES bf16)  # of kernels for functions
 set(JAX_FA3_ALL_HEAD_DIMS 32 64 96 128 192 256)
 set(JAX_FA3_ALL_DTYPES bf16 fp16 e4m3)

@@ -3,7 +3,8 @@
 #                              headers cost more than a further kernel does
 #   <family>_kernels.cc        the keys of the matrix and of this build (none when JAX_FA3_CUDA is OFF)
 #   <family>_dispatch.cc       from a plan's key to the compiled kernel
-# Sets JAX_FA3_KERNEL_SOURCES, JAX_FA3_PLAN_SOURCES and JAX_FA3_HANDLER_SOURCES. A family's folder has
+#   linkable/<kernel>_*.cu     those of kernels that are shipped to be linked with functions
+# Sets JAX_FA3_LINKABLE, JAX_FA3_KERNEL_SOURCES, JAX_FA3_PLAN_SOURCES and JAX_FA3_HANDLER_SOURCES. A family's folder has
 # all that is its own: handler.cc needs XLA, other .cc files are plans, .cu files its smaller kernels.
 include(kernel_matrix)
 
@@ -60,6 +61,20 @@ function(jax_fa3_add_folder family with_kernels)
   endforeach()
 endfunction()
 
+# Lists in JAX_FA3_LINKABLE the kernels of a row whose scores are a function, which are shipped to be
+# linked with it: <kernel>|<name>|<config>. A name has the words of a plan (jax_fa3/flex/link.py).
+set(JAX_FA3_LINKABLE)
+function(jax_fa3_list_linkable family dtype row config)
+  string(TOLOWER "${row}" _name)
+  string(REPLACE ", variant::k" "_" _name "${_name}")
+  string(REPLACE ", " "_" _name "${dtype}_${_name}")
+  list(APPEND JAX_FA3_LINKABLE "${family}|${family}_${_name}|${config}")
+  if(family STREQUAL backward AND _name MATCHES "_true_")  # dQ has a kernel of its own
+    list(APPEND JAX_FA3_LINKABLE "backward_dq|backward_dq_${_name}|${config}")
+  endif()
+  set(JAX_FA3_LINKABLE "${JAX_FA3_LINKABLE}" PARENT_SCOPE)
+endfunction()
+
 set(_ablated FALSE)
 if(JAX_FA3_WITHOUT AND NOT JAX_FA3_WITHOUT STREQUAL none)
   set(_ablated TRUE)
@@ -83,6 +98,13 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
     string(REGEX REPLACE " +" ", " row "${row}")
     string(REGEX MATCH "^[0-9]+" _head_dim "${row}")
     foreach(dtype IN LISTS JAX_FA3_${_upper}_DTYPES)
+      set(_is_linkable FALSE)
+      if(row MATCHES "(kFunction|kBlocks)$")
+        set(_is_linkable TRUE)
+        if(NOT dtype IN_LIST JAX_FA3_FUNCTION_DTYPES)
+          continue()
+        endif()
+      endif()
       string(TOUPPER "${dtype}" _enum)
       set(_config "${class}Config<DType::k${_enum}, ${row}>")
       if(_num_dtypes EQUAL 1)
@@ -104,6 +126,9 @@ foreach(family IN LISTS JAX_FA3_FAMILIES)
         "template Status ${launcher}::launch<${_config}>(\n"
         "    const ${class}::Plan&, const ${class}::Problem&, cudaStream_t);\n")
       list(APPEND _units ${_head_dim})
+      if(_is_linkable)
+        jax_fa3_list_linkable(${family} ${dtype} "${row}" "${_config}")
+      endif()
     endforeach()
   endforeach()
   set(_plans "${JAX_FA3_GENERATED_DIR}/${family}_kernels.cc")

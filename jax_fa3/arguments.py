@@ -102,6 +102,14 @@ class Arguments:
         """Whether functions of the user change scores or hide pairs."""
         return False
 
+    def why_no_function_kernel(self) -> str | None:
+        """What of its functions no kernel takes."""
+        return None
+
+    def why_not_linked(self) -> str | None:
+        """Why no kernel can be linked with its functions here."""
+        return None
+
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
         """The array arguments that are given, by their fields of Operands; of a table of visibility

@@ -81,10 +81,12 @@ def plan(
     """
     arrays = set(arrays)
     rows = [row for name, row in Operands.rows().items() if name in arrays]
+    functions = options.functions
+    has_blocks = functions is not None and functions.has_blocks
     choices = extents._asdict() | dict(
         window_left=options.window_left,
         window_right=options.window_right,
-        has_index_arrays=any(row.hides or row.counts for row in rows),
+        has_index_arrays=has_blocks or any(row.hides or row.counts for row in rows),
         has_visibility="visibility" in arrays,
         num_sms=NUM_SMS,
     )
@@ -100,6 +102,8 @@ def plan(
 def _variant(options: AttentionOptions, rows: list[Row]) -> str:
     """What a call has for which there are kernels of their own: those for a bias, which stands
     before a mask, take both."""
+    if options.functions is not None:
+        return "blocks" if options.functions.has_blocks else "function"
     found = [row.variant for row in rows if row.variant != "plain"]
     found += ["softcap"] * (options.softcap > 0)
     return next(iter(found), "plain")

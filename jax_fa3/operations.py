@@ -153,6 +153,10 @@ def _run(
 
     @operation.def_vmap
     def fold_into_batch(size, mapped, *bundles):
+        if route == "auto" and any(map(_has_no_batch, bundles, mapped)):
+            axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
+            results = jax.vmap(portable, axes)(*bundles)
+            return results, jax.tree.map(lambda _: True, results)
         name, first = next(iter(bundles[0].present().items()))
         batch = first.shape[1 if getattr(mapped[0], name) else 0]
         fold = functools.partial(_fold, size, batch)
@@ -162,8 +166,8 @@ def _run(
                 for x, of_x in zip(bundles, mapped, strict=True)
             )
         )
-        own = bundles[0].map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0])
-        own = own.present()  # a gradient has as many planes as its array
+        own = bundles[0].only(differentiated)  # a gradient has as many planes as its array
+        own = own.map(lambda _, x, is_mapped: x.shape[1 if is_mapped else 0], mapped[0]).present()
         unfolded = {
             name: x.reshape(size, own.get(name, batch), *x.shape[1:])
             for name, x in results.present().items()
@@ -172,6 +176,12 @@ def _run(
         return results, jax.tree.map(lambda _: True, results)
 
     return operation(*bundles)
+
+
+def _has_no_batch(bundle: Bundle, mapped: Bundle) -> bool:
+    """Whether an array is mapped whose dimensions have no batch to fold the mapped axis into."""
+    rows, are_mapped = bundle.rows(), mapped.present()
+    return any(are_mapped[name] and rows[name].axis("b") != 0 for name in bundle.present())
 
 
 def _fold(

@@ -1,7 +1,8 @@
 """What runs each direction of a call, the kernels or XLA, decided once; and if XLA, why.
 
-Three questions, asked in this order: does the call want something no kernel does, such as float32,
-does this build have a kernel for its shapes, and is there a Hopper GPU. A reason is one sentence a
+Four questions, asked in this order: does the call want something no kernel does, such as float32,
+does this build have a kernel for its shapes, is there a Hopper GPU, and can a kernel be linked with
+the call's functions, if it has any. A reason is one sentence a
 user can act on.
 """
 
@@ -38,10 +39,11 @@ class Reasons(NamedTuple):
     float8: str | None  # no kernel of the forward pass in float8
     rounding: str | None  # nor any that rounds to it, but those in 16 bits run the call
     device: str | None  # nothing to run a kernel on
+    link: str | None = None  # nothing to link a kernel with
 
     @property
     def first(self) -> str | None:
-        return self.call or self.float8 or self.rounding or self.device
+        return self.call or self.float8 or self.rounding or self.device or self.link
 
     @property
     def runs(self) -> str:
@@ -93,7 +95,7 @@ def decide(arguments: Arguments, options: AttentionOptions) -> AttentionOptions:
 def _routes(arguments: Arguments, reasons: Reasons) -> Routes:
     if reasons.first is None:
         return Routes() if arguments.implementation is None else Routes("fa3", "fa3")
-    if reasons.call or (reasons.device and has_gpu()):
+    if reasons.call or reasons.link or (reasons.device and has_gpu()):
         return Routes("xla", "xla")
     return Routes("xla" if reasons.float8 else "auto", "auto")
 
@@ -111,7 +113,7 @@ def reasons_of(arguments: Arguments, options: AttentionOptions) -> Reasons:
         rounding = f"the float8 kernels take no {wish}"
     elif _is_float8_forward(arguments, options):
         float8 = refusal("forward_float8")
-    return Reasons(call, float8, rounding, device_reason())
+    return Reasons(call, float8, rounding, device_reason(), arguments.why_not_linked())
 
 
 def plans(arguments: Arguments, options: AttentionOptions) -> dict[str, dict[str, Any]]:
@@ -146,13 +148,12 @@ def of_visibility(implementation: str | None = None) -> Route:
 def _call_reason(arguments: Arguments) -> str | None:
     """What the call asks for that no kernel does."""
     dtype, scale = arguments.dtype, arguments.scale
-    if arguments.has_functions:
-        return "score and mask functions run through XLA in this version"
     if dtype not in (*KERNEL_DTYPES, FLOAT8):
         return f"the kernels take {' or '.join(KERNEL_DTYPES)}, not {dtype}"
     if scale is not None and 0 < abs(scale) < MIN_SCALE:
         return f"the kernels take scales of at least {MIN_SCALE:g} in magnitude, not {scale:g}"
-    return _dense_reason(arguments) or _score_reason(arguments)
+    by_functions = arguments.why_no_function_kernel()
+    return by_functions or _dense_reason(arguments) or _score_reason(arguments)
 
 
 def _score_reason(arguments: Arguments) -> str | None:

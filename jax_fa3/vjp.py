@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jax_fa3 import sharding
+from jax_fa3.flex.operands import CAPTURED, FlexOperands
 from jax_fa3.linear_map import linear_map
 from jax_fa3.operands import Operands, Outputs
 from jax_fa3.operations import FIRST_ORDER_ONLY, Operations, refuse, undifferentiable
@@ -62,6 +64,8 @@ def _derivative(operations, options, primals, tangents):
     moving = [name for name, x in tangents.present().items() if not isinstance(x, SymbolicZero)]
     dear = tuple(name for name in moving if operands.rows()[name].dear)
     options = dataclasses.replace(options, dear_gradients=dear)
+    if any(name.startswith(CAPTURED) for name in dear):
+        options = _through_xla(options, operands, dear)
     tangents, results = tangents.only(moving), _asked_for(options, outputs)
     # max_logits are a constant to what differentiates.
     options = dataclasses.replace(options, return_max_logits=False)
@@ -91,6 +95,24 @@ def _derivative(operations, options, primals, tangents):
 
 
 _attention.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _through_xla(
+    options: AttentionOptions, operands: FlexOperands, moving: Collection[str]
+) -> AttentionOptions:
+    """The options with a backward pass that makes gradients of captured arrays, which no kernel
+    does."""
+    if options.routes.backward == "fa3":
+        number, name = next((i, x) for i, x in enumerate(operands.captured) if x in moving)
+        array = getattr(operands, name)
+        refuse(
+            f"the kernels make no gradient of captured array {number}, {array.dtype}"
+            f"{list(array.shape)}: pass what it adds to scores as the bias of "
+            "dot_product_attention, or jax.lax.stop_gradient of it, or implementation=None, which "
+            "runs the backward pass through XLA",
+            "flex_attention",
+        )
+    return dataclasses.replace(options, routes=options.routes._replace(backward="xla"))
 
 
 def _asked_for(options: AttentionOptions, outputs: Outputs) -> Outputs:

@@ -25,10 +25,21 @@ namespace {
 constexpr bool kCudaEnabled = true;
 
 nb::dict registrations() {
+  const auto capsule = [](XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
+    return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+  };
   nb::dict targets;
-#define JFA_REGISTER(name) \
-  targets[#name] = nb::capsule(reinterpret_cast<void*>(name), "xla._CUSTOM_CALL_TARGET");
+#define JFA_REGISTER(name) targets[#name] = capsule(name);
   JFA_CUSTOM_CALLS(JFA_REGISTER)
+#undef JFA_REGISTER
+#define JFA_REGISTER(name)                               \
+  {                                                      \
+    nb::dict stages;                                     \
+    stages["instantiate"] = capsule(name##_instantiate); \
+    stages["execute"] = capsule(name);                   \
+    targets[#name] = stages;                             \
+  }
+  JFA_LINKED_CALLS(JFA_REGISTER)
 #undef JFA_REGISTER
   return targets;
 }
@@ -167,7 +178,8 @@ NB_MODULE(_C, module) {
   module.doc() = "Kernels, XLA handlers and plans of jax_fa3.";
   module.attr("cuda_enabled") = kCudaEnabled;
   module.def("registrations", &registrations,
-             "Handlers to register with XLA for the CUDA platform: target name to capsule.");
+             "Handlers to register with XLA for the CUDA platform: target name to capsule, or to "
+             "capsules by stage.");
   module.def("compiled_kernels", &compiled_kernels, "The kernels linked into this build.");
   module.def("listed_kernels", &listed_kernels, "All kernels of the matrix, compiled or not.");
   module.def("plan", &plan, "family"_a, "choices"_a,

@@ -25,21 +25,22 @@ DRIVER = """
 extern "C" void {own}run(int count, const float* score, const int* index,
                          const void* const* arrays, float* out, bool* mask) {{
   {own}JfaCaptured captured = {{}};
-  for (int i = 0; i < {num_arrays}; ++i) captured.array[i] = arrays[i];
+  {given}
   for (int i = 0; i < count; ++i, index += 4, out += 4) {{
     const int b = index[0], h = index[1], q = index[2], k = index[3];
     const {own}JfaScore both = {own}jfa_score_and_slope(score[i], b, h, q, k, captured);
-    out[0] = {own}jfa_score(score[i], b, h, q, k, captured);
-    out[1] = both.score;
-    out[2] = both.slope;
-    out[3] = {addend};
     mask[i] = {own}jfa_mask(b, h, q, k, captured);
+    const float hidden = -__builtin_inff();
+    out[0] = mask[i] ? {own}jfa_score(score[i], b, h, q, k, captured) : hidden;
+    out[1] = mask[i] ? both.score : hidden;
+    out[2] = mask[i] ? both.slope : 0;
+    out[3] = mask[i] ? {addend} : hidden;
   }}
 }}
 """
 
 
-def compiled(translations, folder, num_arrays):
+def compiled(translations, folder):
     """Functions (score, index, captured) -> {"score", "slope", "addend", "mask"}, of arrays score
     [n], index [n, 4], of which the translations are made into one library."""
     sources = []
@@ -47,7 +48,9 @@ def compiled(translations, folder, num_arrays):
         own = f"n{number}_"
         addend = f"{own}jfa_addend(b, h, q, k, captured)" if translation.is_additive else "0"
         sources.append(re.sub(r"\b(jfa_|Jfa)", rf"{own}\1", translation.text))
-        sources.append(DRIVER.format(own=own, num_arrays=num_arrays, addend=addend))
+        places = enumerate(translation.captured)
+        given = " ".join(f"captured.array[{i}] = arrays[{number}];" for i, number in places)
+        sources.append(DRIVER.format(own=own, given=given or "(void)arrays;", addend=addend))
     source, library = folder / "functions.cc", folder / "functions.so"
     source.write_text("\n".join(sources))
     command = [COMPILER, *FLAGS, *WARNINGS, source, "-o", library, "-lm"]

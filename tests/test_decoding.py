@@ -13,11 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import mlir
 
 from case import Case
 from float8 import FLOAT8, quantised
-from jax_fa3 import dot_product_attention, ffi, quantize_qkv, route
+from jax_fa3 import (
+    create_block_mask,
+    dot_product_attention,
+    ffi,
+    flex,
+    flex_attention,
+    quantize_qkv,
+    route,
+)
 from jax_fa3.custom_call import custom_call
+from jax_fa3.flex import link
 from jax_fa3.operands import Operands, Sources
 from jax_fa3.options import VisibilityOptions
 from test_cpp import COMPILER, DECODING, ROOT, ffi_headers
@@ -32,6 +42,8 @@ TARGETS = (
     "jax_fa3_dense_mask",
     "jax_fa3_forward_cached",
     "jax_fa3_append",
+    "jax_fa3_flex_forward",
+    "jax_fa3_flex_backward",
 )
 CASES = (
     Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=80),
@@ -168,6 +180,43 @@ def test_a_mask_has_one_table(attend):
     names = ("dense_mask", "forward", "backward")
     counts = [text.count(f'custom_call_target="jax_fa3_{name}"') for name in names]
     assert counts == [1, 3, 3]
+
+
+@pytest.fixture
+def flex_attend(handlers, monkeypatch):
+    """flex_attention on "kernels" here, which are not linked."""
+    monkeypatch.setattr(route, "device_reason", lambda: None)
+    monkeypatch.setattr(link, "why_not", lambda: None)
+    monkeypatch.setattr(link, "linked", lambda *_: link.LinkedKernel("0" * 64, "f0VMRg=="))
+    mlir.register_lowering(ffi._linked_call, ffi._lower, platform="cpu")
+    return functools.partial(flex_attention, implementation="fa3", return_residual=True)
+
+
+CAPTURED = [("float32", ()), ("bfloat16", (4,)), ("int32", (2, 300)), ("bool", (1, 2, 3, 4))]
+
+
+@pytest.mark.parametrize("count", (0, 4, 8))
+@pytest.mark.parametrize("states", (None, (1, 1), (2, 4), (2, 1)), ids=str)
+@pytest.mark.parametrize("mapped", (False, True), ids=("plain", "vmap"))
+def test_functions(flex_attend, count, states, mapped):
+    """Captured arrays of any type and shape, and a block mask's states."""
+    case = Case(seqlen_q=200, seqlen_k=300, heads_q=4, heads_kv=2, query_lengths=(65, 3))
+    query, key, value, dout, dlse = map(jnp.asarray, case.inputs())
+    captured = [jnp.zeros(shape, dtype) for dtype, shape in (2 * CAPTURED)[:count]]
+    blocks = None if states is None else create_block_mask(flex.noop_mask, *states, 200, 300)
+
+    def run(query, dout, dlse):
+        def call(*x):
+            options = case.index_arrays | dict(is_causal=True, block_mask=blocks)
+            return flex_attend(*x, None, lambda b, h, i, j, *_: i < 9, captured, **options)
+
+        results, vjp = jax.vjp(call, query, key, value)
+        return results, vjp((dout, dlse))
+
+    x = query, dout, dlse
+    if mapped:
+        run, x = jax.vmap(run), [jnp.stack([y] * 3) for y in x]
+    jax.block_until_ready(jax.jit(run)(*x))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

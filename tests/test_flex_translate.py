@@ -1,6 +1,7 @@
 """Score and mask functions as CUDA C text: compiled for the host, beside JAX and float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import flex_functions
 import flex_host
 import flex_oracle
 from flex_host import needs_compiler
+from jax_fa3.flex.link import MOST_INDEX
+from jax_fa3.flex.ranges import chosen, decided, of_operation
 from jax_fa3.flex.text import HELPERS, Program
 from jax_fa3.flex.translate import Untranslatable, translate
 from nvrtc import compiled, needs_nvrtc
@@ -66,11 +69,14 @@ def test_random_functions(tmp_path):
     score, index = flex_functions.points(rng, NUM_POINTS)
 
     types = types_of(captured)
-    translations = [translate(s, m, types) for s, m, _ in functions]
+    bounds = MOST_INDEX, None  # the text may know how large indices are
+    translations = [
+        translate(s, m, types, bounds[i % 2]) for i, (s, m, _) in enumerate(functions)
+    ]
     # Others may turn out to be additive too; then their addends tell whether they are.
     expected = zip(translations, functions, strict=True)
     assert all(x.is_additive for x, (*_, is_additive) in expected if is_additive)
-    calls = flex_host.compiled(translations, tmp_path, len(captured))
+    calls = flex_host.compiled(translations, tmp_path)
 
     scalars = [jax.ShapeDtypeStruct((), x) for x in ("float32", *["int32"] * 4)]
     jaxprs = [jax.make_jaxpr(with_slope(s))(*scalars, *types) for s, *_ in functions]
@@ -193,7 +199,7 @@ def test_primitives(tmp_path):
         translate(functools.partial(score_mod, f, n), None, types_of([arrays[dtype]]))
         for f, dtype, n in PRIMITIVES
     ]
-    calls = flex_host.compiled(translations, tmp_path, 1)
+    calls = flex_host.compiled(translations, tmp_path)
 
     def expected(arrays):
         return [
@@ -300,7 +306,6 @@ def test_text():
     found = translate(relative, None, (TABLE,))
     assert found == translate(lambda *x: relative(*x), None, (TABLE,))
     assert hash(found) == hash(translate(relative, None, (TABLE,)))
-    assert found.has_score and not found.has_mask
     name = "JFA_FUNCTION float jfa_addend("
     assert found.text[found.text.index(name) :].splitlines() == [
         name,
@@ -312,17 +317,63 @@ def test_text():
         "  const bool v4 = head < 0;",
         "  const int v5 = (int)((unsigned)head + (unsigned)4);",
         "  const int v6 = v4 ? v5 : head;",
-        "  const bool v7 = v3 < 0;",
-        "  const int v8 = (int)((unsigned)v3 + (unsigned)9);",
-        "  const int v9 = v7 ? v8 : v3;",
-        "  const int v10 = v6 < 0 ? 0 : (v6 < 3 ? v6 : 3);",
-        "  const int v11 = v9 < 0 ? 0 : (v9 < 8 ? v9 : 8);",
-        "  const int v12 = v10 * 9 + v11;",
-        "  const unsigned short v13 = ((const unsigned short*)captured.array[0])[v12];",
-        "  const float v14 = jfa_load_bfloat16(v13);",
-        "  return v14;",
+        "  const int v7 = v6 < 0 ? 0 : (v6 < 3 ? v6 : 3);",
+        "  const int v8 = v7 * 9 + v3;",
+        "  const unsigned short v9 = ((const unsigned short*)captured.array[0])[v8];",
+        "  const float v10 = jfa_load_bfloat16(v9);",
+        "  return v10;",
         "}",
     ]
+
+
+OPERATIONS = ("add", "sub", "mul", "square", "neg", "abs", "sign", "min", "max", "clamp")
+
+
+def test_ranges():
+    """Of all numbers of small ranges, what a range says of an operation's result is true."""
+    rng = np.random.default_rng(0)
+    bounds = [(0, 0), (-3, 5), (2, 9), (-8, -1), (100, 127), (-128, -120)]
+
+    def wrapped(x):
+        return (x + 128) % 256 - 128
+
+    for x, y, z in rng.choice(len(bounds), (60, 3)):
+        x, y, z = (bounds[i] for i in (x, y, z))
+        numbers = [np.arange(low, high + 1) for low, high in (x, y, z)]
+        a, b, c = np.meshgrid(*numbers)
+        results = dict(
+            add=a + b, sub=a - b, mul=a * b, square=a * a, neg=-a, abs=np.abs(a), sign=np.sign(a)
+        )
+        results |= dict(min=np.minimum(a, b), max=np.maximum(a, b))
+        results["clamp"] = np.minimum(np.maximum(a, b), c)
+        for name in OPERATIONS:
+            arity = dict(clamp=3, add=2, sub=2, mul=2, min=2, max=2).get(name, 1)
+            low, high = of_operation(name, "int8", *(x, y, z)[:arity])
+            got = wrapped(results[name])
+            assert low <= got.min() and got.max() <= high, (name, x, y, z)
+        for name in ("min", "max"):
+            which = chosen(name, x, y)
+            assert which is None or np.array_equal(results[name], (a, b)[which])
+        comparisons = dict(lt=a < b, le=a <= b, gt=a > b, ge=a >= b, eq=a == b, ne=a != b)
+        for name, said in comparisons.items():
+            if decided(name, x, y) is not None:
+                assert (said == decided(name, x, y)).all(), (name, x, y)
+
+
+def test_what_ranges_save():
+    """A wrapped or clamped index is no work where it is known to be within, nor is a cast."""
+
+    def alibi(score, b, h, q, k, slopes):
+        return score - slopes[h] * jnp.abs(q - k)
+
+    def by_key(score, b, h, q, k, slopes):
+        return score + slopes[jnp.clip(k, 0, 3)]
+
+    slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
+    short, any_length = (translate(alibi, None, (slopes,), x).text for x in (MOST_INDEX, None))
+    assert "jfa_from_small" in short and "jfa_from_small" not in any_length
+    assert "head < 0" in any_length and "head < 0" not in short
+    assert translate(by_key, None, (slopes,), MOST_INDEX).text.count(" < 0") == 0
 
 
 READS = [
@@ -355,9 +406,7 @@ def test_indices_out_of_range(tmp_path):
         return score * read(captured, query, key)
 
     functions = [functools.partial(score_mod, read) for read in READS]
-    calls = flex_host.compiled(
-        [translate(f, None, types_of(arrays)) for f in functions], tmp_path, 2
-    )
+    calls = flex_host.compiled([translate(f, None, types_of(arrays)) for f in functions], tmp_path)
     for call, f in zip(calls, functions, strict=True):
         score = np.ones(len(x), np.float32)
         want = jax.jit(over_points, static_argnums=0)(f, score, index, arrays)
@@ -378,7 +427,7 @@ def test_rules_of_ones_own(tmp_path):
     bent = jax.custom_jvp(lambda x: x * 2)
     bent.defjvp(lambda x, dx: (bent(*x), 5 * dx[0]))
     functions = [lambda s, *_: jax.jit(straight_through)(s) * 3, lambda s, *_: bent(s)]
-    first, second = flex_host.compiled([translate(f, None, ()) for f in functions], tmp_path, 0)
+    first, second = flex_host.compiled([translate(f, None, ()) for f in functions], tmp_path)
     score = np.float32([0.75, -1.25])
     np.testing.assert_array_equal(first(score, np.zeros((2, 4)))["slope"], [3, 3])
     np.testing.assert_array_equal(second(score, np.zeros((2, 4)))["slope"], [5, 5])
@@ -393,7 +442,7 @@ def test_sixty_four_bits(tmp_path):
         def score_mod(score, batch, head, query, key, big):
             return score + (big[query] * 5 // (big[key] | 1)).astype(jnp.float32)
 
-        (call,) = flex_host.compiled([translate(score_mod, None, types_of(arrays))], tmp_path, 1)
+        (call,) = flex_host.compiled([translate(score_mod, None, types_of(arrays))], tmp_path)
         index = np.stack([np.zeros(9), np.zeros(9), *np.divmod(np.arange(9), 3)], 1)
         want = np.array([score_mod(1.0, 0, 0, int(q), int(k), arrays[0]) for *_, q, k in index])
         np.testing.assert_array_equal(call(np.ones(9), index, arrays)["score"], want)
@@ -435,13 +484,28 @@ def test_what_is_not_used_is_not_translated():
         (np.zeros(3, np.complex64), r"array 0, complex64\[3\]: the dtype"),
         (np.zeros(3, np.float64), r"array 0, float64\[3\]: the dtype"),
         (np.zeros((0, 3), np.float32), r"array 0, float32\[0, 3\]: it has no elements"),
-        ([np.zeros(3, np.float32)] * 9, "9 captured arrays; at most 8"),
     ],
-    ids=["dims", "complex", "float64", "empty", "many"],
+    ids=["dims", "complex", "float64", "empty"],
 )
 def test_captured_arrays_that_cannot_be(captured, message):
     with pytest.raises(Untranslatable, match=message):
         translate(None, None, (captured,))
+
+
+def test_captured_arrays_that_are_read():
+    """Eight may be, of any number."""
+
+    def of(numbers):
+        return lambda s, b, h, q, k, *arrays: s + sum(arrays[i][q] for i in numbers)
+
+    arrays = [np.zeros(3 + i, np.float32) for i in range(20)]
+    found = translate(of([17, 2, 5]), lambda b, h, q, k, *arrays: arrays[3][k] > 0, arrays)
+    assert found.captured == (2, 3, 5, 17)
+    assert re.findall(r"captured\.array\[3\]\)\[(v\d+)\]", found.text)
+    assert "captured.array[4]" not in found.text
+    assert len(translate(of(range(8, 16)), None, arrays).captured) == 8
+    with pytest.raises(Untranslatable, match="read 9 captured arrays; at most 8"):
+        translate(of(range(9)), None, arrays)
 
 
 def test_closed_over_tracer():

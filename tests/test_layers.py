@@ -35,6 +35,7 @@ PYTHON_LAYERS = [
     ["visibility.table"],
     ["flex.translate"],
     ["flex.text"],
+    ["flex.ranges"],
     ["score", "flex.operands"],
     ["operands", "cached.problem", "cached.rotary"],
     ["visibility.layout", "cached.layout"],

@@ -6,18 +6,23 @@ Fails on a WGMMA-serialisation or other C75xx warning (an ignored setmaxnreg is 
 stores above the limit (a higher one where none of them stands among the kernel's products: a warp
 that schedules may spill), on a main kernel without tensor-core (HGMMA, of 8 bits QGMMA) or TMA load
 (UTMALDG) instructions, and when a generated unit lacks a kernel. Prints one row per kernel.
+Kernels for functions, which are shipped to be linked, are linked with one that changes nothing and
+held to the same; where NVRTC or nvJitLink is missing, the gate says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MAX_SPILL = 64  # bytes of spill stores per kernel
 MAX_SPILL_APART = 512  # where none stands between its first product and its last
@@ -27,9 +32,25 @@ CONFIG = re.compile(
     r"\d(?:Forward|ForwardFloat8|ForwardCached|Backward)ConfigI(?:LNS_5DTypeE(\d)E)?((?:Li\d+E)+)"
     r"(?:Lb([01])E)?(?:LNS_7VariantE(\d)E)?"
 )
+VARIANTS = {
+    "1": ", mask",
+    "2": ", bias",
+    "3": ", softcap",
+    "4": ", alibi",
+    "5": ", function",
+    "6": ", blocks",
+}
 # A line of SASS: /*address*/ [@predicate] OPCODE operands
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 REQUIRED = ("GMMA", "UTMALDG")  # instructions of a main kernel
+IDENTITY = """
+struct JfaCaptured { const void* array[8]; };
+struct JfaScore { float score, slope; };
+#define JFA_PAIR int, int, int, int, const JfaCaptured&
+extern "C" __device__ float jfa_score(float score, JFA_PAIR) { return score; }
+extern "C" __device__ JfaScore jfa_score_and_slope(float score, JFA_PAIR) { return {score, 1.0f}; }
+extern "C" __device__ bool jfa_mask(JFA_PAIR) { return true; }
+"""
 
 
 @dataclass
@@ -66,9 +87,7 @@ class Kernel:
         if head_dim_v != head_dim:
             head_dim += f",{head_dim_v}"
         options = ", separate dQ" if config.group(3) == "1" else ""
-        options += {"1": ", mask", "2": ", bias", "3": ", softcap", "4": ", alibi"}.get(
-            config.group(4), ""
-        )
+        options += VARIANTS.get(config.group(4), "")
         return f"{name} {dtype} d{head_dim} {'x'.join(tile)}{options}"
 
 
@@ -129,7 +148,8 @@ def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel
     read_sass(kernels, log_path.with_suffix(""))
     problems = [f"{unit}: {match.group(0).strip()}" for match in BAD_WARNING.finditer(log)]
     mains = [kernel for kernel in kernels.values() if kernel.is_main]
-    listed = (build / "generated" / f"{unit}.cu").read_text().count("template Status ")
+    text = (build / "generated" / f"{unit}.cu").read_text()
+    listed = len(re.findall(r"template Status (?!.*Variant::k(?:Function|Blocks)>)", text))
     launched = sum("dquery" not in kernel.mangled for kernel in mains)  # which brings its own
     if launched != listed:
         problems.append(f"{unit}: {launched} main kernels compiled, {listed} listed")
@@ -140,6 +160,11 @@ def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel
                 f"{unit}: {kernel.name}: {kernel.spill_stores} bytes of spill stores, "
                 f"at most {allowed} allowed"
             )
+    return list(kernels.values()), problems + missing_instructions(unit, mains)
+
+
+def missing_instructions(unit: str, mains: list[Kernel]) -> list[str]:
+    problems = []
     for kernel in mains:
         counts = dict(zip(REQUIRED, (kernel.gmma, kernel.utmaldg), strict=True))
         problems += [
@@ -147,7 +172,37 @@ def check_unit(build: Path, log_path: Path, max_spill: int) -> tuple[list[Kernel
             for instruction, count in counts.items()
             if count == 0
         ]
-    return list(kernels.values()), problems
+    return problems
+
+
+def load_toolchain() -> Any:
+    """jax_fa3/flex/toolchain.py, which needs neither the package nor JAX."""
+    path = Path(__file__).parents[1] / "jax_fa3/flex/toolchain.py"
+    spec = importlib.util.spec_from_file_location("toolchain", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_linkable(fatbin: Path, libraries: Any, max_spill: int) -> tuple[list[Kernel], list[str]]:
+    """The kernel of a fatbin, linked with a function that changes nothing."""
+    code, log = libraries.link(fatbin.read_bytes(), libraries.compile(IDENTITY))
+    kernels = read_log(log)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(code)
+        cubin.flush()
+        read_sass(kernels, Path(cubin.name))
+    problems = [f"{fatbin.stem}: {match.group(0).strip()}" for match in BAD_WARNING.finditer(log)]
+    mains = [kernel for kernel in kernels.values() if kernel.is_main]
+    if len(mains) != 1:
+        problems.append(f"{fatbin.stem}: {len(mains)} main kernels, expected 1")
+    problems += [
+        f"{fatbin.stem}: {kernel.spill_stores} bytes of spill stores, at most {max_spill} allowed"
+        for kernel in mains
+        if kernel.spill_stores > max_spill
+    ]
+    return mains, problems + missing_instructions(fatbin.stem, mains)
 
 
 def main() -> int:
@@ -163,19 +218,33 @@ def main() -> int:
     if not logs or len(logs) != len(units):
         sys.exit(f"{len(logs)} of {len(units)} kernel units are compiled in {args.build}")
 
+    sources = {path.stem for path in (args.build / "generated" / "linkable").glob("*.cu")}
+    fatbins = sorted((args.build / "linkable").glob("*.fatbin"))
+    if {path.stem for path in fatbins} != sources:
+        sys.exit(f"{len(fatbins)} of {len(sources)} kernels for functions are in {args.build}")
+
     problems: list[str] = []
-    print(f"{'kernel':<52} {'registers':>9} {'spill B':>7} {'SASS':>6} {'GMMA':>5} {'UTMALDG':>7}")
-    for log in logs:
-        kernels, found = check_unit(args.build, log, args.max_spill)
+    print(f"{'kernel':<58} {'registers':>9} {'spill B':>7} {'SASS':>6} {'GMMA':>5} {'UTMALDG':>7}")
+    checks = [functools.partial(check_unit, args.build, log, args.max_spill) for log in logs]
+    libraries = load_toolchain().find()
+    if isinstance(libraries, str):
+        print(f"{len(fatbins)} kernels for functions are not linked: {libraries}")
+    else:
+        checks += [
+            functools.partial(check_linkable, fatbin, libraries, args.max_spill)
+            for fatbin in fatbins
+        ]
+    for check in checks:
+        kernels, found = check()
         problems += found
         for k in kernels:
             print(
-                f"{k.name:<52} {k.registers:>9} {k.spill_stores:>7} {k.instructions:>6} "
+                f"{k.name:<58} {k.registers:>9} {k.spill_stores:>7} {k.instructions:>6} "
                 f"{k.gmma:>5} {k.utmaldg:>7}"
             )
     for problem in problems:
         print(f"FAILED {problem}")
-    print(f"{len(logs)} units, {len(problems)} problems")
+    print(f"{len(logs)} units, {len(fatbins)} kernels for functions, {len(problems)} problems")
     return 1 if problems else 0
 
 

@@ -16,6 +16,7 @@ import jax
 
 from jax_fa3 import api, native, route
 from jax_fa3.arguments import Arguments
+from jax_fa3.flex import cache, link, toolchain
 from jax_fa3.values import is_array
 
 PACKAGES = ("jax_fa3", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax")
@@ -32,6 +33,7 @@ def doctor(query: Any = None, key: Any = None, value: Any = None, **options: Any
       >>> jax_fa3.doctor(jax.ShapeDtypeStruct((2, 4096, 16, 128), "bfloat16"), is_causal=True)
     """
     sections = {"versions": _versions(), "GPU": _gpus(), "kernels": _kernels()}
+    sections["functions"] = _functions()
     if query is not None:
         key = query if key is None else key
         value = key if value is None else value
@@ -84,6 +86,26 @@ def _kernels() -> list[str]:
         for (family, dtype, head_dim), names in tiles.items()
     ]
     return rows
+
+
+def _functions() -> list[str]:
+    """What links kernels with score and mask functions, and where what was linked is kept."""
+    names = {"NVRTC": "nvrtc_version", "nvJitLink": "nvjitlink_version"}
+    found = toolchain.find()
+    lines = []
+    if not isinstance(found, str):
+        versions = {name: getattr(found, field) for name, field in names.items()}
+        lines.append(", ".join(f"{name} {x[0]}.{x[1]}" for name, x in versions.items()))
+    reason = link.why_not()
+    lines.append(f"no kernel can be linked: {reason}" if reason else "kernels can be linked here")
+    folder = cache.folder()
+    if folder is None:
+        kept = f"nowhere ({cache.VARIABLE} is empty)"
+    elif reason := cache.why_not(folder):
+        kept = f"nowhere: {reason}"
+    else:
+        kept = f"in {folder}, {cache.size() / 2**20:.1f} MiB"
+    return [*lines, f"linked kernels are kept {kept}"]
 
 
 def _call(query: Any, key: Any, value: Any, options: dict[str, Any]) -> list[str]:

@@ -14,6 +14,11 @@ from jax_fa3.flex.functions import FULL, PARTIAL, over_pairs, trace
 from jax_fa3.options import MAX_SEQLEN
 from jax_fa3.values import as_int
 
+# The kernels' tiles are within a block of this many rows and keys. Their table has two bits, as a
+# state has, for each group of rows and block of keys (src/attention/dense_mask.h).
+BLOCK_OF_KERNELS = 128
+GROUP_ROWS, CLASS_KEYS, CLASSES_OF_WORD = 64, 16, 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +108,21 @@ def create_block_mask(
     states = lax.map(states_of, tuple(places))
     states = states.astype(jnp.uint8).reshape(*extents, num_blocks[1])
     return BlockMask(states, q_len, kv_len, (rows, keys))
+
+
+def kernel_table(
+    states: jax.Array, block: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> jax.Array:
+    """int32 [b, h, groups of rows, words]: the states of blocks as the kernels read them. What is
+    behind the last row or key has the state of the last block."""
+    groups = -(-seqlen_q // GROUP_ROWS)
+    words = -(-seqlen_k // (CLASS_KEYS * CLASSES_OF_WORD)) + 1  # read in pairs
+    row = jnp.minimum(GROUP_ROWS * jnp.arange(groups), seqlen_q - 1) // block[0]
+    key = jnp.minimum(CLASS_KEYS * jnp.arange(words * CLASSES_OF_WORD), seqlen_k - 1) // block[1]
+    states = jnp.take(jnp.take(states, row, 2, mode="clip"), key, 3, mode="clip")
+    states = states.reshape(*states.shape[:2], groups, words, CLASSES_OF_WORD)
+    bits = states.astype(jnp.uint32) << 2 * jnp.arange(CLASSES_OF_WORD, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(bits.sum(-1, dtype=jnp.uint32), jnp.int32)
 
 
 def _at_least(least: int, name: str, x: Any, expected: str) -> int:

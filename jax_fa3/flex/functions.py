@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, AxisType
 
 from jax_fa3.varying import vary_together
@@ -59,6 +59,10 @@ class Functions:
     score: ScalarFunction | None = None
     mask: ScalarFunction | None = None
     block: tuple[int, int] = (0, 0)  # rows and keys of a block of the block mask, if any
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.block != (0, 0)
 
     def changed_scores(
         self,
@@ -175,9 +179,13 @@ def _check_result(name: str, types: Sequence[Any], dtype: str) -> None:
         raise TypeError(f"{name} returns a scalar of dtype {result.dtype}; {expected}")
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def _evaluate(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], caller: Any = None
+) -> list[Any]:
     """The results of a jaxpr that was traced outside of jax.shard_map, wherever it is evaluated:
-    what JAX's own evaluation does, and inside of jax.shard_map constants vary with the rest."""
+    what JAX's own evaluation does, and inside of jax.shard_map constants vary with the rest.
+    Equations keep the user's lines; those of a function that another one calls have that of the
+    call, `caller`, because JAX traces its own functions once for all who call them."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
 
     def read(atom):
@@ -187,14 +195,16 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]
 
     for equation in jaxpr.eqns:
         given = [read(atom) for atom in equation.invars]
+        line = caller or equation.source_info.traceback
         if equation.primitive.name == "jit":
             inner = equation.params["jaxpr"]
-            results = _evaluate(inner.jaxpr, inner.consts, given)
+            results = _evaluate(inner.jaxpr, inner.consts, given, line)
         elif equation.primitive.name in VARYING:
             results = given
         else:
             params = equation.primitive.get_bind_params(equation.params)
-            results = equation.primitive.bind(*vary_together(given), **params)
+            with source_info_util.user_context(line):
+                results = equation.primitive.bind(*vary_together(given), **params)
             results = results if equation.primitive.multiple_results else [results]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]

@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_fa3.values import as_int, check_soft_cap, one_of, shape_of
 
 Mask = Callable[..., Any]
 Score = Callable[..., Any]
+
+ROUGH = lax.Tolerance(rtol=2.0**-11)  # of the hardware's tanh
 
 
 def noop_mask(batch, head, q_idx, kv_idx, *captured):
@@ -121,14 +124,21 @@ def generate_alibi_bias(num_heads: int) -> Score:
     return alibi
 
 
-def generate_tanh_softcap(soft_cap: float) -> Score:
-    """A score function that returns soft_cap * tanh(score / soft_cap)."""
+def generate_tanh_softcap(soft_cap: float, approx: bool = False) -> Score:
+    """A score function that returns soft_cap * tanh(score / soft_cap).
+
+    Args:
+      soft_cap: a positive number.
+      approx: if True, the kernels use the hardware's tanh, as for `logits_soft_cap`. It is faster
+        and has a relative error of at most 2^-11.
+    """
     if soft_cap is None:
         raise TypeError("soft_cap is None; expected a positive number")
     check_soft_cap("soft_cap", soft_cap)
 
     def softcap(score, batch, head, q_idx, kv_idx, *captured):
-        return soft_cap * jnp.tanh(score / soft_cap)
+        tanh = lax.tanh(score / soft_cap, accuracy=ROUGH if approx else None)
+        return soft_cap * tanh
 
     return softcap
 
@@ -165,17 +175,15 @@ def generate_t5_bias(
       bidirectional, max_distance: as in `t5_bucket`.
     """
     table = _array("table", table, jnp.floating, (2,))
-
-    def t5(score, batch, head, q_idx, kv_idx, *captured):
-        bucket = t5_bucket(
-            kv_idx - q_idx,
-            num_buckets=table.shape[0],
-            bidirectional=bidirectional,
-            max_distance=max_distance,
-        )
-        return score + table[bucket, head].astype(jnp.float32)
-
-    return t5
+    reach = as_int("max_distance", max_distance, "an int")
+    # Made once for each distance, and not for each pair.
+    bucket = t5_bucket(
+        jnp.arange(-reach, reach + 1),
+        num_buckets=table.shape[0],
+        bidirectional=bidirectional,
+        max_distance=reach,
+    )
+    return generate_relative_position_bias(table[bucket].T)
 
 
 def t5_bucket(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,25 @@ from jax.typing import ArrayLike
 
 from jax_fa3 import api
 from jax_fa3.arguments import Arguments
-from jax_fa3.flex.block_mask import BlockMask
+from jax_fa3.flex import link
+from jax_fa3.flex.block_mask import BLOCK_OF_KERNELS, BlockMask
 from jax_fa3.flex.functions import Functions, trace
 from jax_fa3.flex.operands import FlexOperands
+from jax_fa3.flex.translate import Untranslatable
+from jax_fa3.native import KERNEL_DTYPES
 from jax_fa3.operands import DTYPES
+from jax_fa3.options import AttentionOptions
 from jax_fa3.validate import check_dtype
 from jax_fa3.values import one_of, shape_of
+
+DTYPE_OF_KERNELS = "bfloat16"
+
+
+class Traced(NamedTuple):
+    """A call's functions, and the arrays that they capture, given or closed over."""
+
+    functions: Functions
+    arrays: list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +48,43 @@ class FlexArguments(Arguments):
     @property
     def has_functions(self) -> bool:
         return self.score_mod is not None or self.mask_mod is not None
+
+    @functools.cached_property
+    def traced(self) -> Traced:
+        """Its functions and all that they capture."""
+        leaves, tree = _captured(self.captured)
+        found, arrays = {}, list(leaves)
+        for name in ("score_mod", "mask_mod"):
+            function = getattr(self, name)
+            if function is not None:
+                made, closed_over = trace(name, function, tree.unflatten(leaves), len(arrays))
+                found[name.removesuffix("_mod")] = made
+                arrays += closed_over
+        blocks = self.block_mask
+        return Traced(
+            Functions(**found, block=(0, 0) if blocks is None else blocks.block_size), arrays
+        )
+
+    def options(self) -> AttentionOptions:
+        return dataclasses.replace(super().options(), functions=self.traced.functions)
+
+    def why_no_function_kernel(self) -> str | None:
+        functions, arrays = self.traced
+        if self.dtype in KERNEL_DTYPES and self.dtype != DTYPE_OF_KERNELS:
+            return f"the kernels take functions with {DTYPE_OF_KERNELS}, not {self.dtype}"
+        if functions.has_blocks and any(n % BLOCK_OF_KERNELS for n in functions.block):
+            return (
+                f"the kernels take a block_mask whose blocks have multiples of {BLOCK_OF_KERNELS} "
+                f"rows and keys, not {functions.block}"
+            )
+        try:
+            link.translation(functions, arrays, self.extents)
+        except Untranslatable as error:
+            return str(error)
+        return None
+
+    def why_not_linked(self) -> str | None:
+        return link.why_not()
 
 
 def flex_attention(
@@ -60,9 +111,11 @@ def flex_attention(
 ) -> jax.Array | tuple[jax.Array, ...]:
     """softmax(score_mod(scale * query @ key^T)) @ value, where mask_mod lets a row see a key.
 
-    Both functions are ordinary JAX functions of scalars: the call maps them over all pairs, block
-    by block. In this version they run through XLA on every platform; a call without functions is
-    `dot_product_attention`. docs/flex.md has examples, and PyTorch's names.
+    Both functions are ordinary JAX functions of scalars. On Hopper GPUs bfloat16 and float16 run on
+    kernels that are linked with them when the program is compiled, which takes seconds for a new
+    function; everything else runs through XLA, which maps them over all pairs, block by block. A
+    call without functions is `dot_product_attention`. docs/flex.md has examples, and PyTorch's
+    names.
 
     Letters: B batch, T query rows, S keys, N query heads, K key/value heads (a divisor of N),
     H head_dim.
@@ -79,7 +132,8 @@ def flex_attention(
       mask_mod: `mask_mod(batch, head, q_idx, kv_idx, *captured) -> bool`, True if the row may see
         the key. A row sees a key only if mask_mod and all other arguments allow it.
       captured: a tuple of arrays, or of pytrees of arrays, which both functions get. Arrays that a
-        function closes over, traced ones too, are captured as well. Floating ones have gradients.
+        function closes over, traced ones too, are captured as well. Floating ones have gradients,
+        which XLA makes. The kernels take functions that read at most 8 arrays.
       block_mask: the result of `create_block_mask` for mask_mod. mask_mod decides only the pairs of
         its partly visible blocks; hidden blocks stay hidden and full blocks stay visible.
       scale: a finite Python number that multiplies the scores; default 1 / sqrt(H).
@@ -87,8 +141,8 @@ def flex_attention(
         kv_start, kv_end, query_segment_ids and key_value_segment_ids, as in
         `dot_product_attention`.
       return_residual: also return the log-sum-exp of each row's scores.
-      implementation: None and "xla" run XLA, None with the reason in the log; "fa3" raises with the
-        reason.
+      implementation: None takes the kernels where they apply and logs once, with the reason,
+        where they do not; "fa3" raises instead; "xla" forces XLA.
 
     Returns:
       out, (B, T, N, H) or (T, N, H), of query's dtype; with return_residual a tuple (out, lse), lse
@@ -98,7 +152,9 @@ def flex_attention(
       ValueError: shapes or values do not fit; the message names the argument, the value it got and
         the expected value.
       TypeError: a wrong dtype, or an array in place of a Python value.
-      NotImplementedError: implementation="fa3" with a function.
+      NotImplementedError: implementation="fa3" and the kernels cannot run the call; the message
+        names the primitive of a function that they do not know, and its line. Also the gradient of
+        a captured array, which it names.
 
     Example:
       >>> q = k = v = jax.random.normal(jax.random.key(0), (2, 256, 4, 64), jnp.bfloat16)
@@ -140,21 +196,12 @@ def _attention(arguments: FlexArguments) -> jax.Array | tuple[jax.Array, ...]:
     for name in ("query", "key", "value"):
         if getattr(arguments, name) is not None:
             check_dtype(name, getattr(arguments, name), DTYPES)
-    options, operands = api.prepare(arguments)
+    arguments = cast(FlexArguments, api.checked(arguments))
     _check_block_mask(arguments)
-    leaves, tree = _captured(arguments.captured)
-    functions, arrays = {}, list(leaves)
-    for name in ("score_mod", "mask_mod"):
-        function = getattr(arguments, name)
-        if function is not None:
-            made, closed_over = trace(name, function, tree.unflatten(leaves), len(arrays))
-            functions[name.removesuffix("_mod")] = made
-            arrays += closed_over
+    options, operands = api.prepared(arguments)
     blocks = arguments.block_mask
-    scores = Functions(**functions, block=(0, 0) if blocks is None else blocks.block_size)
     states = None if blocks is None else blocks.states
-    options = dataclasses.replace(options, functions=scores)
-    operands = FlexOperands.of(operands, arguments.extents, arrays, states)
+    operands = FlexOperands.of(operands, arguments.extents, arguments.traced.arrays, states)
     return api.public_results(api.fa3_attention(options, operands))
 
 

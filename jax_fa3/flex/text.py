@@ -13,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fa3.flex.ranges import Range, of_literal, whole
+
 # float16 and bfloat16 are floats that hold a value of the narrow type.
 TYPES = {
     "bool": "bool",
@@ -156,6 +158,39 @@ JFA_HELPER float jfa_sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f :
         """\
 JFA_HELPER float jfa_logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
 """,
+        # Without branches, for which a kernel's matrix products would have to wait. Its error is
+        # 3e-7 at most.
+        """\
+JFA_HELPER float jfa_tanh(float x) {
+#ifdef __CUDACC__
+  return 1.0f - __fdividef(2.0f, exp2f(2.88539008f * x) + 1.0f);
+#else
+  return tanhf(x);
+#endif
+}
+""",
+        # With a relative error of 2^-11 at most.
+        """\
+JFA_HELPER float jfa_rough_tanh(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return tanhf(x);
+#endif
+}
+""",
+        # Of an integer less than 2^22 in magnitude, as the mantissa of a float from 2^23 on.
+        """\
+JFA_HELPER float jfa_from_small(int x) {
+#ifdef __CUDACC__
+  return __int_as_float(x + 0x4b400000) - 12582912.0f;
+#else
+  return (float)x;
+#endif
+}
+""",
         """\
 JFA_HELPER float jfa_rsqrt(float x) {
 #ifdef __CUDACC__
@@ -259,7 +294,10 @@ class Program:
     Values are strings: a parameter's name, a literal, or "%n", the result of statement n.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: dict[str, Range] | None = None) -> None:
+        """`ranges`: what is known of integer parameters."""
+        self._ranges = dict(ranges or {})
+        self._operations: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._statements: dict[Statement, str] = {}
         self._by_value: dict[str, Statement] = {}
         self._tables: dict[tuple[str, str], str] = {}
@@ -270,6 +308,20 @@ class Program:
         value = self._statements.setdefault(statement, f"%{len(self._statements)}")
         self._by_value[value] = statement
         return value
+
+    def range_of(self, value: str, dtype: str) -> Range:
+        """Which numbers a value of integers can be."""
+        return of_literal(value) or self._ranges.get(value) or whole(dtype)
+
+    def learn(self, value: str, found: Range, name: str = "", operands: Sequence[str] = ()) -> str:
+        """The value, an integer, of which that is known now; also of which operation it is."""
+        self._ranges[value] = found
+        self._operations[value] = name, tuple(operands)
+        return value
+
+    def operation(self, value: str) -> tuple[str, tuple[str, ...]]:
+        """Name and operands of what makes an integer, as far as learn() was told."""
+        return self._operations.get(value, ("", ()))
 
     def table(self, values: np.ndarray, dtype: str) -> str:
         """The name of a constant array."""

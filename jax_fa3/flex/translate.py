@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
 
+from jax_fa3.flex.ranges import SMALL, chosen, decided, of_literal, of_operation, whole
 from jax_fa3.flex.text import (
     FLOATS,
     INTEGERS,
@@ -34,10 +36,12 @@ from jax_fa3.flex.text import (
 )
 
 MAX_DIMS = 4  # of a captured array
+ROUGH_TANH = 2.0**-11  # a relative error that the hardware's tanh keeps to
 MAX_TABLE = 1024  # elements of an array that a function closes over
 
 INDICES = ("batch", "head", "query", "key")
 PARAMETERS = {"score": "float"} | dict.fromkeys(INDICES, "int")
+CAPTURED_ARRAY = r"captured\.array\[(\d+)\]"
 CAPTURED = {"captured": "const JfaCaptured&"}
 
 ADD, SUBTRACT, SELECT = "{0} + {1}", "{0} - {1}", "{0} ? {2} : {1}"
@@ -73,8 +77,7 @@ class Translation:
     """
 
     text: str  # jfa_score, jfa_score_and_slope, jfa_mask; if is_additive, jfa_addend
-    has_score: bool
-    has_mask: bool
+    captured: tuple[int, ...]  # the numbers of the captured arrays that they read, in order
     is_additive: bool  # the score is only added to: its derivative is 1 wherever it is not -inf
 
 
@@ -82,6 +85,7 @@ def translate(
     score_mod: Callable[..., jax.Array] | None,
     mask_mod: Callable[..., jax.Array] | None,
     captured: Any = (),
+    most_index: int | None = None,
 ) -> Translation:
     """The CUDA C text of a score function, its derivative, and a mask function.
 
@@ -92,8 +96,10 @@ def translate(
       score_mod: f(score, batch, head, query, key, *captured), of a float32 and four int32 scalars,
         that returns a float32 scalar; None leaves scores as they are.
       mask_mod: f(batch, head, query, key, *captured) that returns a bool scalar; None: all True.
-      captured: a tuple, each item an array, anything with shape and dtype, or a pytree of such. At
-        most 8 arrays of at most 4 dimensions: bool, integers, bfloat16, float16, float32.
+      captured: a tuple, each item an array, anything with shape and dtype, or a pytree of such:
+        arrays of at most 4 dimensions, bool, integers, bfloat16, float16, float32. The functions
+        may read 8 of them.
+      most_index: if given, no index is negative, and those of query and key are this at most.
 
     Raises:
       Untranslatable: an operation, dtype or array that has no text.
@@ -102,10 +108,12 @@ def translate(
     leaves, tree = jax.tree.flatten(captured)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     given = jax.tree.unflatten(tree, types)
-    program = Program()
+    ranges = {}
+    if most_index is not None:
+        _, greatest = whole("int32")
+        ranges = {x: (0, most_index if x in ("query", "key") else greatest) for x in INDICES}
+    program = Program(ranges)
     arrays = [_captured(program, i, x) for i, x in enumerate(types)]
-    if len(arrays) > MAX_CAPTURED:
-        raise Untranslatable(f"{len(arrays)} captured arrays; at most {MAX_CAPTURED} are possible")
     float32, int32 = (jax.ShapeDtypeStruct((), x) for x in (jnp.float32, jnp.int32))
     indices = [_scalar(x, "int32") for x in INDICES]
 
@@ -125,10 +133,6 @@ def translate(
         score, slope = _values("score_mod", program, jaxpr, arguments)
         addend = _addend(program, score)
 
-    def masked(value: str, hidden: str) -> str:
-        return value if mask_mod is None else _select(program, "float", visible, hidden, value)
-
-    score, slope = masked(score, MINUS_INFINITY), masked(slope, literal(0, "float32"))
     pair = PARAMETERS | CAPTURED
     position = {name: pair[name] for name in (*INDICES, *CAPTURED)}
     functions = [
@@ -137,12 +141,16 @@ def translate(
         program.function("jfa_mask", "bool", position, [visible]),
     ]
     if addend is not None:
-        addend = masked(addend, MINUS_INFINITY)
         functions.append(program.function("jfa_addend", "float", position, [addend]))
+    text = program.text(functions)
+    read = sorted({int(number) for number in re.findall(CAPTURED_ARRAY, text)})
+    if len(read) > MAX_CAPTURED:
+        raise Untranslatable(
+            f"the functions read {len(read)} captured arrays; at most {MAX_CAPTURED} are possible"
+        )
     return Translation(
-        text=program.text(functions),
-        has_score=score_mod is not None,
-        has_mask=mask_mod is not None,
+        text=re.sub(CAPTURED_ARRAY, lambda x: f"captured.array[{read.index(int(x[1]))}]", text),
+        captured=tuple(read),
         is_additive=addend is not None,
     )
 
@@ -281,12 +289,19 @@ def _clamped(program: Program, value: str, dtype: str, last: int) -> Index:
     if last == 0 or value.isdigit():
         return min(int(value), last) if last else 0
     c = TYPES[dtype]
+    least, greatest = program.range_of(value, dtype)
+    if least >= 0 and dtype == "int32":
+        if greatest <= last:
+            return value
+        clamped = program.emit(c, f"{{0}} < {last} ? {{0}} : {last}", value)
+        return program.learn(clamped, (min(least, last), last))
     high = literal(last, dtype) if last <= np.iinfo(dtype).max else None
     text = "{0}" if high is None else f"{{0}} < {high} ? {{0}} : {high}"
     if not dtype.startswith("u"):
         text = f"{{0}} < 0 ? 0 : ({text})" if high else "{0} < 0 ? 0 : {0}"
     clamped = program.emit(c, text, value)
-    return clamped if dtype == "int32" else program.emit("int", "(int){0}", clamped)
+    clamped = clamped if dtype == "int32" else program.emit("int", "(int){0}", clamped)
+    return program.learn(clamped, (0, last))
 
 
 def _plus(program: Program, x: Index, y: Index) -> Index:
@@ -298,6 +313,8 @@ def _plus(program: Program, x: Index, y: Index) -> Index:
 
 
 def _select(program: Program, c_type: str, which: str, if_false: str, if_true: str) -> str:
+    if which in ("true", "false"):
+        return if_true if which == "true" else if_false
     return program.emit(c_type, SELECT, which, if_false, if_true)
 
 
@@ -437,6 +454,8 @@ FLOAT_TEMPLATES = {
     "square": "{0} * {0}",
     "logistic": "jfa_logistic({0})",
     "rsqrt": "jfa_rsqrt({0})",
+    "tanh": "jfa_tanh({0})",
+    "rough_tanh": "jfa_rough_tanh({0})",
     "atan2": "atan2f({0}, {1})",
 } | {
     name: f"{name}f({{0}})"
@@ -444,7 +463,7 @@ FLOAT_TEMPLATES = {
         *("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "cbrt"),
         *("floor", "ceil", "erf", "erfc"),
         *("sin", "cos", "tan", "asin", "acos", "atan"),
-        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+        *("sinh", "cosh", "asinh", "acosh", "atanh"),
     )
 }
 # Results that a narrow float can hold if it can hold the operands.
@@ -505,6 +524,8 @@ def _writer(
         return lambda x: _converted(program, x, first, dtype)
     if name == "bitcast_convert_type":
         return _bitcast(program, first, dtype)
+    if name == "tanh" and _tolerance(params) >= ROUGH_TANH:
+        return functools.partial(_operation, program, "rough_tanh", dtype)
     if name == "integer_pow":
         return lambda x: _integer_power(program, x, params["y"], dtype)
     if name == "one_minus_square":
@@ -523,6 +544,11 @@ def _writer(
     return functools.partial(_operation, program, name, dtype)
 
 
+def _tolerance(params: dict[str, Any]) -> float:
+    """The relative error that the user of a primitive accepts; 0 where nothing is said."""
+    return getattr(params.get("accuracy"), "rtol", 0.0)
+
+
 def _templates(dtype: str) -> dict[str, str]:
     if dtype in FLOATS:
         return FLOAT_TEMPLATES
@@ -536,6 +562,13 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
     template = _templates(dtype)[name]
     if name in ("min", "max") and operands[0] == operands[1]:
         return operands[0]
+    ranges = [program.range_of(x, dtype) for x in operands] if dtype in INTEGERS else []
+    if ranges and name in ("min", "max"):
+        which = chosen(name, *ranges)
+        if which is not None:
+            return operands[which]
+    if ranges and name == "abs" and ranges[0][0] >= 0:
+        return operands[0]
     if dtype in INTEGERS:
         width = np.iinfo(dtype).bits
         words = {
@@ -548,12 +581,18 @@ def _operation(program: Program, name: str, dtype: str, *operands: str) -> str:
         for word, text in words.items():
             template = template.replace(word, text)
     value = program.emit(TYPES[dtype], template, *operands)
+    if ranges:
+        return program.learn(value, of_operation(name, dtype, *ranges), name, operands)
     return value if name in EXACT else _rounded(program, value, dtype)
 
 
 def _compared(program: Program, name: str, dtype: str, x: str, y: str) -> str:
     if x == y and dtype not in FLOATS:  # of which compilers warn
         return literal(name in ("eq", "le", "ge"), "bool")
+    if dtype in INTEGERS:
+        known = decided(name, program.range_of(x, dtype), program.range_of(y, dtype))
+        if known is not None:
+            return literal(known, "bool")
     return program.emit("bool", f"{{0}} {COMPARISONS[name]} {{1}}", x, y)
 
 
@@ -575,7 +614,32 @@ def _converted(program: Program, value: str, old: str, new: str) -> str:
         return _rounded(program, value, new)
     if old in FLOATS:
         return program.emit(c_type, f"jfa_to_{new}({{0}})", value)
-    return _rounded(program, program.emit(c_type, f"({c_type}){{0}}", value), new)
+    if new in FLOATS and old == "int32" and _is_small(program, value):
+        return _rounded(program, _small_as_float(program, value), new)
+    least, greatest = program.range_of(value, old) if old in INTEGERS else (0, 1)
+    converted = program.emit(c_type, f"({c_type}){{0}}", value)
+    if new not in INTEGERS:
+        return _rounded(program, converted, new)
+    fits = whole(new)[0] <= least and greatest <= whole(new)[1]
+    return program.learn(converted, (least, greatest)) if fits else converted
+
+
+def _is_small(program: Program, value: str) -> bool:
+    least, greatest = program.range_of(value, "int32")
+    return -SMALL < least and greatest < SMALL
+
+
+def _small_as_float(program: Program, value: str) -> str:
+    """A small int32 as a float, made of the floats of what it is made of, which is exact: a kernel
+    then casts each row and each key, and not each pair."""
+    name, operands = program.operation(value)
+    if name in ("add", "sub", "mul", "neg", "abs") and all(_is_small(program, x) for x in operands):
+        floats = (_small_as_float(program, x) for x in operands)
+        return _operation(program, name, "float32", *floats)
+    number = of_literal(value)
+    if number is not None:
+        return literal(number[0], "float32")
+    return program.emit("float", "jfa_from_small({0})", value)
 
 
 def _bitcast(program: Program, old: str, new: str) -> Callable[..., str] | None:
@@ -623,13 +687,21 @@ def _polynomial(program: Program, dtype: str, x: str, *coefficients: str) -> str
 def _choice(program: Program, which_dtype: str, dtype: str) -> Callable[..., str]:
     """Chooses by a bool, or by an integer that is moved to the nearest case."""
 
+    def select(which, if_false, if_true):
+        chosen = _select(program, TYPES[dtype], which, if_false, if_true)
+        if dtype not in INTEGERS or chosen in (if_false, if_true):
+            return chosen
+        ranges = zip(*(program.range_of(x, dtype) for x in (if_false, if_true)), strict=True)
+        (least, greatest) = ranges
+        return program.learn(chosen, (min(least), max(greatest)))
+
     def choose(which, *cases):
         if which_dtype == "bool":
-            return _select(program, TYPES[dtype], which, *cases) if len(cases) > 1 else cases[0]
+            return select(which, *cases) if len(cases) > 1 else cases[0]
         *cases, result = cases
         for number, case in reversed([*enumerate(cases, 1)]):
-            is_later = program.emit("bool", f"{{0}} >= {literal(number, which_dtype)}", which)
-            result = _select(program, TYPES[dtype], is_later, case, result)
+            is_later = _compared(program, "ge", which_dtype, which, literal(number, which_dtype))
+            result = select(is_later, case, result)
         return result
 
     return choose
@@ -841,6 +913,9 @@ def _gather(program, out, params, operand, indices):
 
 
 def _is_within(program: Program, value: str, dtype: str, last: int) -> str:
+    least, greatest = program.range_of(value, dtype)
+    if 0 <= least and greatest <= last:
+        return literal(True, "bool")
     text = f"{{0}} <= {literal(last, dtype)}" if last <= np.iinfo(dtype).max else "true"
     if not dtype.startswith("u"):
         text = f"{{0}} >= 0 && {text}"
@@ -883,6 +958,8 @@ def _addend(program: Program, value: str) -> str | None:
     """What is added to the score to make a value, or None if it is not made by additions alone."""
     if value == "score":
         return literal(0, "float32")
+    if value == MINUS_INFINITY:  # what is left of a choice that is decided
+        return value
     if not program.depends_on(value, "score"):
         return None
     template, operands = program.expression(value)

@@ -3,11 +3,20 @@
 // subtracts the maximum.
 #pragma once
 
+#include <cmath>
 #include <cute/config.hpp>
 
 #include "attention/score.h"
 #include "call/types.h"
 #include "device/mma.cuh"
+
+// What the text of a call's functions defines (docs/design/flex.md), and nvJitLink links.
+extern "C" __device__ float jfa_score(float score, int batch, int head, int row, int key,
+                                      const JfaCaptured& captured);
+extern "C" __device__ JfaScore jfa_score_and_slope(float score, int batch, int head, int row,
+                                                   int key, const JfaCaptured& captured);
+extern "C" __device__ bool jfa_mask(int batch, int head, int row, int key,
+                                    const JfaCaptured& captured);
 
 namespace jax_fa3 {
 
@@ -24,9 +33,24 @@ CUTE_DEVICE float tanh_approx(float x) {
   return y;
 }
 
-// A policy is made for a query head. apply() turns products into scores; `distance` is how far the
-// tile's first row's position is behind its first column's, of S; of S^T, whose rows are keys, the
-// same. slope() is dS / dP of a score whose weight is `p`.
+// Where a tile's first pair of a query row and a key stands.
+struct Corner {
+  int row;
+  int position;  // the row's among the keys
+  int key;
+};
+
+// Whether the rows of a tile are query rows, as those of S, or keys, as those of S^T.
+enum class Rows { kQueries, kKeys };
+
+// P of a score, and what dS is for a dP of 1.
+struct Weight {
+  float p;
+  float slope;
+};
+
+// A policy is made for a query head. apply() turns products into scores, before a mask makes some
+// of them -inf. weigh(), which linear ones do without, is for the backward pass.
 
 // The logit is scale * (q . k).
 struct Plain {
@@ -36,9 +60,8 @@ struct Plain {
   static constexpr bool kIsLinear = true;
 
   CUTE_DEVICE Plain(const ScoreParams&, int /*batch*/, int /*head*/) {}
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator&, int /*distance*/) const {}
-  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator&, const Corner&) const {}
 };
 
 // The logit is softcap * tanh(scale * (q . k) / softcap).
@@ -48,16 +71,18 @@ struct Softcap {
   CUTE_DEVICE Softcap(const ScoreParams& params, int /*batch*/, int /*head*/)
       : factor_(params.factor) {}
 
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, int /*distance*/) const {
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner&) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * factor_);
   }
 
   // A score that a mask has made -inf counts as -1, where the slope is 0.
-  CUTE_DEVICE static float slope(float score, float p) {
+  CUTE_DEVICE Weight weigh(float score, float scale_log2, float negative_lse_log2, int /*row*/,
+                           int /*key*/) const {
+    const float p = exp2_approx(fmaf(score, scale_log2, negative_lse_log2));
     const float t = fmaxf(score, -1.f);
-    return p * fmaf(-t, t, 1.f);
+    return {p, p * fmaf(-t, t, 1.f)};
   }
 
  private:
@@ -71,8 +96,10 @@ struct Alibi {
   CUTE_DEVICE Alibi(const ScoreParams& params, int batch, int head)
       : slope_(params.slopes.of(batch, head) * params.factor) {}
 
-  template <class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, int distance) const {
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner) const {
+    const int distance =
+        kRows == Rows::kQueries ? corner.position - corner.key : corner.key - corner.position;
     float first[2];  // of the thread's two rows, in its first column
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -86,7 +113,6 @@ struct Alibi {
       add<-1>(tS, first);
     }
   }
-  CUTE_DEVICE static float slope(float /*score*/, float p) { return p; }
 
  private:
   template <int kSign, class Accumulator>
@@ -101,19 +127,98 @@ struct Alibi {
   float slope_;  // of products
 };
 
+// The logit is a function of scale * (q . k) and of where the pair stands, where another one lets
+// it be seen. Both are linked into the kernel. This is the forward pass'.
+struct Function {
+  static constexpr bool kIsLinear = false;
+
+  CUTE_DEVICE Function(const FunctionParams& params, int batch, int head)
+      : params_(params),
+        batch_(__ldg(params.batch_numbers + batch)),
+        head_(__ldg(params.head_numbers + head)) {}
+
+  // Of S alone. `asks`: whether who sees whom is a question here.
+  template <Rows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      const Pair pair = pair_of<Rows::kQueries>(corner, i);
+      const float score =
+          jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
+      tS(i) = !asks || is_seen(pair) ? score : -INFINITY;
+    }
+  }
+
+ protected:
+  struct Pair {
+    int row, key;
+  };
+
+  // Of accumulator element i.
+  template <Rows kRows>
+  CUTE_DEVICE static Pair pair_of(const Corner& corner, int i) {
+    const int along_rows = thread_row() + 8 * accumulator_row(i);
+    const int along_cols = thread_col() + accumulator_col(i);
+    if (kRows == Rows::kQueries) return {corner.row + along_rows, corner.key + along_cols};
+    return {corner.row + along_cols, corner.key + along_rows};
+  }
+
+  CUTE_DEVICE bool is_seen(const Pair& pair) const {
+    return jfa_mask(batch_, head_, pair.row, pair.key, params_.captured);
+  }
+
+  const FunctionParams& params_;
+  int batch_, head_;
+};
+
+// The backward pass'. Value and derivative come at once, of a product; what is hidden is none.
+struct FunctionGradient : Function {
+  using Function::Function;
+
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      if (asks && !is_seen(pair_of<kRows>(corner, i))) tS(i) = -INFINITY;
+    }
+  }
+
+  // The slope of what is hidden may be NaN.
+  CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
+                           int key) const {
+    const JfaScore logit =
+        jfa_score_and_slope(product * params_.scale, batch_, head_, row, key, params_.captured);
+    if (product == -INFINITY || logit.score == -INFINITY) return {0.f, 0.f};
+    const float p = exp2_approx(fmaf(logit.score, scale_log2, negative_lse_log2));
+    return {p, p * logit.slope};
+  }
+};
+
 template <Variant>
 struct ScoreChoice {
-  using Type = Plain;
+  using Forward = Plain;
+  using Backward = Plain;
 };
 template <>
 struct ScoreChoice<Variant::kSoftcap> {
-  using Type = Softcap;
+  using Forward = Softcap;
+  using Backward = Softcap;
 };
 template <>
 struct ScoreChoice<Variant::kAlibi> {
-  using Type = Alibi;
+  using Forward = Alibi;
+  using Backward = Alibi;
 };
+template <>
+struct ScoreChoice<Variant::kFunction> {
+  using Forward = Function;
+  using Backward = FunctionGradient;
+};
+template <>
+struct ScoreChoice<Variant::kBlocks> : ScoreChoice<Variant::kFunction> {};
 template <Variant kVariant>
-using ScoreOf = typename ScoreChoice<kVariant>::Type;
+using ScoreOf = typename ScoreChoice<kVariant>::Forward;
+template <Variant kVariant>
+using BackwardScoreOf = typename ScoreChoice<kVariant>::Backward;
 
 }  // namespace jax_fa3

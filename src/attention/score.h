@@ -34,8 +34,22 @@ struct ScoreParams {
   HeadTable slopes;  // Alibi
 };
 
+// The same of a kernel whose Score is a function, which gives logits.
+struct FunctionParams {
+  float scale;
+  const std::int32_t* batch_numbers;  // [b], as the function counts them
+  const std::int32_t* head_numbers;   // [h_q]
+  JfaCaptured captured;
+};
+
 inline float logit_scale(const CallProblem& problem) {
+  if (has_function(problem.presence.variant)) return 1.f;
   return problem.softcap > 0 ? problem.softcap : problem.softmax_scale;
+}
+
+inline FunctionParams function_params(const CallProblem& problem) {
+  const FunctionArrays& function = problem.function;
+  return {problem.softmax_scale, function.batch_numbers, function.head_numbers, function.captured};
 }
 
 inline ScoreParams score_params(const CallProblem& problem) {

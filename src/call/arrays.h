@@ -17,12 +17,13 @@ enum class Element {
   kInt32,
   kByte,
   kBool,
+  kAny,
 };
 
 // A row of call/operands.h.
 struct Operand {
   std::string_view name;
-  const char* dims;  // a letter or an extent each
+  const char* dims;  // a letter or an extent each; null: any shape
   Element element;
   bool optional = false;
 };
@@ -53,7 +54,7 @@ class Arrays {
   const Array<Problem>* end() const { return arrays_ + size_; }
 
  private:
-  static constexpr std::size_t kCapacity = 24;
+  static constexpr std::size_t kCapacity = 28;
   Array<Problem> arrays_[kCapacity];
   std::size_t size_ = 0;
 };

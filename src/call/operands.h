@@ -44,6 +44,18 @@ constexpr Operand kDenseMask{"dense_mask", "iju", Element::kInt32, /*optional=*/
 constexpr Operand kSinks{"sinks", "ah", Element::kFloat32, /*optional=*/true};
 constexpr Operand kAlibiSlopes{"alibi_slopes", "lh", Element::kFloat32, /*optional=*/true};
 
+constexpr Operand kBatchNumber{"batch_number", "b", Element::kInt32};
+constexpr Operand kHeadNumber{"head_number", "h", Element::kInt32};
+constexpr Operand kBlockStates{"block_states", "ijGW", Element::kInt32, /*optional=*/true};
+constexpr Operand kCaptured0{"captured_0", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured1{"captured_1", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured2{"captured_2", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured3{"captured_3", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured4{"captured_4", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured5{"captured_5", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured6{"captured_6", nullptr, Element::kAny, /*optional=*/true};
+constexpr Operand kCaptured7{"captured_7", nullptr, Element::kAny, /*optional=*/true};
+
 constexpr Operand kQueryIds{"query_segment_ids", "bs", Element::kInt32, /*optional=*/true};
 constexpr Operand kKeyIds{"key_value_segment_ids", "bt", Element::kInt32, /*optional=*/true};
 constexpr Operand kKvStart{"kv_start", "bhs", Element::kInt32, /*optional=*/true};
@@ -187,6 +199,42 @@ Arrays<Problem> score_arrays() {
 template <class Problem>
 Arrays<Problem> all_arrays(const Arrays<Problem>& own) {
   return joined<Problem>({own, index_arrays<Problem>(), score_arrays<Problem>()});
+}
+
+template <class Problem, int kNumber>
+Array<Problem> captured_array(const Operand& operand) {
+  return {&operand, [](Problem& problem, void* address, Dims) {
+            problem.function.captured.array[kNumber] = address;
+          }};
+}
+
+// What a call with score or mask functions has behind all others.
+template <class Problem>
+Arrays<Problem> function_arrays() {
+  return {
+      {&operands::kBatchNumber,
+       [](Problem& problem, void* address, Dims) {
+         problem.function.batch_numbers = static_cast<const std::int32_t*>(address);
+         problem.presence.variant = Variant::kFunction;
+       }},
+      pointer_to<Problem, &Problem::function, &FunctionArrays::head_numbers>(operands::kHeadNumber),
+      {&operands::kBlockStates,
+       [](Problem& problem, void* address, Dims dims) {
+         problem.function.blocks = static_cast<const std::int32_t*>(address);
+         problem.function.blocks_shape.sequences = dims[0];
+         problem.function.blocks_shape.heads = dims[1];
+         problem.presence.any = true;
+         problem.presence.variant = Variant::kBlocks;
+       }},
+      captured_array<Problem, 0>(operands::kCaptured0),
+      captured_array<Problem, 1>(operands::kCaptured1),
+      captured_array<Problem, 2>(operands::kCaptured2),
+      captured_array<Problem, 3>(operands::kCaptured3),
+      captured_array<Problem, 4>(operands::kCaptured4),
+      captured_array<Problem, 5>(operands::kCaptured5),
+      captured_array<Problem, 6>(operands::kCaptured6),
+      captured_array<Problem, 7>(operands::kCaptured7),
+  };
 }
 
 }  // namespace jax_fa3

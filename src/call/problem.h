@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
+#include "call/function.h"
 #include "call/types.h"
 
 namespace jax_fa3 {
@@ -65,6 +67,20 @@ struct HeadValues {
   std::int64_t planes = 1;        // divides batch: so many sequences in a row share one
 };
 
+// What a call with a score function has beside; null where it has none. The kernels are those that
+// the function has been linked into, handles of the runtime.
+struct FunctionArrays {
+  const std::int32_t* batch_numbers = nullptr;  // [b], as the function counts them
+  const std::int32_t* head_numbers = nullptr;   // [h_q]
+  const std::int32_t* blocks = nullptr;  // [sequences, heads, words]; BlockLayout (attention/)
+  Broadcast blocks_shape;
+  JfaCaptured captured{};
+  std::string_view kernel_key;         // by which the kernel has been loaded
+  std::string_view dquery_kernel_key;  // of the backward pass, where dQ has a kernel of its own
+  const void* kernel = nullptr;
+  const void* dquery_kernel = nullptr;
+};
+
 // A bias' keys, whole packets of TMA.
 constexpr std::int64_t padded_bias_keys(std::int64_t seqlen_k) { return (seqlen_k + 7) / 8 * 8; }
 
@@ -84,6 +100,7 @@ struct CallProblem {
   DenseArrays dense;
   HeadValues sinks;         // natural logits, each of a key that has no value
   HeadValues alibi_slopes;  // of logits, for each row or key of distance
+  FunctionArrays function;
   IndexPresence presence;
   float softmax_scale = 1.f;  // > 0
   float softcap = 0.f;        // logits are softcap * tanh(logit / softcap); 0: as they are

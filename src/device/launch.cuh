@@ -34,6 +34,18 @@ Status launch_kernel(const char* name, void (*kernel)(Params...), dim3 grid, int
   return cuda_status(cudaGetLastError(), name);
 }
 
+// Of a kernel that the runtime has loaded, by its handle, whose only parameter is `params`.
+template <class Params>
+Status launch_loaded(const char* name, const void* kernel, dim3 grid, int threads, int shared_bytes,
+                     cudaStream_t stream, const Params& params) {
+  JFA_CHECK_OK(cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      name));
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cuda_status(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared_bytes, stream),
+                     name);
+}
+
 // A kernel that has been launched early begins when all blocks of the one before have called
 // begin_next_grid(), and has that one's results behind await_grid_before(). CUTLASS' functions for
 // this are empty unless a macro is defined.

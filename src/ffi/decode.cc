@@ -27,6 +27,7 @@ std::uintptr_t alignment_of(Element element) {
       return kWordAlignment;
     case Element::kByte:
     case Element::kBool:
+    case Element::kAny:
       break;
   }
   return 1;
@@ -60,6 +61,7 @@ Extents::Extents(const Types& types) : types_(types) {
 
 Status Extents::take(const Operand& operand, const xla::ffi::AnyBuffer& buffer) {
   JFA_CHECK_OK(check_type(operand, buffer.element_type()));
+  if (operand.dims == nullptr) return {};
   const auto got = buffer.dimensions();
   const auto expected = [&](std::size_t i) {
     return is_letter(operand.dims[i]) ? (*this)[operand.dims[i]] : operand.dims[i] - '0';
@@ -111,6 +113,8 @@ Status Extents::check_type(const Operand& operand, DataType got) {
     case Element::kBool:
       expected = DataType::PRED;
       break;
+    case Element::kAny:
+      return {};
   }
   if (got == expected) return {};
   return invalid_argument(concat(operand.name, " must be ", expected, ", got ", got));
@@ -119,11 +123,13 @@ Status Extents::check_type(const Operand& operand, DataType got) {
 // Some dimensions follow from others.
 void Extents::learn(char letter, std::int64_t extent) {
   extents_[index(letter)] = extent;
+  if (letter == 's') extents_[index('G')] = DenseMaskLayout{clamped(extent), 1}.groups();
   if (letter == 's' && types_.descale_each_block) extents_[index('m')] = num_blocks(extent);
   if (letter != 't') return;
   if (types_.descale_each_block) extents_[index('n')] = num_blocks(extent);
   extents_[index('p')] = padded_keys(extent);
   extents_[index('r')] = padded_bias_keys(extent);
+  extents_[index('W')] = DenseMaskLayout{1, clamped(extent)}.class_words();
   extents_[index('v')] = PlaneLayout{clamped((*this)['s']), clamped(extent)}.words();
 }
 

@@ -45,19 +45,23 @@ struct DenseParams {
 inline DenseParams dense_params(const CallProblem& problem) {
   const Shape& s = problem.shape;
   const DenseArrays& dense = problem.dense;
-  const Broadcast &bias = dense.bias_shape, &mask = dense.mask_shape;
+  const bool has_blocks = problem.function.blocks != nullptr;  // classes alone, of a mask
+  const Broadcast& bias = dense.bias_shape;
+  const Broadcast& mask = has_blocks ? problem.function.blocks_shape : dense.mask_shape;
   const DenseMaskLayout layout{static_cast<int>(mask.rows), static_cast<int>(s.seqlen_k)};
   const bool shares_bias = bias.sequences < s.batch || bias.heads < s.num_heads_q;
+  const std::int64_t words = has_blocks ? layout.bits() : layout.words();
+  const std::int32_t* const table = has_blocks ? problem.function.blocks : dense.mask;
   DenseParams p;
   p.has_bias = dense.bias != nullptr;
-  p.has_mask = dense.mask != nullptr;
+  p.has_mask = table != nullptr;
   p.bias_factor = 1.f / problem.softmax_scale;
   p.sequences_of_bias = static_cast<int>(s.batch / bias.sequences);
   p.bias_hint = shares_bias ? kEvictLast : kEvictFirst;
-  p.mask = reinterpret_cast<const std::uint32_t*>(dense.mask);
+  p.mask = reinterpret_cast<const std::uint32_t*>(table);
   p.sequences_of_mask = static_cast<int>(s.batch / mask.sequences);
-  p.mask_sequence_stride = mask.heads * layout.words();
-  p.mask_head_stride = mask.heads > 1 ? layout.words() : 0;
+  p.mask_sequence_stride = mask.heads * words;
+  p.mask_head_stride = mask.heads > 1 ? words : 0;
   p.mask_layout = layout;
   return p;
 }

@@ -1,6 +1,8 @@
 // What every attention kernel is launched with, beside its tensor maps and what is its own.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/mask.h"
 #include "attention/score.h"
 #include "call/problem.h"
@@ -24,6 +26,15 @@ struct CommonParams {
   // The query heads of a work tile, by its head.
   JFA_HD QueryHeads query_heads(int head) const { return {head, 1}; }
 };
+
+// A kernel's parameters, with a function in place of what else its scores are made of.
+template <class Params>
+struct WithFunction : Params {
+  FunctionParams score;
+};
+template <Variant kVariant, class Params>
+using ParamsOf =
+    std::conditional_t<has_function(kVariant), WithFunction<Params>, Params>;  // of a kernel
 
 inline CommonParams common_params(const CallProblem& problem) {
   const Shape& s = problem.shape;

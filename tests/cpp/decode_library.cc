@@ -46,3 +46,5 @@ DECODING_HANDLER(jax_fa3_visibility, VisibilityCall);
 DECODING_HANDLER(jax_fa3_dense_mask, DenseMaskCall);
 DECODING_HANDLER(jax_fa3_forward_cached, ForwardCachedCall);
 DECODING_HANDLER(jax_fa3_append, AppendCall);
+DECODING_HANDLER(jax_fa3_flex_forward, FlexForwardCall);
+DECODING_HANDLER(jax_fa3_flex_backward, FlexBackwardCall);

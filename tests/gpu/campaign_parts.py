@@ -473,9 +473,20 @@ def sizes(task, checks):
     yield 1, verdict(lambda test: test(), tests[task])
 
 
+def functions(task, checks):
+    """Functions of scores and masks that are drawn, forward and backward, with float64."""
+    import test_flex
+
+    for number in range(1000 + checks * task, 1000 + checks * (task + 1)):
+        failure = verdict(test_flex.check_random, number)
+        yield 1, failure and f"function {number}: {failure}"
+    jax.clear_caches()
+
+
 PARTS = (
     Part("forward", "outputs against the oracle", "problems", 20_000, 400, forward),
     Part("backward", "outputs and gradients against the oracle", "problems", 10_000, 400, backward),
+    Part("functions", "drawn score and mask functions", "functions", 200, 20, functions, True),
     Part("poison", "NaN and infinities in padding change no bit", "cases", 1_000, 40, poison),
     Part("hostile", "any int32 as lengths and offsets", "triples", 2_000, 20, hostile),
     Part("pages", "any int32 in the index arrays of caches", "cases", 1_000, 10, pages),

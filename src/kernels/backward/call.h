@@ -1,6 +1,7 @@
 // The custom call of the backward pass.
 #pragma once
 
+#include "ffi/function.h"
 #include "ffi/handler.h"
 #include "ffi/options.h"
 #include "ffi/plan_cache.h"
@@ -67,6 +68,11 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
 
  private:
   static constexpr std::uintptr_t kWorkspaceAlignment = 256;  // bytes, of each of its parts
+};
+
+// The same with score and mask functions.
+struct FlexBackwardCall : WithFunctions<BackwardCall> {
+  static constexpr const char* kTarget = "jax_fa3_flex_backward";
 };
 
 }  // namespace jax_fa3

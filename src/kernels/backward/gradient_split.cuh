@@ -101,7 +101,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
       if constexpr (!T::kReadsQueryStage) release_query();
       this->finish_scores(tS, walk, 0, cut, bits);
       if constexpr (T::kReadsQueryStage && T::Score::kIsLinear) release_query();
-      this->exponentiate(tS, tP);
+      this->exponentiate(tS, tP, walk, 0);
       if constexpr (!T::Score::kIsLinear) release_query();
       give_factors(tS);
       if constexpr (T::Score::kIsLinear) convert(tS, tP);

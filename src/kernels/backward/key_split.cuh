@@ -85,7 +85,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     wait_mma<1>(tS);
     this->finish_scores(tS, walk, warpgroup * kWarpgroupRows, cut, bits);
     auto tP = make_operand_a<Element, T::kBlockM>();
-    this->exponentiate(tS, tP);
+    this->exponentiate(tS, tP, walk, warpgroup * kWarpgroupRows);
     wait_mma<0>(tDP);
     CUTE_UNROLL
     for (int i = 0; i < size(tDP); ++i) tDP(i) *= tS(i);

@@ -84,15 +84,22 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
 
   if (has_queries) JFA_CHECK_OK(launch_preprocess<Config>(plan, problem, p, stream));
   if (plan.num_tiles > 0) {
-    JFA_CHECK_OK(launch_kernel("backward_kernel", backward_kernel<Config>, dim3(plan.grid),
-                               T::kThreads, sizeof(typename T::SharedStorage), stream, p));
+    constexpr int kSharedBytes = sizeof(typename T::SharedStorage);
+    if constexpr (has_function(Config::kVariant)) {
+      p.score = function_params(problem);
+      JFA_CHECK_OK(launch_loaded("backward_kernel", problem.function.kernel, dim3(plan.grid),
+                                 T::kThreads, kSharedBytes, stream, p));
+    } else {
+      JFA_CHECK_OK(launch_kernel("backward_kernel", backward_kernel<Config>, dim3(plan.grid),
+                                 T::kThreads, kSharedBytes, stream, p));
+    }
   }
   if (!has_queries) return {};
   if constexpr (T::kFusedDQ) {
     return launch_postprocess<Config>(plan, problem, p, stream);
   } else {
     const int statistics_rows = plan.num_m_blocks * plan.key.block_m;
-    if constexpr (T::kListed) {
+    if constexpr (T::kTakesBias) {
       if (problem.dbias != nullptr) {
         JFA_CHECK_OK(
             launch_dbias<Config>(problem, p.statistics, statistics_rows, plan.num_sms, stream));

@@ -54,7 +54,7 @@ CUTE_DEVICE void produce(const typename T::Params& p, typename T::SharedStorage&
 
 // As produce, with the steps of a list. A warp walks it, and its first lane loads.
 template <class T>
-CUTE_DEVICE void produce_listed(const DenseBackwardParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedStorage& shared) {
   const bool loads = threadIdx.x == 0;
   const auto& steps = shared.steps;
   typename T::Works::Cursor works_cursor;

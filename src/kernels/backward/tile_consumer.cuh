@@ -108,18 +108,30 @@ struct TileConsumer {
 
   // What a dense mask says of a step's queries and the tile's keys from `key` on, for
   // finish_scores.
-  using Bits = MaskBits<T::kBlockM>;
+  static constexpr bool kHasBlocks = T::kVariant == Variant::kBlocks;
+  using Bits = cute::conditional_t<kHasBlocks, TileClass, MaskBits<T::kBlockM>>;
   template <class Walk>
   CUTE_DEVICE Bits mask_bits(const Walk& walk, int key, bool cut) const {
     if constexpr (T::kListed) {
       if (cut && p.dense.has_mask) {
         const WorkTile& tile = work().tile;
         const int head = tile.head * p.heads_per_kv_head + walk.head();
-        return Bits::of_keys(p.dense.mask_of(tile.batch, head), walk.m * T::kBlockM,
-                             tile.block * T::kBlockN + key);
+        const DenseMask mask = p.dense.mask_of(tile.batch, head);
+        const int first_row = walk.m * T::kBlockM, first_key = tile.block * T::kBlockN;
+        if constexpr (kHasBlocks) {
+          return mask.classify(first_row, T::kBlockM, first_key, T::kBlockN);
+        } else {
+          return Bits::of_keys(mask, first_row, first_key + key);
+        }
       }
     }
     return {};
+  }
+
+  template <class Walk>
+  CUTE_DEVICE typename T::Score score_of(const Walk& walk) const {
+    const WorkTile& tile = work().tile;
+    return {p.score, tile.batch, tile.head * p.heads_per_kv_head + walk.head()};
   }
 
   // From products to scores, which a mask makes -inf: the tile's keys from `key` on.
@@ -127,9 +139,13 @@ struct TileConsumer {
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut,
                                  const Bits& bits) const {
     const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
-    const int head = work().tile.head * p.heads_per_kv_head + walk.head();
-    const typename T::Score score(p.score, work().tile.batch, head);
-    score.apply(tSt, first_key - first_row - work().mask.first - p.mask.window_left);
+    const int position = first_row + work().mask.first + p.mask.window_left;
+    const Corner corner{first_row, position, first_key};
+    if constexpr (kHasBlocks) {
+      score_of(walk).template apply<Rows::kKeys>(tSt, corner, /*asks=*/!bits.all);
+    } else {
+      score_of(walk).template apply<Rows::kKeys>(tSt, corner);
+    }
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
@@ -139,16 +155,17 @@ struct TileConsumer {
     if (cut) {
       T::Masking::mask_scores_transposed(tSt, work().mask, intervals(), first_row, first_key,
                                          walk.head());
-      if constexpr (T::kListed) {
+      if constexpr (T::kListed && !kHasBlocks) {
         if (p.dense.has_mask) bits.apply(tSt);
       }
     }
   }
 
   // From scores to what dP^T is multiplied with to make dS^T. That is P^T, of scores less the LSE,
-  // where scores are linear; else the LSE is subtracted here, and P^T is what `tP` becomes.
-  template <class Accumulator, class Operand>
-  CUTE_DEVICE void exponentiate(Accumulator& tSt, Operand& tP) const {
+  // where scores are linear; else the LSE is subtracted here, and P^T is what `tP` becomes. Of the
+  // tile's keys from `key` on.
+  template <class Walk, class Accumulator, class Operand>
+  CUTE_DEVICE void exponentiate(Accumulator& tSt, Operand& tP, const Walk& walk, int key) const {
     if constexpr (T::Score::kIsLinear) {
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); ++i) {
@@ -156,6 +173,9 @@ struct TileConsumer {
         tSt(i) = exp2_approx(T::kTakesBias ? bounded_exponent(log2) : log2);
       }
     } else {
+      const auto score = score_of(walk);
+      const int first_row = walk.m * T::kBlockM;
+      const int first_key = work().tile.block * T::kBlockN + key + thread_row();
       // A column's two rows together, and pairs of columns, which are a register of P.
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); i += 4) {
@@ -167,10 +187,10 @@ struct TileConsumer {
               shared.statistics[cursor.stage][row].template lse<false>() * p.logit_scale_log2;
           CUTE_UNROLL
           for (int r = 0; r < 2; ++r) {
-            float& score = tSt(i + c + 2 * r);
-            const float weight = exp2_approx(fmaf(score, p.logit_scale_log2, negative_lse));
-            score = T::Score::slope(score, weight);
-            weights[c + 2 * r] = weight;
+            const Weight weight = score.weigh(tSt(i + c + 2 * r), p.logit_scale_log2, negative_lse,
+                                              first_row + row, first_key + 8 * r);
+            tSt(i + c + 2 * r) = weight.slope;
+            weights[c + 2 * r] = weight.p;
           }
         }
         CUTE_UNROLL

@@ -155,9 +155,11 @@ struct ListedStages {
 
 template <class Config>
 struct BackwardTraits {
-  static constexpr bool kListed = has_dense_array(Config::kVariant);  // steps are those of a list
+  static constexpr bool kListed = is_listed(Config::kVariant);  // steps are those of a list
   static constexpr bool kTakesBias = Config::kVariant == Variant::kBias;
-  using Params = cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>;
+  static constexpr Variant kVariant = Config::kVariant;
+  using Params =
+      ParamsOf<kVariant, cute::conditional_t<kListed, DenseBackwardParams, BackwardParams>>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
@@ -197,7 +199,7 @@ struct BackwardTraits {
   using MmaDV = MmaRS<Element, kHeadDimV, Major::MN>;
   using MmaDK = MmaRS<Element, kHeadDim, Major::MN>;
 
-  using Score = ScoreOf<Config::kVariant>;
+  using Score = BackwardScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
 
   // dQ = dS K. With 128 queries each warpgroup has 64 rows, with 64 queries half the columns.

@@ -15,6 +15,7 @@ namespace jax_fa3 {
 template <class T>
 struct DQueryConsumer {
   using NamedBarrier = cutlass::arch::NamedBarrier;
+  static constexpr bool kHasBlocks = T::kVariant == Variant::kBlocks;
 
   const typename T::Params& p;
   typename T::SharedStorage& shared;
@@ -110,8 +111,16 @@ struct DQueryConsumer {
       wait_mma<2>(tDQ);
       if (!is_first) release_key();
       wait_mma<1>(tS);
-      score.apply(tS, position - n * T::kBlockN);
-      if constexpr (T::kListed) {
+      const Corner corner{row, position, n * T::kBlockN};
+      if constexpr (kHasBlocks) {
+        const DenseMask mask = p.dense.mask_of(work.tile.batch, work.tile.head);
+        const TileClass seen =
+            mask.classify(work.tile.block * T::kBlockM, T::kBlockM, n * T::kBlockN, T::kBlockN);
+        score.template apply<Rows::kQueries>(tS, corner, /*asks=*/!seen.all);
+      } else {
+        score.template apply<Rows::kQueries>(tS, corner);
+      }
+      if constexpr (T::kTakesBias) {
         if (p.dense.has_bias) {
           add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
                                          warpgroup * kWarpgroupRows, p.dense.bias_factor);
@@ -121,7 +130,7 @@ struct DQueryConsumer {
       if (__any_sync(0xffffffff, is_cut)) {
         T::Masking::mask_scores(tS, work.mask, shared.works.intervals(works_cursor), row,
                                 n * T::kBlockN);
-        if constexpr (T::kListed) {
+        if constexpr (T::kListed && !kHasBlocks) {
           if (p.dense.has_mask) {
             using Bits = MaskBits<T::kBlockN>;
             const DenseMask mask = p.dense.mask_of(work.tile.batch, work.tile.head);
@@ -131,9 +140,17 @@ struct DQueryConsumer {
       }
       CUTE_UNROLL
       for (int i = 0; i < size(tS); ++i) {
-        const float log2 = fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[accumulator_row(i)]);
-        const float weight = exp2_approx(T::kListed ? bounded_exponent(log2) : log2);
-        tS(i) = T::Score::slope(tS(i), weight);
+        const int r = accumulator_row(i);
+        if constexpr (T::Score::kIsLinear) {
+          const float log2 = fmaf(tS(i), p.logit_scale_log2, negative_lse_log2[r]);
+          tS(i) = exp2_approx(T::kListed ? bounded_exponent(log2) : log2);
+        } else {
+          const int key = n * T::kBlockN + thread_col() + accumulator_col(i);
+          tS(i) = score
+                      .weigh(tS(i), p.logit_scale_log2, negative_lse_log2[r],
+                             row + thread_row() + 8 * r, key)
+                      .slope;
+        }
       }
       wait_mma<0>(tDP);
       release_value();

@@ -38,8 +38,15 @@ Status launch_dquery(const DQueryPlan& plan, const BackwardProblem& problem,
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.statistics_rows = statistics_rows;
   p.statistics = statistics;
-  return launch_kernel("dquery_kernel", dquery_kernel<Config>, dim3(plan.grid), T::kThreads,
-                       sizeof(typename T::SharedStorage), stream, p);
+  constexpr int kSharedBytes = sizeof(typename T::SharedStorage);
+  if constexpr (has_function(Config::kVariant)) {
+    p.score = function_params(problem);
+    return launch_loaded("dquery_kernel", problem.function.dquery_kernel, dim3(plan.grid),
+                         T::kThreads, kSharedBytes, stream, p);
+  } else {
+    return launch_kernel("dquery_kernel", dquery_kernel<Config>, dim3(plan.grid), T::kThreads,
+                         kSharedBytes, stream, p);
+  }
 }
 
 }  // namespace jax_fa3

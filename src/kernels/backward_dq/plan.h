@@ -8,8 +8,10 @@
 namespace jax_fa3 {
 
 // Query rows of a work tile, 64 for each consumer warpgroup: three of them where their accumulators
-// fit the registers, of plain scores up to a greater head_dim.
+// fit the registers, of plain scores up to a greater head_dim. A function needs registers of its
+// own.
 constexpr int dquery_block_m(int head_dim, Variant variant) {
+  if (has_function(variant)) return 128;
   return head_dim <= (variant == Variant::kPlain ? 96 : 64) ? 192 : 128;
 }
 

@@ -55,7 +55,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       if constexpr (T::kListed) {
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = n;
-        if (p.dense.has_bias) value_bytes += T::BiasTile::kBytes;
+        if constexpr (T::kTakesBias) value_bytes += p.dense.has_bias ? T::BiasTile::kBytes : 0;
       }
       auto& key_full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
       T::Source::load_key(p, key_full, shared.key[key_cursor.stage], n * T::kBlockN, head_kv,
@@ -65,7 +65,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       auto& value_full = acquire(shared.value_ring, value_cursor, value_bytes);
       T::Source::load_value(p, value_full, shared.value[value_cursor.stage], n * T::kBlockN,
                             head_kv, tile.batch);
-      if constexpr (T::kListed) {
+      if constexpr (T::kTakesBias) {
         p.dense.template load_bias<typename T::BiasTile>(p.bias, value_full,
                                                          shared.bias[value_cursor.stage], row,
                                                          n * T::kBlockN, tile.head, tile.batch);

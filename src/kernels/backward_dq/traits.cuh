@@ -34,9 +34,10 @@ using DenseDQueryParams = WithDense<DQueryParams>;  // boxes of bias have kBlock
 
 template <class Config>
 struct DQueryTraits {
-  static constexpr bool kListed =
-      has_dense_array(Config::kVariant);  // key tiles are those of a list
-  using Params = cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>;
+  static constexpr bool kListed = is_listed(Config::kVariant);  // key tiles are those of a list
+  static constexpr bool kTakesBias = kListed && !has_function(Config::kVariant);
+  static constexpr Variant kVariant = Config::kVariant;
+  using Params = ParamsOf<kVariant, cute::conditional_t<kListed, DenseDQueryParams, DQueryParams>>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
@@ -44,7 +45,9 @@ struct DQueryTraits {
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   // As many keys as registers hold of S and dP beside dQ and the dS before; or shared memory, of
   // keys and bias.
+  // A tile is within a block of a block mask, which has multiples of 128.
   static constexpr int kBlockN = kListed && kHeadDim > 192            ? 32
+                                 : kVariant == Variant::kBlocks       ? 64
                                  : kConsumers == 2 && kHeadDim <= 128 ? 96
                                                                       : 64;
 
@@ -62,13 +65,13 @@ struct DQueryTraits {
   using MmaDQ = MmaRS<Element, kHeadDim, Major::MN>;
 
   using Source = Contiguous<KTile, VTile>;
-  using Score = ScoreOf<Config::kVariant>;
+  using Score = BackwardScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
 
   // V is used early in a step and K to its end: K has a stage more where there is no room for two
   // of both. Bias is beside V.
   static constexpr int kFreeBytes = 226 * 1024 - QTile::kBytes - DOTile::kBytes;
-  static constexpr int kValueBytes = VTile::kBytes + (kListed ? BiasTile::kBytes : 0);
+  static constexpr int kValueBytes = VTile::kBytes + (kTakesBias ? BiasTile::kBytes : 0);
   static constexpr int kPairs = kFreeBytes / (KTile::kBytes + kValueBytes);
   static constexpr int kValueStages = kPairs < 4 ? kPairs : 4;
   static constexpr int kKeyStages = kValueStages == 1 ? 2 : kValueStages;
@@ -80,7 +83,7 @@ struct DQueryTraits {
   static constexpr int kValueReleases = kConsumers * (kListed ? kWarpgroupThreads / 32 : 1);
 
   struct DenseStages {
-    alignas(1024) Element bias[kValueStages][BiasTile::kElements];
+    alignas(1024) Element bias[kValueStages][kTakesBias ? BiasTile::kElements : 8];
     int key_tile[kKeyStages];  // its number
     TileCounts counts;
     // The producer's, which has few registers.

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "call/text.h"
+#include "ffi/function.h"
 #include "ffi/handler.h"
 #include "ffi/options.h"
 #include "ffi/plan_cache.h"
@@ -60,6 +61,11 @@ struct ForwardCall : ArrayTable<ForwardProblem> {
   static Status launch(const ForwardPlan& plan, const Problem& problem, CUstream_st* stream) {
     return KernelTable<Forward>::launch(plan, problem, stream);
   }
+};
+
+// The same with score and mask functions.
+struct FlexForwardCall : WithFunctions<ForwardCall> {
+  static constexpr const char* kTarget = "jax_fa3_flex_forward";
 };
 
 }  // namespace jax_fa3

@@ -105,6 +105,9 @@ struct ForwardConsumer {
     const float scale_log2 = p.logit_scale_log2;
     const typename T::Score score(p.score, work.tile.batch, work.tile.head);
     const int position = row + mask.first + p.mask.window_left;  // of the first row
+    const auto apply_score = [&](auto& tS, int n) {
+      score.template apply<Rows::kQueries>(tS, {row, position, n * T::kBlockN});
+    };
 
     // The right-most tile: nothing to overlap with yet.
     int n = keys.end - 1;
@@ -115,7 +118,7 @@ struct ForwardConsumer {
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      score.apply(tS, position - n * T::kBlockN);
+      apply_score(tS, n);
       if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       softmax.begin(tS, scale_log2);  // O is zero: no rescale
       convert(tS, tP);
@@ -131,7 +134,7 @@ struct ForwardConsumer {
       wait_mma<1>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      score.apply(tS, position - n * T::kBlockN);
+      apply_score(tS, n);
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       }

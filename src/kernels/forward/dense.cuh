@@ -14,7 +14,7 @@ using DenseForwardParams = WithDense<ForwardParams>;  // boxes of bias have kBlo
 template <class Config>
 struct DenseForwardOperands : ForwardOperands<Config> {
   using Base = ForwardOperands<Config>;
-  using Params = DenseForwardParams;
+  using Params = ParamsOf<Config::kVariant, DenseForwardParams>;
   using BiasTile = SmemTile<typename Base::Element, Base::kBlockM, Base::kBlockN>;
 
   static constexpr bool kTakesBias = Config::kVariant == Variant::kBias;
@@ -48,7 +48,7 @@ struct DenseForwardTraits : ForwardLayout<DenseForwardOperands<Config>> {
 
 // As produce, with the tiles of a list. A warp walks it, and its first lane loads.
 template <class T>
-CUTE_DEVICE void produce_listed(const DenseForwardParams& p, typename T::SharedStorage& shared) {
+CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedStorage& shared) {
   const bool loads = threadIdx.x == 0;
   typename T::QueryCursor query_cursor;
   typename T::Works::Cursor works_cursor;
@@ -140,13 +140,22 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
     const float scale_log2 = p.logit_scale_log2;
 
-    using Bits = MaskBits<T::kBlockN>;
+    const typename T::Score score(p.score, work.tile.batch, work.tile.head);
+    const int position = row + work.mask.first + p.mask.window_left;  // of the first row
+
+    constexpr bool kHasBlocks = T::kVariant == Variant::kBlocks;
+    using Bits = conditional_t<kHasBlocks, TileClass, MaskBits<T::kBlockN>>;
     // Of the next stage of keys, while their product is under way.
     const auto mask_bits = [&](auto masked) {
       if constexpr (decltype(masked)::value) {
         if (p.dense.has_mask) {
-          return Bits::of_rows(p.dense.mask_of(work.tile.batch, work.tile.head), row,
-                               shared.key_tile[key_cursor.stage] * T::kBlockN);
+          const DenseMask mask = p.dense.mask_of(work.tile.batch, work.tile.head);
+          const int key = shared.key_tile[key_cursor.stage] * T::kBlockN;
+          if constexpr (kHasBlocks) {
+            return mask.classify(work.tile.block * T::kBlockM, T::kBlockM, key, T::kBlockN);
+          } else {
+            return Bits::of_rows(mask, row, key);
+          }
         }
       }
       return Bits();
@@ -160,9 +169,15 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       const int key = shared.key_tile[key_cursor.stage] * T::kBlockN;
       release_by_warp(shared.key_ring, key_cursor);
       key_cursor.advance();
+      if constexpr (kHasBlocks) {
+        const bool asks = decltype(masked)::value && !bits.all;
+        score.template apply<Rows::kQueries>(tS, {row, position, key}, asks);
+      }
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, work.mask, this->intervals(), row, key);
-        if (p.dense.has_mask) bits.apply(tS);
+        if constexpr (!kHasBlocks) {
+          if (p.dense.has_mask) bits.apply(tS);
+        }
       }
     };
 
@@ -208,7 +223,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
 };
 
 // A Config's traits, without building those of the other kind.
-template <class Config, bool kIsDense = has_dense_array(Config::kVariant)>
+template <class Config, bool kIsDense = is_listed(Config::kVariant)>
 struct TraitsChoice {
   using Type = ForwardTraits<Config>;
 };
@@ -218,5 +233,9 @@ struct TraitsChoice<Config, true> {
 };
 template <class Config>
 using TraitsOf = typename TraitsChoice<Config>::Type;
+
+template <class Traits>
+using ConsumerOf =
+    cute::conditional_t<Traits::kListed, DenseForwardConsumer<Traits>, ForwardConsumer<Traits>>;
 
 }  // namespace jax_fa3

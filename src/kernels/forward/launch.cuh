@@ -48,9 +48,15 @@ Status Forward::launch(const Plan& plan, const Problem& problem, cudaStream_t st
       maps.of_queries<typename T::OTile>(&p.out, problem.out, s.head_dim_v, kWarpgroupRows));
   JFA_CHECK_OK(set_common(&p, plan, problem, stream));
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
-  using Consumer = cute::conditional_t<T::kListed, DenseForwardConsumer<T>, ForwardConsumer<T>>;
-  return launch_kernel("forward_kernel", forward_kernel<T, Consumer>, dim3(plan.grid), T::kThreads,
-                       sizeof(typename T::SharedStorage), stream, p);
+  constexpr int kSharedBytes = sizeof(typename T::SharedStorage);
+  if constexpr (has_function(Config::kVariant)) {
+    p.score = function_params(problem);
+    return launch_loaded("forward_kernel", problem.function.kernel, dim3(plan.grid), T::kThreads,
+                         kSharedBytes, stream, p);
+  } else {
+    return launch_kernel("forward_kernel", forward_kernel<T, ConsumerOf<T>>, dim3(plan.grid),
+                         T::kThreads, kSharedBytes, stream, p);
+  }
 }
 
 }  // namespace jax_fa3

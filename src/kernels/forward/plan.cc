@@ -12,7 +12,8 @@ constexpr double kFlopsPerCycle = 4096;  // of one SM's tensor cores, 16-bit
 // The share of tensor peak that a tile's main loop reaches when nothing but compute limits it: two
 // consumer warpgroups hide less softmax than three, and at d64 the exponentials bind.
 double main_loop_share(const ForwardKey& key) {
-  if (key.variant == Variant::kSoftcap || key.variant == Variant::kAlibi) {
+  if (key.variant == Variant::kSoftcap || key.variant == Variant::kAlibi ||
+      has_function(key.variant)) {
     constexpr double kOfPlain = 0.8;  // as measured at head_dim 128: vector work binds
     ForwardKey plain = key;
     plain.variant = Variant::kPlain;

@@ -80,7 +80,7 @@ StatusOr<Schedule> make_schedule(const Shape& shape, const MaskOptions& options,
   }
   // Deepest rows first pays when they are the longest; a window on both sides makes tiles equal.
   // Row intervals and dense masks make them differ in ways that are not known here.
-  const bool differ = presence.visibility || (has_dense_array(presence.variant) && presence.any);
+  const bool differ = presence.visibility || (is_listed(presence.variant) && presence.any);
   order.longest_first =
       order.num_m_blocks > 1 &&
       (differ || (options.window_right < kUnbounded && cycles.back() > cycles.front()));

@@ -34,7 +34,8 @@ struct ForwardParams : ForwardMaps, CommonParams {
 // policies of attention/, which say where K and V are, what a logit is, which keys a row sees.
 template <class Config>
 struct ForwardOperands {
-  using Params = ForwardParams;
+  static constexpr Variant kVariant = Config::kVariant;
+  using Params = ParamsOf<kVariant, ForwardParams>;
   using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHeadDimV = Config::kHeadDimV;
