@@ -5,6 +5,7 @@
 
 #include <cutlass/bfloat16.h>
 
+#include <cfloat>
 #include <cstdint>
 #include <cute/config.hpp>
 
@@ -71,7 +72,10 @@ CUTE_DEVICE float finite_or_nan(float x) { return fmaf(x, 0.f, x); }
 
 // The exponent of a weight where scores have a bias, which is at most 0 but for rounding: a row
 // whose bias is large and the same for all keys has an LSE as large, beside which float32 loses the
-// scores. Its weights stay finite.
-CUTE_DEVICE float bounded_exponent(float log2) { return fminf(log2, 1.f); }
+// scores. Its weights stay finite; and those of a row that sees nothing, whose bias may be NaN or
+// infinite, are 0, because a maximum takes the number beside a NaN.
+CUTE_DEVICE float bounded_exponent(float log2) {
+  return fminf(fmaxf(finite_or_nan(log2), -FLT_MAX), 1.f);
+}
 
 }  // namespace jax_fa3

@@ -49,8 +49,7 @@ struct TileConsumer {
 
   // Rows past a sequence's length may hold anything, NaN included, and a probability of zero does
   // not stop NaN: they are cleared before a GEMM reads them, by every warpgroup for itself. Where
-  // both read them, both write the same zeros. The queries' bias is cleared too: a NaN there would
-  // get past the LSE that makes their weights 0.
+  // both read them, both write the same zeros.
   template <class Tile>
   CUTE_DEVICE void clear_tail(Element* keys) const {
     const auto& [tile, mask] = work();
@@ -67,9 +66,6 @@ struct TileConsumer {
     wait_full(shared.dout_ring, cursor);
     zero_rows_from<typename T::QTile>(shared.query[cursor.stage], valid);
     zero_rows_from<typename T::DOTile>(shared.dout[cursor.stage], valid);
-    if constexpr (T::kTakesBias) {
-      if (p.dense.has_bias) zero_rows_from<typename T::BiasTile>(shared.bias[cursor.stage], valid);
-    }
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup();
   }
