@@ -157,8 +157,10 @@ def _quantize(x, lengths, granularity, seed, descale):
     x = _rotated(x, lengths, seed)
     descale = lax.stop_gradient(_measure(x, granularity) if descale is None else descale)
     x = _scale(x, descale)
-    saturates = jnp.isfinite(x) & (jnp.abs(x) >= OVERFLOW)
+    is_finite = jnp.isfinite(x)
+    saturates = is_finite & (jnp.abs(x) >= OVERFLOW)
     x = jnp.where(saturates, jnp.sign(x) * LARGEST, x)
+    x = jnp.where(is_finite, x, jnp.nan)  # XLA's conversion on GPUs makes 448 of an infinity
     return x.astype(FLOAT8), descale, saturates.sum(dtype=jnp.int32)
 
 

@@ -23,11 +23,13 @@ namespace jax_fa3 {
 // does not.
 //
 // kKeepsLargest: largest() keeps what it finds from tile to tile, which makes the rows' largest
-// logits known in the end. scale_log2 must be the same for all tiles. Then huge logits have exact
-// differences too: float32 holds a logit of 2^12 in steps of 2^-11, and the weight of the largest
-// one would no longer be 1. A huge row's reference is the score itself, exponentiate_exactly()
-// subtracts it before it scales, and the row's limit sends every tile there.
-template <int kShift, bool kReuseFound, bool kKeepsLargest>
+// logits known in the end. scale_log2 must be the same for all tiles.
+//
+// kExact: differences of huge logits are exact. float32 holds a logit of 2^12 in steps of 2^-11,
+// and the weight of the largest one would no longer be 1. A huge row's reference is the score
+// itself, exponentiate_exactly() subtracts it before it scales, and the row's limit sends every
+// tile there. Here too scale_log2 must be the same for all tiles.
+template <int kShift, bool kReuseFound, bool kKeepsLargest, bool kExact = kKeepsLargest>
 struct OnlineSoftmax {
   float threshold;
   // In its place while a row's logits are negative: largest() does not tell these apart. 0 where
@@ -212,8 +214,8 @@ struct OnlineSoftmax {
   // Logits beyond this, in log2 units, are huge.
   static constexpr float kHuge = 4096.f;
 
-  CUTE_DEVICE bool is_huge(int r) const { return kKeepsLargest && isnan(limit[r]); }
-  CUTE_DEVICE bool any_is_huge() const { return kKeepsLargest && any(is_huge(0) || is_huge(1)); }
+  CUTE_DEVICE bool is_huge(int r) const { return kExact && isnan(limit[r]); }
+  CUTE_DEVICE bool any_is_huge() const { return kExact && any(is_huge(0) || is_huge(1)); }
 
   // How far above the reference a logit may be, in log2 units.
   CUTE_DEVICE float reach(int r) const {
@@ -258,7 +260,7 @@ struct OnlineSoftmax {
       correction[r] = exp2_approx(-step);
       row_sum[r] *= correction[r];
       const float moved = row_max[r] * scale_log2 - kShift;
-      if (kKeepsLargest && step > 0.f && fabsf(moved) > kHuge) {
+      if (kExact && step > 0.f && fabsf(moved) > kHuge) {
         reference[r] = row_max[r];
         limit[r] = NAN;
       } else if (step > 0.f) {

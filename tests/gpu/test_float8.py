@@ -357,3 +357,16 @@ def test_refusals_name_the_reason():
     x = make(Case(head_dim=72))
     with pytest.raises(NotImplementedError, match="head_dim must be a multiple of 16 for float8"):
         dot_product_attention(**x._asdict(), implementation="fa3")
+
+
+@pytest.mark.parametrize("granularity", ("tensor", "head"))
+def test_infinity_becomes_nan_where_xla_rounds(granularity):
+    """XLA's own conversion saturates on GPUs."""
+    query = jnp.ones((1, 4, 1, 32), jnp.bfloat16).at[0, 1, 0, 3].set(jnp.inf)
+    key = jnp.ones_like(query).at[0, 2, 0, 5].set(-jnp.inf)
+    quantized = quantize_qkv(
+        query, key, jnp.ones_like(query), granularity=granularity, rotation_seed=None
+    )
+    for x, place in ((quantized.query, (0, 1, 0, 3)), (quantized.key, (0, 2, 0, 5))):
+        is_nan = np.isnan(np.asarray(x).astype(np.float32))
+        assert is_nan[place] and is_nan.sum() == 1

@@ -54,7 +54,9 @@ struct ForwardOperands {
   using Source = Contiguous<KTile, VTile>;
   using Score = ScoreOf<Config::kVariant>;
   using Masking = RowIntervals;
-  using Softmax = OnlineSoftmax<0, false, true>;
+  // Three consumers whose tile has as many scores as registers can take spill where a mask is read.
+  static constexpr bool kExact = !(is_listed(Config::kVariant) && kHeadDim == 64);
+  using Softmax = OnlineSoftmax<0, false, true, kExact>;
 
   static constexpr int kKeyBytes = KTile::kBytes;          // of a stage
   static constexpr int kValueElements = VTile::kElements;  // of a stage
