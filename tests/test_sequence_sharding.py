@@ -158,5 +158,5 @@ def test_error_where_a_shard_map_leaves_the_axis_automatic():
         call, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
     )
     x = place(mesh, CASE.inputs()[:3], (P("data", "seq"),) * 3)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="make it manual"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="make the axis manual"):
         jax.jit(mapped)(*x)

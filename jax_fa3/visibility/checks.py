@@ -115,9 +115,9 @@ def check_ids(sources: dict[str, Any], seqlen_q: int, seqlen_k: int) -> None:
     if of_keys is None:
         if seqlen_q != seqlen_k:
             raise ValueError(
-                "query_segment_ids is given and key_value_segment_ids is not, with "
-                f"{seqlen_q} query rows and {seqlen_k} keys; expected both, or as many keys as "
-                "query rows"
+                f"query_segment_ids has ids of {seqlen_q} query rows, which are those of the keys "
+                f"too, and there are {seqlen_k} keys; expected key_value_segment_ids with the "
+                f"{seqlen_k} ids of the keys"
             )
         _check_runs("query_segment_ids", ids)
         return
