@@ -12,7 +12,8 @@ import pytest
 
 
 def add_xla_flag(flag):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    """Before the flags that are set, which win."""
+    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
@@ -20,6 +21,9 @@ if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.append(os.path.join(sys.prefix, "cuda"))  # the compiler for GPUs: see Makefile
     add_xla_flag("--xla_force_host_platform_device_count=8")
+    # The suite's time is that of LLVM, for thousands of small programs, most of which run once.
+    add_xla_flag("--xla_backend_optimization_level=0")
+    add_xla_flag("--xla_cpu_use_fusion_emitters=false")
 elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one GPU each, shared
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
