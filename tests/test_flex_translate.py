@@ -70,9 +70,7 @@ def test_random_functions(tmp_path):
 
     types = types_of(captured)
     bounds = MOST_INDEX, None  # the text may know how large indices are
-    translations = [
-        translate(s, m, types, bounds[i % 2]) for i, (s, m, _) in enumerate(functions)
-    ]
+    translations = [translate(s, m, types, bounds[i % 2]) for i, (s, m, _) in enumerate(functions)]
     # Others may turn out to be additive too; then their addends tell whether they are.
     expected = zip(translations, functions, strict=True)
     assert all(x.is_additive for x, (*_, is_additive) in expected if is_additive)
