@@ -11,8 +11,9 @@
 #     that and --xla_cpu_use_fusion_emitters=false     2.0 s
 #   In an earlier run 23.6, 19.4, 8.4 and 1.8 s, and 21.0 s with CPU_OPT_PRESET_FAST_RUNTIME, which
 #   should compile for longer than the default. LLVM's passes take over half of the time; of what is
-#   left, code from the emitters of fusions takes over two thirds, with no pass run on it. The second flag is gone from jaxlib 0.12.0.1, where an unknown flag ends the
-#   process. There level 0 takes 0.40 of the default's time and the preset 0.97.
+#   left, code from the emitters of fusions takes over two thirds, with no pass run on it. The
+#   second flag is gone from jaxlib 0.12.0.1, where an unknown flag ends the process. There level 0
+#   takes 0.40 of the default's time and the preset 0.97.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
