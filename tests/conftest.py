@@ -5,7 +5,6 @@ The variables must be set before JAX is first imported, hence here.
 """
 
 import glob
-import importlib.metadata
 import os
 import sys
 
@@ -24,8 +23,6 @@ if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     add_xla_flag("--xla_force_host_platform_device_count=8")
     # The suite's time is that of LLVM, for thousands of small programs, most of which run once.
     add_xla_flag("--xla_backend_optimization_level=0")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
-        add_xla_flag("--xla_cpu_use_fusion_emitters=false")
 elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one GPU each, shared
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))

@@ -64,7 +64,7 @@ BAD = [  # (the call, what is changed, exception, words of the message)
         CALL,
         dict(query_segment_ids=ONES, key_value_segment_ids=ONES),
         ValueError,
-        ["key_value_segment_ids", "16 query rows", "24 ids"],
+        ["key_value_segment_ids", "(2, 16)", "(2, 24)"],
     ),
     (
         SELF,

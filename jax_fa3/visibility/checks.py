@@ -115,9 +115,9 @@ def check_ids(sources: dict[str, Any], seqlen_q: int, seqlen_k: int) -> None:
     if of_keys is None:
         if seqlen_q != seqlen_k:
             raise ValueError(
-                f"query_segment_ids has ids of {seqlen_q} query rows, which are those of the keys "
-                f"too, and there are {seqlen_k} keys; expected key_value_segment_ids with the "
-                f"{seqlen_k} ids of the keys"
+                f"query_segment_ids has shape {shape_of(ids)} and no other array has the ids of "
+                f"the {seqlen_k} keys; expected key_value_segment_ids with shape "
+                f"{(*ids.shape[:-1], seqlen_k)}"
             )
         _check_runs("query_segment_ids", ids)
         return
