@@ -255,11 +255,13 @@ CPP_SOURCES = $(shell find src tests/cpp benchmarks -name '*.h' -o -name '*.cc' 
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 clean:
