@@ -60,20 +60,27 @@ def kernel_ms(run: Callable, *inputs) -> float:
 
 
 def programs() -> dict[str, Callable]:
-    """By mode, what makes of (query, key, value) and a table the function of dout to be timed."""
+    """By mode, what makes of (query, key, value) and a table the function of dout to be timed.
+    Devices of equal shapes share its programs."""
     attend = our_attention()
 
+    @jax.jit
     def forward(qkv, table, dout):
         return attend(*qkv, visibility=table)
 
+    @jax.jit
     def linearized(qkv, table):
         return jax.vjp(partial(attend, visibility=table), *qkv)[1]
 
+    @jax.jit
+    def pulled_back(pull, dout):
+        return pull(dout)
+
     def kept(qkv, table):
-        return partial(jax.jit(forward), qkv, table)
+        return partial(forward, qkv, table)
 
     def backward(qkv, table):
-        return partial(jax.jit(lambda pull, dout: pull(dout)), jax.jit(linearized)(qkv, table))
+        return partial(pulled_back, linearized(qkv, table))
 
     return dict(zip(MODES, (kept, backward), strict=True))
 
@@ -88,13 +95,14 @@ def timed(begin: np.ndarray, end: np.ndarray, rows: np.ndarray, clock: Clock) ->
         jax.random.normal(k, (1, seqlen, count, HEAD_DIM), jnp.bfloat16)
         for k, seqlen, count in zip(keys, seqlens, heads, strict=True)
     )
+    prepared = programs()
     for own in rows:
         table = jax_fa3.make_visibility(
             kv_start=begin[own][None], kv_end=end[own][None], seqlen_k=tokens
         )
         yield {
             mode: clock(prepare((query, key, value), table), dout)
-            for mode, prepare in programs().items()
+            for mode, prepare in prepared.items()
         }
 
 

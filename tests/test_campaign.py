@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def part_of(run, name="p", goal=6, tasks=3):
 
 def passes(task, checks):
     yield from [(1, None)] * checks
+
+
+def range_of(task, checks):
+    """A failure in one task; each is of a process that is not this one."""
+    assert multiprocessing.parent_process() is not None
+    yield checks, "task 7 of another" if task == 7 else None
 
 
 @pytest.fixture
@@ -143,6 +150,26 @@ def test_a_run_goes_on(path):
     assert [line.split(":")[0] for line in lines] == ["p 2/3", "p 3/3"]
     part = json.loads(path.read_text())["parts"]["p"]
     assert part["tasks"] == [0, 1, 2] and part["checks"] == 6 and part["failed"] == 0
+
+
+def test_tasks_in_processes(path):
+    """Spawned ones import the parts by name; what runs alone comes after them, here."""
+    parts = [part_of(passes, "alone", goal=2, tasks=2), part_of(range_of, goal=40, tasks=20)]
+    parts[0] = dataclasses.replace(parts[0], alone=True)
+    lines = []
+    campaign.run(parts, campaign.Results(path, HERE), 1e9, lines.append, processes=2)
+    of_tasks = [line.split()[0] for line in lines if not line.startswith("FAILED")]
+    assert of_tasks == ["p"] * 20 + ["alone"] * 2
+    found = json.loads(path.read_text())["parts"]["p"]
+    assert sorted(found["tasks"]) == list(range(20)) and found["checks"] == 40
+    assert found["failed"] == 1 and found["failures"] == [dict(task=7, text="task 7 of another")]
+
+
+def test_processes_end_in_time(path):
+    """What was under way is finished and kept."""
+    parts, lines = [part_of(range_of, goal=40, tasks=20)], []
+    campaign.run(parts, campaign.Results(path, HERE), 0.01, lines.append, processes=2)
+    assert len(lines) <= 3 and lines[-1] == "out of time: run again to go on"
 
 
 def test_a_run_ends_in_time(path):

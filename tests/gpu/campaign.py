@@ -3,20 +3,33 @@
     make campaign                                   # every part, for as long as it takes
     make campaign PARTS="forward hostile"           # these parts
     python tests/gpu/campaign.py --budget-s 500     # starts no task after so many seconds
+    python tests/gpu/campaign.py --processes 1      # one task at a time; else one for each core
     python tests/gpu/campaign.py --render           # the table of docs/reliability.md
 
 A part has tasks. The results are saved after each task, and a run goes on where the last one ended.
 They belong to one source tree: a run on another one ends with an error, unless --again drops them.
-A check that fails is written down, and the campaign goes on.
+A check that fails is written down, and the campaign goes on. Most of its time is the oracle's, so
+that tasks run in processes that share the GPU, but for those of parts that run alone.
 """
 
 import argparse
+import concurrent.futures
 import datetime
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import sys
 import time
 import traceback
+
+if __name__ in ("__main__", "__mp_main__"):  # before JAX is imported, here and in each process
+    # Processes share the GPU's memory, and each has one core.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_force_compilation_parallelism=1")
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
@@ -82,8 +95,8 @@ def environment():
 
 
 def run_task(part, task):
-    """The number of checks, and the texts of those that failed; an error ends the task."""
-    checks, failures = 0, []
+    """The number of checks, the texts of those that failed, and seconds; an error ends the task."""
+    checks, failures, start = 0, [], time.monotonic()
     try:
         for count, failure in part.run(task, part.checks_of_a_task):
             checks += count
@@ -91,25 +104,59 @@ def run_task(part, task):
     except Exception:
         checks += 1
         failures.append(traceback.format_exc())
-    return checks, failures
+    return checks, failures, time.monotonic() - start
 
 
-def run(parts, results, budget_s, log=print):
+def one_by_one(tasks, time_is_out):
+    """(part, task, result of run_task) of each."""
+    for part, task in tasks:
+        if time_is_out():
+            return
+        yield part, task, run_task(part, task)
+
+
+def in_processes(tasks, time_is_out, processes):
+    """The same, as tasks end; a process that dies ends the campaign with an error."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would share the parent's CUDA context
+    waiting, running = iter(tasks), {}
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+        while True:
+            while len(running) < processes and not time_is_out() and (task := next(waiting, None)):
+                running[pool.submit(run_task, *task)] = task
+            if not running:
+                return
+            ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            for future in ended:
+                yield *running.pop(future), future.result()
+
+
+def run(parts, results, budget_s, log=print, processes=1):
     """Runs the tasks of the parts that are not done yet."""
     start = time.monotonic()
-    for part in parts:
-        done = set(results.part(part.name)["tasks"])
-        for task in (x for x in range(part.tasks) if x not in done):
-            if time.monotonic() - start > budget_s:
-                log("out of time: run again to go on")
-                return
-            began = time.monotonic()
-            checks, failures = run_task(part, task)
-            seconds = time.monotonic() - began
-            results.add(part.name, task, checks, failures, seconds)
-            log(f"{part.name} {task + 1}/{part.tasks}: {checks} {part.unit}, {seconds:.1f} s")
-            for failure in failures:
-                log(f"FAILED {failure}")
+
+    def time_is_out():
+        return time.monotonic() - start > budget_s
+
+    left = [
+        (part, task)
+        for part in parts
+        for task in sorted(set(range(part.tasks)) - set(results.part(part.name)["tasks"]))
+    ]
+    shared = [x for x in left if processes > 1 and not x[0].alone]
+    alone = [x for x in left if x not in shared]
+    done = 0
+    for part, task, found in itertools.chain(
+        in_processes(shared, time_is_out, processes) if shared else (),
+        one_by_one(alone, time_is_out),
+    ):
+        checks, failures, seconds = found
+        results.add(part.name, task, checks, failures, seconds)
+        done += 1
+        log(f"{part.name} {task + 1}/{part.tasks}: {checks} {part.unit}, {seconds:.1f} s")
+        for failure in failures:
+            log(f"FAILED {failure}")
+    if done < len(left):
+        log("out of time: run again to go on")
 
 
 def render(data, parts):
@@ -148,6 +195,9 @@ def main(arguments=None):
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
     parser.add_argument("--budget-s", type=float, default=float("inf"))
     parser.add_argument("--scale", type=float, default=1.0, help="share of each task's checks")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="tasks at a time; default: the cores"
+    )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="drop the results that are there")
     parser.add_argument("--render", action="store_true", help="write docs/reliability.md, no more")
@@ -163,7 +213,8 @@ def main(arguments=None):
     if left := [part.name for part in chosen if part.needs_gpu and not here]:
         print(f"left out without a Hopper GPU: {', '.join(left)}")
     results = Results(args.results, environment(), args.again)
-    run([part for part in chosen if here or not part.needs_gpu], results, args.budget_s)
+    able = [part for part in chosen if here or not part.needs_gpu]
+    run(able, results, args.budget_s, processes=args.processes)
     print(f"{results.failed} checks failed")
     return 1 if results.failed else 0
 

@@ -9,7 +9,6 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +33,8 @@ Verdicts = Iterator[tuple[int, str | None]]  # so many checks, and why one of th
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """run(task, checks) makes so many checks of a task; `goal` is their number in all tasks."""
+    """run(task, checks) makes so many checks of a task; `goal` is their number in all tasks. What
+    fills memory or measures its own process runs alone."""
 
     name: str
     about: str
@@ -43,6 +43,7 @@ class Part:
     tasks: int
     run: Callable[[int, int], Verdicts]
     needs_gpu: bool = False
+    alone: bool = False
 
     @property
     def checks_of_a_task(self):
@@ -73,11 +74,10 @@ def named(case):
         raise
 
 
-def in_parallel(check, numbers) -> Verdicts:
-    """check(number) for each, on all cores: most of its time is the oracle's."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for failure in pool.map(functools.partial(verdict, check), numbers):
-            yield 1, failure
+def of_each(check, task, checks) -> Verdicts:
+    """check(number) for each number of a task."""
+    for number in range(task * checks, (task + 1) * checks):
+        yield 1, verdict(check, number)
 
 
 # ---- random problems of one compiled shape
@@ -146,7 +146,7 @@ def forward(task, checks):
         with named(varied):
             compare_forward(varied, *run_case(executable, varied))
 
-    yield from in_parallel(check, range(task * checks, (task + 1) * checks))
+    yield from of_each(check, task, checks)
 
 
 def backward(task, checks):
@@ -159,7 +159,7 @@ def backward(task, checks):
             inputs, got = run_case(executable, varied)
             contract.compare(varied, inputs, contract.as_results(got))
 
-    yield from in_parallel(check, range(task * checks, (task + 1) * checks))
+    yield from of_each(check, task, checks)
 
 
 def poison(task, checks):
@@ -177,7 +177,7 @@ def poison(task, checks):
             for name, x in clean.items():
                 assert np.asarray(x).tobytes() == np.asarray(spoiled[name]).tobytes(), name
 
-    yield from in_parallel(check, range(task * checks, (task + 1) * checks))
+    yield from of_each(check, task, checks)
 
 
 # ---- index arrays of any value
@@ -204,7 +204,7 @@ def hostile(task, checks):
         with named(varied):
             fuzz.check_values(program, varied)
 
-    yield from in_parallel(check, range(task * checks, (task + 1) * checks))
+    yield from of_each(check, task, checks)
 
 
 def pages(task, checks):
@@ -217,8 +217,7 @@ def pages(task, checks):
     def check(seed):
         cached.check_hostile(run, seed, counts=counts, **sizes)
 
-    for seed in range(task * checks, (task + 1) * checks):
-        yield 1, verdict(check, seed)
+    yield from of_each(check, task, checks)
 
 
 # ---- execution
@@ -491,11 +490,22 @@ PARTS = (
     Part("hostile", "any int32 as lengths and offsets", "triples", 2_000, 20, hostile),
     Part("pages", "any int32 in the index arrays of caches", "cases", 1_000, 10, pages),
     Part("replay", "command buffers on moved inputs", "replays", 1_000, 10, replay, True),
-    Part("out of memory", "an error, and a right next call", "calls", 100, 10, out_of_memory, True),
+    Part(
+        "out of memory",
+        "an error, and a right next call",
+        "calls",
+        100,
+        10,
+        out_of_memory,
+        needs_gpu=True,
+        alone=True,
+    ),
     Part(
         "faults", "damaged custom calls: an error, a right next call", "calls", 30, 30, faults, True
     ),
-    Part("sizes", "more than 2^31 elements; a batch of 70,000", "problems", 3, 3, sizes, True),
-    Part("soak", "equal bits, no growth of memory", "launches", 1_000_000, 20, soak),
-    Part("threads", "four host threads at a time", "calls", 10_000, 10, threads),
+    Part(
+        "sizes", "more than 2^31 elements; a batch of 70,000", "problems", 3, 3, sizes, True, True
+    ),
+    Part("soak", "equal bits, no growth of memory", "launches", 1_000_000, 20, soak, alone=True),
+    Part("threads", "four host threads at a time", "calls", 10_000, 10, threads, alone=True),
 )
