@@ -29,6 +29,7 @@ DECODING = [
 ]
 SOURCES = {
     "plan": PLANS,
+    "key_tiles": [],
     "mask": [],
     "dense_mask": [],
     "prepared_value": [],

@@ -17,7 +17,6 @@ import tolerance
 from jax_fa3 import dot_product_attention
 from oracle import Results
 
-BATCH = 8
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72))
 KINDS = ("documents", "gaps", "any", "one key", "prefix", "chunks", "by head")
 
@@ -27,6 +26,9 @@ class Problem:
     """A random call; everything follows from its number."""
 
     number: int
+    batch = 8
+    kinds = KINDS
+    seqlens = (1, 460)
 
     @property
     def random(self):
@@ -34,20 +36,20 @@ class Problem:
 
     @property
     def kind(self):
-        return KINDS[self.number % len(KINDS)]
+        return self.kinds[self.number % len(self.kinds)]
 
     @property
     def static(self):
         """Shapes and options."""
         random = self.random
         square = self.kind in ("documents", "gaps")
-        seqlen_q, seqlen_k = random.integers(1, 460, 2).tolist()
+        seqlen_q, seqlen_k = random.integers(*self.seqlens, 2).tolist()
         heads_kv = int(random.integers(1, 3))
         return dict(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_q if square else seqlen_k,
             heads=(heads_kv * int(random.integers(1, 3)), heads_kv),
-            head_dims=HEAD_DIMS[self.number // len(KINDS) % len(HEAD_DIMS)],
+            head_dims=HEAD_DIMS[self.number // len(self.kinds) % len(HEAD_DIMS)],
             dtype=("bfloat16", "float16")[int(random.integers(2))],
             is_causal=bool(random.integers(2)),
             window=(None, (int(random.integers(300)), int(random.integers(90))))[
@@ -62,7 +64,7 @@ class Problem:
         """The arrays of the call, and begin and end of what each row sees, [B, heads or 1, Sq]."""
         random, static = self.random, self.static
         seqlen_q, seqlen_k = static["seqlen_q"], static["seqlen_k"]
-        shape = (BATCH, seqlen_q)
+        shape = (self.batch, seqlen_q)
         row = np.arange(seqlen_q)
         if self.kind in ("documents", "gaps"):
             ids = np.zeros(shape, np.int32)
@@ -84,15 +86,17 @@ class Problem:
             end = begin + 1
         elif self.kind == "prefix":
             begin = np.zeros(shape, np.int64)
-            end = np.maximum(random.integers(0, seqlen_k + 1, (BATCH, 1)), row + 1)
+            end = np.maximum(random.integers(0, seqlen_k + 1, (self.batch, 1)), row + 1)
         elif self.kind == "chunks":
-            chunk = int(random.integers(1, 200))
+            chunk = int(random.integers(1, 1 + seqlen_q // 2))
             begin = np.broadcast_to((row + static["offset"]) // chunk * chunk, shape)
             return dict(attention_chunk=chunk), begin[:, None], begin[:, None] + chunk
         else:
             heads = static["heads"][int(random.integers(2))]
-            begin = np.sort(random.integers(0, seqlen_k + 1, (BATCH, heads, seqlen_q)), -1)
-            end = np.minimum(begin + random.integers(0, seqlen_k + 1, (BATCH, heads, 1)), seqlen_k)
+            begin = np.sort(random.integers(0, seqlen_k + 1, (self.batch, heads, seqlen_q)), -1)
+            end = np.minimum(
+                begin + random.integers(0, seqlen_k + 1, (self.batch, heads, 1)), seqlen_k
+            )
             return _given(begin, end), begin, end
         return _given(begin, end), begin[:, None], end[:, None]
 
@@ -102,8 +106,8 @@ class Problem:
         (heads, heads_kv), (dim, dim_v) = static["heads"], static["head_dims"]
         sq, sk = static["seqlen_q"], static["seqlen_k"]
         shapes = ((sq, heads, dim), (sk, heads_kv, dim), (sk, heads_kv, dim_v), (sq, heads, dim_v))
-        arrays = [random.normal(size=(BATCH, *x)).astype(static["dtype"]) for x in shapes]
-        return *arrays, random.normal(size=(BATCH, sq, heads)).astype(np.float32)
+        arrays = [random.normal(size=(self.batch, *x)).astype(static["dtype"]) for x in shapes]
+        return *arrays, random.normal(size=(self.batch, sq, heads)).astype(np.float32)
 
     def lengths(self):
         """The lengths of query and key; none where the problem has none."""
@@ -111,7 +115,7 @@ class Problem:
         if not static["lengths"]:
             return {}
         of = dict(query_seq_lengths=static["seqlen_q"], key_value_seq_lengths=static["seqlen_k"])
-        return {x: random.integers(0, n + 1, BATCH).astype(np.int32) for x, n in of.items()}
+        return {x: random.integers(0, n + 1, self.batch).astype(np.int32) for x, n in of.items()}
 
     def run(self, arrays, given):
         static = self.static
@@ -148,7 +152,7 @@ class Problem:
         begin, end = (np.repeat(x, static["heads"][0] // x.shape[1], 1) for x in (begin, end))
         column = np.arange(static["seqlen_k"])
         in_window = oracle.visible(
-            BATCH,
+            self.batch,
             static["seqlen_q"],
             static["seqlen_k"],
             is_causal=static["is_causal"],
@@ -161,7 +165,7 @@ class Problem:
         # Behind the last row that sees anything, and the last key that is seen, is padding.
         seen = (column >= begin[..., None]) & (column < end[..., None])
         rows_used, keys_used = (
-            _up_to_last(seen.any(axes)) & oracle.used(n, lengths.get(name), BATCH)
+            _up_to_last(seen.any(axes)) & oracle.used(n, lengths.get(name), self.batch)
             for axes, n, name in (
                 ((1, 3), static["seqlen_q"], "query_seq_lengths"),
                 ((1, 2), static["seqlen_k"], "key_value_seq_lengths"),
@@ -190,6 +194,15 @@ class Problem:
         assert not np.any(got.dkey[unseen]) and not np.any(got.dvalue[unseen])
 
 
+class LongDocuments(Problem):
+    """Of so many keys that the backward pass's work tiles begin where documents do
+    (src/attention/key_tiles.h)."""
+
+    batch = 2
+    kinds = ("documents", "gaps", "chunks")
+    seqlens = (600, 1400)
+
+
 def _given(begin, end):
     return dict(kv_start=begin.astype(np.int32), kv_end=end.astype(np.int32))
 
@@ -202,3 +215,8 @@ def _up_to_last(x):
 @pytest.mark.parametrize("number", range(42))
 def test_random_problems(number):
     Problem(number).check()
+
+
+@pytest.mark.parametrize("number", range(42))
+def test_long_documents(number):
+    LongDocuments(number).check()

@@ -100,11 +100,12 @@ CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedS
 template <class T>
 CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const auto& queries) {
-    if (!queries.empty()) {
+  shared.works.fill(p, visible_queries<T>, [&](const auto& slot) {
+    if (!slot.ranges[0].empty()) {
       // Only this tile reads them, and there is room for them when the tile before is done: then
       // everybody waits.
-      const int row = tile.block * T::kBlockN;
+      const WorkTile& tile = slot.work.tile;
+      const int row = slot.begin;
       prefetch_tile<typename T::KTile>(p.key, row, tile.head, tile.batch);
       prefetch_tile<typename T::VTile>(p.value, row, tile.head, tile.batch);
       auto& full =

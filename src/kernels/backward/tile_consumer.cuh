@@ -32,7 +32,10 @@ struct TileConsumer {
     return !work().none();
   }
   // The tile at hand. It stays in shared memory: the steps' registers are scarce.
-  CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
+  CUTE_DEVICE const typename T::Works::Slot& slot() const {
+    return shared.works.slots[works_cursor.stage];
+  }
+  CUTE_DEVICE const Work& work() const { return slot().work; }
   CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
   // On return K and V have arrived. Not called where no query sees the tile.
   CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
@@ -52,8 +55,8 @@ struct TileConsumer {
   // both read them, both write the same zeros.
   template <class Tile>
   CUTE_DEVICE void clear_tail(Element* keys) const {
-    const auto& [tile, mask] = work();
-    const int valid = max(mask.key_length - tile.block * T::kBlockN, 0);
+    const Mask& mask = work().mask;
+    const int valid = max(mask.key_length - slot().begin, 0);
     if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
     zero_rows_from<Tile>(keys, valid);
     cutlass::arch::fence_view_async_shared();
@@ -113,7 +116,7 @@ struct TileConsumer {
         const WorkTile& tile = work().tile;
         const int head = tile.head * p.heads_per_kv_head + walk.head();
         const DenseMask mask = p.dense.mask_of(tile.batch, head);
-        const int first_row = walk.m * T::kBlockM, first_key = tile.block * T::kBlockN;
+        const int first_row = walk.m * T::kBlockM, first_key = slot().begin;
         if constexpr (kHasBlocks) {
           return mask.classify(first_row, T::kBlockM, first_key, T::kBlockN);
         } else {
@@ -134,7 +137,7 @@ struct TileConsumer {
   template <class Walk, class Accumulator>
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut,
                                  const Bits& bits) const {
-    const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
+    const int first_row = walk.m * T::kBlockM, first_key = slot().begin + key;
     const int position = first_row + work().mask.first + p.mask.window_left;
     const Corner corner{first_row, position, first_key};
     if constexpr (kHasBlocks) {
@@ -171,7 +174,7 @@ struct TileConsumer {
     } else {
       const auto score = score_of(walk);
       const int first_row = walk.m * T::kBlockM;
-      const int first_key = work().tile.block * T::kBlockN + key + thread_row();
+      const int first_key = slot().begin + key + thread_row();
       // A column's two rows together, and pairs of columns, which are a register of P.
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); i += 4) {
@@ -214,12 +217,17 @@ struct TileConsumer {
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
   // as many at a time as Tile has. Where the warpgroup has two buffers, it takes them by turns, and
   // a buffer is waited for before it is written; where it has one, on return the leader knows that
-  // it has been read.
+  // it has been read. Where the rows' tile is shorter, they go to memory by themselves.
   template <class Tile, int kCols, class Accumulator>
-  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map, int row,
-                                Element* buffer) const {
+  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map,
+                                const KeyGradient& gradient, int row, Element* buffer) const {
     const WorkTile& tile = work().tile;
-    const int first_row = tile.block * T::kBlockN + row;
+    const int first_row = slot().begin + row, end_row = slot().end;
+    if (end_row < min(first_row + kWarpgroupRows, p.seqlen_k)) {
+      store_rows(tC, gradient, first_row, end_row);
+      sync_warpgroup();
+      return;
+    }
     CUTE_UNROLL
     for (int col = 0; col < kCols; col += Tile::kCols) {
       constexpr int kThreadsPerRow = kWarpgroupThreads / kWarpgroupRows;
@@ -240,6 +248,25 @@ struct TileConsumer {
         cute::tma_store_arrive();
         if constexpr (!T::kSplitKeys) cute::tma_store_wait<0>();
       }
+    }
+  }
+  template <class Accumulator>
+  CUTE_DEVICE void store_rows(const Accumulator& tC, const KeyGradient& gradient, int first_row,
+                              int end_row) const {
+    const WorkTile& tile = work().tile;
+    auto rounded = cute::make_tensor_like<Element>(tC);
+    convert(tC, rounded);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tC); i += 2) {  // two columns
+      const int row = first_row + thread_row() + 8 * accumulator_row(i);
+      const int col = thread_col() + accumulator_col(i);
+      if (row >= end_row || col >= gradient.head_dim) continue;
+      const std::int64_t at =
+          ((std::int64_t(tile.batch) * p.seqlen_k + row) * p.scheduler.num_heads + tile.head) *
+              gradient.head_dim +
+          col;
+      *reinterpret_cast<std::uint32_t*>(static_cast<Element*>(gradient.rows) + at) =
+          reinterpret_cast<const std::uint32_t*>(rounded.data())[i / 2];
     }
   }
   template <class AccumulatorDK>
