@@ -85,9 +85,10 @@ struct Work {
 // The place of a tile that its number says.
 struct ByNumber {
   template <class Params>
-  CUTE_DEVICE bool find(const Params&, Work&) const {
+  CUTE_DEVICE bool find(const Params&, const WorkTile&) const {
     return true;
   }
+  CUTE_DEVICE void clip(Mask&) const {}
 };
 
 // A CTA's work tiles, worked out once by a thread of its own for producer and consumers: divisions
@@ -113,19 +114,21 @@ struct WorkQueue {
   // The scheduling thread. With each tile it calls on_tile(slot), and takes another number when
   // that has returned and a stage is free. A number may be of no tile.
   template <class Params, class RangeOf, class OnTile>
-  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, const OnTile& on_tile) {
+  CUTE_DEVICE void fill(const Params& p, const TileScheduler& scheduler, const RangeOf& range_of,
+                        const OnTile& on_tile) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
+    for (int index = blockIdx.x; index < scheduler.num_tiles; index = scheduler.next(index)) {
       Slot& slot = slots[cursor.stage];
       const WorkTile& tile = slot.work.tile;
-      slot.work.tile = p.scheduler.tile(index);
+      slot.work.tile = scheduler.tile(index);
+      if (!slot.find(p, tile)) continue;
       slot.head_kv = tile.head / p.heads_per_kv_head;
       slot.work.mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       leave_in_memory();
       read_intervals(slot.intervals, slot.work.mask, p.index, tile.batch, p.query_heads(tile.head),
                      {p.seqlen_q, p.seqlen_k});
+      slot.clip(slot.work.mask);
       leave_in_memory();
-      if (!slot.find(p, slot.work)) continue;
       CUTE_NO_UNROLL
       for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, slot, i);
       ring.full[cursor.stage].arrive();
@@ -138,7 +141,7 @@ struct WorkQueue {
   }
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    fill(p, range_of, [](const Slot&) {});
+    fill(p, p.scheduler, range_of, [](const Slot&) {});
   }
 
   // For the producer thread, which gives the stage back at once. False: there are no more.

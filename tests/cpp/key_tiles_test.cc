@@ -1,8 +1,9 @@
 // Lists of work tiles: disjoint, of all keys, and no more than there is room for, whatever the
-// documents are; a tile that is inside of a document has no edge.
+// documents are, with bounds that hold.
 #include "attention/key_tiles.h"
 
 #include <algorithm>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -12,33 +13,54 @@
 namespace jax_fa3 {
 namespace {
 
-constexpr std::int32_t kUnwritten = -12345;
+// What the keys of documents of these lengths are seen by, with a causal mask's rows.
+struct Table {
+  PlaneLayout layout;
+  std::vector<Bounds> memory;  // aligned as a table is
+  PlaneView<std::int32_t> plane;
+  Intervals intervals;
 
-// The words of the list of documents of these lengths, made by several threads, one after another.
-std::vector<std::int32_t> list_of(const std::vector<int>& documents, int block_n) {
-  int seqlen_k = 0;
-  for (const int length : documents) seqlen_k += length;
-  std::vector<std::int32_t> words(KeyTileList::most_words(seqlen_k, block_n), kUnwritten);
+  explicit Table(const std::vector<int>& documents)
+      : layout{sum(documents), sum(documents)},
+        memory(layout.words() / 4 + 1),
+        plane{reinterpret_cast<std::int32_t*>(memory.data()), layout} {
+    int begin = 0;
+    for (const int length : documents) {
+      for (int key = begin; key < begin + length; ++key) plane.keys()[key] = {key, begin + length};
+      begin += length;
+    }
+    for (int first = 0; first < layout.seqlen_k; first += kBoundsRows) {
+      Bounds all = Bounds::none();
+      for (int key = first; key < std::min(first + kBoundsRows, layout.seqlen_k); ++key) {
+        const Interval& rows = plane.keys()[key];
+        all.add({rows.begin, rows.begin, rows.end, rows.end});
+      }
+      plane.key_bounds()[first / kBoundsRows] = all;
+    }
+    intervals.plane = &plane.summary();
+    intervals.keys = plane.keys();
+  }
+  static int sum(const std::vector<int>& documents) {
+    return std::accumulate(documents.begin(), documents.end(), 0);
+  }
+};
+
+// The list of documents of these lengths, made by several threads, one after another.
+std::vector<KeyTile> list_of(const Table& table, const std::vector<int>& documents, int block_n) {
+  std::vector<KeyTile> tiles(KeyTileList::size(table.layout.seqlen_k, block_n),
+                             KeyTile{-1, -1, -1, -1, {}});
   constexpr int kThreads = 3;
   for (int thread = kThreads - 1; thread >= 0; --thread) {
-    KeyTileList list(block_n, words.data());
+    KeyTileList list(tiles.data(), block_n, table.intervals, table.layout, thread, kThreads);
     int key = 0;
     bool ends = false;
     for (const int length : documents) {
       const bool begins = length >= kLongDocument;
-      if (ends || begins) list.add_edge(key, ends, begins, thread, kThreads);
+      if (ends || begins) list.add_edge(key, ends, begins);
       ends = begins;
       key += length;
     }
-    list.finish(seqlen_k, thread, kThreads);
-  }
-  return words;
-}
-
-std::vector<KeyTile> tiles_of(const std::vector<std::int32_t>& words, int block_n) {
-  std::vector<KeyTile> tiles;
-  for (KeyTile tile; tile.find(words.data(), static_cast<int>(tiles.size()), block_n);) {
-    tiles.push_back(tile);
+    list.finish();
   }
   return tiles;
 }
@@ -50,48 +72,73 @@ std::vector<int> random_documents(std::mt19937& random) {
   return documents;
 }
 
+bool same(const Bounds& a, const Bounds& b) {
+  return a.least_begin == b.least_begin && a.greatest_begin == b.greatest_begin &&
+         a.least_end == b.least_end && a.greatest_end == b.greatest_end;
+}
+
 void tiles_of_random_documents() {
   std::mt19937 random(0);
   for (int i = 0; i < 2000; ++i) {
     const std::vector<int> documents = random_documents(random);
     const int block_n = i % 2 == 0 ? 64 : 128;
-    std::vector<int> edges;  // in front of each document, and behind the last
-    int seqlen_k = 0;
-    for (const int length : documents) {
-      edges.push_back(seqlen_k);
-      seqlen_k += length;
-    }
-    edges.push_back(seqlen_k);
-
-    const auto words = list_of(documents, block_n);
-    const auto tiles = tiles_of(words, block_n);
     const std::string what = concat("problem ", i);
-    CHECK_DETAIL(static_cast<std::int64_t>(tiles.size()) <=
-                     KeyTileList::most_tiles(seqlen_k, block_n),
-                 what);
+    const Table table(documents);
+    const auto list = list_of(table, documents, block_n);
+    const int count = KeyTileList::num_tiles(list.data());
+    CHECK_DETAIL(count <= KeyTileList::most_tiles(table.layout.seqlen_k, block_n), what);
+    std::vector<int> edges{0};  // in front of each document, and behind the last
+    for (const int length : documents) edges.push_back(edges.back() + length);
+
     int end = 0;
-    for (const KeyTile& tile : tiles) {
+    for (int number = 0; number < count; ++number) {
+      const KeyTile& tile = KeyTileList::tile(list.data(), number);
       CHECK_DETAIL(tile.begin == end, what);
       CHECK_DETAIL(tile.begin < tile.end && tile.end <= tile.begin + block_n, what);
       end = tile.end;
-      const auto cuts = [&](int edge) { return tile.begin < edge && edge < tile.end; };
-      if (tile.is_inside) CHECK_DETAIL(std::none_of(edges.begin(), edges.end(), cuts), what);
+      // What is outside of the bounds sees no key, and what is inside sees all.
+      CHECK_DETAIL(tile.is_bounded, what);
+      Bounds exact = Bounds::none();
+      for (int key = tile.begin; key < tile.end; ++key) {
+        const Interval& rows = table.plane.keys()[key];
+        exact.add({rows.begin, rows.begin, rows.end, rows.end});
+      }
+      const Bounds& seen = tile.seen_by;
+      CHECK_DETAIL(seen.least_begin <= exact.least_begin, what);
+      CHECK_DETAIL(seen.greatest_end >= exact.greatest_end, what);
+      CHECK_DETAIL(seen.greatest_begin >= exact.greatest_begin, what);
+      CHECK_DETAIL(seen.least_end <= exact.least_end, what);
     }
-    CHECK_DETAIL(end == seqlen_k, what);
+    CHECK_DETAIL(end == table.layout.seqlen_k, what);
+    for (std::size_t number = count; 1 + number < list.size(); ++number) {
+      const KeyTile& tile = KeyTileList::tile(list.data(), static_cast<int>(number));
+      CHECK_DETAIL(tile.begin == end && tile.end == end, what);
+    }
 
-    // A long document begins with a tile, and all of its own tiles but the last are whole.
+    // A long document begins with a tile; its own whole tiles have bounds of their own.
     for (std::size_t d = 0; d < documents.size(); ++d) {
       if (documents[d] < kLongDocument) continue;
-      for (int key = edges[d]; key + block_n <= edges[d + 1]; key += block_n) {
-        CHECK_DETAIL(std::any_of(tiles.begin(), tiles.end(),
+      const int document_end = edges[d + 1];
+      for (int key = edges[d]; key + block_n <= document_end; key += block_n) {
+        const Bounds own{key, key + block_n - 1, document_end, document_end};
+        CHECK_DETAIL(std::any_of(list.begin() + 1, list.end(),
                                  [&](const KeyTile& tile) {
                                    return tile.begin == key && tile.end == key + block_n &&
-                                          tile.is_inside;
+                                          same(tile.seen_by, own);
                                  }),
                      what);
       }
     }
   }
+}
+
+// Heads that differ have bounds of their own.
+void planes_of_heads() {
+  const std::vector<int> documents{300, 340};
+  Table table(documents);
+  table.intervals.plane_stride = table.layout.words();
+  const auto list = list_of(table, documents, 128);
+  CHECK(!KeyTileList::tile(list.data(), 0).is_bounded);
 }
 
 void edges() {
@@ -104,51 +151,12 @@ void edges() {
   CHECK(!is_edge(nobody, nobody));
 }
 
-void without_a_list() {
-  KeyTile tile;
-  CHECK(tile.find(nullptr, 3, 128));
-  CHECK(tile.begin == 384 && tile.end == 512 && !tile.is_inside);
-}
-
-// The bounds of a tile inside of a document are its own; of another those of groups of 64 keys.
-void bounds_of_rows() {
-  constexpr int kSeqlen = 640;
-  const PlaneLayout layout{kSeqlen, kSeqlen};
-  std::vector<std::int32_t> words(layout.words());
-  const PlaneView<std::int32_t> plane{words.data(), layout};
-  for (int key = 0; key < kSeqlen; ++key) {
-    plane.keys()[key] = key < 300 ? Interval{key, 300} : Interval{key, kSeqlen};
-  }
-  for (int group = 0; group < kSeqlen / kBoundsRows; ++group) {
-    Bounds all = Bounds::none();
-    for (int i = 0; i < kBoundsRows; ++i) {
-      const Interval& rows = plane.keys()[group * kBoundsRows + i];
-      all.add({rows.begin, rows.begin, rows.end, rows.end});
-    }
-    plane.key_bounds()[group] = all;
-  }
-  Intervals intervals;
-  intervals.plane = reinterpret_cast<const Plane*>(words.data());
-  intervals.keys = plane.keys();
-  KeyTile tile;
-  const auto list = list_of({300, 340}, 128);
-  CHECK(tile.find(list.data(), 3, 128));
-  CHECK(tile.begin == 300 && tile.end == 428 && tile.is_inside);
-  const Bounds own = tile.seen_by(intervals, layout, 1);
-  CHECK(own.least_begin == 300 && own.greatest_begin == 427);
-  CHECK(own.least_end == kSeqlen && own.greatest_end == kSeqlen);
-  tile.is_inside = false;
-  const Bounds of_groups = tile.seen_by(intervals, layout, 1);
-  CHECK(of_groups.least_begin == 256 && of_groups.least_end == 300);
-}
-
 }  // namespace
 }  // namespace jax_fa3
 
 int main() {
   jax_fa3::tiles_of_random_documents();
   jax_fa3::edges();
-  jax_fa3::without_a_list();
-  jax_fa3::bounds_of_rows();
+  jax_fa3::planes_of_heads();
   return jax_fa3::test::finish();
 }

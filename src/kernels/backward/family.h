@@ -37,7 +37,7 @@ struct Backward {
                     {"statistics_offset", plan.statistics_offset},
                     {"tile_counters_offset", plan.tile_counters_offset},
                     {"key_tiles_offset", plan.key_tiles_offset},
-                    {"key_tile_words", plan.key_tile_words},
+                    {"key_tile_list_size", plan.key_tile_list_size},
                     {"workspace_bytes", plan.workspace_bytes}}});
   }
 };

@@ -28,8 +28,8 @@ Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& proble
   p.statistics = const_cast<RowStatistics*>(main.statistics);
   p.dquery = main.dquery;
   p.tile_counters = main.scheduler.counter;
-  p.key_tiles = const_cast<std::int32_t*>(main.key_tiles);
-  p.key_tile_words = main.key_tile_words;
+  p.key_tiles = const_cast<KeyTile*>(main.key_tiles);
+  p.key_tile_list_size = main.key_tile_list_size;
   p.num_lists = main.key_tiles != nullptr ? static_cast<int>(s.batch) : 0;
   p.num_m_blocks = plan.num_m_blocks;
   p.head_dim_v = static_cast<int>(s.head_dim_v);
@@ -84,10 +84,10 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.num_m_blocks = plan.num_m_blocks;
   p.num_n_blocks = plan.num_n_blocks;
-  p.key_tiles = has_queries && plan.key_tile_words > 0
-                    ? reinterpret_cast<std::int32_t*>(workspace + plan.key_tiles_offset)
+  p.key_tiles = has_queries && plan.key_tile_list_size > 0
+                    ? reinterpret_cast<KeyTile*>(workspace + plan.key_tiles_offset)
                     : nullptr;
-  p.key_tile_words = static_cast<int>(plan.key_tile_words);
+  p.key_tile_list_size = static_cast<int>(plan.key_tile_list_size);
   p.dkey_rows = {problem.dkey, static_cast<int>(s.head_dim)};
   p.dvalue_rows = {problem.dvalue, static_cast<int>(s.head_dim_v)};
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);

@@ -81,7 +81,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
   // What a dense mask or a bias has for tiles of keys is of the grid.
   const bool has_list = presence.visibility && !is_listed(key.variant) && shape.seqlen_k > 0;
-  plan.key_tile_words = has_list ? KeyTileList::most_words(shape.seqlen_k, key.block_n) : 0;
+  plan.key_tile_list_size = has_list ? KeyTileList::size(shape.seqlen_k, key.block_n) : 0;
   plan.most_key_tiles =
       has_list ? static_cast<std::int32_t>(KeyTileList::most_tiles(shape.seqlen_k, key.block_n))
                : plan.num_n_blocks;
@@ -111,8 +111,8 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
                                  kStatisticsBytes, &plan.statistics_offset));
   JFA_CHECK_OK(
       workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));
-  JFA_CHECK_OK(workspace.reserve("key tiles", {shape.batch, plan.key_tile_words},
-                                 sizeof(std::int32_t), &plan.key_tiles_offset));
+  JFA_CHECK_OK(workspace.reserve("key tiles", {shape.batch, plan.key_tile_list_size},
+                                 sizeof(KeyTile), &plan.key_tiles_offset));
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }

@@ -100,7 +100,12 @@ CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedS
 template <class T>
 CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  shared.works.fill(p, visible_queries<T>, [&](const auto& slot) {
+  TileScheduler scheduler = p.scheduler;
+  if (p.key_tiles != nullptr) {
+    scheduler.num_blocks = shared.num_key_tiles;
+    scheduler.num_tiles = scheduler.num_blocks * scheduler.num_batch_heads;
+  }
+  shared.works.fill(p, scheduler, visible_queries<T>, [&](const auto& slot) {
     if (!slot.ranges[0].empty()) {
       // Only this tile reads them, and there is room for them when the tile before is done: then
       // everybody waits.

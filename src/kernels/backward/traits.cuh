@@ -32,9 +32,9 @@ struct KeyGradient {
 struct BackwardParams : BackwardMaps, CommonParams {
   TileScheduler scheduler;  // tiles of keys, kv heads
   int num_m_blocks;
-  int num_n_blocks;               // of the grid of keys
-  const std::int32_t* key_tiles;  // [b, key_tile_words], a KeyTileList each; null: the grid
-  int key_tile_words;
+  int num_n_blocks;          // of the grid of keys
+  const KeyTile* key_tiles;  // [b, key_tile_list_size], a KeyTileList each; null: the grid
+  int key_tile_list_size;
   KeyGradient dkey_rows;
   KeyGradient dvalue_rows;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
@@ -43,6 +43,10 @@ struct BackwardParams : BackwardMaps, CommonParams {
   // Work tiles are of kv heads.
   JFA_HD QueryHeads query_heads(int head) const {
     return {head * heads_per_kv_head, heads_per_kv_head};
+  }
+
+  CUTE_DEVICE const KeyTile* key_tile_list(int batch) const {
+    return key_tiles + std::int64_t(batch) * key_tile_list_size;
   }
 
   // The place of a head's query block in what has one for each.
@@ -94,16 +98,21 @@ struct QueryWalk {
   int first_head_, last_head_, direction_, end_;
 };
 
-// The keys of a work tile. For its mask, what is behind them does not exist.
+// The keys of a work tile: those of a list, or of the grid. For its mask, what is behind them does
+// not exist.
 template <int kBlockN>
 struct ListedKeys : KeyTile {
-  CUTE_DEVICE bool find(const BackwardParams& p, Work& work) {
-    const std::int32_t* list = p.key_tiles;
-    if (list != nullptr) list += std::int64_t(work.tile.batch) * p.key_tile_words;
-    if (!KeyTile::find(list, work.tile.block, kBlockN)) return false;
-    if (list != nullptr) work.mask.key_length = min(work.mask.key_length, end);
-    return true;
+  CUTE_DEVICE bool find(const BackwardParams& p, const WorkTile& tile) {
+    auto& keys = static_cast<KeyTile&>(*this);
+    if (p.key_tiles == nullptr) {
+      const int first = tile.block * kBlockN;
+      keys = {first, first + kBlockN, 0, 0, {}};
+      return true;
+    }
+    keys = KeyTileList::tile(p.key_tile_list(tile.batch), tile.block);
+    return begin < end;
   }
+  CUTE_DEVICE void clip(Mask& mask) const { mask.key_length = min(mask.key_length, end); }
 };
 
 // range_of of the main kernel, whose tiles are of keys: the queries that see them. The block in
@@ -112,7 +121,9 @@ template <class T>
 CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const typename T::Works::Slot& slot,
                                       int) {
   const Mask& mask = slot.work.mask;
-  const Bounds seen = slot.seen_by(slot.intervals, {p.seqlen_q, p.seqlen_k}, p.heads_per_kv_head);
+  const Bounds seen = slot.is_bounded ? slot.seen_by
+                                      : slot.intervals.of_keys({p.seqlen_q, p.seqlen_k}, slot.begin,
+                                                               slot.end, p.heads_per_kv_head);
   TileRange queries = mask.query_tiles(slot.begin, slot.end, T::kBlockM, seen);
   queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
   queries.full_begin = min(queries.full_begin, queries.full_end);
@@ -278,6 +289,7 @@ struct BackwardTraits {
     StatisticConstant constants[2];  // by Statistic
     alignas(128) RowStatistics statistics[kStages][kBlockM];
     Works works;
+    int num_key_tiles;       // of the longest list
     RingBarriers<1> demand;  // the producer has loaded all of a tile
     RingBarriers<1> key_value_ring;
     Ring query_ring;  // Q and the statistics
