@@ -111,16 +111,16 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
-  // The scheduling thread. With each tile it calls on_tile(slot), and takes another number when
-  // that has returned and a stage is free. A number may be of no tile.
-  template <class Params, class RangeOf, class OnTile>
-  CUTE_DEVICE void fill(const Params& p, const TileScheduler& scheduler, const RangeOf& range_of,
+  // The scheduling thread. With each tile of scheduler() it calls on_tile(slot), and takes another
+  // number when that has returned and a stage is free. A number may be of no tile.
+  template <class Params, class Scheduler, class RangeOf, class OnTile>
+  CUTE_DEVICE void fill(const Params& p, const Scheduler& scheduler, const RangeOf& range_of,
                         const OnTile& on_tile) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < scheduler.num_tiles; index = scheduler.next(index)) {
+    for (int index = blockIdx.x; index < scheduler().num_tiles; index = p.scheduler.next(index)) {
       Slot& slot = slots[cursor.stage];
       const WorkTile& tile = slot.work.tile;
-      slot.work.tile = scheduler.tile(index);
+      slot.work.tile = scheduler().tile(index);
       if (!slot.find(p, tile)) continue;
       slot.head_kv = tile.head / p.heads_per_kv_head;
       slot.work.mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
@@ -141,7 +141,8 @@ struct WorkQueue {
   }
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    fill(p, p.scheduler, range_of, [](const Slot&) {});
+    const auto scheduler = [&]() -> const auto& { return p.scheduler; };
+    fill(p, scheduler, range_of, [](const Slot&) {});
   }
 
   // For the producer thread, which gives the stage back at once. False: there are no more.

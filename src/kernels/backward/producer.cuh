@@ -100,11 +100,15 @@ CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedS
 template <class T>
 CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  TileScheduler scheduler = p.scheduler;
-  if (p.key_tiles != nullptr) {
-    scheduler.num_blocks = shared.num_key_tiles;
-    scheduler.num_tiles = scheduler.num_blocks * scheduler.num_batch_heads;
-  }
+  // Read from shared memory each time: registers are scarce.
+  const auto scheduler = [&] {
+    TileScheduler found = p.scheduler;
+    if (p.key_tiles != nullptr) {
+      found.num_blocks = shared.num_key_tiles;
+      found.num_tiles = found.num_blocks * found.num_batch_heads;
+    }
+    return found;
+  };
   shared.works.fill(p, scheduler, visible_queries<T>, [&](const auto& slot) {
     if (!slot.ranges[0].empty()) {
       // Only this tile reads them, and there is room for them when the tile before is done: then
