@@ -1,8 +1,9 @@
 // The work tiles of the backward pass along the keys of a packed sequence.
 //
 // On a fixed grid of keys the tile in which a document begins walks all rows of that document for a
-// part of its keys. So tiles begin anew where a long document does. A list has the tiles of one
-// sequence, for all of its heads, and what bounds the rows that see them.
+// part of its keys. So tiles begin anew where a long document does: of a short one, the tile more
+// costs what the fewer rows save. A list has the tiles of one sequence, for all of its heads, and
+// what bounds the rows that see them.
 //
 // Pure arithmetic for host and device. Whatever a table says, the tiles of a list are disjoint and
 // cover all keys.
@@ -14,7 +15,7 @@
 
 namespace jax_fa3 {
 
-constexpr int kLongDocument = 256;  // keys
+constexpr int kLongDocument = 1024;  // keys
 
 // Whether a document begins with the second of two neighbouring keys: no row sees both. Keys that
 // nobody sees are a document, too.
@@ -29,13 +30,14 @@ JFA_HD constexpr bool is_edge(const Interval& before, const Interval& rows) {
 struct alignas(16) KeyTile {
   std::int32_t begin;
   std::int32_t end;
+  std::int32_t is_inside;  // of a long document
   std::int32_t is_bounded;
-  std::int32_t unused;
   Bounds seen_by;
 };
 
-// A list, which is made from front to back, by one thread or by several that do the same. Before
-// its tiles it has their number; behind them it is filled up with tiles without keys.
+// A list, which is made from front to back, by one thread or by several that do the same, and then
+// given bounds. Before its tiles it has their number; behind them it is filled up with tiles
+// without keys.
 class KeyTileList {
  public:
   // Each long document may add a tile to those of the grid.
@@ -76,6 +78,16 @@ class KeyTileList {
       list_[1 + i] = {seqlen_k, seqlen_k, 0, 0, {}};
     }
   }
+  // When all threads have finished. All at once: for each tile by itself, all would wait for
+  // memory.
+  JFA_HD void add_bounds() {
+    if (intervals_.plane_stride != 0) return;
+    for (int i = thread_; i < count_; i += num_threads_) {
+      KeyTile& tile = list_[1 + i];
+      tile.is_bounded = 1;
+      tile.seen_by = bounds_of(tile);
+    }
+  }
 
  private:
   KeyTile* list_;
@@ -91,18 +103,16 @@ class KeyTileList {
     const int added = ceil_div(end - first_, block_n_);
     for (int i = thread_; i < added; i += num_threads_) {
       const int begin = first_ + i * block_n_;
-      list_[1 + count_ + i] = tile_of(begin, min_of(begin + block_n_, end));
+      const int tile_end = min_of(begin + block_n_, end);
+      list_[1 + count_ + i] = {begin, tile_end, tile_end <= document_end_, 0, {}};
     }
     count_ += added;
   }
   // Inside of a document the first and the last key bound what all between are seen by.
-  JFA_HD KeyTile tile_of(int begin, int end) const {
-    if (intervals_.plane_stride != 0) return {begin, end, 0, 0, {}};
-    if (end > document_end_) {
-      return {begin, end, 1, 0, intervals_.of_keys(layout_, begin, end, 1)};
-    }
-    const Interval first = intervals_.keys[begin], last = intervals_.keys[end - 1];
-    return {begin, end, 1, 0, {first.begin, last.begin, first.end, last.end}};
+  JFA_HD Bounds bounds_of(const KeyTile& tile) const {
+    if (!tile.is_inside) return intervals_.of_keys(layout_, tile.begin, tile.end, 1);
+    const Interval first = intervals_.keys[tile.begin], last = intervals_.keys[tile.end - 1];
+    return {first.begin, last.begin, first.end, last.end};
   }
 };
 

@@ -50,8 +50,10 @@ std::vector<KeyTile> list_of(const Table& table, const std::vector<int>& documen
   std::vector<KeyTile> tiles(KeyTileList::size(table.layout.seqlen_k, block_n),
                              KeyTile{-1, -1, -1, -1, {}});
   constexpr int kThreads = 3;
+  std::vector<KeyTileList> lists;
   for (int thread = kThreads - 1; thread >= 0; --thread) {
-    KeyTileList list(tiles.data(), block_n, table.intervals, table.layout, thread, kThreads);
+    lists.emplace_back(tiles.data(), block_n, table.intervals, table.layout, thread, kThreads);
+    KeyTileList& list = lists.back();
     int key = 0;
     bool ends = false;
     for (const int length : documents) {
@@ -62,13 +64,14 @@ std::vector<KeyTile> list_of(const Table& table, const std::vector<int>& documen
     }
     list.finish();
   }
+  for (KeyTileList& list : lists) list.add_bounds();
   return tiles;
 }
 
 std::vector<int> random_documents(std::mt19937& random) {
   const auto below = [&](int n) { return static_cast<int>(random() % n); };
   std::vector<int> documents(1 + below(12));
-  for (int& length : documents) length = 1 + below(below(2) ? 1000 : below(2) ? 300 : 40);
+  for (int& length : documents) length = 1 + below(below(2) ? 3000 : below(2) ? 300 : 40);
   return documents;
 }
 
@@ -134,7 +137,7 @@ void tiles_of_random_documents() {
 
 // Heads that differ have bounds of their own.
 void planes_of_heads() {
-  const std::vector<int> documents{300, 340};
+  const std::vector<int> documents{1100, 1200};
   Table table(documents);
   table.intervals.plane_stride = table.layout.words();
   const auto list = list_of(table, documents, 128);

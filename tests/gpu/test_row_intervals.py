@@ -29,6 +29,7 @@ class Problem:
     batch = 8
     kinds = KINDS
     seqlens = (1, 460)
+    most_edges = 9
 
     @property
     def random(self):
@@ -70,7 +71,9 @@ class Problem:
             ids = np.zeros(shape, np.int32)
             for sequence in ids:
                 last = int(random.integers(seqlen_q // 2, seqlen_q + 1))
-                ends = np.unique(np.append(random.integers(0, last + 1, random.integers(9)), last))
+                ends = np.unique(
+                    np.append(random.integers(0, last + 1, random.integers(self.most_edges)), last)
+                )
                 names = random.permutation(len(ends)) + 1
                 for name, begin, end in zip(names, np.append(0, ends), ends, strict=False):
                     is_gap = self.kind == "gaps" and random.integers(3) == 0
@@ -198,9 +201,10 @@ class LongDocuments(Problem):
     """Of so many keys that the backward pass's work tiles begin where documents do
     (src/attention/key_tiles.h)."""
 
-    batch = 2
+    batch = 1
     kinds = ("documents", "gaps", "chunks")
-    seqlens = (600, 1400)
+    seqlens = (1100, 2400)
+    most_edges = 4
 
 
 def _given(begin, end):

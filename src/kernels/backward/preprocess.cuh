@@ -97,6 +97,8 @@ CUTE_DEVICE void list_key_tiles(KeyTile* tiles, int block_n, const Intervals& in
     __syncthreads();
   }
   list.finish();
+  __syncthreads();
+  list.add_bounds();
 }
 
 // One CTA per block of queries of one (batch, head); kLanes threads share a row.
