@@ -28,11 +28,18 @@ elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one 
     every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
-    # As many workers as cores: a compiler or a library that takes all cores for itself starves the
-    # others, and what runs under compute-sanitizer most of all.
+    # As many workers as cores: a compiler that takes all cores for itself starves the others, and
+    # what runs under compute-sanitizer most of all.
     add_xla_flag("--xla_gpu_force_compilation_parallelism=1")
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+
+
+def pytest_configure(config):
+    """One BLAS thread for each worker of pytest-xdist. They inherit it, for in a worker it may be
+    too late: a plugin of pytest (jaxtyping's is one) imports NumPy before this file, and OpenBLAS
+    counts its threads then, which wait for each other by spinning."""
+    if getattr(config.option, "numprocesses", None):
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(scope="module")

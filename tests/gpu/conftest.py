@@ -9,7 +9,7 @@ import pytest
 import record
 
 collect_ignore = ["test_mesh.py"]
-LONGEST = ("test_sizes.py", "test_sanitizer.py")
+LONGEST = ("test_sizes.py", "test_sanitizer.py", "test_determinism.py", "test_flex.py")
 
 
 def pytest_collection_modifyitems(items):

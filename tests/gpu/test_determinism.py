@@ -96,6 +96,8 @@ def differing(functions, operands, repeats):
     return lax.scan(step, carry, length=repeats)[0][2]
 
 
+# One such load at a time, with pytest -n N --dist loadgroup: it takes the GPU from all workers.
+@pytest.mark.xdist_group("load")
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
 def test_a_thousand_repeats_under_load(load, head_dim, head_dim_v):
     """Deterministic gradients, and every forward result, of all kinds of heads and masks."""
