@@ -25,7 +25,7 @@ struct Slot {
 struct Pages {
   const std::int32_t* block_tables;  // [b, table_width], or null: page b is sequence b's
   int table_width;
-  int page_size;  // slots
+  Divisor page_size;  // slots
   int num_pages;  // of the cache
   int outside;    // a page that is not there: what is loaded from it is zero
 

@@ -14,6 +14,15 @@
 
 namespace jax_fa3 {
 
+// a / b, of numbers that are not negative. Most fit 32 bits, whose division costs the device a
+// quarter of the other one.
+JFA_HD inline std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  if (((a | b) >> 32) == 0) {
+    return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+  }
+  return a / b;
+}
+
 // How an item is divided: part i is worked on by group first_group + i.
 struct Parts {
   int first_group;
@@ -24,18 +33,24 @@ struct Shares {
   static constexpr int kLeast = 2;     // tiles
   static constexpr int kOfShare = 24;  // `least` tiles are at most one in so many of a share's
 
-  std::int64_t total;  // units
+  std::int64_t share;  // units of a group's
+  int longer;          // groups, the first ones, that get one unit more
   int groups;          // that get a share
   int least;
 
-  JFA_HD Shares(std::int64_t total, int most_groups, int most_least = kLeast) : total(total) {
-    const std::int64_t worth = total / (kLeast + 1);
-    groups = worth < 1 ? 1 : worth < most_groups ? static_cast<int>(worth) : most_groups;
-    const std::int64_t share = total / groups / kOfShare;
-    least = share < kLeast ? kLeast : share < most_least ? static_cast<int>(share) : most_least;
+  JFA_HD Shares(std::int64_t total, const Divisor& most_groups, int most_least = kLeast) {
+    groups = total >= std::int64_t{kLeast + 1} * most_groups
+                 ? int{most_groups}
+                 : max_of(1, static_cast<int>(total) / (kLeast + 1));
+    share = groups == most_groups && total >> 31 == 0 ? static_cast<int>(total) / most_groups
+                                                      : quotient(total, groups);
+    longer = static_cast<int>(total - share * groups);
+    least = share >= kOfShare * most_least
+                ? most_least
+                : max_of(kLeast, static_cast<int>(share) / kOfShare);
   }
 
-  JFA_HD std::int64_t begin(int group) const { return total * group / groups; }
+  JFA_HD std::int64_t begin(int group) const { return share * group + min_of(group, longer); }
 
   // The tiles of an item from `base` that a share [from, to) has. One without tiles belongs to the
   // share that its unit is in.
@@ -47,19 +62,24 @@ struct Shares {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
-  // Of an item from `base`. boundary() is inside of it where
-  // base + 1 + least <= begin(g) < base + tiles + 2 - least.
-  JFA_HD Parts parts(std::int64_t base, int tiles) const {
-    if (tiles < 2 * least) return {0, 1};
+  // Of an item from `base` with `tiles`, of which a share has `part`. boundary() is inside of it
+  // where base + 1 + least <= begin(g) < base + tiles + 2 - least.
+  JFA_HD Parts parts(std::int64_t base, int tiles, const Range& part) const {
+    if (part.size() == tiles) return {0, 1};
     const int first = first_from(base + 1 + least), end = first_from(base + tiles + 2 - least);
     return {first - 1, end - first + 1};
   }
 
  private:
-  // The first group whose share begins at `unit` or behind it; `groups` if none does.
+  // The first group whose share begins at `unit` or behind it, up to the end of the line, where
+  // that is `groups`.
   JFA_HD int first_from(std::int64_t unit) const {
-    if (unit > begin(groups - 1)) return groups;
-    return static_cast<int>((unit * groups + total - 1) / total);
+    const std::int64_t behind = unit - begin(longer);
+    const bool in_longer = behind <= 0;
+    const std::int64_t of_group = in_longer ? share + 1 : share;
+    const std::int64_t before = in_longer ? unit : behind;
+    return (in_longer ? 0 : longer) +
+           static_cast<int>(quotient(before + of_group - 1, of_group));
   }
   // Which tile of an item comes first behind a boundary.
   JFA_HD int boundary(std::int64_t base, int tiles, std::int64_t unit) const {

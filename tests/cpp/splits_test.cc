@@ -105,7 +105,7 @@ std::vector<CachedSequence> read_all(const Call& c) {
       first = start = std::max(start, read_start(index, e, b));
       rows = std::max(start, read_start(index, e, b + 1)) - start;
     }
-    all.push_back(read_sequence(index, e, b, first, rows));
+    all.push_back(make_sequence({index, b}, e, first, rows));
   }
   return all;
 }
@@ -272,7 +272,7 @@ void check_pages(const Call& c) {
         (!has_tables || c.page_size % rows == 0));
   for (int i = 0; i < 50 && e.batch > 0; ++i) {
     const int b = random(0, e.batch - 1);
-    const CachedSequence s = read_sequence(c.index(), e, b, 0, e.tokens);
+    const CachedSequence s = make_sequence({c.index(), b}, e, 0, e.tokens);
     const Range seen = e.seen_keys(s, 0, e.tokens - 1).any;
     const int key = random(0, e.capacity / rows + 2) * rows;
     const Slot slot = pages.find(b, key, rows, seen);
@@ -298,10 +298,11 @@ void check_limits() {
   CHECK(seen.any.begin == 0 && seen.any.end == kMaxSeqlen);
   const std::int64_t total = std::int64_t{1} << 52;
   const Shares shares(total, 1000);
-  const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22);
+  const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22, {1, 1 << 22});
   CHECK(parts.count == 1 && shares.begin(1000) == total);
   const Shares one(std::int64_t{1 << 22} + 1, 132);
-  CHECK(one.parts(0, 1 << 22).count == 132 && one.parts(0, 1 << 22).first_group == 0);
+  const Parts all = one.parts(0, 1 << 22, {0, 1 << 15});
+  CHECK(all.count == 132 && all.first_group == 0);
 }
 
 // Equal work for all: the largest share beside the mean, in key tiles.

@@ -14,7 +14,7 @@ namespace jax_fa3 {
 template <class Config, bool kHasColumns = has_columns(Config::kKey)>
 struct CachedRoles {
   using Traits = ForwardCachedTraits<Config>;
-  using Schedule = Scheduler;
+  using Schedule = Scheduler<Traits>;
   using Producer = CachedProducer<Traits>;
   using Consumer = CachedConsumer<Traits>;
 };
@@ -26,14 +26,20 @@ struct CachedRoles<Config, false> {
   using Consumer = CachedRowsConsumer<Traits>;
 };
 
+constexpr int kSchedulingWarp = 1;
+
 template <class Roles, class T = typename Roles::Traits>
 __global__ void __launch_bounds__(T::kThreads, 1)
     forward_cached_kernel(const __grid_constant__ ForwardCachedParams p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
+  // The warp that schedules reads the lengths meanwhile: all wait for what it makes of them.
+  const int warp = cutlass::canonical_warp_idx_sync();
+  typename Roles::Schedule schedule(p, shared.rest.pieces);
+  if (warp == kSchedulingWarp) schedule.read();
+  if (threadIdx.x == 2 * 32) prefetch_maps({&p.key, &p.value});
   if (threadIdx.x == 0) {
-    prefetch_maps({&p.key, &p.value});
     shared.key_ring.init(T::kReleases);
     shared.value_ring.init(T::kReleases);
     shared.rest.pieces.ring.init(T::kConsumers + 1);
@@ -46,9 +52,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     }
-    const int warp = cutlass::canonical_warp_idx_sync();
     if (warp == 0) typename Roles::Producer{p, shared}.run();
-    if (warp == 1) typename Roles::Schedule{p, shared.rest.pieces}.run();
+    if (warp == kSchedulingWarp) schedule.run();
   } else {
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();

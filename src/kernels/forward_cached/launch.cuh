@@ -52,6 +52,7 @@ Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStrea
   p.num_heads = static_cast<int>(s.num_heads_q);
   p.num_heads_kv = static_cast<int>(s.num_heads_kv);
   p.heads_at_once = plan.heads_at_once;
+  p.rounds = p.num_heads_kv / plan.heads_at_once;
   p.groups = plan.groups;
   p.head_dim = static_cast<int>(s.head_dim);
   p.head_dim_v = static_cast<int>(s.head_dim_v);

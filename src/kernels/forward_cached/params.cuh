@@ -20,8 +20,9 @@ struct ForwardCachedParams {
   int box_rows;
   int num_heads;  // of query
   int num_heads_kv;
-  int heads_at_once;  // kv heads that a group of CTAs works on together
-  int groups;
+  Divisor heads_at_once;  // kv heads that a group of CTAs works on together
+  int rounds;             // of them
+  Divisor groups;
   int head_dim;
   int head_dim_v;
   float softmax_scale_log2;

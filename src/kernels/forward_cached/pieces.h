@@ -49,7 +49,7 @@ JFA_HD inline bool take_part(Piece& item, const Shares& shares, std::int64_t bas
   const Range part = shares.tiles(base, tiles, from, to);
   if (!Shares::owns(part, base, tiles, from, to)) return false;
   item.tiles = {first + part.begin, first + part.end};
-  item.parts = shares.parts(base, tiles);
+  item.parts = shares.parts(base, tiles, part);
   return true;
 }
 
@@ -69,7 +69,8 @@ class PiecesOfSequence {
         tiles_(extents.seen_by_sequence(sequence).tiles(kColumnTileKeys)),
         from_(from),
         to_(to) {
-    const std::int64_t before = (from > begins ? from - begins : 0) / units();
+    const bool has_others = from > begins && extents.blocks(sequence.rows) > 1;
+    const std::int64_t before = has_others ? quotient(from - begins, units()) : 0;
     row_ = static_cast<int>(before) * extents.block_rows;
     base_ = begins + before * units();
   }
@@ -88,7 +89,7 @@ class PiecesOfSequence {
       piece.keys = extents_.seen_by_packed(sequence_, row_, row_ + piece.rows);
       piece.tiles = piece.keys.tiles(kColumnTileKeys)
                         .intersect({tiles_.begin + part.begin, tiles_.begin + part.end});
-      piece.parts = shares_.parts(base_, tiles);
+      piece.parts = shares_.parts(base_, tiles, part);
       row_ += extents_.block_rows;
       base_ += units();
       return true;

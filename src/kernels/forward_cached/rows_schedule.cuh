@@ -1,7 +1,7 @@
 // The scheduling warp of many rows: from the lengths on the device to this CTA's pieces. An item
 // takes as many units of the line as its own rows see tiles, so a lane works out an item; the warp
-// walks all of them twice, for the total and for its group's share of it. The line has them once
-// for each round of kv heads.
+// walks all of them for the total, and again, from the 32 that it keeps, for its group's share of
+// it. The line has them once for each round of kv heads.
 #pragma once
 
 #include "kernels/forward_cached/rows_traits.cuh"
@@ -44,15 +44,17 @@ struct ItemWalk {
     const int number = next + int(threadIdx.x) % 32;
     // The lane of its sequence: as many lanes as have only items before it.
     int lane = 0;
-    CUTE_UNROLL
-    for (int step = 16; step > 0; step /= 2) {
-      if (__shfl_sync(kAllLanes, blocks_end, lane + step - 1) <= number) lane += step;
+    if (extents.batch > 1) {
+      CUTE_UNROLL
+      for (int step = 16; step > 0; step /= 2) {
+        if (__shfl_sync(kAllLanes, blocks_end, lane + step - 1) <= number) lane += step;
+      }
     }
     sequence = shuffled(sequences.sequence, lane);
     batch = first_batch + lane;
     block = number - __shfl_sync(kAllLanes, blocks_end - blocks, lane);
     units = number < count ? item(0).tiles.size() + 1 : 0;
-    const int end = scan_warp(units, [](int x, int y) { return x + y; });
+    const int end = scan_warp(units, 32, [](int x, int y) { return x + y; });
     begins = base + (end - units);
     base += __shfl_sync(kAllLanes, end, 31);
     next += 32;
@@ -64,7 +66,7 @@ struct ItemWalk {
     sequences.read();
     first_batch = sequences.first_batch;
     blocks = extents.blocks(sequences.rows);
-    blocks_end = scan_warp(blocks, [](int x, int y) { return x + y; });
+    blocks_end = scan_warp(blocks, 32, [](int x, int y) { return x + y; });
     count = __shfl_sync(kAllLanes, blocks_end, 31);
     next = 0;
     sequences.advance();
@@ -80,32 +82,55 @@ struct ItemWalk {
 };
 
 template <class T>
-struct ItemScheduler : PieceGiver {
-  CUTE_DEVICE void run() {
-    ItemWalk<T::kTileKeys> all(p.index, p.extents, 0);
+struct ItemScheduler : PieceGiver<T> {
+  using Base = PieceGiver<T>;
+  using Base::extents;
+  using Base::p;
+  using Walk = ItemWalk<T::kTileKeys>;
+
+  Walk first;           // has the first 32 items
+  bool has_items;       // any
+  std::int64_t total;   // units of a round
+  int rows_end;
+
+  CUTE_DEVICE ItemScheduler(const ForwardCachedParams& p, PieceQueue& queue)
+      : Base(p, queue), first(p.index, extents, 0) {}
+
+  // What needs no barrier of the queue.
+  CUTE_DEVICE void read() {
+    has_items = first.read();
+    Walk all = first;
+    CUTE_NO_UNROLL
     while (all.read()) {
     }
-    const int rounds = p.num_heads_kv / p.heads_at_once;
-    const Shares shares(all.base * rounds, p.groups, T::kMostLeastPart);
+    total = all.base;
+    rows_end = all.sequences.rows_end;
+  }
+
+  CUTE_DEVICE void run() {
+    const Shares shares(total * p.rounds, p.groups, T::kMostLeastPart);
     const int group = int(blockIdx.x) / p.heads_at_once;
-    if (group < shares.groups) {
+    if (group < shares.groups && has_items) {
       int head = int(blockIdx.x) % p.heads_at_once;
       CUTE_NO_UNROLL
-      for (int round = 0; round < rounds; ++round, head += p.heads_at_once) {
-        walk(shares, shares.begin(group), shares.begin(group + 1), round * all.base, head);
+      for (int round = 0; round < p.rounds; ++round, head += p.heads_at_once) {
+        walk(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
       }
     }
-    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
-    if (p.index.query_starts != nullptr) clear_unowned(all.sequences.rows_end);
+    if (threadIdx.x % 32 == 0) this->give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) this->clear_unowned(rows_end);
   }
 
  private:
   // What a share [from, to) has of the items of a head, which begin at `base`.
   CUTE_DEVICE void walk(const Shares& shares, std::int64_t from, std::int64_t to, std::int64_t base,
                         int head) {
-    ItemWalk<T::kTileKeys> walk(p.index, p.extents, base);
+    if (base >= to || base + total <= from) return;
+    Walk walk = first;
+    walk.begins += base;
+    walk.base += base;
     CUTE_NO_UNROLL
-    while (walk.base < to && walk.read()) {
+    do {
       const bool has_some = walk.units > 0 && walk.begins < to && walk.begins + walk.units > from;
       unsigned left = __ballot_sync(kAllLanes, has_some);
       CUTE_NO_UNROLL
@@ -113,11 +138,11 @@ struct ItemScheduler : PieceGiver {
         const int lane = __ffs(left) - 1;
         if (int(threadIdx.x) % 32 == lane) {
           Piece piece = walk.item(head);
-          if (take_part(piece, shares, walk.begins, from, to)) give(piece);
+          if (take_part(piece, shares, walk.begins, from, to)) this->give(piece);
         }
-        share_cursor(lane);
+        this->share_cursor(lane);
       }
-    }
+    } while (walk.base < to && walk.read());
   }
 };
 

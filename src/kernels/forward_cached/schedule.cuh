@@ -1,5 +1,7 @@
 // The scheduling warp: from the lengths on the device to this CTA's pieces. A lane works out a
-// sequence; the warp walks all of them twice, for the total and for its group's share of it.
+// sequence; the warp walks all of them for the total, and again for its group's share of it. The
+// first 32 it keeps: no key can be loaded before the first piece is known, and where there are no
+// more the first piece is one walk away.
 #pragma once
 
 #include "kernels/forward_cached/params.cuh"
@@ -8,11 +10,11 @@ namespace jax_fa3 {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// An inclusive scan over the warp.
+// An inclusive scan over the first `count` lanes of the warp.
 template <class T, class Operation>
-CUTE_DEVICE T scan_warp(T value, const Operation& operation) {
-  CUTE_UNROLL
-  for (int step = 1; step < 32; step *= 2) {
+CUTE_DEVICE T scan_warp(T value, int count, const Operation& operation) {
+  CUTE_NO_UNROLL
+  for (int step = 1; step < count; step *= 2) {
     const T before = __shfl_up_sync(kAllLanes, value, step);
     if (int(threadIdx.x) % 32 >= step) value = operation(before, value);
   }
@@ -36,23 +38,26 @@ struct SequenceReader {
   CUTE_DEVICE bool done() const { return first_batch >= extents.batch; }
 
   CUTE_DEVICE int batch() const { return first_batch + int(threadIdx.x) % 32; }
+  // Of the 32, how many there are.
+  CUTE_DEVICE int count() const { return max(0, min(32, extents.batch - first_batch)); }
 
   // Reads the next 32.
   CUTE_DEVICE void read() {
     const int b = batch(), last = extents.batch;
-    int first_token = 0;
-    rows = 0;
+    SequenceEntries entries;
+    if (b < last) entries = {index, b};
+    int first_token = b * extents.rows_per_sequence;
+    rows = extents.rows_per_sequence;
     if (index.query_starts != nullptr) {
       const int start = max(rows_end, read_start(index, extents, min(b, last)));
-      first_token = scan_warp(start, [](int x, int y) { return max(x, y); });
-      const int end = max(first_token, read_start(index, extents, min(b + 1, last)));
+      const int next = read_start(index, extents, min(b + 1, last));
+      first_token = scan_warp(start, count(), [](int x, int y) { return max(x, y); });
+      const int end = max(first_token, next);
       rows = end - first_token;
-      rows_end = __shfl_sync(kAllLanes, end, 31);
-    } else if (b < last) {
-      first_token = b * extents.rows_per_sequence;
-      rows = extents.rows_per_sequence;
+      rows_end = __shfl_sync(kAllLanes, end, max(0, count() - 1));
     }
-    if (b < last) sequence = read_sequence(index, extents, b, first_token, rows);
+    if (b >= last) rows = 0;
+    sequence = make_sequence(entries, extents, first_token, rows);
   }
   CUTE_DEVICE void advance() { first_batch += 32; }
 };
@@ -74,18 +79,25 @@ struct SequenceWalk : SequenceReader {
       const int tiles = extents.seen_by_sequence(sequence).tiles(kColumnTileKeys).size();
       units = std::int64_t(extents.blocks(rows)) * (tiles + 1);
     }
-    begins = scan_warp(units, [](std::int64_t x, std::int64_t y) { return x + y; });
-    const std::int64_t sum = __shfl_sync(kAllLanes, begins, 31);
+    begins = scan_warp(units, count(), [](std::int64_t x, std::int64_t y) { return x + y; });
+    const std::int64_t sum = __shfl_sync(kAllLanes, begins, max(0, count() - 1));
     begins += base - units;
     base += sum;
   }
 };
 
 // What schedulers have in common.
+template <class T>
 struct PieceGiver {
   const ForwardCachedParams& p;
   PieceQueue& queue;
+  CachedExtents extents;
   PieceQueue::Cursor cursor{};
+
+  CUTE_DEVICE PieceGiver(const ForwardCachedParams& p, PieceQueue& queue)
+      : p(p), queue(queue), extents(p.extents) {
+    extents.block_rows = T::kBlockRows;  // a constant here: no division by it
+  }
 
   // One thread.
   CUTE_DEVICE void give(const Piece& piece) {
@@ -118,11 +130,34 @@ struct PieceGiver {
   }
 };
 
-struct Scheduler : PieceGiver {
+template <class T>
+struct Scheduler : PieceGiver<T> {
+  using Base = PieceGiver<T>;
+  using Base::extents;
+  using Base::p;
+
+  SequenceWalk first;  // has the first 32 sequences
+  std::int64_t total;  // units
+  int rows_end;
+
+  CUTE_DEVICE Scheduler(const ForwardCachedParams& p, PieceQueue& queue)
+      : Base(p, queue), first(p.index, extents) {}
+
+  // What needs no barrier of the queue.
+  CUTE_DEVICE void read() {
+    first.read();
+    total = first.base;
+    rows_end = first.rows_end;
+    if (extents.batch <= 32) return;
+    SequenceWalk all = first;
+    CUTE_NO_UNROLL
+    for (all.advance(); !all.done(); all.advance()) all.read();
+    total = all.base;
+    rows_end = all.rows_end;
+  }
+
   CUTE_DEVICE void run() {
-    SequenceWalk all(p.index, p.extents);
-    for (; !all.done(); all.advance()) all.read();
-    const Shares shares(all.base, p.groups);
+    const Shares shares(total, p.groups);
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups) {
       const int first_head = int(blockIdx.x) % p.heads_at_once;
@@ -131,36 +166,38 @@ struct Scheduler : PieceGiver {
         walk(shares, group, head);
       }
     }
-    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
-    if (p.index.query_starts != nullptr) clear_unowned(all.rows_end);
+    if (threadIdx.x % 32 == 0) this->give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) this->clear_unowned(rows_end);
   }
 
  private:
   CUTE_DEVICE void walk(const Shares& shares, int group, int head) {
     const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
-    SequenceWalk walk(p.index, p.extents);
+    SequenceWalk walk = first;
     CUTE_NO_UNROLL
-    for (; !walk.done() && walk.base < to; walk.advance()) {
-      walk.read();
+    for (;;) {
       const bool has_some = walk.begins < to && walk.begins + walk.units > from;
       unsigned left = __ballot_sync(kAllLanes, walk.units > 0 && has_some);
       CUTE_NO_UNROLL
       for (; left != 0; left &= left - 1) {
         const int lane = __ffs(left) - 1;
         if (int(threadIdx.x) % 32 == lane) give_sequence(walk, shares, from, to, head);
-        share_cursor(lane);
+        this->share_cursor(lane);
       }
+      walk.advance();
+      if (walk.done() || walk.base >= to) return;
+      walk.read();
     }
   }
 
   // The lane that has a sequence gives out what of its blocks is in [from, to).
   CUTE_DEVICE void give_sequence(const SequenceWalk& walk, const Shares& shares, std::int64_t from,
                                  std::int64_t to, int head) {
-    PiecesOfSequence pieces(p.extents, shares, walk.sequence, walk.batch(), head, walk.begins, from,
+    PiecesOfSequence pieces(extents, shares, walk.sequence, walk.batch(), head, walk.begins, from,
                             to);
     Piece piece;
     CUTE_NO_UNROLL
-    while (pieces.next(piece)) give(piece);
+    while (pieces.next(piece)) this->give(piece);
   }
 };
 
