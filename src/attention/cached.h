@@ -67,11 +67,13 @@ struct CachedExtents {
   int capacity;
   int window_left;
   int window_right;
-  int block_rows;
+  Divisor block_rows;
 
   // Packed rows of a sequence, and their blocks.
   JFA_HD int packed_rows(int rows) const { return rows * heads_per_kv_head; }
-  JFA_HD int blocks(int rows) const { return ceil_div(packed_rows(rows), block_rows); }
+  JFA_HD int blocks(int rows) const {
+    return (packed_rows(rows) + block_rows - 1) / block_rows;
+  }
 
   JFA_HD Range row_keys(const CachedSequence& sequence, int row) const {
     if (row >= sequence.seen_rows) return {};

@@ -56,8 +56,8 @@ struct Paged {
   // Where this lane's box of the next tile is.
   CUTE_DEVICE Slot next() {
     const int at_once = 32 >> box_bits_, ahead = taken_ & (at_once - 1);
-    if (ahead == 0) {
-      found_ = ahead_;
+    if (ahead == 0) found_ = ahead_;
+    if (ahead == (at_once > 1 ? 1 : 0)) {  // not before the first tile, if that can be
       tile_ -= at_once;
       ahead_ = look_up();
     }

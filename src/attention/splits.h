@@ -10,17 +10,17 @@
 // (kernels/forward_cached/plan.cc).
 #pragma once
 
+#include <type_traits>
+
 #include "attention/cached.h"
 
 namespace jax_fa3 {
 
-// a / b, of numbers that are not negative. Most fit 32 bits, whose division costs the device a
-// quarter of the other one.
-JFA_HD inline std::int64_t quotient(std::int64_t a, std::int64_t b) {
-  if (((a | b) >> 32) == 0) {
-    return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
-  }
-  return a / b;
+// a / b, of numbers that are not negative.
+template <class T>
+JFA_HD T quotient(T a, T b) {
+  return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) /
+                        static_cast<std::make_unsigned_t<T>>(b));
 }
 
 // How an item is divided: part i is worked on by group first_group + i.
@@ -29,42 +29,48 @@ struct Parts {
   int count;
 };
 
+// `Units` counts units: int where a launch knows that a line, and a share more, are below 2^31, for
+// the device's arithmetic of 64 bits is several instructions each; else 64 bits.
+template <class Units>
 struct Shares {
   static constexpr int kLeast = 2;     // tiles
   static constexpr int kOfShare = 24;  // `least` tiles are at most one in so many of a share's
 
-  std::int64_t share;  // units of a group's
+  Units share;  // units of a group's
   int longer;          // groups, the first ones, that get one unit more
   int groups;          // that get a share
   int least;
 
-  JFA_HD Shares(std::int64_t total, const Divisor& most_groups, int most_least = kLeast) {
-    groups = total >= std::int64_t{kLeast + 1} * most_groups
+  JFA_HD Shares(Units total, const Divisor& most_groups, int most_least = kLeast) {
+    groups = total >= Units{kLeast + 1} * int{most_groups}
                  ? int{most_groups}
                  : max_of(1, static_cast<int>(total) / (kLeast + 1));
-    share = groups == most_groups && total >> 31 == 0 ? static_cast<int>(total) / most_groups
-                                                      : quotient(total, groups);
+    if (sizeof(Units) == sizeof(int) && groups == most_groups) {
+      share = static_cast<int>(total) / most_groups;
+    } else {
+      share = quotient(total, Units{groups});
+    }
     longer = static_cast<int>(total - share * groups);
     least = share >= kOfShare * most_least
                 ? most_least
                 : max_of(kLeast, static_cast<int>(share) / kOfShare);
   }
 
-  JFA_HD std::int64_t begin(int group) const { return share * group + min_of(group, longer); }
+  JFA_HD Units begin(int group) const { return share * group + min_of(group, longer); }
 
   // The tiles of an item from `base` that a share [from, to) has. One without tiles belongs to the
   // share that its unit is in.
-  JFA_HD Range tiles(std::int64_t base, int tiles, std::int64_t from, std::int64_t to) const {
+  JFA_HD Range tiles(Units base, int tiles, Units from, Units to) const {
     return {boundary(base, tiles, from), boundary(base, tiles, to)};
   }
-  JFA_HD static bool owns(const Range& part, std::int64_t base, int tiles, std::int64_t from,
-                          std::int64_t to) {
+  JFA_HD static bool owns(const Range& part, Units base, int tiles, Units from,
+                          Units to) {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
   // Of an item from `base` with `tiles`, of which a share has `part`. boundary() is inside of it
   // where base + 1 + least <= begin(g) < base + tiles + 2 - least.
-  JFA_HD Parts parts(std::int64_t base, int tiles, const Range& part) const {
+  JFA_HD Parts parts(Units base, int tiles, const Range& part) const {
     if (part.size() == tiles) return {0, 1};
     const int first = first_from(base + 1 + least), end = first_from(base + tiles + 2 - least);
     return {first - 1, end - first + 1};
@@ -73,16 +79,16 @@ struct Shares {
  private:
   // The first group whose share begins at `unit` or behind it, up to the end of the line, where
   // that is `groups`.
-  JFA_HD int first_from(std::int64_t unit) const {
-    const std::int64_t behind = unit - begin(longer);
+  JFA_HD int first_from(Units unit) const {
+    const Units behind = unit - begin(longer);
     const bool in_longer = behind <= 0;
-    const std::int64_t of_group = in_longer ? share + 1 : share;
-    const std::int64_t before = in_longer ? unit : behind;
+    const Units of_group = in_longer ? share + 1 : share;
+    const Units before = in_longer ? unit : behind;
     return (in_longer ? 0 : longer) +
            static_cast<int>(quotient(before + of_group - 1, of_group));
   }
   // Which tile of an item comes first behind a boundary.
-  JFA_HD int boundary(std::int64_t base, int tiles, std::int64_t unit) const {
+  JFA_HD int boundary(Units base, int tiles, Units unit) const {
     if (tiles < 2 * least) return unit > base + tiles / 2 ? tiles : 0;
     if (unit >= base + tiles + 2 - least) return tiles;
     return unit < base + 1 + least ? 0 : static_cast<int>(unit - base) - 1;

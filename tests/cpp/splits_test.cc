@@ -70,7 +70,7 @@ Call random_call() {
   c.has_columns = random(0, 1);
   c.tile_keys = c.has_columns ? kColumnTileKeys : 64 << random(0, 1);
   c.rounds = c.has_columns ? 1 : random(1, 3);
-  c.most_least = c.has_columns ? Shares::kLeast : random(2, 12);
+  c.most_least = c.has_columns ? Shares<int>::kLeast : random(2, 12);
   e.block_rows = c.has_columns ? 16 << random(0, 2) : 64 * random(2, 3);
   if (!c.has_columns && random(0, 1)) {
     e.rows_per_sequence = ragged ? 0 : random(1, 200);
@@ -111,45 +111,46 @@ std::vector<CachedSequence> read_all(const Call& c) {
 }
 
 // The line of a call: what it is divided into, and the pieces that a share of it has.
+template <class Units>
 struct Line {
   const Call& call;
   const std::vector<CachedSequence>& sequences;
-  std::int64_t of_round = 0;  // units
+  Units of_round = 0;  // units
 
   Line(const Call& c, const std::vector<CachedSequence>& sequences)
       : call(c), sequences(sequences) {
     for (const CachedSequence& s : sequences) of_round += units(s);
   }
 
-  std::int64_t total() const { return call.rounds * of_round; }
+  Units total() const { return call.rounds * of_round; }
 
-  std::int64_t units(const CachedSequence& s) const {
+  Units units(const CachedSequence& s) const {
     const CachedExtents& e = call.extents;
     if (call.has_columns) {
-      return std::int64_t(e.blocks(s.rows)) *
+      return Units{e.blocks(s.rows)} *
              (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
     }
-    std::int64_t all = 0;
+    Units all = 0;
     for (int block = 0; block < e.blocks(s.rows); ++block) {
       all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + 1;
     }
     return all;
   }
 
-  std::vector<Piece> pieces(const Shares& shares, int group) const {
+  std::vector<Piece> pieces(const Shares<Units>& shares, int group) const {
     std::vector<Piece> found;
-    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
-    std::int64_t begins = 0;
+    const Units from = shares.begin(group), to = shares.begin(group + 1);
+    Units begins = 0;
     for (int round = 0; round < call.rounds; ++round) {
       const int head = round * call.heads_at_once + call.heads_at_once - 1;
       for (int b = 0; b < call.extents.batch; ++b) {
         const CachedSequence& s = sequences[b];
-        const std::int64_t count = units(s);
+        const Units count = units(s);
         if (call.has_columns && count > 0 && begins < to && begins + count > from) {
-          PiecesOfSequence all(call.extents, shares, s, b, head, begins, from, to);
+          PiecesOfSequence<Units> all(call.extents, shares, s, b, head, begins, from, to);
           for (Piece piece; all.next(piece);) found.push_back(piece);
         }
-        std::int64_t base = begins;
+        Units base = begins;
         for (int block = 0; !call.has_columns && block < call.extents.blocks(s.rows); ++block) {
           Piece item = whole_item(call.extents, s, b, head, block, call.tile_keys);
           const int of_item = item.tiles.size() + 1;
@@ -181,11 +182,13 @@ bool sees(const Call& c, int b, const CachedSequence& s, int q, int key) {
   return key >= position - e.window_left && key <= position + e.window_right;
 }
 
+template <class Units>
 void check_call(const Call& c) {
   const CachedExtents& e = c.extents;
   const auto sequences = read_all(c);
-  const Line line(c, sequences);
-  const Shares shares(line.total(), c.groups, c.most_least);
+  const Line<Units> line(c, sequences);
+  CHECK(line.total() <= most_units(e, c.rounds, c.tile_keys));
+  const Shares<Units> shares(line.total(), c.groups, c.most_least);
   CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
         shares.begin(shares.groups) == line.total());
 
@@ -297,10 +300,10 @@ void check_limits() {
   const SeenKeys seen = e.seen_keys(s, 0, kMaxSeqlen - 1);
   CHECK(seen.any.begin == 0 && seen.any.end == kMaxSeqlen);
   const std::int64_t total = std::int64_t{1} << 52;
-  const Shares shares(total, 1000);
+  const Shares<std::int64_t> shares(total, 1000);
   const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22, {1, 1 << 22});
   CHECK(parts.count == 1 && shares.begin(1000) == total);
-  const Shares one(std::int64_t{1 << 22} + 1, 132);
+  const Shares<std::int64_t> one(std::int64_t{1 << 22} + 1, 132);
   const Parts all = one.parts(0, 1 << 22, {0, 1 << 15});
   CHECK(all.count == 132 && all.first_group == 0);
 }
@@ -309,7 +312,7 @@ void check_limits() {
 void check_balance() {
   for (const int batch : {1, 8, 64}) {
     const std::int64_t tiles = 512, total = batch * (tiles + 1);
-    const Shares shares(total, 16);
+    const Shares<std::int64_t> shares(total, 16);
     std::int64_t most = 0;
     for (int g = 0; g < 16; ++g) {
       std::int64_t load = 0;
@@ -327,7 +330,8 @@ void check_balance() {
 int main() {
   for (int i = 0; i < 3000; ++i) {
     const Call call = random_call();
-    check_call(call);
+    check_call<std::int64_t>(call);
+    if (most_units(call.extents, call.rounds, call.tile_keys) < 1 << 30) check_call<int>(call);
     check_pages(call);
   }
   check_limits();

@@ -75,7 +75,7 @@ struct Partials {
   const int number;  // of the CTA in its group
 
   CUTE_DEVICE float* of(const Piece& piece, int part) const {
-    return p.partials + piece.partial(part, p.heads_at_once, number) * kFloats;
+    return p.partials + std::int64_t{piece.partial(part, p.heads_at_once, number)} * kFloats;
   }
   CUTE_DEVICE float* mine(const Piece& piece) const {
     return of(piece, int(blockIdx.x) / p.heads_at_once - piece.parts.first_group);

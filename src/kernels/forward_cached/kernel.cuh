@@ -14,14 +14,16 @@ namespace jax_fa3 {
 template <class Config, bool kHasColumns = has_columns(Config::kKey)>
 struct CachedRoles {
   using Traits = ForwardCachedTraits<Config>;
-  using Schedule = Scheduler<Traits>;
+  template <class Units>
+  using Schedule = Scheduler<Units>;
   using Producer = CachedProducer<Traits>;
   using Consumer = CachedConsumer<Traits>;
 };
 template <class Config>
 struct CachedRoles<Config, false> {
   using Traits = CachedRowsTraits<Config>;
-  using Schedule = ItemScheduler<Traits>;
+  template <class Units>
+  using Schedule = ItemScheduler<Traits, Units>;
   using Producer = CachedRowsProducer<Traits>;
   using Consumer = CachedRowsConsumer<Traits>;
 };
@@ -36,8 +38,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   // The warp that schedules reads the lengths meanwhile: all wait for what it makes of them.
   const int warp = cutlass::canonical_warp_idx_sync();
-  typename Roles::Schedule schedule(p, shared.rest.pieces);
-  if (warp == kSchedulingWarp) schedule.read();
+  typename Roles::template Schedule<int> schedule(p, shared.rest.pieces);
+  if (warp == kSchedulingWarp && p.units_fit_int) schedule.read();
   if (threadIdx.x == 2 * 32) prefetch_maps({&p.key, &p.value});
   if (threadIdx.x == 0) {
     shared.key_ring.init(T::kReleases);
@@ -53,7 +55,15 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     }
     if (warp == 0) typename Roles::Producer{p, shared}.run();
-    if (warp == kSchedulingWarp) schedule.run();
+    if (warp == kSchedulingWarp) {
+      if (p.units_fit_int) {
+        schedule.run();
+      } else {
+        typename Roles::template Schedule<std::int64_t> long_schedule(p, shared.rest.pieces);
+        long_schedule.read();
+        long_schedule.run();
+      }
+    }
   } else {
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();

@@ -23,6 +23,7 @@ struct ForwardCachedParams {
   Divisor heads_at_once;  // kv heads that a group of CTAs works on together
   int rounds;             // of them
   Divisor groups;
+  bool units_fit_int;  // most_units() is below 2^30
   int head_dim;
   int head_dim_v;
   float softmax_scale_log2;

@@ -1,7 +1,7 @@
 // The scheduling warp of many rows: from the lengths on the device to this CTA's pieces. An item
 // takes as many units of the line as its own rows see tiles, so a lane works out an item; the warp
-// walks all of them for the total, and again, from the 32 that it keeps, for its group's share of
-// it. The line has them once for each round of kv heads.
+// walks all of them for the total, and again for its group's share of it, unless there are no more
+// than 32. The line has them once for each round of kv heads.
 #pragma once
 
 #include "kernels/forward_cached/rows_traits.cuh"
@@ -10,7 +10,7 @@
 namespace jax_fa3 {
 
 // 32 items at a time, in order.
-template <int kTileKeys>
+template <int kTileKeys, class Units>
 struct ItemWalk {
   const CachedExtents& extents;
   SequenceReader sequences;  // 32 at a time
@@ -19,23 +19,29 @@ struct ItemWalk {
   int blocks_end = 0;        // of those of the lanes up to this one
   int next = 0;              // the number of the next item among those of the 32 sequences
   int count = 0;             // of these
-  std::int64_t base;         // units before the next item
+  Units base = 0;     // units before the next item
 
   // This lane's item.
   CachedSequence sequence;
   int batch;
   int block;
   int units;            // 0 behind the last item
-  std::int64_t begins;  // where its units do
+  Units begins;  // where its units do
 
-  CUTE_DEVICE ItemWalk(const CachedIndex& index, const CachedExtents& extents, std::int64_t base)
-      : extents(extents), sequences(index, extents), base(base) {}
+  CUTE_DEVICE ItemWalk(const CachedIndex& index, const CachedExtents& extents)
+      : extents(extents), sequences(index, extents) {}
+
+  CUTE_DEVICE void restart() {
+    sequences.restart();
+    next = count = 0;
+    base = 0;
+  }
 
   CUTE_DEVICE Piece item(int head) const {
     return whole_item(extents, sequence, batch, head, block, kTileKeys);
   }
 
-  // Reads the next 32; false: there are none.
+  // Reads the next 32; false: there are none, and those read last are still here.
   CUTE_DEVICE bool read() {
     while (next >= count) {
       if (sequences.done()) return false;
@@ -81,68 +87,65 @@ struct ItemWalk {
   }
 };
 
-template <class T>
-struct ItemScheduler : PieceGiver<T> {
-  using Base = PieceGiver<T>;
-  using Base::extents;
-  using Base::p;
-  using Walk = ItemWalk<T::kTileKeys>;
-
-  Walk first;           // has the first 32 items
-  bool has_items;       // any
-  std::int64_t total;   // units of a round
+template <class T, class Units>
+struct ItemScheduler : PieceGiver {
+  ItemWalk<T::kTileKeys, Units> walk;
+  bool has_items;      // any
+  bool is_short;       // all of them are what one reading gives
+  Units total;  // units of a round
   int rows_end;
 
   CUTE_DEVICE ItemScheduler(const ForwardCachedParams& p, PieceQueue& queue)
-      : Base(p, queue), first(p.index, extents, 0) {}
+      : PieceGiver(p, queue), walk(p.index, p.extents) {}
 
   // What needs no barrier of the queue.
   CUTE_DEVICE void read() {
-    has_items = first.read();
-    Walk all = first;
+    has_items = walk.read();
+    is_short = true;
     CUTE_NO_UNROLL
-    while (all.read()) {
-    }
-    total = all.base;
-    rows_end = all.sequences.rows_end;
+    while (walk.read()) is_short = false;
+    total = walk.base;
+    rows_end = walk.sequences.rows_end;
   }
 
   CUTE_DEVICE void run() {
-    const Shares shares(total * p.rounds, p.groups, T::kMostLeastPart);
+    const Shares<Units> shares(total * p.rounds, p.groups, T::kMostLeastPart);
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups && has_items) {
       int head = int(blockIdx.x) % p.heads_at_once;
       CUTE_NO_UNROLL
       for (int round = 0; round < p.rounds; ++round, head += p.heads_at_once) {
-        walk(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
+        give_share(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
       }
     }
-    if (threadIdx.x % 32 == 0) this->give({/*batch=*/-1});
-    if (p.index.query_starts != nullptr) this->clear_unowned(rows_end);
+    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) clear_unowned(rows_end);
   }
 
  private:
   // What a share [from, to) has of the items of a head, which begin at `base`.
-  CUTE_DEVICE void walk(const Shares& shares, std::int64_t from, std::int64_t to, std::int64_t base,
-                        int head) {
+  CUTE_DEVICE void give_share(const Shares<Units>& shares, Units from, Units to,
+                              Units base, int head) {
     if (base >= to || base + total <= from) return;
-    Walk walk = first;
-    walk.begins += base;
-    walk.base += base;
+    if (!is_short) {
+      walk.restart();
+      walk.read();
+    }
     CUTE_NO_UNROLL
     do {
-      const bool has_some = walk.units > 0 && walk.begins < to && walk.begins + walk.units > from;
+      const Units begins = base + walk.begins;
+      const bool has_some = walk.units > 0 && begins < to && begins + walk.units > from;
       unsigned left = __ballot_sync(kAllLanes, has_some);
       CUTE_NO_UNROLL
       for (; left != 0; left &= left - 1) {
         const int lane = __ffs(left) - 1;
         if (int(threadIdx.x) % 32 == lane) {
           Piece piece = walk.item(head);
-          if (take_part(piece, shares, walk.begins, from, to)) this->give(piece);
+          if (take_part(piece, shares, begins, from, to)) give(piece);
         }
-        this->share_cursor(lane);
+        share_cursor(lane);
       }
-    } while (walk.base < to && walk.read());
+    } while (!is_short && base + walk.base < to && walk.read());
   }
 };
 

@@ -1,7 +1,7 @@
 // The scheduling warp: from the lengths on the device to this CTA's pieces. A lane works out a
-// sequence; the warp walks all of them for the total, and again for its group's share of it. The
-// first 32 it keeps: no key can be loaded before the first piece is known, and where there are no
-// more the first piece is one walk away.
+// sequence; the warp walks all of them for the total, and again for its group's share of it, unless
+// there are no more than 32, which it still has: no key can be loaded before the first piece is
+// known.
 #pragma once
 
 #include "kernels/forward_cached/params.cuh"
@@ -60,44 +60,45 @@ struct SequenceReader {
     sequence = make_sequence(entries, extents, first_token, rows);
   }
   CUTE_DEVICE void advance() { first_batch += 32; }
+  CUTE_DEVICE void restart() { first_batch = rows_end = 0; }
 };
 
 // The same with their units of the line.
+template <class Units>
 struct SequenceWalk : SequenceReader {
-  std::int64_t base = 0;  // units of all sequences before the 32
+  Units base = 0;  // units of all sequences before the 32
 
   // This lane's.
-  std::int64_t units;   // 0 behind the last sequence
-  std::int64_t begins;  // where its units do
+  Units units;   // 0 behind the last sequence
+  Units begins;  // where its units do
 
   using SequenceReader::SequenceReader;
 
+  CUTE_DEVICE void restart() {
+    SequenceReader::restart();
+    base = 0;
+  }
   CUTE_DEVICE void read() {
     SequenceReader::read();
     units = 0;
     if (batch() < extents.batch) {
       const int tiles = extents.seen_by_sequence(sequence).tiles(kColumnTileKeys).size();
-      units = std::int64_t(extents.blocks(rows)) * (tiles + 1);
+      units = Units{extents.blocks(rows)} * (tiles + 1);
     }
-    begins = scan_warp(units, count(), [](std::int64_t x, std::int64_t y) { return x + y; });
-    const std::int64_t sum = __shfl_sync(kAllLanes, begins, max(0, count() - 1));
+    begins = scan_warp(units, count(), [](Units x, Units y) { return x + y; });
+    const Units sum = __shfl_sync(kAllLanes, begins, max(0, count() - 1));
     begins += base - units;
     base += sum;
   }
 };
 
 // What schedulers have in common.
-template <class T>
 struct PieceGiver {
   const ForwardCachedParams& p;
   PieceQueue& queue;
-  CachedExtents extents;
   PieceQueue::Cursor cursor{};
 
-  CUTE_DEVICE PieceGiver(const ForwardCachedParams& p, PieceQueue& queue)
-      : p(p), queue(queue), extents(p.extents) {
-    extents.block_rows = T::kBlockRows;  // a constant here: no division by it
-  }
+  CUTE_DEVICE PieceGiver(const ForwardCachedParams& p, PieceQueue& queue) : p(p), queue(queue) {}
 
   // One thread.
   CUTE_DEVICE void give(const Piece& piece) {
@@ -130,50 +131,50 @@ struct PieceGiver {
   }
 };
 
-template <class T>
-struct Scheduler : PieceGiver<T> {
-  using Base = PieceGiver<T>;
-  using Base::extents;
-  using Base::p;
-
-  SequenceWalk first;  // has the first 32 sequences
-  std::int64_t total;  // units
+template <class Units>
+struct Scheduler : PieceGiver {
+  SequenceWalk<Units> walk;
+  Units total;  // units
   int rows_end;
 
   CUTE_DEVICE Scheduler(const ForwardCachedParams& p, PieceQueue& queue)
-      : Base(p, queue), first(p.index, extents) {}
+      : PieceGiver(p, queue), walk(p.index, p.extents) {}
 
   // What needs no barrier of the queue.
   CUTE_DEVICE void read() {
-    first.read();
-    total = first.base;
-    rows_end = first.rows_end;
-    if (extents.batch <= 32) return;
-    SequenceWalk all = first;
-    CUTE_NO_UNROLL
-    for (all.advance(); !all.done(); all.advance()) all.read();
-    total = all.base;
-    rows_end = all.rows_end;
+    walk.read();
+    if (!is_short()) {
+      CUTE_NO_UNROLL
+      for (walk.advance(); !walk.done(); walk.advance()) walk.read();
+    }
+    total = walk.base;
+    rows_end = walk.rows_end;
   }
 
   CUTE_DEVICE void run() {
-    const Shares shares(total, p.groups);
+    const Shares<Units> shares(total, p.groups);
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups) {
       const int first_head = int(blockIdx.x) % p.heads_at_once;
       CUTE_NO_UNROLL
       for (int head = first_head; head < p.num_heads_kv; head += p.heads_at_once) {
-        walk(shares, group, head);
+        give_share(shares, group, head);
       }
     }
-    if (threadIdx.x % 32 == 0) this->give({/*batch=*/-1});
-    if (p.index.query_starts != nullptr) this->clear_unowned(rows_end);
+    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (p.index.query_starts != nullptr) clear_unowned(rows_end);
   }
 
  private:
-  CUTE_DEVICE void walk(const Shares& shares, int group, int head) {
-    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
-    SequenceWalk walk = first;
+  // Whether all sequences are what one reading gives.
+  CUTE_DEVICE bool is_short() const { return p.extents.batch <= 32; }
+
+  CUTE_DEVICE void give_share(const Shares<Units>& shares, int group, int head) {
+    const Units from = shares.begin(group), to = shares.begin(group + 1);
+    if (!is_short()) {
+      walk.restart();
+      walk.read();
+    }
     CUTE_NO_UNROLL
     for (;;) {
       const bool has_some = walk.begins < to && walk.begins + walk.units > from;
@@ -181,23 +182,24 @@ struct Scheduler : PieceGiver<T> {
       CUTE_NO_UNROLL
       for (; left != 0; left &= left - 1) {
         const int lane = __ffs(left) - 1;
-        if (int(threadIdx.x) % 32 == lane) give_sequence(walk, shares, from, to, head);
-        this->share_cursor(lane);
+        if (int(threadIdx.x) % 32 == lane) give_sequence(shares, from, to, head);
+        share_cursor(lane);
       }
+      if (is_short() || walk.base >= to) return;
       walk.advance();
-      if (walk.done() || walk.base >= to) return;
+      if (walk.done()) return;
       walk.read();
     }
   }
 
   // The lane that has a sequence gives out what of its blocks is in [from, to).
-  CUTE_DEVICE void give_sequence(const SequenceWalk& walk, const Shares& shares, std::int64_t from,
-                                 std::int64_t to, int head) {
-    PiecesOfSequence pieces(extents, shares, walk.sequence, walk.batch(), head, walk.begins, from,
-                            to);
+  CUTE_DEVICE void give_sequence(const Shares<Units>& shares, Units from, Units to,
+                                 int head) {
+    PiecesOfSequence<Units> pieces(p.extents, shares, walk.sequence, walk.batch(), head,
+                                   walk.begins, from, to);
     Piece piece;
     CUTE_NO_UNROLL
-    while (pieces.next(piece)) this->give(piece);
+    while (pieces.next(piece)) give(piece);
   }
 };
 
