@@ -29,6 +29,14 @@ struct Parts {
   int count;
 };
 
+// What a share has of an item: of its tiles, which follow the unit `base`.
+template <class Units>
+struct Portion {
+  Units base;
+  int of;  // tiles of the item
+  Range tiles;
+};
+
 // `Units` counts units: int where a launch knows that a line, and a share more, are below 2^31, for
 // the device's arithmetic of 64 bits is several instructions each; else 64 bits.
 template <class Units>
@@ -68,12 +76,12 @@ struct Shares {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
-  // Of an item from `base` with `tiles`, of which a share has `part`. boundary() is inside of it
-  // where base + 1 + least <= begin(g) < base + tiles + 2 - least.
-  JFA_HD Parts parts(Units base, int tiles, const Range& part) const {
-    if (part.size() == tiles) return {0, 1};
-    const int first = first_from(base + 1 + least), end = first_from(base + tiles + 2 - least);
-    return {first - 1, end - first + 1};
+  // Of the item of a portion. boundary() is inside of it where
+  // base + 1 + least <= begin(g) < base + tiles + 2 - least.
+  JFA_HD Parts parts(const Portion<Units>& x) const {
+    if (x.tiles.size() == x.of) return {0, 1};
+    const int first = first_from(x.base + 1 + least);
+    return {first - 1, first_from(x.base + x.of + 2 - least) - first + 1};
   }
 
  private:

@@ -148,13 +148,20 @@ struct Line {
         const Units count = units(s);
         if (call.has_columns && count > 0 && begins < to && begins + count > from) {
           PiecesOfSequence<Units> all(call.extents, shares, s, b, head, begins, from, to);
-          for (Piece piece; all.next(piece);) found.push_back(piece);
+          Portion<Units> portion;
+          for (Piece piece; all.next(piece, portion);) {
+            piece.parts = shares.parts(portion);
+            found.push_back(piece);
+          }
         }
         Units base = begins;
         for (int block = 0; !call.has_columns && block < call.extents.blocks(s.rows); ++block) {
           Piece item = whole_item(call.extents, s, b, head, block, call.tile_keys);
           const int of_item = item.tiles.size() + 1;
-          if (base < to && base + of_item > from && take_part(item, shares, base, from, to)) {
+          Portion<Units> portion;
+          if (base < to && base + of_item > from &&
+              take_part(item, portion, shares, base, from, to)) {
+            item.parts = shares.parts(portion);
             found.push_back(item);
           }
           base += of_item;
@@ -301,10 +308,10 @@ void check_limits() {
   CHECK(seen.any.begin == 0 && seen.any.end == kMaxSeqlen);
   const std::int64_t total = std::int64_t{1} << 52;
   const Shares<std::int64_t> shares(total, 1000);
-  const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22, {1, 1 << 22});
+  const Parts parts = shares.parts({total - (1 << 22) - 1, 1 << 22, {1, 1 << 22}});
   CHECK(parts.count == 1 && shares.begin(1000) == total);
   const Shares<std::int64_t> one(std::int64_t{1 << 22} + 1, 132);
-  const Parts all = one.parts(0, 1 << 22, {0, 1 << 15});
+  const Parts all = one.parts({0, 1 << 22, {0, 1 << 15}});
   CHECK(all.count == 132 && all.first_group == 0);
 }
 

@@ -43,6 +43,7 @@ struct CachedConsumer {
         cursor.advance();
       }
       softmax.gather(shared.rest.exchange[warpgroup], T::kOwn + warpgroup);
+      queue.wait_parts(piece_cursor);
       if (warpgroup == 1) {
         hand_over(tO, softmax);
       } else {

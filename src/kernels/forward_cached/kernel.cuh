@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x == 0) {
     shared.key_ring.init(T::kReleases);
     shared.value_ring.init(T::kReleases);
-    shared.rest.pieces.ring.init(T::kConsumers + 1);
+    shared.rest.pieces.init(T::kConsumers + 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();

@@ -41,7 +41,16 @@ struct PieceQueue {
   using Cursor = RingCursor<kStages>;
 
   RingBarriers<kStages> ring;
+  Barrier parts_known[kStages];  // a piece's parts follow the rest of it
   Piece pieces[kStages];
+
+  CUTE_DEVICE void init(int num_readers) {
+    ring.init(num_readers);
+    for (Barrier& barrier : parts_known) barrier.init(1);
+  }
+  CUTE_DEVICE void wait_parts(const Cursor& cursor) {
+    parts_known[cursor.stage].wait(cursor.phase);
+  }
 };
 
 }  // namespace jax_fa3

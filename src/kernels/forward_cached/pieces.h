@@ -49,14 +49,16 @@ JFA_HD inline Piece whole_item(const CachedExtents& extents, const CachedSequenc
   return {batch, head, sequence, first, rows, keys, keys.tiles(tile_keys), {0, 1}};
 }
 
-// Leaves of a whole item, whose units begin at `base`, what a share [from, to) has; false: nothing.
+// Leaves of a whole item, whose units begin at `base`, what a share [from, to) has, all but its
+// parts; false: nothing.
 template <class Units>
-JFA_HD bool take_part(Piece& item, const Shares<Units>& shares, Units base, Units from, Units to) {
+JFA_HD bool take_part(Piece& item, Portion<Units>& portion, const Shares<Units>& shares, Units base,
+                      Units from, Units to) {
   const int tiles = item.tiles.size(), first = item.tiles.begin;
   const Range part = shares.tiles(base, tiles, from, to);
   if (!Shares<Units>::owns(part, base, tiles, from, to)) return false;
   item.tiles = {first + part.begin, first + part.end};
-  item.parts = shares.parts(base, tiles, part);
+  portion = {base, tiles, part};
   return true;
 }
 
@@ -83,8 +85,8 @@ class PiecesOfSequence {
     base_ = begins + before * units();
   }
 
-  // False: there is none.
-  JFA_HD bool next(Piece& piece) {
+  // All of it but its parts. False: there is none.
+  JFA_HD bool next(Piece& piece, Portion<Units>& portion) {
     const int packed = extents_.packed_rows(sequence_.rows), tiles = tiles_.size();
     for (; row_ < packed && base_ < to_; row_ += extents_.block_rows, base_ += units()) {
       const Range part = shares_.tiles(base_, tiles, from_, to_);
@@ -97,7 +99,7 @@ class PiecesOfSequence {
       piece.keys = extents_.seen_by_packed(sequence_, row_, row_ + piece.rows);
       piece.tiles = piece.keys.tiles(kColumnTileKeys)
                         .intersect({tiles_.begin + part.begin, tiles_.begin + part.end});
-      piece.parts = shares_.parts(base_, tiles, part);
+      portion = {base_, tiles, part};
       row_ += extents_.block_rows;
       base_ += units();
       return true;

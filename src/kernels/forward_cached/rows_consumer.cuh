@@ -62,6 +62,7 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
         statistics.reference[r] = softmax.score(r, p.softmax_scale_log2);
         statistics.sum[r] = softmax.row_sum[r];
       }
+      queue.wait_parts(works_cursor);
       if (piece.is_whole() || join_parts(tO, statistics, piece)) store(tO, statistics);
       this->sync_warpgroup();
       release(queue.ring, works_cursor);

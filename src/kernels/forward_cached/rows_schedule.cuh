@@ -118,7 +118,7 @@ struct ItemScheduler : PieceGiver {
         give_share(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
       }
     }
-    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (threadIdx.x % 32 == 0) give_end();
     if (p.index.query_starts != nullptr) clear_unowned(rows_end);
   }
 
@@ -141,7 +141,8 @@ struct ItemScheduler : PieceGiver {
         const int lane = __ffs(left) - 1;
         if (int(threadIdx.x) % 32 == lane) {
           Piece piece = walk.item(head);
-          if (take_part(piece, shares, begins, from, to)) give(piece);
+          Portion<Units> portion;
+          if (take_part(piece, portion, shares, begins, from, to)) give(piece, shares, portion);
         }
         share_cursor(lane);
       }

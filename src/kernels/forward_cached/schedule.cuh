@@ -100,12 +100,22 @@ struct PieceGiver {
 
   CUTE_DEVICE PieceGiver(const ForwardCachedParams& p, PieceQueue& queue) : p(p), queue(queue) {}
 
-  // One thread.
-  CUTE_DEVICE void give(const Piece& piece) {
+  // One thread. `piece` has no parts yet: its keys can be on their way while those are found.
+  template <class Units>
+  CUTE_DEVICE void give(const Piece& piece, const Shares<Units>& shares,
+                        const Portion<Units>& portion) {
     wait_empty(queue.ring, cursor);
-    queue.pieces[cursor.stage] = piece;
+    Piece& given = queue.pieces[cursor.stage];
+    given = piece;
     queue.ring.full[cursor.stage].arrive();
+    given.parts = shares.parts(portion);
+    queue.parts_known[cursor.stage].arrive();
     cursor.advance();
+  }
+  CUTE_DEVICE void give_end() {
+    wait_empty(queue.ring, cursor);
+    queue.pieces[cursor.stage] = {/*batch=*/-1};
+    queue.ring.full[cursor.stage].arrive();
   }
   // After `lane` has given some.
   CUTE_DEVICE void share_cursor(int lane) {
@@ -161,7 +171,7 @@ struct Scheduler : PieceGiver {
         give_share(shares, group, head);
       }
     }
-    if (threadIdx.x % 32 == 0) give({/*batch=*/-1});
+    if (threadIdx.x % 32 == 0) give_end();
     if (p.index.query_starts != nullptr) clear_unowned(rows_end);
   }
 
@@ -197,9 +207,10 @@ struct Scheduler : PieceGiver {
                                  int head) {
     PiecesOfSequence<Units> pieces(p.extents, shares, walk.sequence, walk.batch(), head,
                                    walk.begins, from, to);
-    Piece piece;
+    Piece piece{};
+    Portion<Units> portion;
     CUTE_NO_UNROLL
-    while (pieces.next(piece)) give(piece);
+    while (pieces.next(piece, portion)) give(piece, shares, portion);
   }
 };
 
