@@ -1,8 +1,8 @@
 // How the work of a call over caches is divided, from the lengths that the device reads: every
 // group of CTAs (one for each kv head) takes an equal share of a line.
 //
-// An item, a sequence's block of packed rows, takes tiles + 1 units of the line: one for what it
-// costs beside its key tiles, then its tiles in order. Group g's share is [begin(g), begin(g + 1)).
+// An item, a sequence's block of packed rows, takes tiles + `beside` units of the line: some for what
+// it costs beside its key tiles, then its tiles in order. Group g's share is [begin(g), begin(g + 1)).
 // A boundary that leaves less than `least` tiles on a side of an item moves to the item's end
 // there: two, so that a part gives both warpgroups of a CTA a tile, or more, where parts cost more
 // than a share that is so much longer. Every group works that out by itself. Pure arithmetic for
@@ -29,7 +29,7 @@ struct Parts {
   int count;
 };
 
-// What a share has of an item: of its tiles, which follow the unit `base`.
+// What a share has of the tiles of an item, whose units begin at `base`.
 template <class Units>
 struct Portion {
   Units base;
@@ -48,8 +48,10 @@ struct Shares {
   int longer;          // groups, the first ones, that get one unit more
   int groups;          // that get a share
   int least;
+  int beside;
 
-  JFA_HD Shares(Units total, const Divisor& most_groups, int most_least = kLeast) {
+  JFA_HD Shares(Units total, const Divisor& most_groups, int most_least = kLeast, int beside = 1)
+      : beside(beside) {
     groups = total >= Units{kLeast + 1} * int{most_groups}
                  ? int{most_groups}
                  : max_of(1, static_cast<int>(total) / (kLeast + 1));
@@ -77,11 +79,12 @@ struct Shares {
   }
 
   // Of the item of a portion. boundary() is inside of it where
-  // base + 1 + least <= begin(g) < base + tiles + 2 - least.
+  // base + beside + least <= begin(g) < base + beside + tiles + 1 - least.
   JFA_HD Parts parts(const Portion<Units>& x) const {
     if (x.tiles.size() == x.of) return {0, 1};
-    const int first = first_from(x.base + 1 + least);
-    return {first - 1, first_from(x.base + x.of + 2 - least) - first + 1};
+    const Units tiles = x.base + beside;
+    const int first = first_from(tiles + least);
+    return {first - 1, first_from(tiles + x.of + 1 - least) - first + 1};
   }
 
  private:
@@ -97,9 +100,9 @@ struct Shares {
   }
   // Which tile of an item comes first behind a boundary.
   JFA_HD int boundary(Units base, int tiles, Units unit) const {
-    if (tiles < 2 * least) return unit > base + tiles / 2 ? tiles : 0;
-    if (unit >= base + tiles + 2 - least) return tiles;
-    return unit < base + 1 + least ? 0 : static_cast<int>(unit - base) - 1;
+    if (tiles < 2 * least) return unit > base + (beside - 1 + tiles) / 2 ? tiles : 0;
+    if (unit >= base + beside + tiles + 1 - least) return tiles;
+    return unit < base + beside + least ? 0 : static_cast<int>(unit - base) - beside;
   }
 };
 

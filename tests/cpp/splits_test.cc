@@ -29,6 +29,7 @@ struct Call {
   int heads_at_once;
   int rounds;  // of heads
   int most_least;
+  int beside;
   int groups;
   int page_size;
   int table_width;
@@ -70,6 +71,7 @@ Call random_call() {
   c.has_columns = random(0, 1);
   c.tile_keys = c.has_columns ? kColumnTileKeys : 64 << random(0, 1);
   c.rounds = c.has_columns ? 1 : random(1, 3);
+  c.beside = c.has_columns ? 1 : random(1, 4);
   c.most_least = c.has_columns ? Shares<int>::kLeast : random(2, 12);
   e.block_rows = c.has_columns ? 16 << random(0, 2) : 64 * random(2, 3);
   if (!c.has_columns && random(0, 1)) {
@@ -132,7 +134,7 @@ struct Line {
     }
     Units all = 0;
     for (int block = 0; block < e.blocks(s.rows); ++block) {
-      all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + 1;
+      all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + call.beside;
     }
     return all;
   }
@@ -157,7 +159,7 @@ struct Line {
         Units base = begins;
         for (int block = 0; !call.has_columns && block < call.extents.blocks(s.rows); ++block) {
           Piece item = whole_item(call.extents, s, b, head, block, call.tile_keys);
-          const int of_item = item.tiles.size() + 1;
+          const int of_item = item.tiles.size() + call.beside;
           Portion<Units> portion;
           if (base < to && base + of_item > from &&
               take_part(item, portion, shares, base, from, to)) {
@@ -194,8 +196,8 @@ void check_call(const Call& c) {
   const CachedExtents& e = c.extents;
   const auto sequences = read_all(c);
   const Line<Units> line(c, sequences);
-  CHECK(line.total() <= most_units(e, c.rounds, c.tile_keys));
-  const Shares<Units> shares(line.total(), c.groups, c.most_least);
+  CHECK(line.total() <= most_units(e, c.rounds, c.tile_keys, c.beside));
+  const Shares<Units> shares(line.total(), c.groups, c.most_least, c.beside);
   CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
         shares.begin(shares.groups) == line.total());
 
@@ -215,7 +217,7 @@ void check_call(const Call& c) {
       for (int t = piece.tiles.begin; t < piece.tiles.end; ++t) tiles[item].push_back(t);
       groups[item].push_back(group);
       parts[item] = piece.parts.count;
-      load += piece.tiles.size() + 1;
+      load += piece.tiles.size() + c.beside;
       if (piece.is_whole()) continue;
       const int part = group - piece.parts.first_group;
       const int of_sequence = e.seen_by_sequence(piece.sequence).tiles(c.tile_keys).size();
@@ -229,7 +231,8 @@ void check_call(const Call& c) {
       CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
       CHECK(counters.emplace(counter, item).first->second == item);
     }
-    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + e.blocks(1));
+    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + c.beside +
+                      e.blocks(1));
   }
 
   for (int n = 0; n < c.rounds * e.batch; ++n) {
@@ -338,7 +341,7 @@ int main() {
   for (int i = 0; i < 3000; ++i) {
     const Call call = random_call();
     check_call<std::int64_t>(call);
-    if (most_units(call.extents, call.rounds, call.tile_keys) < 1 << 30) check_call<int>(call);
+    if (most_units(call.extents, call.rounds, call.tile_keys, call.beside) < 1 << 30) check_call<int>(call);
     check_pages(call);
   }
   check_limits();

@@ -35,9 +35,10 @@ struct Piece {
 
 // Units that the line of a call has at most, whatever its lengths are: each sequence's last block
 // may have few rows, and each block sees all of the capacity.
-JFA_HD inline std::int64_t most_units(const CachedExtents& extents, int rounds, int tile_keys) {
+JFA_HD inline std::int64_t most_units(const CachedExtents& extents, int rounds, int tile_keys,
+                                      int beside) {
   const std::int64_t blocks = extents.blocks(extents.tokens) + std::int64_t{extents.batch};
-  return rounds * blocks * (ceil_div(extents.capacity, tile_keys) + 1);
+  return rounds * blocks * (ceil_div(extents.capacity, tile_keys) + beside);
 }
 
 // The item of a sequence's block, whole, in tiles of `tile_keys` keys.

@@ -10,7 +10,7 @@
 namespace jax_fa3 {
 
 // 32 items at a time, in order.
-template <int kTileKeys, class Units>
+template <class T, class Units>
 struct ItemWalk {
   const CachedExtents& extents;
   SequenceReader sequences;  // 32 at a time
@@ -38,7 +38,7 @@ struct ItemWalk {
   }
 
   CUTE_DEVICE Piece item(int head) const {
-    return whole_item(extents, sequence, batch, head, block, kTileKeys);
+    return whole_item(extents, sequence, batch, head, block, T::kTileKeys);
   }
 
   // Reads the next 32; false: there are none, and those read last are still here.
@@ -59,7 +59,7 @@ struct ItemWalk {
     sequence = shuffled(sequences.sequence, lane);
     batch = first_batch + lane;
     block = number - __shfl_sync(kAllLanes, blocks_end - blocks, lane);
-    units = number < count ? item(0).tiles.size() + 1 : 0;
+    units = number < count ? item(0).tiles.size() + T::kUnitsBeside : 0;
     const int end = scan_warp(units, 32, [](int x, int y) { return x + y; });
     begins = base + (end - units);
     base += __shfl_sync(kAllLanes, end, 31);
@@ -89,7 +89,7 @@ struct ItemWalk {
 
 template <class T, class Units>
 struct ItemScheduler : PieceGiver {
-  ItemWalk<T::kTileKeys, Units> walk;
+  ItemWalk<T, Units> walk;
   bool has_items;      // any
   bool is_short;       // all of them are what one reading gives
   Units total;  // units of a round
@@ -109,7 +109,7 @@ struct ItemScheduler : PieceGiver {
   }
 
   CUTE_DEVICE void run() {
-    const Shares<Units> shares(total * p.rounds, p.groups, T::kMostLeastPart);
+    const Shares<Units> shares(total * p.rounds, p.groups, T::kMostLeastPart, T::kUnitsBeside);
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups && has_items) {
       int head = int(blockIdx.x) % p.heads_at_once;

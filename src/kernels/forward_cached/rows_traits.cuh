@@ -55,11 +55,12 @@ struct CachedRowsTraits {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
   static constexpr bool kMovesRegisters = true;
   static constexpr Registers kRegisters =
-      kConsumers == 3 ? registers_of(3, false) : Registers{72, 216};
+      kConsumers == 3 ? registers_of(3, false) : Registers{88, 208};
   static constexpr bool kPingPong = true;       // warpgroups issue products in turns
   static constexpr bool kOwnOutput = false;     // results leave from registers
   static constexpr int kReleases = kConsumers;  // of a stage
   static constexpr int kMostLeastPart = 12;     // tiles (splits.h)
+  static constexpr int kUnitsBeside = 3;        // of an item: rows found, Q loaded, results stored
 
   struct Rest {
     PackedRow rows[kBlockRows];
