@@ -71,9 +71,7 @@ struct CachedExtents {
 
   // Packed rows of a sequence, and their blocks.
   JFA_HD int packed_rows(int rows) const { return rows * heads_per_kv_head; }
-  JFA_HD int blocks(int rows) const {
-    return (packed_rows(rows) + block_rows - 1) / block_rows;
-  }
+  JFA_HD int blocks(int rows) const { return (packed_rows(rows) + block_rows - 1) / block_rows; }
 
   JFA_HD Range row_keys(const CachedSequence& sequence, int row) const {
     if (row >= sequence.seen_rows) return {};

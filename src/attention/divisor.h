@@ -18,8 +18,7 @@ class Divisor {
     int s = 0;
     while ((std::int64_t{1} << s) < value) ++s;
     shift_ = 31 + s;
-    multiplier_ =
-        static_cast<std::uint32_t>(((std::uint64_t{1} << shift_) + value - 1) / value);
+    multiplier_ = static_cast<std::uint32_t>(((std::uint64_t{1} << shift_) + value - 1) / value);
   }
 
   JFA_HD constexpr operator int() const { return value_; }

@@ -1,12 +1,12 @@
 // How the work of a call over caches is divided, from the lengths that the device reads: every
 // group of CTAs (one for each kv head) takes an equal share of a line.
 //
-// An item, a sequence's block of packed rows, takes tiles + `beside` units of the line: some for what
-// it costs beside its key tiles, then its tiles in order. Group g's share is [begin(g), begin(g + 1)).
-// A boundary that leaves less than `least` tiles on a side of an item moves to the item's end
-// there: two, so that a part gives both warpgroups of a CTA a tile, or more, where parts cost more
-// than a share that is so much longer. Every group works that out by itself. Pure arithmetic for
-// host and device; what bounds the extents keeps products in 64 bits
+// An item, a sequence's block of packed rows, takes tiles + `beside` units of the line: some for
+// what it costs beside its key tiles, then its tiles in order. Group g's share is [begin(g),
+// begin(g + 1)). A boundary that leaves less than `least` tiles on a side of an item moves to the
+// item's end there: two, so that a part gives both warpgroups of a CTA a tile, or more, where parts
+// cost more than a share that is so much longer. Every group works that out by itself. Pure
+// arithmetic for host and device; what bounds the extents keeps products in 64 bits
 // (kernels/forward_cached/plan.cc).
 #pragma once
 
@@ -45,8 +45,8 @@ struct Shares {
   static constexpr int kOfShare = 24;  // `least` tiles are at most one in so many of a share's
 
   Units share;  // units of a group's
-  int longer;          // groups, the first ones, that get one unit more
-  int groups;          // that get a share
+  int longer;   // groups, the first ones, that get one unit more
+  int groups;   // that get a share
   int least;
   int beside;
 
@@ -61,9 +61,8 @@ struct Shares {
       share = quotient(total, Units{groups});
     }
     longer = static_cast<int>(total - share * groups);
-    least = share >= kOfShare * most_least
-                ? most_least
-                : max_of(kLeast, static_cast<int>(share) / kOfShare);
+    least = share >= kOfShare * most_least ? most_least
+                                           : max_of(kLeast, static_cast<int>(share) / kOfShare);
   }
 
   JFA_HD Units begin(int group) const { return share * group + min_of(group, longer); }
@@ -73,8 +72,7 @@ struct Shares {
   JFA_HD Range tiles(Units base, int tiles, Units from, Units to) const {
     return {boundary(base, tiles, from), boundary(base, tiles, to)};
   }
-  JFA_HD static bool owns(const Range& part, Units base, int tiles, Units from,
-                          Units to) {
+  JFA_HD static bool owns(const Range& part, Units base, int tiles, Units from, Units to) {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
@@ -95,8 +93,7 @@ struct Shares {
     const bool in_longer = behind <= 0;
     const Units of_group = in_longer ? share + 1 : share;
     const Units before = in_longer ? unit : behind;
-    return (in_longer ? 0 : longer) +
-           static_cast<int>(quotient(before + of_group - 1, of_group));
+    return (in_longer ? 0 : longer) + static_cast<int>(quotient(before + of_group - 1, of_group));
   }
   // Which tile of an item comes first behind a boundary.
   JFA_HD int boundary(Units base, int tiles, Units unit) const {

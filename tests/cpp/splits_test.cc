@@ -129,8 +129,7 @@ struct Line {
   Units units(const CachedSequence& s) const {
     const CachedExtents& e = call.extents;
     if (call.has_columns) {
-      return Units{e.blocks(s.rows)} *
-             (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
+      return Units{e.blocks(s.rows)} * (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
     }
     Units all = 0;
     for (int block = 0; block < e.blocks(s.rows); ++block) {
@@ -303,6 +302,29 @@ void check_pages(const Call& c) {
   }
 }
 
+// Quotients by what a launch knows are those of the division.
+void check_divisor() {
+  const auto check = [](int by) {
+    const Divisor divisor(by);
+    CHECK(divisor == by);
+    for (const int quotient : {0, 1, 2, INT_MAX / by - 1, INT_MAX / by, random(0, INT_MAX / by)}) {
+      for (int rest = -1; rest <= 1; ++rest) {
+        const std::int64_t n = std::int64_t{quotient} * by + rest;
+        if (n < 0 || n > INT_MAX) continue;
+        const int value = static_cast<int>(n);
+        CHECK(value / divisor == value / by && value % divisor == value % by);
+      }
+    }
+    CHECK(INT_MAX / divisor == INT_MAX / by);
+  };
+  for (int by = 1; by <= 5000; ++by) check(by);
+  for (int bits = 13; bits <= 30; ++bits) {
+    for (int off = -1; off <= 1; ++off) check((1 << bits) + off);
+  }
+  for (int i = 0; i < 20000; ++i) check(random(1, INT_MAX));
+  check(INT_MAX);
+}
+
 // The longest and the largest extents that plans let through.
 void check_limits() {
   CachedExtents e{1 << 28, kMaxSeqlen, 1, 4, kMaxSeqlen, kUnbounded, kUnbounded, 16};
@@ -341,9 +363,11 @@ int main() {
   for (int i = 0; i < 3000; ++i) {
     const Call call = random_call();
     check_call<std::int64_t>(call);
-    if (most_units(call.extents, call.rounds, call.tile_keys, call.beside) < 1 << 30) check_call<int>(call);
+    if (most_units(call.extents, call.rounds, call.tile_keys, call.beside) < 1 << 30)
+      check_call<int>(call);
     check_pages(call);
   }
+  check_divisor();
   check_limits();
   check_balance();
   return jax_fa3::test::finish();

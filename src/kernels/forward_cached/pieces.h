@@ -119,7 +119,7 @@ class PiecesOfSequence {
   Range tiles_;
   Units from_;
   Units to_;
-  int row_;            // packed, the next item's first
+  int row_;     // packed, the next item's first
   Units base_;  // where its units begin
 };
 

@@ -19,13 +19,13 @@ struct ItemWalk {
   int blocks_end = 0;        // of those of the lanes up to this one
   int next = 0;              // the number of the next item among those of the 32 sequences
   int count = 0;             // of these
-  Units base = 0;     // units before the next item
+  Units base = 0;            // units before the next item
 
   // This lane's item.
   CachedSequence sequence;
   int batch;
   int block;
-  int units;            // 0 behind the last item
+  int units;     // 0 behind the last item
   Units begins;  // where its units do
 
   CUTE_DEVICE ItemWalk(const CachedIndex& index, const CachedExtents& extents)
@@ -90,9 +90,9 @@ struct ItemWalk {
 template <class T, class Units>
 struct ItemScheduler : PieceGiver {
   ItemWalk<T, Units> walk;
-  bool has_items;      // any
-  bool is_short;       // all of them are what one reading gives
-  Units total;  // units of a round
+  bool has_items;  // any
+  bool is_short;   // all of them are what one reading gives
+  Units total;     // units of a round
   int rows_end;
 
   CUTE_DEVICE ItemScheduler(const ForwardCachedParams& p, PieceQueue& queue)
@@ -124,8 +124,8 @@ struct ItemScheduler : PieceGiver {
 
  private:
   // What a share [from, to) has of the items of a head, which begin at `base`.
-  CUTE_DEVICE void give_share(const Shares<Units>& shares, Units from, Units to,
-                              Units base, int head) {
+  CUTE_DEVICE void give_share(const Shares<Units>& shares, Units from, Units to, Units base,
+                              int head) {
     if (base >= to || base + total <= from) return;
     if (!is_short) {
       walk.restart();

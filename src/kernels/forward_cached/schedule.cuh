@@ -203,8 +203,7 @@ struct Scheduler : PieceGiver {
   }
 
   // The lane that has a sequence gives out what of its blocks is in [from, to).
-  CUTE_DEVICE void give_sequence(const Shares<Units>& shares, Units from, Units to,
-                                 int head) {
+  CUTE_DEVICE void give_sequence(const Shares<Units>& shares, Units from, Units to, int head) {
     PiecesOfSequence<Units> pieces(p.extents, shares, walk.sequence, walk.batch(), head,
                                    walk.begins, from, to);
     Piece piece{};
