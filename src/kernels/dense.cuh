@@ -136,10 +136,18 @@ enum class Visit { kNone, kCut, kFull };
 // Of tile `n` of a range of key tiles.
 template <int kRows, int kKeys>
 CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int row, int n) {
-  const TileClass seen = mask.classify(row, kRows, n * kKeys, kKeys);
+  const TileClass seen = mask.classify<kRows>(row, n * kKeys, kKeys);
   if (!seen.any) return Visit::kNone;
   return range.cuts(n) || !seen.all ? Visit::kCut : Visit::kFull;
 }
+
+// How many tiles a walk visits of either kind.
+struct TileCounts {
+  int cut = 0;
+  int full = 0;
+
+  CUTE_DEVICE bool empty() const { return cut + full == 0; }
+};
 
 // A walk through a list of tiles, of which a mask lets some be visited. A warp walks together, and
 // each lane looks at an entry of its own, so that all wait for memory at once. The list is in
@@ -152,6 +160,20 @@ class ListWalk {
   bool is_cut = false;
 
   CUTE_DEVICE explicit ListWalk(const List& list) : list_(list) {}
+
+  // Of all entries, before the first next(): 32 at a time, the first ones last, which are at hand
+  // then. One by one they would keep the producer from the first loads of a work tile for longer
+  // than the stages that are full last.
+  CUTE_DEVICE TileCounts count() {
+    TileCounts counts;
+    first_ = (list_.num_entries() - 1) / kLanes * kLanes;
+    for (; first_ >= 0; first_ -= kLanes) {
+      look();
+      counts.cut += __popc(cut_);
+      counts.full += __popc(full_);
+    }
+    return counts;
+  }
 
   // What has been looked at last is not looked at again: of most lists that is all.
   CUTE_DEVICE void restart() {
@@ -194,14 +216,6 @@ class ListWalk {
   unsigned left_ = 0;  // to be visited
 };
 
-// How many tiles a walk visits of either kind.
-struct TileCounts {
-  int cut = 0;
-  int full = 0;
-
-  CUTE_DEVICE bool empty() const { return cut + full == 0; }
-};
-
 // The key tiles of some rows, right to left.
 template <int kRows, int kKeys>
 struct KeyTiles {
@@ -226,8 +240,7 @@ class KeyWalk {
 
   // Before the first next().
   CUTE_DEVICE TileCounts count() {
-    TileCounts counts;
-    while (walk_.next()) ++(walk_.is_cut ? counts.cut : counts.full);
+    const TileCounts counts = walk_.count();
     walk_.restart();
     return counts;
   }
