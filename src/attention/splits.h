@@ -87,13 +87,20 @@ struct Shares {
 
  private:
   // The first group whose share begins at `unit` or behind it, up to the end of the line, where
-  // that is `groups`.
+  // that is `groups`. A search: a division of 64 bits takes registers that the device's scheduling
+  // warp does not have, and nobody waits for this one.
   JFA_HD int first_from(Units unit) const {
-    const Units behind = unit - begin(longer);
-    const bool in_longer = behind <= 0;
-    const Units of_group = in_longer ? share + 1 : share;
-    const Units before = in_longer ? unit : behind;
-    return (in_longer ? 0 : longer) + static_cast<int>(quotient(before + of_group - 1, of_group));
+    int first = 0;
+    JFA_ROLLED
+    for (int end = groups; first < end;) {
+      const int middle = (first + end) / 2;
+      if (begin(middle) < unit) {
+        first = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return first;
   }
   // Which tile of an item comes first behind a boundary.
   JFA_HD int boundary(Units base, int tiles, Units unit) const {

@@ -136,7 +136,12 @@ enum class Visit { kNone, kCut, kFull };
 // Of tile `n` of a range of key tiles.
 template <int kRows, int kKeys>
 CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int row, int n) {
-  const TileClass seen = mask.classify<kRows>(row, n * kKeys, kKeys);
+  TileClass seen;
+  if constexpr (kRows <= 2 * kMaskBlockRows) {
+    seen = mask.classify<kRows>(row, n * kKeys, kKeys);
+  } else {  // beside three consumers a thread has no registers for all their words
+    seen = mask.classify(row, kRows, n * kKeys, kKeys);
+  }
   if (!seen.any) return Visit::kNone;
   return range.cuts(n) || !seen.all ? Visit::kCut : Visit::kFull;
 }
@@ -161,9 +166,9 @@ class ListWalk {
 
   CUTE_DEVICE explicit ListWalk(const List& list) : list_(list) {}
 
-  // Of all entries, before the first next(): 32 at a time, the first ones last, which are at hand
-  // then. One by one they would keep the producer from the first loads of a work tile for longer
-  // than the stages that are full last.
+  // Of all entries, before the first next(), which finds the first 32 at hand: they come last. A
+  // look counts 32 of them: one by one they would keep the producer from a work tile's first loads
+  // until its consumers have nothing left.
   CUTE_DEVICE TileCounts count() {
     TileCounts counts;
     first_ = (list_.num_entries() - 1) / kLanes * kLanes;
@@ -239,11 +244,7 @@ class KeyWalk {
   CUTE_DEVICE explicit KeyWalk(const Tiles& tiles) : tiles_(tiles), walk_(tiles) {}
 
   // Before the first next().
-  CUTE_DEVICE TileCounts count() {
-    const TileCounts counts = walk_.count();
-    walk_.restart();
-    return counts;
-  }
+  CUTE_DEVICE TileCounts count() { return walk_.count(); }
 
   // False: that was the last one.
   CUTE_DEVICE bool next() {

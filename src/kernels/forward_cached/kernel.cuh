@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   // The warp that schedules reads the lengths meanwhile: all wait for what it makes of them.
   const int warp = cutlass::canonical_warp_idx_sync();
   typename Roles::template Schedule<int> schedule(p, shared.rest.pieces);
-  if (warp == kSchedulingWarp && p.units_fit_int) schedule.read();
+  const bool reads_early = T::kSchedulesEarly && p.units_fit_int;
+  if (warp == kSchedulingWarp && reads_early) schedule.read();
   if (threadIdx.x == 2 * 32) prefetch_maps({&p.key, &p.value});
   if (threadIdx.x == 0) {
     shared.key_ring.init(T::kReleases);
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     if (warp == 0) typename Roles::Producer{p, shared}.run();
     if (warp == kSchedulingWarp) {
-      if (p.units_fit_int) {
+      if (reads_early) {
         schedule.run();
       } else {
         typename Roles::template Schedule<std::int64_t> long_schedule(p, shared.rest.pieces);

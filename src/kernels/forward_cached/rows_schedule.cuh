@@ -101,7 +101,7 @@ struct ItemScheduler : PieceGiver {
   // What needs no barrier of the queue.
   CUTE_DEVICE void read() {
     has_items = walk.read();
-    is_short = true;
+    is_short = T::kSchedulesEarly;
     CUTE_NO_UNROLL
     while (walk.read()) is_short = false;
     total = walk.base;
