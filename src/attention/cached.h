@@ -7,6 +7,7 @@
 // whole. Pure arithmetic for host and device.
 #pragma once
 
+#include "attention/divisor.h"
 #include "attention/mask.h"
 #include "call/cache.h"
 
@@ -62,15 +63,15 @@ struct CachedExtents {
   int batch;
   int tokens;
   int rows_per_sequence;  // without query_starts
-  int heads_per_kv_head;
+  Divisor heads_per_kv_head;
   int capacity;
   int window_left;
   int window_right;
-  int block_rows;
+  Divisor block_rows;
 
   // Packed rows of a sequence, and their blocks.
   JFA_HD int packed_rows(int rows) const { return rows * heads_per_kv_head; }
-  JFA_HD int blocks(int rows) const { return ceil_div(packed_rows(rows), block_rows); }
+  JFA_HD int blocks(int rows) const { return (packed_rows(rows) + block_rows - 1) / block_rows; }
 
   JFA_HD Range row_keys(const CachedSequence& sequence, int row) const {
     if (row >= sequence.seen_rows) return {};
@@ -96,17 +97,33 @@ struct CachedExtents {
   }
 };
 
-// Sequence `b`, whose rows are [first_token, first_token + rows). What the index arrays have for
-// each sequence is read here, and clamped.
-JFA_HD inline CachedSequence read_sequence(const CachedIndex& index, const CachedExtents& extents,
-                                           int b, int first_token, int rows) {
+// What the index arrays have for sequence `b`, as it is. Apart from what its rows follow from, so
+// that all of it is on its way at one time.
+struct SequenceEntries {
+  int key_length = 0;
+  int query_offset = 0;
+  int query_length = kUnbounded;
+  int key_start = 0;
+
+  SequenceEntries() = default;
+  JFA_HD SequenceEntries(const CachedIndex& index, int b)
+      : key_length(index.key_lengths[b]),
+        query_offset(index.query_offset[b]),
+        query_length(index.query_lengths ? index.query_lengths[b] : kUnbounded),
+        key_start(index.key_starts ? index.key_starts[b] : 0) {}
+};
+
+// The sequence whose rows are [first_token, first_token + rows). Its entries are clamped here.
+JFA_HD inline CachedSequence make_sequence(const SequenceEntries& entries,
+                                           const CachedExtents& extents, int first_token,
+                                           int rows) {
   CachedSequence s;
   s.first_token = first_token;
   s.rows = rows;
-  s.seen_rows = index.query_lengths ? clamp_to(index.query_lengths[b], 0, rows) : rows;
-  s.offset = clamp_to(index.query_offset[b], -kMaxSeqlen, kMaxSeqlen);
-  s.key_end = clamp_to(index.key_lengths[b], 0, extents.capacity);
-  s.key_begin = index.key_starts ? clamp_to(index.key_starts[b], 0, s.key_end) : 0;
+  s.seen_rows = clamp_to(entries.query_length, 0, rows);
+  s.offset = clamp_to(entries.query_offset, -kMaxSeqlen, kMaxSeqlen);
+  s.key_end = clamp_to(entries.key_length, 0, extents.capacity);
+  s.key_begin = clamp_to(entries.key_start, 0, s.key_end);
   return s;
 }
 

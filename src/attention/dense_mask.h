@@ -75,8 +75,35 @@ struct DenseMask {
       any |= of_blocks;
       all &= of_blocks;
     }
-    constexpr std::uint32_t kAny = 0x55555555, kAll = 0xaaaaaaaa;
-    return {(any & blocks & kAny) != 0, (all & blocks & kAll) == (blocks & kAll)};
+    return class_of(any, all, blocks);
+  }
+
+  // The same of kRows rows, whose words are all asked for before one is waited for.
+  template <int kRows>
+  JFA_HD TileClass classify(int row, int key, int keys) const {
+    if (words == nullptr) return {};
+    constexpr int kGroups = kRows / kMaskBlockRows;
+    const int word = key / (16 * kMaskBlockKeys), bit = key / kMaskBlockKeys % 16 * 2;
+    // Groups that are not there repeat the last one.
+    const std::uint32_t* lines[kGroups];
+    std::uint32_t low[kGroups], high[kGroups];
+    for (int i = 0; i < kGroups; ++i) {
+      const int group = row / kMaskBlockRows + i, last = layout.groups() - 1;
+      lines[i] = words + (group < last ? group : last) * layout.class_words() + word;
+    }
+    for (int i = 0; i < kGroups; ++i) {
+      low[i] = lines[i][0];
+      high[i] = lines[i][1];
+    }
+    const std::uint32_t blocks = (std::uint64_t{1} << keys / kMaskBlockKeys * 2) - 1;
+    std::uint32_t any = 0, all = blocks;
+    for (int i = 0; i < kGroups; ++i) {
+      const auto of_blocks =
+          static_cast<std::uint32_t>((low[i] | std::uint64_t{high[i]} << 32) >> bit);
+      any |= of_blocks;
+      all &= of_blocks;
+    }
+    return class_of(any, all, blocks);
   }
 
   // The lines of a row and of a key, and their words from one to the next column of 32.
@@ -87,6 +114,13 @@ struct DenseMask {
     return words + layout.columns() + key * layout.row_words();
   }
   JFA_HD int key_bits_step() const { return layout.rows == 1 ? 0 : 1; }
+
+ private:
+  // Of the classes of `blocks`, what any of their groups has and what all have.
+  JFA_HD static TileClass class_of(std::uint32_t any, std::uint32_t all, std::uint32_t blocks) {
+    constexpr std::uint32_t kAny = 0x55555555, kAll = 0xaaaaaaaa;
+    return {(any & blocks & kAny) != 0, (all & blocks & kAll) == (blocks & kAll)};
+  }
 };
 
 }  // namespace jax_fa3

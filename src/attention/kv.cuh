@@ -49,19 +49,19 @@ struct Paged {
   template <class Params>
   CUTE_DEVICE Paged(const Params& p, int batch, const Range& seen, int tile)
       : pages_(p.pages), rows_(p.box_rows), batch_(batch), seen_(seen), tile_(tile) {
-    boxes_ = kTileKeys / rows_;
+    box_bits_ = __ffs(kTileKeys) - __ffs(rows_);
     ahead_ = look_up();
   }
 
   // Where this lane's box of the next tile is.
   CUTE_DEVICE Slot next() {
-    const int lane = threadIdx.x % 32, at_once = 32 / boxes_;
-    if (taken_ % at_once == 0) {
-      found_ = ahead_;
+    const int at_once = 32 >> box_bits_, ahead = taken_ & (at_once - 1);
+    if (ahead == 0) found_ = ahead_;
+    if (ahead == (at_once > 1 ? 1 : 0)) {  // not before the first tile, if that can be
       tile_ -= at_once;
       ahead_ = look_up();
     }
-    const int source = taken_ % at_once * boxes_ + lane % boxes_;
+    const int source = (ahead << box_bits_) + box();
     ++taken_;
     return {__shfl_sync(0xffffffff, found_.page, source),
             __shfl_sync(0xffffffff, found_.slot, source)};
@@ -79,23 +79,26 @@ struct Paged {
   }
 
  private:
+  // This lane's box of its tile; which of the tiles looked up at a time, or which chunk, is above.
+  CUTE_DEVICE int box() const { return threadIdx.x % 32 & ((1 << box_bits_) - 1); }
+  CUTE_DEVICE int above() const { return threadIdx.x % 32 >> box_bits_; }
+
   CUTE_DEVICE Slot look_up() const {
-    const int lane = threadIdx.x % 32;
-    const int key = (tile_ - lane / boxes_) * kTileKeys + lane % boxes_ * rows_;
+    const int key = (tile_ - above()) * kTileKeys + box() * rows_;
     return pages_.find(batch_, key, rows_, seen_);
   }
   template <class Tile>
   CUTE_DEVICE void load(const CUtensorMap& map, TransactionBarrier& full,
                         typename Tile::Element* smem, int head, const Slot& place) const {
-    const int lane = threadIdx.x % 32, chunk = lane / boxes_;
+    const int chunk = above();
     if (chunk >= Tile::kChunks) return;
-    load_chunk<Tile>(map, full, kEvictLast, smem, lane % boxes_ * rows_, chunk, place.slot, head,
+    load_chunk<Tile>(map, full, kEvictLast, smem, box() * rows_, chunk, place.slot, head,
                      place.page);
   }
 
   const Pages& pages_;
-  int rows_;   // of a box
-  int boxes_;  // of a tile; a power of two
+  int rows_;      // of a box
+  int box_bits_;  // a tile has 2 to that power
   int batch_;
   Range seen_;
   int tile_;       // the first of those looked up ahead

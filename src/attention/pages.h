@@ -25,9 +25,9 @@ struct Slot {
 struct Pages {
   const std::int32_t* block_tables;  // [b, table_width], or null: page b is sequence b's
   int table_width;
-  int page_size;  // slots
-  int num_pages;  // of the cache
-  int outside;    // a page that is not there: what is loaded from it is zero
+  Divisor page_size;  // slots
+  int num_pages;      // of the cache
+  int outside;        // a page that is not there: what is loaded from it is zero
 
   // Of the box of `rows` keys from `key` on. What no row sees is not looked up, nor loaded.
   JFA_HD Slot find(int batch, int key, int rows, const Range& seen) const {

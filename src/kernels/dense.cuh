@@ -136,10 +136,23 @@ enum class Visit { kNone, kCut, kFull };
 // Of tile `n` of a range of key tiles.
 template <int kRows, int kKeys>
 CUTE_DEVICE Visit visit_of(const DenseMask& mask, const TileRange& range, int row, int n) {
-  const TileClass seen = mask.classify(row, kRows, n * kKeys, kKeys);
+  TileClass seen;
+  if constexpr (kRows <= 2 * kMaskBlockRows) {
+    seen = mask.classify<kRows>(row, n * kKeys, kKeys);
+  } else {  // beside three consumers a thread has no registers for all their words
+    seen = mask.classify(row, kRows, n * kKeys, kKeys);
+  }
   if (!seen.any) return Visit::kNone;
   return range.cuts(n) || !seen.all ? Visit::kCut : Visit::kFull;
 }
+
+// How many tiles a walk visits of either kind.
+struct TileCounts {
+  int cut = 0;
+  int full = 0;
+
+  CUTE_DEVICE bool empty() const { return cut + full == 0; }
+};
 
 // A walk through a list of tiles, of which a mask lets some be visited. A warp walks together, and
 // each lane looks at an entry of its own, so that all wait for memory at once. The list is in
@@ -152,6 +165,20 @@ class ListWalk {
   bool is_cut = false;
 
   CUTE_DEVICE explicit ListWalk(const List& list) : list_(list) {}
+
+  // Of all entries, before the first next(), which finds the first 32 at hand: they come last. A
+  // look counts 32 of them: one by one they would keep the producer from a work tile's first loads
+  // until its consumers have nothing left.
+  CUTE_DEVICE TileCounts count() {
+    TileCounts counts;
+    first_ = (list_.num_entries() - 1) / kLanes * kLanes;
+    for (; first_ >= 0; first_ -= kLanes) {
+      look();
+      counts.cut += __popc(cut_);
+      counts.full += __popc(full_);
+    }
+    return counts;
+  }
 
   // What has been looked at last is not looked at again: of most lists that is all.
   CUTE_DEVICE void restart() {
@@ -194,14 +221,6 @@ class ListWalk {
   unsigned left_ = 0;  // to be visited
 };
 
-// How many tiles a walk visits of either kind.
-struct TileCounts {
-  int cut = 0;
-  int full = 0;
-
-  CUTE_DEVICE bool empty() const { return cut + full == 0; }
-};
-
 // The key tiles of some rows, right to left.
 template <int kRows, int kKeys>
 struct KeyTiles {
@@ -225,12 +244,7 @@ class KeyWalk {
   CUTE_DEVICE explicit KeyWalk(const Tiles& tiles) : tiles_(tiles), walk_(tiles) {}
 
   // Before the first next().
-  CUTE_DEVICE TileCounts count() {
-    TileCounts counts;
-    while (walk_.next()) ++(walk_.is_cut ? counts.cut : counts.full);
-    walk_.restart();
-    return counts;
-  }
+  CUTE_DEVICE TileCounts count() { return walk_.count(); }
 
   // False: that was the last one.
   CUTE_DEVICE bool next() {

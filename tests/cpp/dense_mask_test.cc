@@ -74,6 +74,13 @@ std::vector<std::uint32_t> table_of(const Mask& mask) {
   return words;
 }
 
+// As classify() with the rows' number known to the compiler.
+TileClass classify_at_once(const DenseMask& dense, int row, int num_rows, int key, int num_keys) {
+  if (num_rows == 64) return dense.classify<64>(row, key, num_keys);
+  if (num_rows == 128) return dense.classify<128>(row, key, num_keys);
+  return dense.classify<192>(row, key, num_keys);
+}
+
 void classes_are_those_of_the_pairs(const Mask& mask, const DenseMask& dense, int seqlen_q) {
   for (const int num_rows : {64, 128, 192}) {
     for (const int num_keys : {16, 64, 80, 96, 128}) {
@@ -81,6 +88,8 @@ void classes_are_those_of_the_pairs(const Mask& mask, const DenseMask& dense, in
         for (int key = 0; key < mask.seqlen_k; key += 16) {
           const TileClass got = dense.classify(row, num_rows, key, num_keys);
           const TileClass expected = mask.classify(row, num_rows, key, num_keys);
+          const TileClass at_once = classify_at_once(dense, row, num_rows, key, num_keys);
+          CHECK(at_once.any == got.any && at_once.all == got.all);
           CHECK_DETAIL(got.any == expected.any && got.all == expected.all,
                        concat(mask.rows, " x ", mask.seqlen_k, ": ", num_rows, " rows from ", row,
                               ", ", num_keys, " keys from ", key));
@@ -121,6 +130,8 @@ void reads_what_was_written() {
 void without_a_mask_all_is_seen() {
   const TileClass tile = DenseMask{}.classify(64, 64, 128, 128);
   CHECK(tile.any && tile.all);
+  const TileClass at_once = DenseMask{}.classify<64>(64, 128, 128);
+  CHECK(at_once.any && at_once.all);
 }
 
 // By the formulas of 64-bit numbers, up to the longest lines.

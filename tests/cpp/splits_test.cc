@@ -29,6 +29,7 @@ struct Call {
   int heads_at_once;
   int rounds;  // of heads
   int most_least;
+  int beside;
   int groups;
   int page_size;
   int table_width;
@@ -70,7 +71,8 @@ Call random_call() {
   c.has_columns = random(0, 1);
   c.tile_keys = c.has_columns ? kColumnTileKeys : 64 << random(0, 1);
   c.rounds = c.has_columns ? 1 : random(1, 3);
-  c.most_least = c.has_columns ? Shares::kLeast : random(2, 12);
+  c.beside = c.has_columns ? 1 : random(1, 4);
+  c.most_least = c.has_columns ? Shares<int>::kLeast : random(2, 12);
   e.block_rows = c.has_columns ? 16 << random(0, 2) : 64 * random(2, 3);
   if (!c.has_columns && random(0, 1)) {
     e.rows_per_sequence = ragged ? 0 : random(1, 200);
@@ -105,55 +107,62 @@ std::vector<CachedSequence> read_all(const Call& c) {
       first = start = std::max(start, read_start(index, e, b));
       rows = std::max(start, read_start(index, e, b + 1)) - start;
     }
-    all.push_back(read_sequence(index, e, b, first, rows));
+    all.push_back(make_sequence({index, b}, e, first, rows));
   }
   return all;
 }
 
 // The line of a call: what it is divided into, and the pieces that a share of it has.
+template <class Units>
 struct Line {
   const Call& call;
   const std::vector<CachedSequence>& sequences;
-  std::int64_t of_round = 0;  // units
+  Units of_round = 0;  // units
 
   Line(const Call& c, const std::vector<CachedSequence>& sequences)
       : call(c), sequences(sequences) {
     for (const CachedSequence& s : sequences) of_round += units(s);
   }
 
-  std::int64_t total() const { return call.rounds * of_round; }
+  Units total() const { return call.rounds * of_round; }
 
-  std::int64_t units(const CachedSequence& s) const {
+  Units units(const CachedSequence& s) const {
     const CachedExtents& e = call.extents;
     if (call.has_columns) {
-      return std::int64_t(e.blocks(s.rows)) *
-             (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
+      return Units{e.blocks(s.rows)} * (e.seen_by_sequence(s).tiles(call.tile_keys).size() + 1);
     }
-    std::int64_t all = 0;
+    Units all = 0;
     for (int block = 0; block < e.blocks(s.rows); ++block) {
-      all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + 1;
+      all += whole_item(e, s, 0, 0, block, call.tile_keys).tiles.size() + call.beside;
     }
     return all;
   }
 
-  std::vector<Piece> pieces(const Shares& shares, int group) const {
+  std::vector<Piece> pieces(const Shares<Units>& shares, int group) const {
     std::vector<Piece> found;
-    const std::int64_t from = shares.begin(group), to = shares.begin(group + 1);
-    std::int64_t begins = 0;
+    const Units from = shares.begin(group), to = shares.begin(group + 1);
+    Units begins = 0;
     for (int round = 0; round < call.rounds; ++round) {
       const int head = round * call.heads_at_once + call.heads_at_once - 1;
       for (int b = 0; b < call.extents.batch; ++b) {
         const CachedSequence& s = sequences[b];
-        const std::int64_t count = units(s);
+        const Units count = units(s);
         if (call.has_columns && count > 0 && begins < to && begins + count > from) {
-          PiecesOfSequence all(call.extents, shares, s, b, head, begins, from, to);
-          for (Piece piece; all.next(piece);) found.push_back(piece);
+          PiecesOfSequence<Units> all(call.extents, shares, s, b, head, begins, from, to);
+          Portion<Units> portion;
+          for (Piece piece; all.next(piece, portion);) {
+            piece.parts = shares.parts(portion);
+            found.push_back(piece);
+          }
         }
-        std::int64_t base = begins;
+        Units base = begins;
         for (int block = 0; !call.has_columns && block < call.extents.blocks(s.rows); ++block) {
           Piece item = whole_item(call.extents, s, b, head, block, call.tile_keys);
-          const int of_item = item.tiles.size() + 1;
-          if (base < to && base + of_item > from && take_part(item, shares, base, from, to)) {
+          const int of_item = item.tiles.size() + call.beside;
+          Portion<Units> portion;
+          if (base < to && base + of_item > from &&
+              take_part(item, portion, shares, base, from, to)) {
+            item.parts = shares.parts(portion);
             found.push_back(item);
           }
           base += of_item;
@@ -181,11 +190,13 @@ bool sees(const Call& c, int b, const CachedSequence& s, int q, int key) {
   return key >= position - e.window_left && key <= position + e.window_right;
 }
 
+template <class Units>
 void check_call(const Call& c) {
   const CachedExtents& e = c.extents;
   const auto sequences = read_all(c);
-  const Line line(c, sequences);
-  const Shares shares(line.total(), c.groups, c.most_least);
+  const Line<Units> line(c, sequences);
+  CHECK(line.total() <= most_units(e, c.rounds, c.tile_keys, c.beside));
+  const Shares<Units> shares(line.total(), c.groups, c.most_least, c.beside);
   CHECK(shares.groups >= 1 && shares.groups <= c.groups && shares.begin(0) == 0 &&
         shares.begin(shares.groups) == line.total());
 
@@ -205,7 +216,7 @@ void check_call(const Call& c) {
       for (int t = piece.tiles.begin; t < piece.tiles.end; ++t) tiles[item].push_back(t);
       groups[item].push_back(group);
       parts[item] = piece.parts.count;
-      load += piece.tiles.size() + 1;
+      load += piece.tiles.size() + c.beside;
       if (piece.is_whole()) continue;
       const int part = group - piece.parts.first_group;
       const int of_sequence = e.seen_by_sequence(piece.sequence).tiles(c.tile_keys).size();
@@ -219,7 +230,8 @@ void check_call(const Call& c) {
       CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
       CHECK(counters.emplace(counter, item).first->second == item);
     }
-    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + e.blocks(1));
+    CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + c.beside +
+                      e.blocks(1));
   }
 
   for (int n = 0; n < c.rounds * e.batch; ++n) {
@@ -272,7 +284,7 @@ void check_pages(const Call& c) {
         (!has_tables || c.page_size % rows == 0));
   for (int i = 0; i < 50 && e.batch > 0; ++i) {
     const int b = random(0, e.batch - 1);
-    const CachedSequence s = read_sequence(c.index(), e, b, 0, e.tokens);
+    const CachedSequence s = make_sequence({c.index(), b}, e, 0, e.tokens);
     const Range seen = e.seen_keys(s, 0, e.tokens - 1).any;
     const int key = random(0, e.capacity / rows + 2) * rows;
     const Slot slot = pages.find(b, key, rows, seen);
@@ -290,6 +302,29 @@ void check_pages(const Call& c) {
   }
 }
 
+// Quotients by what a launch knows are those of the division.
+void check_divisor() {
+  const auto check = [](int by) {
+    const Divisor divisor(by);
+    CHECK(divisor == by);
+    for (const int quotient : {0, 1, 2, INT_MAX / by - 1, INT_MAX / by, random(0, INT_MAX / by)}) {
+      for (int rest = -1; rest <= 1; ++rest) {
+        const std::int64_t n = std::int64_t{quotient} * by + rest;
+        if (n < 0 || n > INT_MAX) continue;
+        const int value = static_cast<int>(n);
+        CHECK(value / divisor == value / by && value % divisor == value % by);
+      }
+    }
+    CHECK(INT_MAX / divisor == INT_MAX / by);
+  };
+  for (int by = 1; by <= 5000; ++by) check(by);
+  for (int bits = 13; bits <= 30; ++bits) {
+    for (int off = -1; off <= 1; ++off) check((1 << bits) + off);
+  }
+  for (int i = 0; i < 20000; ++i) check(random(1, INT_MAX));
+  check(INT_MAX);
+}
+
 // The longest and the largest extents that plans let through.
 void check_limits() {
   CachedExtents e{1 << 28, kMaxSeqlen, 1, 4, kMaxSeqlen, kUnbounded, kUnbounded, 16};
@@ -297,18 +332,19 @@ void check_limits() {
   const SeenKeys seen = e.seen_keys(s, 0, kMaxSeqlen - 1);
   CHECK(seen.any.begin == 0 && seen.any.end == kMaxSeqlen);
   const std::int64_t total = std::int64_t{1} << 52;
-  const Shares shares(total, 1000);
-  const Parts parts = shares.parts(total - (1 << 22) - 1, 1 << 22);
+  const Shares<std::int64_t> shares(total, 1000);
+  const Parts parts = shares.parts({total - (1 << 22) - 1, 1 << 22, {1, 1 << 22}});
   CHECK(parts.count == 1 && shares.begin(1000) == total);
-  const Shares one(std::int64_t{1 << 22} + 1, 132);
-  CHECK(one.parts(0, 1 << 22).count == 132 && one.parts(0, 1 << 22).first_group == 0);
+  const Shares<std::int64_t> one(std::int64_t{1 << 22} + 1, 132);
+  const Parts all = one.parts({0, 1 << 22, {0, 1 << 15}});
+  CHECK(all.count == 132 && all.first_group == 0);
 }
 
 // Equal work for all: the largest share beside the mean, in key tiles.
 void check_balance() {
   for (const int batch : {1, 8, 64}) {
     const std::int64_t tiles = 512, total = batch * (tiles + 1);
-    const Shares shares(total, 16);
+    const Shares<std::int64_t> shares(total, 16);
     std::int64_t most = 0;
     for (int g = 0; g < 16; ++g) {
       std::int64_t load = 0;
@@ -326,9 +362,12 @@ void check_balance() {
 int main() {
   for (int i = 0; i < 3000; ++i) {
     const Call call = random_call();
-    check_call(call);
+    check_call<std::int64_t>(call);
+    if (most_units(call.extents, call.rounds, call.tile_keys, call.beside) < 1 << 30)
+      check_call<int>(call);
     check_pages(call);
   }
+  check_divisor();
   check_limits();
   check_balance();
   return jax_fa3::test::finish();

@@ -43,6 +43,7 @@ struct CachedConsumer {
         cursor.advance();
       }
       softmax.gather(shared.rest.exchange[warpgroup], T::kOwn + warpgroup);
+      queue.wait_parts(piece_cursor);
       if (warpgroup == 1) {
         hand_over(tO, softmax);
       } else {
@@ -62,7 +63,7 @@ struct CachedConsumer {
     constexpr int kVector = 8;  // elements of 16 bytes
     constexpr int kVectors = T::kHeadDim / kVector;
     const CachedSequence& sequence = piece.sequence;
-    const int sharing = p.extents.heads_per_kv_head;
+    const Divisor& sharing = p.extents.heads_per_kv_head;
     Element* const query = shared.own[warpgroup].query;
     CUTE_UNROLL
     for (int i = 0; i < T::kColumns * kVectors / kWarpgroupThreads; ++i) {
@@ -256,7 +257,7 @@ struct CachedConsumer {
   }
 
   CUTE_DEVICE void store(const Piece& piece, int column, int quad, const RowPart& x) const {
-    const int sharing = p.extents.heads_per_kv_head;
+    const Divisor& sharing = p.extents.heads_per_kv_head;
     const int packed = piece.first_row + column, row = packed / sharing;
     const std::int64_t out_row = std::int64_t(piece.sequence.first_token + row) * p.num_heads +
                                  piece.head * sharing + packed % sharing;

@@ -1,5 +1,6 @@
 // Partial results of an item that several CTAs have worked on, in memory: O that has not been
-// divided, a row after another, then the rows' references and sums.
+// divided, then each row's reference and sum. O is a row after another where rows are few; where
+// they are many it is as the threads of a warpgroup have it (rows_consumer.cuh).
 #pragma once
 
 #include "device/launch.cuh"
@@ -15,16 +16,25 @@ struct RowPart {
   float reference = -FLT_MAX;
   float sum = 0.f;
 
-  // Adds what other keys give. What has seen none changes nothing.
-  CUTE_DEVICE void add(const RowPart& other, float scale_log2) {
-    const float moved = fmaxf(reference, other.reference);
+  // Adds what other keys give. What has seen none changes nothing. The largest reference first, so
+  // that no exponential waits for another.
+  template <int kCount>
+  CUTE_DEVICE void add(const RowPart (&others)[kCount], float scale_log2) {
+    float moved = reference;
+    CUTE_UNROLL
+    for (int i = 0; i < kCount; ++i) moved = fmaxf(moved, others[i].reference);
     const float mine = exp2_approx((reference - moved) * scale_log2);
-    const float theirs = exp2_approx((other.reference - moved) * scale_log2);
-    output.x = output.x * mine + other.output.x * theirs;
-    output.y = output.y * mine + other.output.y * theirs;
-    output.z = output.z * mine + other.output.z * theirs;
-    output.w = output.w * mine + other.output.w * theirs;
-    sum = sum * mine + other.sum * theirs;
+    output.x *= mine, output.y *= mine, output.z *= mine, output.w *= mine;
+    sum *= mine;
+    CUTE_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const float theirs = exp2_approx((others[i].reference - moved) * scale_log2);
+      output.x += others[i].output.x * theirs;
+      output.y += others[i].output.y * theirs;
+      output.z += others[i].output.z * theirs;
+      output.w += others[i].output.w * theirs;
+      sum += others[i].sum * theirs;
+    }
     reference = moved;
   }
 
@@ -65,7 +75,7 @@ struct Partials {
   const int number;  // of the CTA in its group
 
   CUTE_DEVICE float* of(const Piece& piece, int part) const {
-    return p.partials + piece.partial(part, p.heads_at_once, number) * kFloats;
+    return p.partials + std::int64_t{piece.partial(part, p.heads_at_once, number)} * kFloats;
   }
   CUTE_DEVICE float* mine(const Piece& piece) const {
     return of(piece, int(blockIdx.x) / p.heads_at_once - piece.parts.first_group);
@@ -76,21 +86,23 @@ struct Partials {
     reinterpret_cast<float4*>(partial)[row * (T::kHeadDimV / 4) + quad] = x.output;
     if (quad == 0) store_statistics(partial, row, x.reference, x.sum);
   }
+  // A row's reference and sum.
   CUTE_DEVICE static void store_statistics(float* partial, int row, float reference, float sum) {
-    float* const statistics = partial + T::kBlockRows * T::kHeadDimV;
-    statistics[row] = reference;
-    statistics[T::kBlockRows + row] = sum;
+    reinterpret_cast<float2*>(partial + T::kBlockRows * T::kHeadDimV)[row] = {reference, sum};
   }
   // Of another CTA.
+  CUTE_DEVICE static float2 load_statistics(const float* partial, int row) {
+    return __ldcg(reinterpret_cast<const float2*>(partial + T::kBlockRows * T::kHeadDimV) + row);
+  }
   CUTE_DEVICE static RowPart load(const float* partial, int row, int quad) {
-    const float* const statistics = partial + T::kBlockRows * T::kHeadDimV;
+    const float2 statistics = load_statistics(partial, row);
     return {__ldcg(reinterpret_cast<const float4*>(partial) + row * (T::kHeadDimV / 4) + quad),
-            __ldcg(statistics + row), __ldcg(statistics + T::kBlockRows + row)};
+            statistics.x, statistics.y};
   }
 
   // All parts together, in the order of their keys.
   CUTE_DEVICE RowPart fold(const Piece& piece, int row, int quad) const {
-    constexpr int kAtOnce = 8;  // loads under way
+    constexpr int kAtOnce = 16;  // parts whose loads are under way
     RowPart all;
     CUTE_NO_UNROLL
     for (int first = 0; first < piece.parts.count; first += kAtOnce) {
@@ -99,8 +111,7 @@ struct Partials {
       for (int i = 0; i < kAtOnce; ++i) {
         if (first + i < piece.parts.count) parts[i] = load(of(piece, first + i), row, quad);
       }
-      CUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) all.add(parts[i], p.softmax_scale_log2);
+      all.add(parts, p.softmax_scale_log2);
     }
     return all;
   }

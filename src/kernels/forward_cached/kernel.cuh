@@ -14,17 +14,21 @@ namespace jax_fa3 {
 template <class Config, bool kHasColumns = has_columns(Config::kKey)>
 struct CachedRoles {
   using Traits = ForwardCachedTraits<Config>;
-  using Schedule = Scheduler;
+  template <class Units>
+  using Schedule = Scheduler<Units>;
   using Producer = CachedProducer<Traits>;
   using Consumer = CachedConsumer<Traits>;
 };
 template <class Config>
 struct CachedRoles<Config, false> {
   using Traits = CachedRowsTraits<Config>;
-  using Schedule = ItemScheduler<Traits>;
+  template <class Units>
+  using Schedule = ItemScheduler<Traits, Units>;
   using Producer = CachedRowsProducer<Traits>;
   using Consumer = CachedRowsConsumer<Traits>;
 };
+
+constexpr int kSchedulingWarp = 1;
 
 template <class Roles, class T = typename Roles::Traits>
 __global__ void __launch_bounds__(T::kThreads, 1)
@@ -32,11 +36,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
+  // The warp that schedules reads the lengths meanwhile: all wait for what it makes of them.
+  const int warp = cutlass::canonical_warp_idx_sync();
+  typename Roles::template Schedule<int> schedule(p, shared.rest.pieces);
+  const bool reads_early = T::kSchedulesEarly && p.units_fit_int;
+  if (warp == kSchedulingWarp && reads_early) schedule.read();
+  if (threadIdx.x == 2 * 32) prefetch_maps({&p.key, &p.value});
   if (threadIdx.x == 0) {
-    prefetch_maps({&p.key, &p.value});
     shared.key_ring.init(T::kReleases);
     shared.value_ring.init(T::kReleases);
-    shared.rest.pieces.ring.init(T::kConsumers + 1);
+    shared.rest.pieces.init(T::kConsumers + 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -46,9 +55,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<T::kRegisters.producer>();
     }
-    const int warp = cutlass::canonical_warp_idx_sync();
     if (warp == 0) typename Roles::Producer{p, shared}.run();
-    if (warp == 1) typename Roles::Schedule{p, shared.rest.pieces}.run();
+    if (warp == kSchedulingWarp) {
+      if (reads_early) {
+        schedule.run();
+      } else {
+        typename Roles::template Schedule<std::int64_t> long_schedule(p, shared.rest.pieces);
+        long_schedule.read();
+        long_schedule.run();
+      }
+    }
   } else {
     if constexpr (T::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_alloc<T::kRegisters.consumer>();

@@ -52,7 +52,9 @@ Status ForwardCached::launch(const Plan& plan, const Problem& problem, cudaStrea
   p.num_heads = static_cast<int>(s.num_heads_q);
   p.num_heads_kv = static_cast<int>(s.num_heads_kv);
   p.heads_at_once = plan.heads_at_once;
+  p.rounds = p.num_heads_kv / plan.heads_at_once;
   p.groups = plan.groups;
+  p.units_fit_int = most_units(p.extents, p.rounds, T::kTileKeys, T::kUnitsBeside) < 1 << 30;
   p.head_dim = static_cast<int>(s.head_dim);
   p.head_dim_v = static_cast<int>(s.head_dim_v);
   p.softmax_scale_log2 = problem.softmax_scale * kLog2e;

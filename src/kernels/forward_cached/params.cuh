@@ -20,8 +20,10 @@ struct ForwardCachedParams {
   int box_rows;
   int num_heads;  // of query
   int num_heads_kv;
-  int heads_at_once;  // kv heads that a group of CTAs works on together
-  int groups;
+  Divisor heads_at_once;  // kv heads that a group of CTAs works on together
+  int rounds;             // of them
+  Divisor groups;
+  bool units_fit_int;  // most_units() is below 2^30
   int head_dim;
   int head_dim_v;
   float softmax_scale_log2;
@@ -39,7 +41,16 @@ struct PieceQueue {
   using Cursor = RingCursor<kStages>;
 
   RingBarriers<kStages> ring;
+  Barrier parts_known[kStages];  // a piece's parts follow the rest of it
   Piece pieces[kStages];
+
+  CUTE_DEVICE void init(int num_readers) {
+    ring.init(num_readers);
+    for (Barrier& barrier : parts_known) barrier.init(1);
+  }
+  CUTE_DEVICE void wait_parts(const Cursor& cursor) {
+    parts_known[cursor.stage].wait(cursor.phase);
+  }
 };
 
 }  // namespace jax_fa3

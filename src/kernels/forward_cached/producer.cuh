@@ -19,9 +19,10 @@ struct CachedProducer {
     PieceQueue::Cursor piece_cursor;
     typename T::Cursor cursor;
     const int lane = threadIdx.x % 32;
-    const int boxes = T::kTileKeys / p.box_rows;  // of a tile; a power of two
-    const int box = lane % boxes, chunk = lane / boxes;
-    const int tiles_looked_up = 32 / boxes;  // at a time
+    const int box_bits = __ffs(T::kTileKeys) - __ffs(p.box_rows);
+    const int boxes = 1 << box_bits;  // of a tile
+    const int box = lane & (boxes - 1), chunk = lane >> box_bits;
+    const int tiles_looked_up = 32 >> box_bits;  // at a time
     for (;; piece_cursor.advance()) {
       wait_full(queue.ring, piece_cursor);
       const Piece& slot = queue.pieces[piece_cursor.stage];
@@ -35,20 +36,18 @@ struct CachedProducer {
         const int key = tile * T::kTileKeys + lane * p.box_rows;
         return p.pages.find(batch, key, p.box_rows, seen);
       };
-      Slot next = look_up(tiles.begin), found = next;
+      Slot found{}, next = look_up(tiles.begin);
       CUTE_NO_UNROLL
       for (int tile = tiles.begin; tile < tiles.end; ++tile, cursor.advance()) {
-        const int ahead = (tile - tiles.begin) % tiles_looked_up;
-        if (ahead == 0) {
-          found = next;
-          next = look_up(tile + tiles_looked_up);
-        }
+        const int ahead = (tile - tiles.begin) & (tiles_looked_up - 1);
+        if (ahead == 0) found = next;
         const int page = __shfl_sync(0xffffffff, found.page, ahead * boxes + box);
         const int first = __shfl_sync(0xffffffff, found.slot, ahead * boxes + box);
         load<KTile>(p.key, shared.key_ring, cursor, shared.key[cursor.stage], box, chunk, first,
                     head, page);
         load<VTile>(p.value, shared.value_ring, cursor, shared.value[cursor.stage], box, chunk,
                     first, head, page);
+        if (ahead == 0) next = look_up(tile + tiles_looked_up);
       }
     }
   }

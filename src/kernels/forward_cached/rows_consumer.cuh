@@ -27,8 +27,10 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     using namespace cute;
     PieceQueue& queue = shared.rest.pieces;
     if (warpgroup == T::kConsumers - 1) this->pass_turn();  // the first turn is warpgroup 0's
-    for (;; works_cursor.advance()) {
-      wait_full(queue.ring, works_cursor);
+    uint4 queries[kLoads];  // of the piece at `works_cursor`, between one piece's keys and its own
+    wait_full(queue.ring, works_cursor);
+    if constexpr (kFetchesAhead) fetch_queries(queries, queue.pieces[works_cursor.stage]);
+    for (;;) {
       const Piece& piece = queue.pieces[works_cursor.stage];
       if (piece.none()) return;
       // What the producer loads, and what of it this warpgroup's rows see.
@@ -38,7 +40,8 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
 
       auto tO = make_accumulator<typename T::MmaO, T::kHeadDimV>();
       Softmax softmax{{p.rescale_threshold, p.rescale_threshold}};
-      if (!keys.empty()) load_queries();
+      if constexpr (!kFetchesAhead) fetch_queries(queries, piece);
+      put_queries(queries);
       clear(tO);
       if (!keys.empty()) {
         this->skip(loaded.end - keys.end, loaded.end - keys.end);
@@ -47,18 +50,43 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
       } else {
         this->skip(loaded.size(), loaded.size() - 1);
       }
+      auto next_cursor = works_cursor;
+      next_cursor.advance();
+      wait_full(queue.ring, next_cursor);
+      if constexpr (kFetchesAhead) fetch_queries(queries, queue.pieces[next_cursor.stage]);
+
       softmax.gather();
-      if (piece.is_whole()) {
-        store_whole(tO, softmax);
-      } else {
-        store_part(tO, softmax, piece);
+      Statistics statistics;
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        statistics.reference[r] = softmax.score(r, p.softmax_scale_log2);
+        statistics.sum[r] = softmax.row_sum[r];
       }
+      queue.wait_parts(works_cursor);
+      if (piece.is_whole() || join_parts(tO, statistics, piece)) store(tO, statistics);
       this->sync_warpgroup();
       release(queue.ring, works_cursor);
+      works_cursor = next_cursor;
     }
   }
 
  private:
+  // Of a warpgroup's Q, in 16 bytes at a time: those of a thread, and the rows between two of them.
+  static constexpr int kVector = 8;  // elements
+  static constexpr int kVectors = T::kHeadDim / kVector;
+  static constexpr int kLoads = kWarpgroupRows * kVectors / kWarpgroupThreads;
+  static constexpr int kStep = kWarpgroupRows / kLoads;
+  static_assert(kVectors * kStep == kWarpgroupThreads);
+  // Whether the next piece's are on their way while this one's results leave. Where head_dim is
+  // large there are no registers for that.
+  static constexpr bool kFetchesAhead = T::kHeadDim <= 128;
+
+  // Of a thread's rows.
+  struct Statistics {
+    float reference[2];  // scores
+    float sum[2];
+  };
+
   // The first of this warpgroup's rows in a block, and how many there are.
   CUTE_DEVICE int first_row() const { return warpgroup * kWarpgroupRows; }
   CUTE_DEVICE int num_rows(const Piece& piece) const {
@@ -73,15 +101,21 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     return seen.visit(piece.tiles, T::kTileKeys);
   }
 
+  // Where row `row` of a block stands in arrays of [tokens, h_q].
+  CUTE_DEVICE int place(const Piece& piece, int row) const {
+    const Divisor& sharing = p.extents.heads_per_kv_head;
+    const int packed = piece.first_row + row, token = packed / sharing;
+    return (piece.sequence.first_token + token) * p.num_heads + piece.head * sharing + packed -
+           token * sharing;
+  }
+
   CUTE_DEVICE void find_rows(const Piece& piece) const {
     if (warpgroup_thread() < kWarpgroupRows) {
       const int row = first_row() + warpgroup_thread();
       PackedRow found;
       if (row < piece.rows) {
-        const int sharing = p.extents.heads_per_kv_head;
-        const int packed = piece.first_row + row, token = packed / sharing;
-        found.place = (piece.sequence.first_token + token) * p.num_heads + piece.head * sharing +
-                      packed - token * sharing;
+        found.place = place(piece, row);
+        const int token = (piece.first_row + row) / p.extents.heads_per_kv_head;
         found.keys = p.extents.row_keys(piece.sequence, token);
       }
       shared.rest.rows[row] = found;
@@ -89,24 +123,25 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     this->sync_warpgroup();
   }
 
-  // Q, zero where there is none. All loads before the first store, which would wait.
-  CUTE_DEVICE void load_queries() const {
-    constexpr int kVector = 8;  // elements of 16 bytes
-    constexpr int kVectors = T::kHeadDim / kVector;
-    constexpr int kLoads = kWarpgroupRows * kVectors / kWarpgroupThreads;
-    constexpr int kStep = kWarpgroupRows / kLoads;  // rows
-    static_assert(kVectors * kStep == kWarpgroupThreads);
+  // Q, zero where there is none. All loads before the first store, which would wait; and where they
+  // stand, for there is other work behind them.
+  CUTE_DEVICE void fetch_queries(uint4 (&vectors)[kLoads], const Piece& piece) const {
     const int first = warpgroup_thread() / kVectors, col = warpgroup_thread() % kVectors * kVector;
-    uint4 vectors[kLoads];
+    const int rows = col < p.head_dim ? num_rows(piece) : 0;
     CUTE_UNROLL
     for (int i = 0; i < kLoads; ++i) {
-      const int place = row(first + i * kStep).place;
+      const int row = first + i * kStep;
       vectors[i] = uint4{0, 0, 0, 0};
-      if (place >= 0 && col < p.head_dim) {
-        vectors[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Element*>(p.query) +
-                                                          std::int64_t(place) * p.head_dim + col));
-      }
+      if (row >= rows) continue;
+      const auto* const query = static_cast<const Element*>(p.query) +
+                                std::int64_t(place(piece, first_row() + row)) * p.head_dim + col;
+      asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(vectors[i].x), "=r"(vectors[i].y), "=r"(vectors[i].z), "=r"(vectors[i].w)
+                   : "l"(query));
     }
+  }
+  CUTE_DEVICE void put_queries(const uint4 (&vectors)[kLoads]) const {
+    const int first = warpgroup_thread() / kVectors, col = warpgroup_thread() % kVectors * kVector;
     CUTE_UNROLL
     for (int i = 0; i < kLoads; ++i) {
       const int offset = T::QTile::offset(first_row() + first + i * kStep, col);
@@ -195,13 +230,13 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
 
   // The result to memory, 16 bits by way of Q's rows in shared memory.
   template <class AccumulatorO>
-  CUTE_DEVICE void store_whole(AccumulatorO& tO, const Softmax& softmax) const {
+  CUTE_DEVICE void store(AccumulatorO& tO, const Statistics& statistics) const {
     float factor[2];
     float* to[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const auto [place, keys] = row(thread_row() + 8 * r);
-      const RowPart x{{}, softmax.score(r, p.softmax_scale_log2), softmax.row_sum[r]};
+      const RowPart x{{}, statistics.reference[r], statistics.sum[r]};
       const bool empty = keys.empty() || x.sum == 0.f;
       factor[r] = empty ? 0.f : 1.f / x.sum;
       if (threadIdx.x % 4 == 0 && place >= 0) {
@@ -232,29 +267,6 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     }
   }
 
-  // This part to memory, and the result of all parts by the CTA that finds the others there.
-  template <class AccumulatorO>
-  CUTE_DEVICE void store_part(const AccumulatorO& tO, const Softmax& softmax,
-                              const Piece& piece) const {
-    const Partials<T> partials{p, int(blockIdx.x) % p.heads_at_once};
-    float* const partial = partials.mine(piece);
-    float* to[2];
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int i = first_row() + thread_row() + 8 * r;
-      to[r] = i < piece.rows ? partial + i * T::kHeadDimV : nullptr;
-      if (threadIdx.x % 4 != 0 || to[r] == nullptr) continue;
-      partials.store_statistics(partial, i, softmax.score(r, p.softmax_scale_log2),
-                                softmax.row_sum[r]);
-    }
-    store_floats(tO, to, T::kHeadDimV);
-    int& is_last = shared.rest.is_last[warpgroup];
-    this->sync_warpgroup();
-    if (leads_warpgroup()) is_last = partials.arrive_last(piece, T::kConsumers, warpgroup);
-    this->sync_warpgroup();
-    if (is_last) fold(partials, piece);
-  }
-
   template <class AccumulatorO>
   CUTE_DEVICE static void store_floats(const AccumulatorO& tO, float* const (&to)[2], int columns) {
     CUTE_UNROLL
@@ -266,34 +278,85 @@ struct CachedRowsConsumer : ForwardConsumer<T> {
     }
   }
 
-  // All parts together, in the order of their keys.
-  CUTE_DEVICE void fold(const Partials<T>& partials, const Piece& piece) const {
-    constexpr int kQuads = T::kHeadDimV / 4;
-    constexpr int kAtOnce = 8;  // loads under way
-    const int end = num_rows(piece) * kQuads;
-    CUTE_NO_UNROLL
-    for (int first = warpgroup_thread(); first < end; first += kAtOnce * kWarpgroupThreads) {
-      RowPart all[kAtOnce];
-      CUTE_NO_UNROLL
-      for (int part = 0; part < piece.parts.count; ++part) {
-        const float* const partial = partials.of(piece, part);
-        RowPart parts[kAtOnce];
-        CUTE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int v = first + i * kWarpgroupThreads;
-          if (v < end) parts[i] = partials.load(partial, first_row() + v / kQuads, v % kQuads);
-        }
-        CUTE_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) all[i].add(parts[i], p.softmax_scale_log2);
-      }
+  // This part to memory; all of them in its place, in the order of their keys, where the others are
+  // there already. False: they are not. In memory O is as the threads have it, four elements of
+  // each after another: every access is 16 bytes beside the next thread's.
+  template <class AccumulatorO>
+  CUTE_DEVICE bool join_parts(AccumulatorO& tO, Statistics& statistics, const Piece& piece) const {
+    constexpr int kQuads = decltype(cute::size(tO))::value / 4;
+    const Partials<T> partials{p, int(blockIdx.x) % p.heads_at_once};
+    const int first_float = first_row() * T::kHeadDimV + 4 * warpgroup_thread();
+    const auto quad_of = [&](float* partial, int quad) {
+      return reinterpret_cast<float4*>(partial + first_float) + quad * kWarpgroupThreads;
+    };
+    float* const mine = partials.mine(piece);
+    CUTE_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      *quad_of(mine, q) = {tO(4 * q), tO(4 * q + 1), tO(4 * q + 2), tO(4 * q + 3)};
+    }
+    if (threadIdx.x % 4 == 0) {
       CUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int v = first + i * kWarpgroupThreads;
-        if (v >= end) continue;
-        const auto [place, keys] = row(v / kQuads);
-        store_result<Element>(p, place, v % kQuads, all[i], keys.empty());
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row() + thread_row() + 8 * r;
+        partials.store_statistics(mine, row, statistics.reference[r], statistics.sum[r]);
       }
     }
+    int& is_last = shared.rest.is_last[warpgroup];
+    this->sync_warpgroup();
+    if (leads_warpgroup()) is_last = partials.arrive_last(piece, T::kConsumers, warpgroup);
+    this->sync_warpgroup();
+    if (!is_last) return false;
+
+    // Each element is replaced by that which comes kAtOnce later, in this part or the next, as soon
+    // as it has been added: so many loads are always under way.
+    constexpr int kAtOnce = kQuads > 16 ? 8 : kQuads;
+    float4 quads[kAtOnce];
+    float2 theirs[2];
+    float* partial = partials.of(piece, 0);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      theirs[r] = partials.load_statistics(partial, first_row() + thread_row() + 8 * r);
+      statistics.reference[r] = -FLT_MAX;
+      statistics.sum[r] = 0.f;
+    }
+    CUTE_UNROLL
+    for (int q = 0; q < kAtOnce; ++q) quads[q] = __ldcg(quad_of(partial, q));
+    cute::clear(tO);
+    CUTE_NO_UNROLL
+    for (int part = 0; part < piece.parts.count; ++part) {
+      const bool has_next = part + 1 < piece.parts.count;
+      float* const next = has_next ? partials.of(piece, part + 1) : nullptr;
+      float old_weight[2], new_weight[2];
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float reference = statistics.reference[r], moved = fmaxf(reference, theirs[r].x);
+        old_weight[r] = exp2_approx((reference - moved) * p.softmax_scale_log2);
+        new_weight[r] = exp2_approx((theirs[r].x - moved) * p.softmax_scale_log2);
+        statistics.reference[r] = moved;
+        statistics.sum[r] = statistics.sum[r] * old_weight[r] + theirs[r].y * new_weight[r];
+        if (has_next) {
+          theirs[r] = partials.load_statistics(next, first_row() + thread_row() + 8 * r);
+        }
+      }
+      CUTE_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        float4& quad = quads[q % kAtOnce];
+        const float elements[4] = {quad.x, quad.y, quad.z, quad.w};
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int r = accumulator_row(i);
+          tO(4 * q + i) = tO(4 * q + i) * old_weight[r] + elements[i] * new_weight[r];
+        }
+        const int ahead = q + kAtOnce;
+        if (ahead < kQuads) {
+          quad = __ldcg(quad_of(partial, ahead));
+        } else if (has_next) {
+          quad = __ldcg(quad_of(next, ahead - kQuads));
+        }
+      }
+      partial = next;
+    }
+    return true;
   }
 };
 

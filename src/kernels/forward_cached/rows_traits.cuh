@@ -54,12 +54,18 @@ struct CachedRowsTraits {
   static constexpr int kConsumers = kBlockRows / kWarpgroupRows;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
   static constexpr bool kMovesRegisters = true;
-  static constexpr Registers kRegisters =
-      kConsumers == 3 ? registers_of(3, false) : Registers{72, 216};
+  // Where head_dim is large consumers need what the scheduling warp could use.
+  static constexpr Registers kRegisters = kConsumers == 3  ? registers_of(3, false)
+                                          : kHeadDim > 128 ? Registers{72, 216}
+                                                           : Registers{88, 208};
+  // Whether the scheduling warp has registers for lengths read early, for units in 32 bits beside
+  // those in 64, and for items of one walk: three consumers leave it none.
+  static constexpr bool kSchedulesEarly = kConsumers < 3;
   static constexpr bool kPingPong = true;       // warpgroups issue products in turns
   static constexpr bool kOwnOutput = false;     // results leave from registers
   static constexpr int kReleases = kConsumers;  // of a stage
   static constexpr int kMostLeastPart = 12;     // tiles (splits.h)
+  static constexpr int kUnitsBeside = 3;        // of an item: rows found, Q loaded, results stored
 
   struct Rest {
     PackedRow rows[kBlockRows];

@@ -32,8 +32,10 @@ struct ForwardCachedTraits {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
   // Narrow kernels leave registers as the launch gives them.
   static constexpr bool kMovesRegisters = kColumns > 16;
-  static constexpr Registers kRegisters{72, 216};
-  static constexpr int kReleases = 1;  // of a stage
+  static constexpr Registers kRegisters{88, 208};
+  static constexpr int kReleases = 1;     // of a stage
+  static constexpr int kUnitsBeside = 1;  // of an item (splits.h)
+  static constexpr bool kSchedulesEarly = true;
 
   // O of one warpgroup, a column after another; the padding keeps a warp's stores apart.
   static constexpr int kStagedStride = kHeadDimV + 4;
