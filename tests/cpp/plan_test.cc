@@ -152,7 +152,7 @@ void workspace_layout() {
 }
 
 // With row intervals work tiles are those of lists, one for each long document more than of the
-// grid; but not beside a dense mask.
+// grid; but not beside a dense mask, nor where no document can be long.
 void lists_of_key_tiles() {
   const Shape s = shape(2, 5000, 4, 128);
   const auto plan = [&](const IndexPresence& presence) {
@@ -163,7 +163,10 @@ void lists_of_key_tiles() {
   CHECK(listed.key_tile_list_size == 45);
   CHECK(listed.key_tiles_offset == listed.tile_counters_offset + 256);
   CHECK(listed.workspace_bytes == listed.key_tiles_offset + 3072);  // 2 * 45 * 32, aligned
-  for (const BackwardPlan& other : {plan({false, false, kNone}), plan({true, true, kMask})}) {
+  const BackwardPlan small =
+      plan_backward(shape(2, 1023, 4, 128), {true, true, kNone}, false, kBackward, kSms).value();
+  for (const BackwardPlan& other :
+       {plan({false, false, kNone}), plan({true, true, kMask}), small}) {
     CHECK(other.most_key_tiles == other.num_n_blocks && other.key_tile_list_size == 0);
     CHECK(other.workspace_bytes == other.key_tiles_offset);
   }

@@ -51,3 +51,29 @@ def test_documents_change_places():
 def test_ids_that_come_back_give_nan(causal):
     case = dataclasses.replace(packed.ILLEGAL_CASE, causal=causal)
     packed.check_illegal(KERNELS, case, packed.illegal_ids())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("lengths", [(200,), (1100, 1300)])
+def test_no_weight_behind_the_keys_of_a_tile(lengths, head_dim):
+    """Where all logits are far below 0, a key of zeros would have a weight that float16 does not
+    hold. All weights are equal here, so that dQ is 0."""
+    rows = sum(lengths)
+    random = np.random.default_rng(head_dim)
+    value, dout = (random.standard_normal((1, rows, 1, head_dim)).astype("float16") for _ in "vo")
+    query = np.full_like(value, np.sqrt(32 / np.sqrt(head_dim)))  # logits of -32
+    ids = np.repeat(np.arange(1, 1 + len(lengths), dtype=np.int32), lengths)[None]
+
+    def gradients(implementation):
+        def attend(query, key, value):
+            return jax_fa3.dot_product_attention(
+                query, key, value, query_segment_ids=ids, implementation=implementation
+            )
+
+        def all_of(dout):
+            return jax.vjp(attend, query, -query, value)[1](dout)
+
+        return map(np.asarray, jax.jit(all_of)(dout))
+
+    for name, x, want in zip("qkv", gradients("fa3"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(x, want, atol=0.02, err_msg=f"d{name}")

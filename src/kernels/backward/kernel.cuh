@@ -30,9 +30,11 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     if (threadIdx.x == 0) shared.num_key_tiles = 0;
     __syncthreads();
     const int batch = p.scheduler.num_batch_heads / p.scheduler.num_heads;
+    int most = 0;
     for (int b = threadIdx.x; b < batch; b += T::kThreads) {
-      atomicMax(&shared.num_key_tiles, KeyTileList::num_tiles(p.key_tile_list(b)));
+      most = max(most, KeyTileList::num_tiles(p.key_tile_list(b)));
     }
+    if (most > 0) atomicMax(&shared.num_key_tiles, most);
   }
   if (threadIdx.x < 128) {
     const int i = threadIdx.x / 64;

@@ -79,8 +79,10 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   plan.num_sms = num_sms;
   plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key.block_m);
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
-  // What a dense mask or a bias has for tiles of keys is of the grid.
-  const bool has_list = presence.visibility && !is_listed(key.variant) && shape.seqlen_k > 0;
+  // What a dense mask or a bias has for tiles of keys is of the grid; where no document is long, so
+  // is all else.
+  const bool has_list =
+      presence.visibility && !is_listed(key.variant) && shape.seqlen_k >= kLongDocument;
   plan.key_tile_list_size = has_list ? KeyTileList::size(shape.seqlen_k, key.block_n) : 0;
   plan.most_key_tiles =
       has_list ? static_cast<std::int32_t>(KeyTileList::most_tiles(shape.seqlen_k, key.block_n))

@@ -102,7 +102,7 @@ CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage
   RingCursor<1> key_value_cursor, demand_cursor;
   // Read from shared memory each time: registers are scarce.
   const auto scheduler = [&] {
-    TileScheduler found = p.scheduler;
+    auto found = p.scheduler;
     if (p.key_tiles != nullptr) {
       found.num_blocks = shared.num_key_tiles;
       found.num_tiles = found.num_blocks * found.num_batch_heads;

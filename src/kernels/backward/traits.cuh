@@ -124,7 +124,8 @@ CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const typename T:
   const Bounds seen = slot.is_bounded ? slot.seen_by
                                       : slot.intervals.of_keys({p.seqlen_q, p.seqlen_k}, slot.begin,
                                                                slot.end, p.heads_per_kv_head);
-  TileRange queries = mask.query_tiles(slot.begin, slot.end, T::kBlockM, seen);
+  // All of the tile's rows of K: what is behind its keys has to be hidden.
+  TileRange queries = mask.query_tiles(slot.begin, slot.begin + T::kBlockN, T::kBlockM, seen);
   queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
   queries.full_begin = min(queries.full_begin, queries.full_end);
   return queries;
