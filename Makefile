@@ -96,8 +96,10 @@ kernels: module
 	@command -v cuobjdump >/dev/null || $(TOOLS)/bin/pip install -q -r requirements/sass.txt
 	$(TOOLS)/bin/python tools/check_kernels.py $(BUILD)
 
+# A worker for each core, where there is pytest-xdist.
 gpu-test: gpu-module
-	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu $(or $(PYTEST_ARGS),$(shell $(GPU_PYTHON) -c \
+		'import os, xdist; print("-n", max(1, os.cpu_count() - 1), "--dist loadgroup")' 2>/dev/null))
 
 gpu-mesh-test: gpu-module
 	JAX_FA3_REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu/test_mesh.py $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,118 @@ def test_written_record_is_complete(record, suite, tree):
     }
     assert written["packages"]["jax"] and written["gpu"] and written["counts"] == COUNTS
     assert record.problems(suite, tree) == []
+
+
+# Tests, and a conftest.py whose suite is in a tree of its own; "stop" ends the process.
+INNER = {
+    "conftest.py": """
+import os, sys
+sys.path.insert(0, os.environ["GPU_TESTS"])
+import pathlib, importlib.util, pytest, record
+record.ROOT = pathlib.Path(__file__).parent
+record.driver_version = lambda: "1"
+record.Progress.__init__.__defaults__ = record.write.__defaults__ = (record.ROOT,)
+spec = importlib.util.spec_from_file_location("real", os.environ["GPU_TESTS"] + "/conftest.py")
+real = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(real)
+pytest_configure = real.pytest_configure
+""",
+    "tests/gpu/test_it.py": """
+import os, pytest
+
+@pytest.mark.parametrize("i", range(8))
+def test_one(i):
+    with open("ran", "a") as file:
+        file.write(f"{i} ")
+    if i == 2:
+        pytest.skip("no")
+    if i == 5 and os.path.exists("stop"):
+        os._exit(3)
+    assert i != 6 or not os.path.exists("fail")
+""",
+}
+
+
+@pytest.fixture
+def run_inner(tree):
+    """Runs the small suite; its numbers that ran, the record if there is one, and the output."""
+    for name, text in INNER.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+
+    def run(*arguments):
+        (tree / "ran").write_text("")
+        (tree / "tests/gpu/RECORD.json").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+        environment = dict(os.environ, GPU_TESTS=str(SCRIPT.parent), PYTHONDONTWRITEBYTECODE="1")
+        done = subprocess.run(
+            [*command, *(arguments or ["tests/gpu"])],
+            cwd=tree,
+            env={k: v for k, v in environment.items() if "XDIST" not in k},
+            capture_output=True,
+            text=True,
+        )
+        path = tree / "tests/gpu/RECORD.json"
+        found = json.loads(path.read_text()) if path.exists() else None
+        return sorted(map(int, (tree / "ran").read_text().split())), found, done.stdout
+
+    return run
+
+
+def test_a_run_that_was_ended_goes_on(run_inner, tree):
+    (tree / "stop").touch()
+    ran, found, _ = run_inner()
+    assert ran == [0, 1, 2, 3, 4, 5] and found is None
+    (tree / "stop").unlink()
+    with (tree / "tests/gpu/RECORD.progress").open("a") as file:
+        file.write('{"test": "tests/gpu/test_it.py::test_one[5]", "outco')  # while it was written
+    ran, found, output = run_inner()
+    assert ran == [5, 6, 7] and "5 tests were done by an earlier run" in output
+    assert found["counts"] == dict(passed=7, failed=0, skipped=1)
+    assert list(found["skipped"].values()) == ["Skipped: no"]
+    assert not (tree / "tests/gpu/RECORD.progress").exists()
+    assert run_inner()[0] == list(range(8))  # the next run is a whole one
+
+
+def test_what_failed_in_a_run_that_was_ended_has_failed(run_inner, tree):
+    (tree / "fail").touch()
+    (tree / "tests/gpu/test_it.py").write_text(
+        INNER["tests/gpu/test_it.py"].replace("i == 5 and", "i == 7 and")
+    )
+    (tree / "stop").touch()
+    assert run_inner()[:2] == (list(range(8)), None)
+    (tree / "fail").unlink()
+    (tree / "stop").unlink()
+    ran, found, _ = run_inner()
+    assert ran == [7] and found["counts"] == dict(passed=6, failed=1, skipped=1)
+
+
+@pytest.mark.parametrize("name", ["src/ffi/options.h", "jax_fa3/api.py", "tests/gpu/test_it.py"])
+def test_another_tree_begins_anew(run_inner, tree, name):
+    (tree / "stop").touch()
+    run_inner()
+    (tree / "stop").unlink()
+    with (tree / name).open("a") as file:
+        file.write("\n# changed\n")
+    ran, found, _ = run_inner()
+    assert ran == list(range(8)) and found["counts"]["passed"] == 7
+
+
+def test_parts_of_a_suite_write_nothing(run_inner, tree):
+    for arguments in (["tests/gpu", "-k", "3 or 4"], ["tests/gpu/test_it.py"]):
+        assert run_inner(*arguments)[1] is None
+    assert not (tree / "tests/gpu/RECORD.progress").exists()
+
+
+def test_workers_share_the_progress(run_inner, tree):
+    pytest.importorskip("xdist")
+    (tree / "tests/gpu/RECORD.json").unlink(missing_ok=True)
+    (tree / "stop").touch()
+    run_inner("tests/gpu", "-n", "2", "--maxfail", "1")
+    (tree / "stop").unlink()
+    ran, found, _ = run_inner("tests/gpu", "-n", "2")
+    assert 0 < len(ran) < 8 or found["counts"]["failed"]
+    assert sum(found["counts"].values()) == 8
 
 
 def test_check_is_a_command_without_jax(record, suite, tree):

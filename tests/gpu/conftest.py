@@ -1,9 +1,8 @@
 """The GPU session: it runs when JAX_FA3_REQUIRE_GPU asks for it (see ../conftest.py), fails where
-there is no Hopper GPU, and writes the record of a whole run. What needs several GPUs is a suite of
-its own, collected where it is named."""
+there is no Hopper GPU, and writes the record when all tests are done, in one run or in several.
+What needs several GPUs is a suite of its own, collected where it is named."""
 
 import pathlib
-import time
 
 import pytest
 import record
@@ -18,7 +17,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Recorder(config), "gpu-record")
+    if suite := whole_suite(config):
+        config.pluginmanager.register(Recorder(config, suite), "gpu-record")
+
+
+def whole_suite(config):
+    """The suite that pytest is asked for from end to end, if it is asked for one."""
+    option = config.option
+    if option.keyword or option.markexpr or option.deselect:
+        return None
+    arguments = [pathlib.Path(argument).resolve() for argument in config.args]
+    named = [x for x in record.SUITES.values() if arguments == [record.ROOT / x.tests]]
+    return named[0] if named else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,41 +42,43 @@ def hopper():
 
 
 class Recorder:
-    """Counts outcomes and writes the record of a suite when nothing of it was left out."""
+    """Leaves out what an earlier run of the same tree has done, keeps what each test comes to, and
+    writes the record when there is nothing left."""
 
-    def __init__(self, config):
-        self.config, self.start = config, time.monotonic()
-        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
-        self.skipped, self.left_out = {}, []
+    def __init__(self, config, suite):
+        self.suite, self.progress = suite, record.Progress(suite)
+        self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller writes
+        self.ran, self.has_left_out = set(), False
+        if not self.is_worker:
+            self.progress.begin()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if item.nodeid not in self.progress.outcomes]
+
+    def pytest_report_header(self):
+        done = len(self.progress.outcomes)
+        return f"{self.suite.tests}: {done} tests were done by an earlier run" if done else None
 
     def pytest_deselected(self, items):
-        self.left_out += [item.nodeid for item in items]
+        self.has_left_out |= bool(items)
 
     def pytest_collectreport(self, report):
-        if report.failed:
-            self.counts["failed"] += 1
+        if report.failed and not self.is_worker:
+            self.progress.add(report.nodeid, "failed")
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] += 1
-        if report.skipped:
-            self.skipped[report.nodeid] = str(report.longrepr[-1])
-
-    def whole_suite(self, session):
-        """The suite that was run from end to end, if one was."""
-        option = self.config.option  # what workers of pytest-xdist deselect is not seen here
-        whole = (
-            not self.left_out
-            and not (option.keyword or option.markexpr or option.deselect)
-            and not session.shouldstop
-            and not session.shouldfail
-            and sum(self.counts.values()) >= session.testscollected > 0
-        )
-        arguments = [pathlib.Path(argument).resolve() for argument in self.config.args]
-        named = [x for x in record.SUITES.values() if arguments == [record.ROOT / x.tests]]
-        return named[0] if named and whole else None
+        if self.is_worker or (report.when != "call" and report.outcome == "passed"):
+            return
+        self.ran.add(report.nodeid)
+        reason = str(report.longrepr[-1]) if report.skipped else None
+        self.progress.add(report.nodeid, report.outcome, reason)
 
     def pytest_sessionfinish(self, session):
-        suite = self.whole_suite(session)
-        if suite:
-            record.write(suite, self.counts, self.skipped, time.monotonic() - self.start)
+        stopped = session.shouldstop or session.shouldfail or self.has_left_out
+        if self.is_worker or stopped or len(self.ran) < session.testscollected:
+            return
+        if self.progress.outcomes:
+            of = self.progress
+            record.write(self.suite, of.counts(), of.reasons, of.seconds)
+            of.end()

@@ -4,7 +4,8 @@
     python tests/gpu/record.py --check [gpu|mesh]
                                          fails unless it fits the source tree and nothing failed
 
-The check needs neither JAX nor a GPU.
+A run that is ended early leaves a file of progress: the next one goes on from there, and the record
+is of all tests. The check needs neither JAX nor a GPU.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "numpy")
 KERNEL_SOURCES = ("src/**/*", "cmake/**/*", "CMakeLists.txt")
+EVERYTHING = (*KERNEL_SOURCES, "jax_fa3/**/*.py", "tests/**/*.py")
 
 
 class Suite(NamedTuple):
@@ -42,21 +45,18 @@ SUITES = {
 }
 
 
-def sources(suite, root):
-    """Files that the hash covers, in a fixed order."""
-    return sorted(
-        path for pattern in suite.sources for path in root.glob(pattern) if path.is_file()
-    )
-
-
-def source_hash(suite, root=ROOT):
-    """SHA-256 over relative names and contents."""
+def tree_hash(patterns, root):
+    """SHA-256 over the relative names and contents of files, in a fixed order."""
     digest = hashlib.sha256()
-    for path in sources(suite, root):
+    for path in sorted(x for pattern in patterns for x in root.glob(pattern) if x.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def source_hash(suite, root=ROOT):
+    return tree_hash(suite.sources, root)
 
 
 def driver_version():
@@ -71,6 +71,58 @@ def driver_version():
 def package_versions():
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+class Progress:
+    """What the tests of a suite came to on one tree, tests included, with one driver: a file with a
+    line for each, which is read again when the suite is run again."""
+
+    def __init__(self, suite, root=ROOT):
+        self.path = (root / suite.record).with_suffix(".progress")
+        self.of = dict(tree=tree_hash(EVERYTHING, root), driver=driver_version())
+        self.outcomes = {}  # by test: "passed", "failed" or "skipped"
+        self.reasons = {}  # of those that were skipped
+        self.seconds = 0.0  # of all runs so far
+        self.start = time.monotonic()
+        self.earlier_seconds = 0.0
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = list(filter(None, map(_row, lines)))
+        self.fits = rows[:1] == [self.of]
+        for row in rows[1:] if self.fits else ():
+            self._take(**row)
+
+    def begin(self):
+        """Before the tests, by the one process that adds their outcomes."""
+        self.earlier_seconds = self.seconds
+        with self.path.open("a" if self.fits else "w") as file:
+            file.write("\n" if self.fits else json.dumps(self.of) + "\n")
+
+    def add(self, test, outcome, reason=None):
+        seconds = self.earlier_seconds + time.monotonic() - self.start
+        row = dict(test=test, outcome=outcome, reason=reason, seconds=round(seconds, 1))
+        self._take(**row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def counts(self):
+        found = list(self.outcomes.values())
+        return {outcome: found.count(outcome) for outcome in ("passed", "failed", "skipped")}
+
+    def end(self):
+        self.path.unlink(missing_ok=True)
+
+    def _take(self, test, outcome, reason, seconds):
+        self.outcomes[test], self.seconds = outcome, seconds
+        if outcome == "skipped":
+            self.reasons[test] = reason
+
+
+def _row(line):
+    """A line of a file of progress; None if the process ended while it was written."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def write(suite, counts, skipped, seconds, root=ROOT):
