@@ -98,13 +98,13 @@ struct KeySplitConsumer : TileConsumer<T> {
     if constexpr (T::kFusedDQ) {
       store_rounded<typename T::PTile>(tDS, dscores, warpgroup * kWarpgroupRows);
       cutlass::arch::fence_view_async_shared();
-      give_scores();
+      give_scores(cursor.stage);
     }
     issue_mma<Accumulate::kAdd>(mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(dout)), tDV);
     // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
     auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
     if constexpr (T::kFusedDQ) {
-      take_scores();
+      take_scores(cursor.stage);
       issue_mma<Accumulate::kOverwrite>(
           mma_dq,
           operand_a(mma_dq, T::PTile::template transposed_cols<kWarpgroupRows>(
@@ -141,12 +141,13 @@ struct KeySplitConsumer : TileConsumer<T> {
     }
   }
 
-  // One's dS for the other's dQ.
-  CUTE_DEVICE void give_scores() const {
-    NamedBarrier::arrive(T::kConsumerThreads, T::kScores + warpgroup);
+  // One's dS for the other's dQ. A barrier for each buffer: one may give the next step's before the
+  // other has taken this one's, and two arrivals at one barrier would complete it.
+  CUTE_DEVICE void give_scores(int buffer) const {
+    NamedBarrier::arrive(T::kConsumerThreads, T::kScores + 2 * buffer + warpgroup);
   }
-  CUTE_DEVICE void take_scores() const {
-    NamedBarrier::sync(T::kConsumerThreads, T::kScores + (1 - warpgroup));
+  CUTE_DEVICE void take_scores(int buffer) const {
+    NamedBarrier::sync(T::kConsumerThreads, T::kScores + 2 * buffer + (1 - warpgroup));
   }
 };
 

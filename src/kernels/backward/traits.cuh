@@ -307,7 +307,8 @@ struct BackwardTraits {
 
   enum NamedBarrier : std::uint32_t {  // 0 to 7: CUTLASS keeps the other eight
     kWarpgroup = 0,                    // + w: all of consumer w, 128 threads
-    kScores = 2,  // + w: dS of consumer w; both consumers, one arrives and the other waits
+    // + 2 b + w: dS of consumer w in buffer b; both consumers, one arrives and the other waits
+    kScores = 2,
   };
 };
 
