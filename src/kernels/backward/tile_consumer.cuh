@@ -217,17 +217,14 @@ struct TileConsumer {
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
   // as many at a time as Tile has. Where the warpgroup has two buffers, it takes them by turns, and
   // a buffer is waited for before it is written; where it has one, on return the leader knows that
-  // it has been read. Where the rows' tile is shorter, they go to memory by themselves.
+  // it has been read. Of a tile that is cut short, whose box the next one's rows are in, the
+  // threads store the rows themselves.
   template <class Tile, int kCols, class Accumulator>
   CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map,
                                 const KeyGradient& gradient, int row, Element* buffer) const {
     const WorkTile& tile = work().tile;
     const int first_row = slot().begin + row, end_row = slot().end;
-    if (end_row < min(first_row + kWarpgroupRows, p.seqlen_k)) {
-      store_rows(tC, gradient, first_row, end_row);
-      sync_warpgroup();
-      return;
-    }
+    const bool fills_box = end_row >= min(first_row + kWarpgroupRows, p.seqlen_k);
     CUTE_UNROLL
     for (int col = 0; col < kCols; col += Tile::kCols) {
       constexpr int kThreadsPerRow = kWarpgroupThreads / kWarpgroupRows;
@@ -241,8 +238,12 @@ struct TileConsumer {
       store_accumulator<Tile>(tPiece, buffer, 0);
       cutlass::arch::fence_view_async_shared();
       sync_warpgroup();
+      if (!fills_box) {
+        copy_rows<Tile>(buffer, gradient, first_row, end_row, col);
+        sync_warpgroup();
+      }
       if (leads_warpgroup()) {
-        if (first_row < p.seqlen_k) {
+        if (fills_box && first_row < p.seqlen_k) {
           store_tile<Tile>(map, buffer, 0, first_row, tile.head, tile.batch, col);
         }
         cute::tma_store_arrive();
@@ -250,23 +251,21 @@ struct TileConsumer {
       }
     }
   }
-  template <class Accumulator>
-  CUTE_DEVICE void store_rows(const Accumulator& tC, const KeyGradient& gradient, int first_row,
-                              int end_row) const {
+  // Rows [first_row, end_row) of a gradient, from column `first_col`, by the threads themselves.
+  template <class Tile>
+  CUTE_DEVICE void copy_rows(const Element* buffer, const KeyGradient& gradient, int first_row,
+                             int end_row, int first_col) const {
+    constexpr int kVector = 16 / sizeof(Element), kVectors = Tile::kCols / kVector;
     const WorkTile& tile = work().tile;
-    auto rounded = cute::make_tensor_like<Element>(tC);
-    convert(tC, rounded);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tC); i += 2) {  // two columns
-      const int row = first_row + thread_row() + 8 * accumulator_row(i);
-      const int col = thread_col() + accumulator_col(i);
-      if (row >= end_row || col >= gradient.head_dim) continue;
-      const std::int64_t at =
-          ((std::int64_t(tile.batch) * p.seqlen_k + row) * p.scheduler.num_heads + tile.head) *
-              gradient.head_dim +
-          col;
-      *reinterpret_cast<std::uint32_t*>(static_cast<Element*>(gradient.rows) + at) =
-          reinterpret_cast<const std::uint32_t*>(rounded.data())[i / 2];
+    CUTE_NO_UNROLL
+    for (int i = warpgroup_thread(); i < (end_row - first_row) * kVectors; i += kWarpgroupThreads) {
+      const int row = i / kVectors, col = i % kVectors * kVector;
+      if (first_col + col >= gradient.head_dim) continue;
+      const std::int64_t place = std::int64_t(tile.batch) * p.seqlen_k + first_row + row;
+      auto* const to = static_cast<Element*>(gradient.rows) +
+                       (place * p.scheduler.num_heads + tile.head) * gradient.head_dim + first_col;
+      *reinterpret_cast<uint4*>(to + col) =
+          *reinterpret_cast<const uint4*>(buffer + Tile::offset(row, col));
     }
   }
   template <class AccumulatorDK>
