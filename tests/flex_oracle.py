@@ -179,7 +179,16 @@ class Evaluation:
         """A float in a narrower type, in which it is exact if its ends are the same there."""
         if new == old or jnp.finfo(new).bits > 16:
             return number
-        return Number(self.agreed(lambda x: x.astype(new).astype(jnp.float64), number))
+        return Number(self.agreed(functools.partial(nearest, jnp.finfo(new)), number))
+
+
+def nearest(kind, x):
+    """The float64 x, rounded to a narrower kind. Not by a conversion there and back, which XLA may
+    leave out."""
+    least = float(kind.smallest_subnormal)
+    subnormal = lax.round(x / least, lax.RoundingMethod.TO_NEAREST_EVEN) * least
+    normal = lax.reduce_precision(x, kind.nexp, kind.nmant)
+    return jnp.where(jnp.abs(x) < float(kind.tiny), subnormal, normal)
 
 
 def evaluate(jaxpr, arguments, ulps=4):
