@@ -29,7 +29,7 @@ struct BackwardPlan {
   std::int64_t statistics_offset;     // RowStatistics [b, h_q, num_m_blocks * block_m]
   std::int64_t tile_counters_offset;  // int32 [2], of the main and the dQ kernel
   std::int64_t key_tiles_offset;      // KeyTile [b, key_tile_list_size]
-  std::int64_t key_tile_list_size;    // 0 without row intervals
+  std::int64_t key_tile_list_size;    // 0 where tiles are of the grid
   std::int64_t workspace_bytes;
 };
 
