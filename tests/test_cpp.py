@@ -29,7 +29,6 @@ DECODING = [
 ]
 SOURCES = {
     "plan": PLANS,
-    "key_tiles": [],
     "mask": [],
     "dense_mask": [],
     "prepared_value": [],

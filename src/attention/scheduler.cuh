@@ -82,27 +82,18 @@ struct Work {
   CUTE_DEVICE bool none() const { return tile.block < 0; }
 };
 
-// The place of a tile that its number says.
-struct ByNumber {
-  template <class Params>
-  CUTE_DEVICE bool find(const Params&, const WorkTile&) const {
-    return true;
-  }
-  CUTE_DEVICE void clip(Mask&) const {}
-};
-
 // A CTA's work tiles, worked out once by a thread of its own for producer and consumers: divisions
 // and clamps that everybody would wait for at the start of every tile. A stage is filled again
 // when its tile has been stored, so numbers are taken at most one ahead, and CTAs stay balanced.
 //
-// range_of(p, slot, i), i < kRanges, is what of the other sequence has to be visited; [0] is what
-// the producer loads. Place says where a tile is, if its number alone does not.
-template <int kRanges, class Range = TileRange, class Place = ByNumber>
+// range_of(p, work, intervals, i), i < kRanges, is what of the other sequence has to be visited;
+// [0] is what the producer loads.
+template <int kRanges, class Range = TileRange>
 struct WorkQueue {
   static constexpr int kStages = 2;
   using Cursor = RingCursor<kStages>;
 
-  struct Slot : Place {
+  struct Slot {
     Work work;
     Intervals intervals;
     int head_kv;  // the kv head of the tile's query head
@@ -111,28 +102,25 @@ struct WorkQueue {
   RingBarriers<kStages> ring;
   Slot slots[kStages];
 
-  // The scheduling thread. With each tile of scheduler() it calls on_tile(slot), and takes another
-  // number when that has returned and a stage is free. A number may be of no tile.
-  template <class Params, class Scheduler, class RangeOf, class OnTile>
-  CUTE_DEVICE void fill(const Params& p, const Scheduler& scheduler, const RangeOf& range_of,
-                        const OnTile& on_tile) {
+  // The scheduling thread. With each tile it calls on_tile(tile, ranges[0]), and takes another
+  // number when that has returned and a stage is free.
+  template <class Params, class RangeOf, class OnTile>
+  CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, const OnTile& on_tile) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < scheduler().num_tiles; index = p.scheduler.next(index)) {
+    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
       Slot& slot = slots[cursor.stage];
       const WorkTile& tile = slot.work.tile;
-      slot.work.tile = scheduler().tile(index);
-      if (!slot.find(p, tile)) continue;
+      slot.work.tile = p.scheduler.tile(index);
       slot.head_kv = tile.head / p.heads_per_kv_head;
       slot.work.mask = make_mask(p.mask, p.index, tile.batch, p.seqlen_q, p.seqlen_k);
       leave_in_memory();
       read_intervals(slot.intervals, slot.work.mask, p.index, tile.batch, p.query_heads(tile.head),
                      {p.seqlen_q, p.seqlen_k});
-      slot.clip(slot.work.mask);
       leave_in_memory();
       CUTE_NO_UNROLL
-      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, slot, i);
+      for (int i = 0; i < kRanges; ++i) slot.ranges[i] = range_of(p, slot.work, slot.intervals, i);
       ring.full[cursor.stage].arrive();
-      on_tile(slot);
+      on_tile(tile, slot.ranges[0]);
       cursor.advance();
       wait_empty(ring, cursor);
     }
@@ -141,8 +129,7 @@ struct WorkQueue {
   }
   template <class Params, class RangeOf>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of) {
-    const auto scheduler = [&]() -> const auto& { return p.scheduler; };
-    fill(p, scheduler, range_of, [](const Slot&) {});
+    fill(p, range_of, [](const WorkTile&, const TileRange&) {});
   }
 
   // For the producer thread, which gives the stage back at once. False: there are no more.
@@ -191,13 +178,13 @@ struct WorkQueue {
 // range_of of the kernels whose tiles are blocks of queries: [0] is what the block sees of the
 // keys, [1 + w] what the rows of warpgroup w do.
 template <class T>
-CUTE_DEVICE TileRange visible_keys(const typename T::Params& p, const typename T::Works::Slot& slot,
-                                   int i) {
-  const int row = slot.work.tile.block * T::kBlockM;
+CUTE_DEVICE TileRange visible_keys(const typename T::Params& p, const Work& work,
+                                   const Intervals& intervals, int i) {
+  const int row = work.tile.block * T::kBlockM;
   const int begin = i == 0 ? row : row + (i - 1) * kWarpgroupRows;
   const int end = begin + (i == 0 ? T::kBlockM : kWarpgroupRows);
-  const Bounds seen = slot.intervals.of_rows({p.seqlen_q, p.seqlen_k}, begin, end);
-  return slot.work.mask.key_tiles(begin, end, T::kBlockN, seen);
+  const Bounds seen = intervals.of_rows({p.seqlen_q, p.seqlen_k}, begin, end);
+  return work.mask.key_tiles(begin, end, T::kBlockN, seen);
 }
 
 }  // namespace jax_fa3

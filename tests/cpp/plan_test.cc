@@ -151,27 +151,6 @@ void workspace_layout() {
   }
 }
 
-// With row intervals work tiles are those of lists, one for each long document more than of the
-// grid; but not beside a dense mask, nor where no document can be long.
-void lists_of_key_tiles() {
-  const Shape s = shape(2, 5000, 4, 128);
-  const auto plan = [&](const IndexPresence& presence) {
-    return plan_backward(s, presence, false, kBackward, kSms).value();
-  };
-  const BackwardPlan listed = plan({true, true, kNone});
-  CHECK(listed.num_n_blocks == 40 && listed.most_key_tiles == 44 && listed.num_tiles == 2 * 4 * 44);
-  CHECK(listed.key_tile_list_size == 45);
-  CHECK(listed.key_tiles_offset == listed.tile_counters_offset + 256);
-  CHECK(listed.workspace_bytes == listed.key_tiles_offset + 3072);  // 2 * 45 * 32, aligned
-  const BackwardPlan small =
-      plan_backward(shape(2, 1023, 4, 128), {true, true, kNone}, false, kBackward, kSms).value();
-  for (const BackwardPlan& other :
-       {plan({false, false, kNone}), plan({true, true, kMask}), small}) {
-    CHECK(other.most_key_tiles == other.num_n_blocks && other.key_tile_list_size == 0);
-    CHECK(other.workspace_bytes == other.key_tiles_offset);
-  }
-}
-
 void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
   CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
@@ -450,7 +429,6 @@ int main() {
   jax_fa3::heads_of_a_group();
   jax_fa3::empty_problems();
   jax_fa3::workspace_layout();
-  jax_fa3::lists_of_key_tiles();
   jax_fa3::fused_dq_where_there_is_a_choice();
   jax_fa3::dense_kernels();
   jax_fa3::dbias_tiles_cover_the_bias();

@@ -29,15 +29,12 @@ struct Backward {
     return joined({describe(plan.key),
                    {{"num_m_blocks", plan.num_m_blocks},
                     {"num_n_blocks", plan.num_n_blocks},
-                    {"most_key_tiles", plan.most_key_tiles},
                     {"heads_per_group", plan.heads_per_group},
                     {"num_tiles", plan.num_tiles},
                     {"grid", plan.grid},
                     {"dq_offset", plan.dq_offset},
                     {"statistics_offset", plan.statistics_offset},
                     {"tile_counters_offset", plan.tile_counters_offset},
-                    {"key_tiles_offset", plan.key_tiles_offset},
-                    {"key_tile_list_size", plan.key_tile_list_size},
                     {"workspace_bytes", plan.workspace_bytes}}});
   }
 };

@@ -54,7 +54,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
         wait_empty(shared.handover_ring, last);
         last.advance();
       }
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, p.dvalue_rows, 0,
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, 0,
                                                                     shared.exchange.output[0]);
       this->end_tile();
     }
@@ -70,7 +70,7 @@ struct GradientSplitConsumer : TileConsumer<T> {
         this->release_keys();
       }
       this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, p.dkey_rows, 0,
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, 0,
                                                                    shared.exchange.output[1]);
       release(shared.output_ring, output_cursor);
       this->end_tile();

@@ -26,16 +26,6 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, 1)
     shared.output_ring.init(1);
     cutlass::arch::fence_barrier_init();
   }
-  if (p.key_tiles != nullptr) {
-    if (threadIdx.x == 0) shared.num_key_tiles = 0;
-    __syncthreads();
-    const int batch = p.scheduler.num_batch_heads / p.scheduler.num_heads;
-    int most = 0;
-    for (int b = threadIdx.x; b < batch; b += T::kThreads) {
-      most = max(most, KeyTileList::num_tiles(p.key_tile_list(b)));
-    }
-    if (most > 0) atomicMax(&shared.num_key_tiles, most);
-  }
   if (threadIdx.x < 128) {
     const int i = threadIdx.x / 64;
     shared.constants[i].fill(Statistic(i), threadIdx.x % 64);

@@ -50,10 +50,9 @@ struct KeySplitConsumer : TileConsumer<T> {
       }
       const int row = warpgroup * kWarpgroupRows;
       auto& buffers = shared.exchange.output[warpgroup];
-      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, p.dvalue_rows,
-                                                                    row, buffers[0]);
+      this->template store_output<typename T::DVTile, T::kHeadDimV>(tDV, p.dvalue, row, buffers[0]);
       this->scale_dkey(tDK);
-      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, p.dkey_rows, row,
+      this->template store_output<typename T::DKTile, T::kHeadDim>(tDK, p.dkey, row,
                                                                    buffers[T::kOutputBuffers - 1]);
       this->end_tile();
     }

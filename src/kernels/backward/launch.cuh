@@ -28,13 +28,9 @@ Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& proble
   p.statistics = const_cast<RowStatistics*>(main.statistics);
   p.dquery = main.dquery;
   p.tile_counters = main.scheduler.counter;
-  p.key_tiles = const_cast<KeyTile*>(main.key_tiles);
-  p.key_tile_list_size = main.key_tile_list_size;
-  p.num_lists = main.key_tiles != nullptr ? static_cast<int>(s.batch) : 0;
   p.num_m_blocks = plan.num_m_blocks;
   p.head_dim_v = static_cast<int>(s.head_dim_v);
-  const auto grid =
-      static_cast<unsigned>(p.num_lists + s.batch * s.num_heads_q * plan.num_m_blocks);
+  const auto grid = static_cast<unsigned>(s.batch * s.num_heads_q * plan.num_m_blocks);
   return launch_kernel("preprocess_kernel", preprocess_kernel<Config>, dim3(grid),
                        kPreprocessThreads, 0, stream, p);
 }
@@ -74,7 +70,7 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   JFA_CHECK_OK(maps.of_keys<typename T::DVTile>(&p.dvalue, problem.dvalue, s.head_dim_v));
   static_cast<CommonParams&>(p) = common_params(problem);
   static_cast<BackwardParams&>(p).scheduler =
-      TileScheduler{plan.most_key_tiles,
+      TileScheduler{plan.num_n_blocks,
                     static_cast<int>(s.num_heads_kv),
                     static_cast<int>(s.batch * s.num_heads_kv),
                     plan.heads_per_group,
@@ -83,13 +79,6 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
                     has_queries ? tile_counters : nullptr};
   if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.num_m_blocks = plan.num_m_blocks;
-  p.num_n_blocks = plan.num_n_blocks;
-  p.key_tiles = has_queries && plan.key_tile_list_size > 0
-                    ? reinterpret_cast<KeyTile*>(workspace + plan.key_tiles_offset)
-                    : nullptr;
-  p.key_tile_list_size = static_cast<int>(plan.key_tile_list_size);
-  p.dkey_rows = {problem.dkey, static_cast<int>(s.head_dim)};
-  p.dvalue_rows = {problem.dvalue, static_cast<int>(s.head_dim_v)};
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);
   p.dquery = reinterpret_cast<float*>(workspace + plan.dq_offset);
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "attention/key_tiles.h"
 #include "call/shape.h"
 #include "call/text.h"
 
@@ -79,15 +78,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
   plan.num_sms = num_sms;
   plan.num_m_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_q), key.block_m);
   plan.num_n_blocks = ceil_div(static_cast<std::int32_t>(shape.seqlen_k), key.block_n);
-  // What a dense mask or a bias has for tiles of keys is of the grid; where no document is long, so
-  // is all else.
-  const bool has_list =
-      presence.visibility && !is_listed(key.variant) && shape.seqlen_k >= kLongDocument;
-  plan.key_tile_list_size = has_list ? KeyTileList::size(shape.seqlen_k, key.block_n) : 0;
-  plan.most_key_tiles =
-      has_list ? static_cast<std::int32_t>(KeyTileList::most_tiles(shape.seqlen_k, key.block_n))
-               : plan.num_n_blocks;
-  const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.most_key_tiles);
+  const auto num_tiles = count_tiles(shape.batch, shape.num_heads_kv, plan.num_n_blocks);
   if (!num_tiles.ok()) return num_tiles.status();
   plan.num_tiles = num_tiles.value();
   plan.grid = static_cast<std::int32_t>(std::min<std::int64_t>(plan.num_tiles, num_sms));
@@ -113,8 +104,6 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
                                  kStatisticsBytes, &plan.statistics_offset));
   JFA_CHECK_OK(
       workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));
-  JFA_CHECK_OK(workspace.reserve("key tiles", {shape.batch, plan.key_tile_list_size},
-                                 sizeof(KeyTile), &plan.key_tiles_offset));
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -124,9 +113,9 @@ std::string to_string(const BackwardPlan& plan) {
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
                 plan.key.separate_dq ? " separate dQ" : "",
                 " variant=", to_string(plan.key.variant), " m_blocks=", plan.num_m_blocks,
-                " n_blocks=", plan.num_n_blocks, " most_key_tiles=", plan.most_key_tiles,
-                " heads_per_group=", plan.heads_per_group, " tiles=", plan.num_tiles,
-                " grid=", plan.grid, " workspace=", plan.workspace_bytes);
+                " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
+                " tiles=", plan.num_tiles, " grid=", plan.grid,
+                " workspace=", plan.workspace_bytes);
 }
 
 }  // namespace jax_fa3

@@ -15,10 +15,9 @@ namespace jax_fa3 {
 struct BackwardPlan {
   BackwardKey key;
   std::int32_t num_m_blocks;     // steps along the queries of one (batch, head)
-  std::int32_t num_n_blocks;     // of keys of one (batch, kv head)
-  std::int32_t most_key_tiles;   // work tiles along these; with a list, as many as there can be
+  std::int32_t num_n_blocks;     // work tiles along the keys of one (batch, kv head)
   std::int32_t heads_per_group;  // (batch, kv head) pairs whose operands are live in L2 at once
-  std::int64_t num_tiles;        // work tiles in all, most_key_tiles of each
+  std::int64_t num_tiles;        // work tiles in all
   std::int32_t grid;             // persistent CTAs
   std::int32_t num_sms;          // multiprocessors to fill, of any launch
 
@@ -28,8 +27,6 @@ struct BackwardPlan {
   std::int64_t dq_offset;             // fp32 dQ in the order of fragments; empty if separate
   std::int64_t statistics_offset;     // RowStatistics [b, h_q, num_m_blocks * block_m]
   std::int64_t tile_counters_offset;  // int32 [2], of the main and the dQ kernel
-  std::int64_t key_tiles_offset;      // KeyTile [b, key_tile_list_size]
-  std::int64_t key_tile_list_size;    // 0 where tiles are of the grid
   std::int64_t workspace_bytes;
 };
 

@@ -100,21 +100,11 @@ CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedS
 template <class T>
 CUTE_DEVICE void schedule(const typename T::Params& p, typename T::SharedStorage& shared) {
   RingCursor<1> key_value_cursor, demand_cursor;
-  // Read from shared memory each time: registers are scarce.
-  const auto scheduler = [&] {
-    auto found = p.scheduler;
-    if (p.key_tiles != nullptr) {
-      found.num_blocks = shared.num_key_tiles;
-      found.num_tiles = found.num_blocks * found.num_batch_heads;
-    }
-    return found;
-  };
-  shared.works.fill(p, scheduler, visible_queries<T>, [&](const auto& slot) {
-    if (!slot.ranges[0].empty()) {
+  shared.works.fill(p, visible_queries<T>, [&](const WorkTile& tile, const auto& queries) {
+    if (!queries.empty()) {
       // Only this tile reads them, and there is room for them when the tile before is done: then
       // everybody waits.
-      const WorkTile& tile = slot.work.tile;
-      const int row = slot.begin;
+      const int row = tile.block * T::kBlockN;
       prefetch_tile<typename T::KTile>(p.key, row, tile.head, tile.batch);
       prefetch_tile<typename T::VTile>(p.value, row, tile.head, tile.batch);
       auto& full =

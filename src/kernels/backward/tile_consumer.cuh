@@ -32,10 +32,7 @@ struct TileConsumer {
     return !work().none();
   }
   // The tile at hand. It stays in shared memory: the steps' registers are scarce.
-  CUTE_DEVICE const typename T::Works::Slot& slot() const {
-    return shared.works.slots[works_cursor.stage];
-  }
-  CUTE_DEVICE const Work& work() const { return slot().work; }
+  CUTE_DEVICE const Work& work() const { return shared.works.slots[works_cursor.stage].work; }
   CUTE_DEVICE const Intervals& intervals() const { return shared.works.intervals(works_cursor); }
   // On return K and V have arrived. Not called where no query sees the tile.
   CUTE_DEVICE void await_keys() const { wait_full(shared.key_value_ring, key_value_cursor); }
@@ -55,8 +52,8 @@ struct TileConsumer {
   // both read them, both write the same zeros.
   template <class Tile>
   CUTE_DEVICE void clear_tail(Element* keys) const {
-    const Mask& mask = work().mask;
-    const int valid = max(mask.key_length - slot().begin, 0);
+    const auto& [tile, mask] = work();
+    const int valid = max(mask.key_length - tile.block * T::kBlockN, 0);
     if (mask.key_length == p.seqlen_k || valid >= T::kBlockN) return;
     zero_rows_from<Tile>(keys, valid);
     cutlass::arch::fence_view_async_shared();
@@ -116,7 +113,7 @@ struct TileConsumer {
         const WorkTile& tile = work().tile;
         const int head = tile.head * p.heads_per_kv_head + walk.head();
         const DenseMask mask = p.dense.mask_of(tile.batch, head);
-        const int first_row = walk.m * T::kBlockM, first_key = slot().begin;
+        const int first_row = walk.m * T::kBlockM, first_key = tile.block * T::kBlockN;
         if constexpr (kHasBlocks) {
           return mask.classify(first_row, T::kBlockM, first_key, T::kBlockN);
         } else {
@@ -137,7 +134,7 @@ struct TileConsumer {
   template <class Walk, class Accumulator>
   CUTE_DEVICE void finish_scores(Accumulator& tSt, const Walk& walk, int key, bool cut,
                                  const Bits& bits) const {
-    const int first_row = walk.m * T::kBlockM, first_key = slot().begin + key;
+    const int first_row = walk.m * T::kBlockM, first_key = work().tile.block * T::kBlockN + key;
     const int position = first_row + work().mask.first + p.mask.window_left;
     const Corner corner{first_row, position, first_key};
     if constexpr (kHasBlocks) {
@@ -174,7 +171,7 @@ struct TileConsumer {
     } else {
       const auto score = score_of(walk);
       const int first_row = walk.m * T::kBlockM;
-      const int first_key = slot().begin + key + thread_row();
+      const int first_key = work().tile.block * T::kBlockN + key + thread_row();
       // A column's two rows together, and pairs of columns, which are a register of P.
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSt); i += 4) {
@@ -217,14 +214,12 @@ struct TileConsumer {
   // kCols columns of 64 rows of the tile, from `row`: registers to shared memory to global memory,
   // as many at a time as Tile has. Where the warpgroup has two buffers, it takes them by turns, and
   // a buffer is waited for before it is written; where it has one, on return the leader knows that
-  // it has been read. Of a tile that is cut short, whose box the next one's rows are in, the
-  // threads store the rows themselves.
+  // it has been read.
   template <class Tile, int kCols, class Accumulator>
-  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map,
-                                const KeyGradient& gradient, int row, Element* buffer) const {
+  CUTE_DEVICE void store_output(const Accumulator& tC, const CUtensorMap& map, int row,
+                                Element* buffer) const {
     const WorkTile& tile = work().tile;
-    const int first_row = slot().begin + row, end_row = slot().end;
-    const bool fills_box = end_row >= min(first_row + kWarpgroupRows, p.seqlen_k);
+    const int first_row = tile.block * T::kBlockN + row;
     CUTE_UNROLL
     for (int col = 0; col < kCols; col += Tile::kCols) {
       constexpr int kThreadsPerRow = kWarpgroupThreads / kWarpgroupRows;
@@ -238,34 +233,13 @@ struct TileConsumer {
       store_accumulator<Tile>(tPiece, buffer, 0);
       cutlass::arch::fence_view_async_shared();
       sync_warpgroup();
-      if (!fills_box) {
-        copy_rows<Tile>(buffer, gradient, first_row, end_row, col);
-        sync_warpgroup();
-      }
       if (leads_warpgroup()) {
-        if (fills_box && first_row < p.seqlen_k) {
+        if (first_row < p.seqlen_k) {
           store_tile<Tile>(map, buffer, 0, first_row, tile.head, tile.batch, col);
         }
         cute::tma_store_arrive();
         if constexpr (!T::kSplitKeys) cute::tma_store_wait<0>();
       }
-    }
-  }
-  // Rows [first_row, end_row) of a gradient, from column `first_col`, by the threads themselves.
-  template <class Tile>
-  CUTE_DEVICE void copy_rows(const Element* buffer, const KeyGradient& gradient, int first_row,
-                             int end_row, int first_col) const {
-    constexpr int kVector = 16 / sizeof(Element), kVectors = Tile::kCols / kVector;
-    const WorkTile& tile = work().tile;
-    CUTE_NO_UNROLL
-    for (int i = warpgroup_thread(); i < (end_row - first_row) * kVectors; i += kWarpgroupThreads) {
-      const int row = i / kVectors, col = i % kVectors * kVector;
-      if (first_col + col >= gradient.head_dim) continue;
-      const std::int64_t place = std::int64_t(tile.batch) * p.seqlen_k + first_row + row;
-      auto* const to = static_cast<Element*>(gradient.rows) +
-                       (place * p.scheduler.num_heads + tile.head) * gradient.head_dim + first_col;
-      *reinterpret_cast<uint4*>(to + col) =
-          *reinterpret_cast<const uint4*>(buffer + Tile::offset(row, col));
     }
   }
   template <class AccumulatorDK>

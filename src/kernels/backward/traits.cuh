@@ -1,7 +1,6 @@
 // Everything that follows from a backward Config: tiles, MMAs, shared memory, thread roles.
 #pragma once
 
-#include "attention/key_tiles.h"
 #include "attention/mask.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/score.cuh"
@@ -24,29 +23,15 @@ struct BackwardMaps {
   CUtensorMap dkey;    // boxes of 64 rows
   CUtensorMap dvalue;  // boxes of 64 rows
 };
-// The same rows where boxes do not fit: [b, s_k, h_kv, head_dim].
-struct KeyGradient {
-  void* rows;
-  int head_dim;
-};
 struct BackwardParams : BackwardMaps, CommonParams {
-  TileScheduler scheduler;  // tiles of keys, kv heads
+  TileScheduler scheduler;  // blocks of keys, kv heads
   int num_m_blocks;
-  int num_n_blocks;          // of the grid of keys
-  const KeyTile* key_tiles;  // [b, key_tile_list_size], a KeyTileList each; null: the grid
-  int key_tile_list_size;
-  KeyGradient dkey_rows;
-  KeyGradient dvalue_rows;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
 
   // Work tiles are of kv heads.
   JFA_HD QueryHeads query_heads(int head) const {
     return {head * heads_per_kv_head, heads_per_kv_head};
-  }
-
-  CUTE_DEVICE const KeyTile* key_tile_list(int batch) const {
-    return key_tiles + std::int64_t(batch) * key_tile_list_size;
   }
 
   // The place of a head's query block in what has one for each.
@@ -72,7 +57,7 @@ struct QueryWalk {
   CUTE_DEVICE QueryWalk(const BackwardParams& p, const WorkTile& tile, const TileRange& queries)
       : first_head_((tile.batch * p.scheduler.num_heads + tile.head) * p.heads_per_kv_head),
         last_head_(first_head_ + p.heads_per_kv_head - 1),
-        direction_(2 * tile.block < p.num_n_blocks ? -1 : 1),
+        direction_(2 * tile.block < p.scheduler.num_blocks ? -1 : 1),
         end_(direction_ < 0 ? queries.begin - 1 : queries.end) {
     batch_head = first_head_;
     m = direction_ < 0 ? queries.end - 1 : queries.begin;
@@ -98,34 +83,15 @@ struct QueryWalk {
   int first_head_, last_head_, direction_, end_;
 };
 
-// The keys of a work tile: those of a list, or of the grid. For its mask, what is behind them does
-// not exist.
-template <int kBlockN>
-struct ListedKeys : KeyTile {
-  CUTE_DEVICE bool find(const BackwardParams& p, const WorkTile& tile) {
-    auto& keys = static_cast<KeyTile&>(*this);
-    if (p.key_tiles == nullptr) {
-      const int first = tile.block * kBlockN;
-      keys = {first, first + kBlockN, 0, 0, {}};
-      return true;
-    }
-    keys = KeyTileList::tile(p.key_tile_list(tile.batch), tile.block);
-    return begin < end;
-  }
-  CUTE_DEVICE void clip(Mask& mask) const { mask.key_length = min(mask.key_length, end); }
-};
-
-// range_of of the main kernel, whose tiles are of keys: the queries that see them. The block in
-// which a sequence ends counts as cut.
+// range_of of the main kernel, whose tiles are blocks of keys: the queries that see them. The block
+// in which a sequence ends counts as cut.
 template <class T>
-CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const typename T::Works::Slot& slot,
-                                      int) {
-  const Mask& mask = slot.work.mask;
-  const Bounds seen = slot.is_bounded ? slot.seen_by
-                                      : slot.intervals.of_keys({p.seqlen_q, p.seqlen_k}, slot.begin,
-                                                               slot.end, p.heads_per_kv_head);
-  // All of the tile's rows of K: what is behind its keys has to be hidden.
-  TileRange queries = mask.query_tiles(slot.begin, slot.begin + T::kBlockN, T::kBlockM, seen);
+CUTE_DEVICE TileRange visible_queries(const BackwardParams& p, const Work& work,
+                                      const Intervals& intervals, int) {
+  const auto& [tile, mask] = work;
+  const int begin = tile.block * T::kBlockN, end = begin + T::kBlockN;
+  const Bounds seen = intervals.of_keys({p.seqlen_q, p.seqlen_k}, begin, end, p.heads_per_kv_head);
+  TileRange queries = mask.query_tiles(begin, end, T::kBlockM, seen);
   queries.full_end = min(queries.full_end, mask.query_length / T::kBlockM);
   queries.full_begin = min(queries.full_begin, queries.full_end);
   return queries;
@@ -253,7 +219,7 @@ struct BackwardTraits {
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
   static constexpr int kHandoverStages = kScarce ? 1 : 2;
-  using Works = WorkQueue<1, TileRange, ListedKeys<kBlockN>>;
+  using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
   using Cursor = RingCursor<kStages>;
 
@@ -290,7 +256,6 @@ struct BackwardTraits {
     StatisticConstant constants[2];  // by Statistic
     alignas(128) RowStatistics statistics[kStages][kBlockM];
     Works works;
-    int num_key_tiles;       // of the longest list
     RingBarriers<1> demand;  // the producer has loaded all of a tile
     RingBarriers<1> key_value_ring;
     Ring query_ring;  // Q and the statistics
