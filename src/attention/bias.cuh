@@ -1,10 +1,16 @@
 // Adding a tile of bias, in shared memory, to a warpgroup's scores. Eight 8 x 8 matrices of 16 bits
 // come to a thread's registers just where the accumulator has the scores that they belong to.
+//
+// Of a bias that all rows share, a tile has the rows of one matrix. A row's bias is in row
+// `row & row_mask` of the tile.
 #pragma once
 
 #include "device/mma.cuh"
 
 namespace jax_fa3 {
+
+constexpr int kSharedBiasRows = 8;
+constexpr int kEveryRow = -1;  // a row mask: each row has its own
 
 // A register's two elements of 16 bits, as float32.
 template <class Element>
@@ -31,10 +37,10 @@ CUTE_DEVICE void add_words(Accumulator& tS, int first, const std::uint32_t (&wor
 // A tile of S, whose rows are queries: Tile's rows from `row` on, all of its columns.
 template <class Tile, class Accumulator>
 CUTE_DEVICE void add_bias(Accumulator& tS, const typename Tile::Element* tile, int row,
-                          float factor) {
+                          float factor, int row_mask = kEveryRow) {
   constexpr int kStepCols = 16, kStepBytes = 2 * kStepCols;
   const unsigned thread = threadIdx.x % kWarpgroupThreads;
-  const unsigned first_row = row + thread / 32 * 16 + thread % 16;
+  const unsigned first_row = (row + thread / 32 * 16 + thread % 16) & row_mask;
   unsigned offset = first_row * Tile::kChunkBytes + thread % 32 / 16 * 16;
   offset ^= offset >> 3 & (Tile::kChunkBytes - 16);  // the swizzle
   const std::uint32_t address = cute::cast_smem_ptr_to_uint(tile) + offset;
@@ -52,10 +58,11 @@ CUTE_DEVICE void add_bias(Accumulator& tS, const typename Tile::Element* tile, i
 // A tile of S^T, whose rows are keys: Tile's columns from `col` on, all of its rows.
 template <class Tile, class Accumulator>
 CUTE_DEVICE void add_bias_transposed(Accumulator& tSt, const typename Tile::Element* tile, int col,
-                                     float factor) {
+                                     float factor, int row_mask) {
   constexpr int kStepRows = 16;
+  const int step_bytes = (kStepRows & row_mask) * Tile::kChunkBytes;
   const unsigned thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
-  const unsigned first_row = lane / 16 * 8 + lane % 8;
+  const unsigned first_row = (lane / 16 * 8 + lane % 8) & row_mask;
   const unsigned first_col = col + thread / 32 * 16 + lane / 8 % 2 * 8;
   unsigned offset = first_row * Tile::kChunkBytes + first_col % Tile::kChunkCols * 2;
   offset ^= offset >> 3 & (Tile::kChunkBytes - 16);  // the swizzle, the same in each 16 rows
@@ -64,7 +71,7 @@ CUTE_DEVICE void add_bias_transposed(Accumulator& tSt, const typename Tile::Elem
   CUTE_UNROLL
   for (int step = 0; step < Tile::kRows / kStepRows; ++step) {
     std::uint32_t words[4];
-    load_matrices_transposed(address + step * kStepRows * Tile::kChunkBytes, words);
+    load_matrices_transposed(address + step * step_bytes, words);
     add_words<typename Tile::Element>(tSt, 8 * step, words, factor);
   }
 }

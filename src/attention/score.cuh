@@ -38,6 +38,7 @@ struct Corner {
   int row;
   int position;  // the row's among the keys
   int key;
+  bool looks_back = false;  // whether no row sees a key behind its position; for ShiftedAlibi
 };
 
 // Whether the rows of a tile are query rows, as those of S, or keys, as those of S^T.
@@ -49,8 +50,37 @@ struct Weight {
   float slope;
 };
 
+// What a tile's scores lack, the same for all that a thread has of a row: nothing, or `of` each of
+// its two rows, which is not above 0 where the row sees any of them.
+struct NoShift {
+  CUTE_DEVICE void add_to(float (&)[2]) const {}
+  template <class Accumulator>
+  CUTE_DEVICE void add_to_scores(Accumulator&) const {}
+  CUTE_DEVICE float below(int /*row*/, float reference, float /*scale_log2*/) const {
+    return reference;
+  }
+};
+struct RowShift {
+  float of[2];
+
+  CUTE_DEVICE void add_to(float (&rows)[2]) const {
+    rows[0] += of[0];
+    rows[1] += of[1];
+  }
+  template <class Accumulator>
+  CUTE_DEVICE void add_to_scores(Accumulator& tS) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) tS(i) += of[accumulator_row(i)];
+  }
+  // A row's reference, in log2 units, for scores that lack the shift.
+  CUTE_DEVICE float below(int row, float reference, float scale_log2) const {
+    return fmaf(-of[row], scale_log2, reference);
+  }
+};
+
 // A policy is made for a query head. apply() turns products into scores, before a mask makes some
-// of them -inf. weigh(), which linear ones do without, is for the backward pass.
+// of them -inf, and may leave a shift. weigh(), which linear ones do without, is for the backward
+// pass.
 
 // The logit is scale * (q . k).
 struct Plain {
@@ -61,7 +91,9 @@ struct Plain {
 
   CUTE_DEVICE Plain(const ScoreParams&, int /*batch*/, int /*head*/) {}
   template <Rows, class Accumulator>
-  CUTE_DEVICE void apply(Accumulator&, const Corner&) const {}
+  CUTE_DEVICE NoShift apply(Accumulator&, const Corner&) const {
+    return {};
+  }
 };
 
 // The logit is softcap * tanh(scale * (q . k) / softcap).
@@ -72,9 +104,10 @@ struct Softcap {
       : factor_(params.factor) {}
 
   template <Rows, class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, const Corner&) const {
+  CUTE_DEVICE NoShift apply(Accumulator& tS, const Corner&) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) tS(i) = tanh_approx(tS(i) * factor_);
+    return {};
   }
 
   // A score that a mask has made -inf counts as -1, where the slope is 0.
@@ -89,7 +122,7 @@ struct Softcap {
   float factor_;
 };
 
-// The logit is scale * (q . k) - slope * |position of the row - key|.
+// The logit is scale * (q . k) - slope * |position of the row - key|. This is the backward pass'.
 struct Alibi {
   static constexpr bool kIsLinear = true;
 
@@ -127,6 +160,54 @@ struct Alibi {
   float slope_;  // of products
 };
 
+// The forward pass'. In a tile all of whose keys are on one side of the rows, a score falls or
+// grows by the slope from column to column: that is one instruction, of which the column is a
+// constant. The rest is the thread's shift.
+struct ShiftedAlibi {
+  static constexpr bool kIsLinear = true;
+
+  CUTE_DEVICE ShiftedAlibi(const ScoreParams& params, int batch, int head) {
+    const float slope = params.slopes.of(batch, head);
+    slope_ = slope * params.factor;
+    is_slight_ = __all_sync(0xffffffff, slope >= 0.f && slope <= kSlight);
+  }
+
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE RowShift apply(Accumulator& tS, const Corner& corner) const {
+    static_assert(kRows == Rows::kQueries);
+    constexpr int kCols = 2 * decltype(cute::size(tS))::value;  // four threads have a row's
+    // Where nobody sees what is right of a row, that may have any score.
+    const bool is_left = corner.looks_back || corner.position >= corner.key + kCols - 1;
+    const bool is_right = corner.key >= corner.position + kWarpgroupRows - 1;
+    const float distance =
+        float(corner.position - corner.key + thread_row() - thread_col());  // of the first row
+    // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
+    if (__any_sync(0xffffffff, !is_slight_ || !(is_left || is_right))) {
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tS); ++i) {
+        const float to_column = distance + float(8 * accumulator_row(i) - accumulator_col(i));
+        tS(i) = fmaf(slope_, fabsf(to_column), tS(i));
+      }
+      return {{0.f, 0.f}};
+    }
+    const float growth = is_left ? -slope_ : slope_;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      if (accumulator_col(i) == 0) continue;
+      tS(i) = fmaf(growth, float(accumulator_col(i)), tS(i));
+    }
+    return {{-growth * distance, -growth * (distance + 8.f)}};
+  }
+
+ private:
+  // A steeper slope would cost a score more of its last digits across a tile than it does between
+  // a row and the keys that have any weight.
+  static constexpr float kSlight = 1.f;
+
+  float slope_;  // of products
+  bool is_slight_;
+};
+
 // The logit is a function of scale * (q . k) and of where the pair stands, where another one lets
 // it be seen. Both are linked into the kernel. This is the forward pass'.
 struct Function {
@@ -139,7 +220,7 @@ struct Function {
 
   // Of S alone. `asks`: whether who sees whom is a question here.
   template <Rows, class Accumulator>
-  CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+  CUTE_DEVICE NoShift apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       const Pair pair = pair_of<Rows::kQueries>(corner, i);
@@ -147,6 +228,7 @@ struct Function {
           jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
       tS(i) = !asks || is_seen(pair) ? score : -INFINITY;
     }
+    return {};
   }
 
  protected:
@@ -206,7 +288,7 @@ struct ScoreChoice<Variant::kSoftcap> {
 };
 template <>
 struct ScoreChoice<Variant::kAlibi> {
-  using Forward = Alibi;
+  using Forward = ShiftedAlibi;
   using Backward = Alibi;
 };
 template <>

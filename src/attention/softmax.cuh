@@ -47,48 +47,51 @@ struct OnlineSoftmax {
   // The largest of this thread's scores in each row, where that is not negative.
   float kept[2] = {-INFINITY, -INFINITY};
 
-  template <class Accumulator>
-  CUTE_DEVICE void begin(Accumulator& tS, float scale_log2) {
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE void begin(Accumulator& tS, float scale_log2, const Shift& shift = {}) {
     float row_max[2];
     maximum(row_max, tS);
+    shift.add_to(row_max);
     if constexpr (kKeepsLargest) {
       kept[0] = row_max[0];
       kept[1] = row_max[1];
     }
     move_reference(row_max, scale_log2);
-    if (any_is_huge()) return exponentiate_exactly(tS, scale_log2);
-    exponentiate(tS, scale_log2);
+    if (any_is_huge()) return exponentiate_exactly(tS, scale_log2, shift);
+    exponentiate(tS, scale_log2, shift);
   }
 
   // Returns, uniformly over the warp, whether the reference moved.
-  template <class Accumulator>
-  CUTE_DEVICE bool update(Accumulator& tS, float scale_log2) {
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE bool update(Accumulator& tS, float scale_log2, const Shift& shift = {}) {
     float found[2];
-    largest(found, tS);
+    largest(found, tS, shift);
     bool moved = false;
     if (may_move(found, scale_log2)) {
-      moved = follow(found, tS, scale_log2);
+      moved = follow(found, tS, scale_log2, shift);
       if (any_is_huge()) {
-        exponentiate_exactly(tS, scale_log2);
+        exponentiate_exactly(tS, scale_log2, shift);
         return moved;
       }
     }
-    exponentiate(tS, scale_log2);
+    exponentiate(tS, scale_log2, shift);
     return moved;
   }
 
   // The largest of this thread's scores in each row, for may_move(); where it is negative,
   // some negative number. One instruction finds the largest of three integers, of floats only of
   // two, and bits of floats compare as integers where one of them is not negative. What is kept
-  // takes part: of an even number of scores it costs no instruction.
-  template <class Accumulator>
-  CUTE_DEVICE void largest(float (&found)[2], const Accumulator& tS) {
+  // takes part: of an even number of scores it costs no instruction. What a shift leaves negative
+  // was so before: shifts are not above 0.
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE void largest(float (&found)[2], const Accumulator& tS, const Shift& shift = {}) {
+    constexpr bool kKeptTakesPart = kKeepsLargest && cute::is_same_v<Shift, NoShift>;
     int bits[2][2];  // two chains a row: one would wait for its own latency
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       int& chain = bits[accumulator_row(i)][i / 4 % 2];
       const bool is_first = i < 8 && i % 2 == 0;
-      if (is_first && kKeepsLargest && i < 4) {
+      if (is_first && kKeptTakesPart && i < 4) {
         chain = max(__float_as_int(kept[accumulator_row(i)]), __float_as_int(tS(i)));
       } else {
         chain = is_first ? __float_as_int(tS(i)) : max(chain, __float_as_int(tS(i)));
@@ -97,7 +100,14 @@ struct OnlineSoftmax {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       found[r] = __int_as_float(max(bits[r][0], bits[r][1]));
-      if constexpr (kKeepsLargest) kept[r] = found[r];
+      if constexpr (kKeptTakesPart) kept[r] = found[r];
+    }
+    if constexpr (kKeepsLargest && !kKeptTakesPart) {
+      shift.add_to(found);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        kept[r] = __int_as_float(max(__float_as_int(kept[r]), __float_as_int(found[r])));
+      }
     }
   }
 
@@ -108,31 +118,39 @@ struct OnlineSoftmax {
     return any(!(found[0] * scale_log2 < limit[0] && found[1] * scale_log2 < limit[1]));
   }
 
-  template <class Accumulator>
-  CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2) {
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE bool follow(const float (&found)[2], const Accumulator& tS, float scale_log2,
+                          const Shift& shift = {}) {
     float row_max[2] = {found[0], found[1]};
-    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) maximum(row_max, tS);
+    if (!kReuseFound || any(limit[0] < 0.f || limit[1] < 0.f)) {
+      maximum(row_max, tS);
+      shift.add_to(row_max);
+    }
     return move_reference(row_max, scale_log2);
   }
 
-  template <class Accumulator>
-  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2) {
-    exponentiate<0, decltype(cute::size(tS))::value>(tS, scale_log2);
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2, const Shift& shift = {}) {
+    exponentiate<0, decltype(cute::size(tS))::value>(tS, scale_log2, shift);
   }
   // Elements kBegin to kEnd - 1 only.
-  template <int kBegin, int kEnd, class Accumulator>
-  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2) {
+  template <int kBegin, int kEnd, class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE void exponentiate(Accumulator& tS, float scale_log2, const Shift& shift = {}) {
+    const float below[2] = {shift.below(0, reference[0], scale_log2),
+                            shift.below(1, reference[1], scale_log2)};
     CUTE_UNROLL
     for (int i = kBegin; i < kEnd; ++i) {
       const int r = accumulator_row(i);
-      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -reference[r]));
+      tS(i) = exp2_approx(fmaf(tS(i), scale_log2, -below[r]));
       row_sum[r] += tS(i);
     }
   }
 
   // P = exp2((S - reference) * scale_log2) of huge rows, and of the others as above.
-  template <class Accumulator>
-  CUTE_DEVICE void exponentiate_exactly(Accumulator& tS, float scale_log2) {
+  template <class Accumulator, class Shift = NoShift>
+  CUTE_DEVICE void exponentiate_exactly(Accumulator& tS, float scale_log2,
+                                        const Shift& shift = {}) {
+    shift.add_to_scores(tS);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float before = is_huge(r) ? reference[r] : 0.f;

@@ -19,6 +19,8 @@ struct DenseParams {
   bool has_mask;
   float bias_factor;        // from a bias to what it adds to the product: 1 / softmax_scale
   int sequences_of_bias;    // consecutive ones that share a plane
+  int bias_bytes;           // of a tile as it is loaded; 0 without a bias
+  int bias_row_mask;        // kSharedBiasRows - 1 where all rows share theirs, else kEveryRow
   std::uint64_t bias_hint;  // of L2
   const std::uint32_t* mask;
   int sequences_of_mask;
@@ -54,6 +56,8 @@ inline DenseParams dense_params(const CallProblem& problem) {
   const std::int32_t* const table = has_blocks ? problem.function.blocks : dense.mask;
   DenseParams p;
   p.has_bias = dense.bias != nullptr;
+  p.bias_bytes = 0;
+  p.bias_row_mask = kEveryRow;
   p.has_mask = table != nullptr;
   p.bias_factor = 1.f / problem.softmax_scale;
   p.sequences_of_bias = static_cast<int>(s.batch / bias.sequences);
@@ -66,10 +70,10 @@ inline DenseParams dense_params(const CallProblem& problem) {
   return p;
 }
 
-// The map of a bias, in boxes of Tile's rows, by (sequence plane, head, row, key); where heads or
+// The map of a bias, in boxes of `box_rows`, by (sequence plane, head, row, key); where heads or
 // rows share values their strides are 0.
 template <class Tile>
-Status make_bias_map(CUtensorMap* map, const CallProblem& problem) {
+Status make_bias_map(CUtensorMap* map, const CallProblem& problem, int box_rows = Tile::kRows) {
   const Shape& s = problem.shape;
   const Broadcast& bias = problem.dense.bias_shape;
   const std::int64_t keys = padded_bias_keys(s.seqlen_k);
@@ -77,7 +81,7 @@ Status make_bias_map(CUtensorMap* map, const CallProblem& problem) {
                                    bias.heads * bias.rows * keys};
   return encode_tensor_map<Tile>(map, problem.dense.bias,
                                  {keys, s.seqlen_q, s.num_heads_q, bias.sequences}, strides,
-                                 {Tile::kChunkCols, Tile::kRows, 1, 1});
+                                 {Tile::kChunkCols, static_cast<cuuint32_t>(box_rows), 1, 1});
 }
 
 // Work tiles in an order that has those at work share a bias: with `batch_innermost`, sequences of
@@ -112,10 +116,18 @@ struct WithDense : Params {
 // L2 has its tiles.
 template <class Traits, class Params>
 Status set_dense(Params* p, const CallProblem& problem) {
+  using BiasTile = typename Traits::BiasTile;
   constexpr std::int64_t kMostTogether = 64;
   p->dense = dense_params(problem);
   if (p->dense.has_bias) {
-    JFA_CHECK_OK(make_bias_map<typename Traits::BiasTile>(&p->bias, problem));
+    // A row that all share is loaded for one matrix' rows alone: for all of a tile's, every CTA
+    // would read the same line as often, and the slice of L2 that has it answers one after the
+    // other.
+    const bool rows_share = problem.dense.bias_shape.rows == 1;
+    const int rows = rows_share ? kSharedBiasRows : BiasTile::kRows;
+    p->dense.bias_row_mask = rows_share ? kSharedBiasRows - 1 : kEveryRow;
+    p->dense.bias_bytes = rows * BiasTile::kCols * int(sizeof(typename BiasTile::Element));
+    JFA_CHECK_OK(make_bias_map<BiasTile>(&p->bias, problem, rows));
   }
   DenseScheduler& scheduler = p->scheduler;
   static_cast<TileScheduler&>(scheduler) = p->Base::scheduler;

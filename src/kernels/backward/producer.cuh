@@ -17,7 +17,7 @@ CUTE_DEVICE void load_step(const typename T::Params& p, typename T::SharedStorag
   const int head = batch_head - tile.batch * p.num_heads;
   const int row = m * T::kBlockM;
   int query_bytes = T::QTile::kBytes + kStatisticsBytes;
-  if constexpr (T::kTakesBias) query_bytes += p.dense.has_bias ? T::BiasTile::kBytes : 0;
+  if constexpr (T::kTakesBias) query_bytes += p.dense.bias_bytes;
   auto& query_full = acquire(shared.query_ring, cursor, query_bytes);
   load_tile<typename T::QTile>(p.query, query_full, kEvictLast, shared.query[cursor.stage], row,
                                head, tile.batch);

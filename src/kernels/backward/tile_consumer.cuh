@@ -145,7 +145,7 @@ struct TileConsumer {
     if constexpr (T::kTakesBias) {
       if (p.dense.has_bias) {
         add_bias_transposed<typename T::BiasTile>(tSt, shared.bias[cursor.stage], key,
-                                                  p.dense.bias_factor);
+                                                  p.dense.bias_factor, p.dense.bias_row_mask);
       }
     }
     if (cut) {

@@ -123,7 +123,8 @@ struct DQueryConsumer {
       if constexpr (T::kTakesBias) {
         if (p.dense.has_bias) {
           add_bias<typename T::BiasTile>(tS, shared.bias[value_cursor.stage],
-                                         warpgroup * kWarpgroupRows, p.dense.bias_factor);
+                                         warpgroup * kWarpgroupRows, p.dense.bias_factor,
+                                         p.dense.bias_row_mask);
         }
       }
       // A vote, because dP is in flight: only a branch known to be uniform leaves it alone.

@@ -55,7 +55,7 @@ CUTE_DEVICE void produce_for_dquery(const typename T::Params& p,
       if constexpr (T::kListed) {
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = n;
-        if constexpr (T::kTakesBias) value_bytes += p.dense.has_bias ? T::BiasTile::kBytes : 0;
+        if constexpr (T::kTakesBias) value_bytes += p.dense.bias_bytes;
       }
       auto& key_full = acquire(shared.key_ring, key_cursor, T::KTile::kBytes);
       T::Source::load_key(p, key_full, shared.key[key_cursor.stage], n * T::kBlockN, head_kv,

@@ -105,8 +105,9 @@ struct ForwardConsumer {
     const float scale_log2 = p.logit_scale_log2;
     const typename T::Score score(p.score, work.tile.batch, work.tile.head);
     const int position = row + mask.first + p.mask.window_left;  // of the first row
+    const bool looks_back = p.mask.window_right <= 0;
     const auto apply_score = [&](auto& tS, int n) {
-      score.template apply<Rows::kQueries>(tS, {row, position, n * T::kBlockN});
+      return score.template apply<Rows::kQueries>(tS, {row, position, n * T::kBlockN, looks_back});
     };
 
     // The right-most tile: nothing to overlap with yet.
@@ -118,9 +119,9 @@ struct ForwardConsumer {
       wait_mma<0>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      apply_score(tS, n);
+      const auto shift = apply_score(tS, n);
       if (keys.cuts(n)) T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
-      softmax.begin(tS, scale_log2);  // O is zero: no rescale
+      softmax.begin(tS, scale_log2, shift);  // O is zero: no rescale
       convert(tS, tP);
       clear_value_tail(mask, n);
     }
@@ -134,11 +135,11 @@ struct ForwardConsumer {
       wait_mma<1>(tS);
       release(shared.key_ring, key_cursor);
       key_cursor.advance();
-      apply_score(tS, n);
+      const auto shift = apply_score(tS, n);
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, mask, intervals(), row, n * T::kBlockN);
       }
-      const bool rescale = softmax.update(tS, scale_log2);
+      const bool rescale = softmax.update(tS, scale_log2, shift);
       finish_output(tO);
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);

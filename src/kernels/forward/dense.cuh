@@ -71,7 +71,9 @@ CUTE_DEVICE void produce_listed(const typename T::Params& p, typename T::SharedS
       if (more && loads) {
         wait_empty(shared.key_ring, key_cursor);
         shared.key_tile[key_cursor.stage] = walk.n;
-        auto& full = acquire(shared.key_ring, key_cursor, T::kKeyBytes);
+        int key_bytes = T::KTile::kBytes;
+        if constexpr (T::kTakesBias) key_bytes += p.dense.bias_bytes;
+        auto& full = acquire(shared.key_ring, key_cursor, key_bytes);
         T::Source::load_key(p, full, shared.key[key_cursor.stage], walk.n * T::kBlockN, head_kv,
                             tile.batch);
         if constexpr (T::kTakesBias) {
@@ -164,7 +166,8 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     const auto finish_scores = [&](auto& tS, auto masked, const Bits& bits) {
       if constexpr (T::kTakesBias) {
         add_bias<typename T::BiasTile>(tS, shared.bias[key_cursor.stage],
-                                       warpgroup * kWarpgroupRows, p.dense.bias_factor);
+                                       warpgroup * kWarpgroupRows, p.dense.bias_factor,
+                                       p.dense.bias_row_mask);
       }
       const int key = shared.key_tile[key_cursor.stage] * T::kBlockN;
       release_by_warp(shared.key_ring, key_cursor);
