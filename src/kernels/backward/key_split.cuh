@@ -1,14 +1,24 @@
 // Head dims up to 128: a work tile of 128 keys, dK and dV of 64 of them in the registers of each of
 // two consumer warpgroups.
 //
-//   for each query block:
+//   for each query block n:
 //     issue S^T = K Q^T - LSE / scale, dP^T = V dO^T - delta    delta = rowsum(dO O) - dLSE
 //     P^T = exp(scale S^T);  dS^T = P^T dP^T
-//     publish dS^T;  issue dV += P^T dO;  wait for the other's dS^T
-//     issue dQ = dS K, dK += dS^T Q
-//     while dK runs: add dQ to the float32 workspace
+//     take the other's dS(n-1);  write dS(n)
+//     issue dQ(n-1) = dS(n-1) K, dV += P^T dO, dK += dS^T Q
+//     once dQ(n-1) is made, give dS(n);  add dQ(n-1) to the float32 workspace
+//   the same for dQ of the last block
 //
-// Without fused dQ the warpgroups share nothing: no publishing, no waiting for each other.
+// dQ is made a step late: the other's dS has long been there, and the additions run under dV and
+// dK. Whoever has taken the other's dS(n-1) knows that the other has read dS(n-2), whose buffer
+// dS(n) takes. Where a late dQ does not fit the registers, or a list has no step in every stage,
+// dQ(n) follows dV of its own step:
+//
+//     write and give dS(n);  issue dV += P^T dO;  take the other's dS(n)
+//     issue dQ(n) = dS(n) K, dK += dS^T Q
+//     while dK runs: add dQ(n)
+//
+// Without fused dQ the warpgroups share nothing: they neither give nor take.
 #pragma once
 
 #include "device/reduce.cuh"
@@ -22,6 +32,8 @@ struct KeySplitConsumer : TileConsumer<T> {
   using Base::cursor, Base::p, Base::queries, Base::shared, Base::warpgroup;
   using typename Base::Element;
   using typename Base::NamedBarrier;
+
+  int late_block = -1;  // of queries, whose dQ is still to be made; -1: none
 
   // The CTA's work tiles, one after another.
   CUTE_DEVICE void run() {
@@ -46,6 +58,7 @@ struct KeySplitConsumer : TileConsumer<T> {
             step(tDK, tDV, walk);
           } while (walk.next());
         }
+        if constexpr (T::kLateDQ) finish_dquery();
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;
@@ -65,7 +78,6 @@ struct KeySplitConsumer : TileConsumer<T> {
     using namespace cute;
     typename T::MmaDV mma_dv;
     typename T::MmaDK mma_dk;
-    typename T::MmaDQ mma_dq;
     Element* const query = shared.query[cursor.stage];
     Element* const dout = shared.dout[cursor.stage];
 
@@ -94,28 +106,46 @@ struct KeySplitConsumer : TileConsumer<T> {
     auto tDS = make_operand_a<Element, T::kBlockM>();
     convert(tDP, tDS);
     Element* const dscores = shared.exchange.dscores[cursor.stage];
-    if constexpr (T::kFusedDQ) {
+    const auto write_scores = [&] {
       store_rounded<typename T::PTile>(tDS, dscores, warpgroup * kWarpgroupRows);
       cutlass::arch::fence_view_async_shared();
+    };
+    const auto issue_dvalue = [&] {
+      issue_mma<Accumulate::kAdd>(mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(dout)), tDV);
+    };
+    const auto issue_dkey = [&] {
+      issue_mma<Accumulate::kAdd>(mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(query)), tDK);
+    };
+    const std::int64_t block = p.query_block(walk.batch_head, walk.m);
+    if constexpr (T::kLateDQ) {
+      auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
+      const bool has_late = __any_sync(0xffffffff, late_block >= 0);
+      warpgroup_fence_operand(tP);
+      warpgroup_fence_operand(tDS);
+      if (has_late) take_scores(cursor.stage ^ 1);
+      write_scores();
+      // Also for a tile's first step, and dropped then: products are issued on one path.
+      issue_dquery(shared.exchange.dscores[cursor.stage ^ 1], tDQ);
+      issue_dvalue();
+      issue_dkey();
+      wait_mma<2>(tDQ);
       give_scores(cursor.stage);
-    }
-    issue_mma<Accumulate::kAdd>(mma_dv, tP, operand_b(mma_dv, T::DOTile::transposed(dout)), tDV);
-    // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
-    auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
-    if constexpr (T::kFusedDQ) {
+      if (has_late) add_dquery(tDQ, late_block);
+      late_block = int(block);
+    } else if constexpr (T::kFusedDQ) {
+      auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
+      write_scores();
+      give_scores(cursor.stage);
+      issue_dvalue();
+      // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
       take_scores(cursor.stage);
-      issue_mma<Accumulate::kOverwrite>(
-          mma_dq,
-          operand_a(mma_dq, T::PTile::template transposed_cols<kWarpgroupRows>(
-                                dscores, T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0)),
-          operand_b(mma_dq, T::KTile::template transposed_cols<T::kColsDQ>(
-                                shared.key, warpgroup * T::kFirstColDQ)),
-          tDQ);
-    }
-    issue_mma<Accumulate::kAdd>(mma_dk, tDS, operand_b(mma_dk, T::QTile::transposed(query)), tDK);
-    if constexpr (T::kFusedDQ) {
+      issue_dquery(dscores, tDQ);
+      issue_dkey();
       wait_mma<1>(tDQ);
-      add_dquery(tDQ, walk);
+      add_dquery(tDQ, block);
+    } else {
+      issue_dvalue();
+      issue_dkey();
     }
     wait_mma<0>(tDK);
     warpgroup_fence_operand(tDV);
@@ -124,11 +154,33 @@ struct KeySplitConsumer : TileConsumer<T> {
     cursor.advance();
   }
 
+  // Behind a tile's last step.
+  CUTE_DEVICE void finish_dquery() {
+    auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
+    take_scores(cursor.stage ^ 1);
+    issue_dquery(shared.exchange.dscores[cursor.stage ^ 1], tDQ);
+    wait_mma<0>(tDQ);
+    add_dquery(tDQ, late_block);
+    late_block = -1;
+  }
+
+  template <class AccumulatorDQ>
+  CUTE_DEVICE void issue_dquery(Element* dscores, AccumulatorDQ& tDQ) const {
+    typename T::MmaDQ mma_dq;
+    issue_mma<Accumulate::kOverwrite>(
+        mma_dq,
+        operand_a(mma_dq, T::PTile::template transposed_cols<kWarpgroupRows>(
+                              dscores, T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0)),
+        operand_b(mma_dq, T::KTile::template transposed_cols<T::kColsDQ>(
+                              shared.key, warpgroup * T::kFirstColDQ)),
+        tDQ);
+  }
+
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
-  template <class AccumulatorDQ, class Walk>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, const Walk& walk) const {
+  template <class AccumulatorDQ>
+  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, std::int64_t block) const {
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
-    float* const base = p.dquery + p.query_block(walk.batch_head, walk.m) * T::kBlockFloatsDQ +
+    float* const base = p.dquery + block * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +
                         threadIdx.x % kWarpgroupThreads * 4;
     const int skipped = warpgroup == 1 ? T::kSkippedDQ : 0;

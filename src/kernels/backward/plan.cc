@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::int64_t kRoundsOfGroup = 2;
 constexpr std::int64_t kMostHeadsOfGroup = 16;
+constexpr std::int64_t kTilesOfPackedGroup = 2048;
 constexpr std::int64_t kPartAlignment = 256;   // bytes
 constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
 
@@ -40,16 +41,19 @@ class Workspace {
 
 // (batch, kv head) pairs in a group: as many as have two tiles for each CTA. The second tile of a
 // CTA then belongs to the second half of a head's, and QueryWalk keeps the CTAs together. With row
-// intervals CTAs are at the same queries if they have the same keys: as many heads as there are,
-// which also hands out the long tiles of a document early and leaves short ones for the end.
+// intervals CTAs are at the same queries if they have the same keys, so more heads, which also
+// hands out the long tiles of a document early and leaves short ones for the end. Fewer of a long
+// sequence: in a long document, CTAs drift apart, and L2 must hold what lies between them, of every
+// head.
 std::int32_t choose_heads_per_group(const Shape& shape, const IndexPresence& presence,
                                     std::int64_t num_n_blocks, int num_sms) {
+  const std::int64_t blocks = std::max<std::int64_t>(num_n_blocks, 1);
   if (presence.visibility) {
-    return static_cast<std::int32_t>(std::min(shape.num_heads_kv, kMostHeadsOfGroup));
+    const std::int64_t fitting = std::max<std::int64_t>(kTilesOfPackedGroup / blocks, 1);
+    return static_cast<std::int32_t>(std::min({shape.num_heads_kv, kMostHeadsOfGroup, fitting}));
   }
   const std::int64_t heads = std::max<std::int64_t>(shape.batch * shape.num_heads_kv, 1);
-  const std::int64_t wanted =
-      std::max<std::int64_t>(kRoundsOfGroup * num_sms / std::max<std::int64_t>(num_n_blocks, 1), 1);
+  const std::int64_t wanted = std::max<std::int64_t>(kRoundsOfGroup * num_sms / blocks, 1);
   // Groups of equal size, as far as possible.
   return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
 }

@@ -214,10 +214,13 @@ struct BackwardTraits {
   static_assert(!kFusedDQ || kFirstColDQ % KTile::kChunkCols == 0);
   // Floats of one thread's share, for both warpgroups; the skipped ones come first in the second.
   static constexpr int kSkippedDQ = kOverlap / 2;
+  // dQ of a step is made in the next one (key_split.cuh).
+  static constexpr bool kLateDQ = kFusedDQ && kHeadDim > 64 && !kListed;
   static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
 
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
+  static_assert(!kLateDQ || kStages == 2);  // as many as buffers of dS
   static constexpr int kHandoverStages = kScarce ? 1 : 2;
   using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
