@@ -12,7 +12,7 @@
 namespace jax_fa3 {
 
 struct StatisticTerms {
-  cutlass::bfloat16_t terms[4];  // the last one is zero
+  cutlass::bfloat16_t terms[4];  // the last one is left out
 };
 
 // An infinity becomes three terms that overflow to it in the accumulator.
@@ -46,7 +46,7 @@ CUTE_DEVICE StatisticTerms plain_statistic(float x) {
 // is made NaN at the end.
 struct alignas(16) RowStatistics {
   StatisticTerms negative_lse;    // -LSE / scale; kNoGradient for a row that takes part in nothing
-  StatisticTerms negative_delta;  // delta = rowsum(dO O) - dLSE
+  StatisticTerms negative_delta;  // delta = rowsum(dO O) - dLSE; the last term is grid()
 
   static constexpr float kNoGradient = -1e38f;  // makes P = 0
 
@@ -65,6 +65,11 @@ struct alignas(16) RowStatistics {
   CUTE_DEVICE float lse() const {
     return kInProduct ? sum(negative_lse) : reinterpret_cast<const float&>(negative_lse);
   }
+
+  // Of the row's dQ, where its shares are rounded before they are added (dquery_grid.cuh). Three
+  // quarters of a power of two, which bf16 holds.
+  CUTE_DEVICE float grid() const { return float(negative_delta.terms[3]); }
+  CUTE_DEVICE void set_grid(float grid) { negative_delta.terms[3] = cutlass::bfloat16_t(grid); }
 };
 
 // x, with NaN for the infinities.

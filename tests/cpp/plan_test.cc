@@ -119,6 +119,15 @@ void heads_of_a_group() {
   Shape gqa_backward = shape(1, 4096, 64, 128);
   gqa_backward.num_heads_kv = 8;
   CHECK(backward(gqa_backward).heads_per_group == 8);
+  // Packed: more heads of a short sequence.
+  const auto packed = [](std::int64_t seqlen, std::int64_t heads) {
+    const IndexPresence presence{true, /*visibility=*/true};
+    return plan_backward(shape(1, seqlen, heads, 128), presence, false, kBackward, kSms).value();
+  };
+  CHECK(packed(16384, 32).heads_per_group == 16);
+  CHECK(packed(16384, 6).heads_per_group == 6);
+  CHECK(packed(65536, 16).heads_per_group == 4);
+  CHECK(packed(1 << 20, 16).heads_per_group == 1);
 }
 
 void empty_problems() {
@@ -144,7 +153,8 @@ void workspace_layout() {
     CHECK(plan.dq_offset == 0);
     CHECK(plan.statistics_offset == (deterministic ? 0 : aligned(rows * 128 * 4)));
     CHECK(plan.tile_counters_offset == plan.statistics_offset + aligned(rows * 16));
-    CHECK(plan.workspace_bytes == plan.tile_counters_offset + 256);
+    CHECK(plan.key_maxima_offset == plan.tile_counters_offset + 256);
+    CHECK(plan.workspace_bytes == plan.key_maxima_offset);
     CHECK(plan.grid == 120);
     CHECK(plan.dquery.num_tiles == (deterministic ? 3 * 5 * 8 : 0));
     CHECK(plan.dquery.grid == plan.dquery.num_tiles);
@@ -153,7 +163,20 @@ void workspace_layout() {
 
 void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
-  CHECK(backward(shape(1, 4096, 16, 128), true).key.separate_dq);
+  CHECK(!backward(shape(1, 4096, 16, 128)).has_grid);
+  CHECK(backward(shape(1, 900, 16, 128), true).key.separate_dq);
+  CHECK(backward(shape(1, 65536, 16, 128), true).key.separate_dq);
+  Shape grouped = shape(2, 4000, 16, 128);
+  grouped.num_heads_kv = 4;
+  const BackwardPlan on_grid = backward(grouped, true);
+  CHECK(on_grid.has_grid && !on_grid.key.separate_dq && on_grid.dquery.num_tiles == 0);
+  CHECK(on_grid.workspace_bytes == on_grid.key_maxima_offset + 2 * 4 * 32 * 8);
+  CHECK(test::contains(to_string(on_grid), "dQ on a grid"));
+  for (const Variant variant : {Variant::kMask, Variant::kBias}) {
+    const Shape s = shape(1, 4096, 4, 128);
+    const auto plan = plan_backward(s, {false, false, variant}, true, kBackward, kSms);
+    CHECK(plan.value().key.separate_dq);
+  }
   const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true, kNone};
   CHECK(plan_backward(shape(1, 4096, 16, 256), {}, false, {wide}, kSms).value().key == wide);
 }

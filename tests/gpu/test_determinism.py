@@ -16,16 +16,27 @@ from jax_fa3 import dot_product_attention
 
 REPEATS = 1_000
 HEADS = ((4, 4), (8, 2), (4, 1))
-DOCUMENTS = np.repeat([3, 1, 2, 0], (300, 150, 401, 49)).astype(np.int32)
 RANDOM = np.random.default_rng(0)
+
+
+def documents(seqlen):
+    """int32 [2, seqlen]: three documents and padding."""
+    ids = np.repeat([3, 1, 2, 0], (300, 150, seqlen - 499, 49)).astype(np.int32)
+    return np.stack([ids] * 2)
+
+
+def masks(seqlen):
+    return (
+        dict(),
+        dict(is_causal=True),
+        dict(local_window_size=(150, 70)),
+        dict(is_causal=True, query_segment_ids=documents(seqlen)),
+    )
+
+
 PAIRS = RANDOM.standard_normal((1, 1, 900, 900), np.float32).astype("bfloat16")
-MASKS = (
-    dict(),
-    dict(is_causal=True),
-    dict(local_window_size=(150, 70)),
-    dict(is_causal=True, query_segment_ids=np.stack([DOCUMENTS] * 2)),
-    dict(bias=PAIRS, mask=RANDOM.random((2, 1, 900, 900)) < 0.5),  # dbias: a sum over all heads
-)
+# dbias: a sum over all heads
+WITH_BIAS = dict(bias=PAIRS, mask=RANDOM.random((2, 1, 900, 900)) < 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +112,24 @@ def differing(functions, operands, repeats):
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
 def test_a_thousand_repeats_under_load(load, head_dim, head_dim_v):
     """Deterministic gradients, and every forward result, of all kinds of heads and masks."""
-    combinations = list(itertools.product(HEADS, MASKS))
+    check_repeats(itertools.product(HEADS, (*masks(900), WITH_BIAS)), 900, head_dim, head_dim_v)
+
+
+@pytest.mark.xdist_group("load")
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_a_thousand_repeats_of_sums_on_a_grid(load, head_dim):
+    """From 1024 keys on, blocks of keys add to dQ in any order."""
+    check_repeats(itertools.product(HEADS[1:], masks(1100)), 1100, head_dim, head_dim)
+
+
+def check_repeats(combinations, seqlen, head_dim, head_dim_v):
+    combinations = list(combinations)
     functions = [
         functools.partial(attention, deterministic=True, **mask) for _, mask in combinations
     ]
     operands = [
-        inputs(i, 2, 900, *heads, head_dim, head_dim_v) for i, (heads, _) in enumerate(combinations)
+        inputs(i, 2, seqlen, *heads, head_dim, head_dim_v)
+        for i, (heads, _) in enumerate(combinations)
     ]
     counts = jax.jit(functools.partial(differing, functions, repeats=REPEATS))(operands)
     assert np.asarray(counts).tolist() == [0] * len(combinations)
@@ -156,3 +179,52 @@ def test_many_key_blocks(head_dim, seqlen, heads, causal):
         other = run(sm_margin=sm_margin)
         assert bits(run(sm_margin=sm_margin)) == bits(other)
         transforms.assert_near(want, other, relative=0.01)
+
+
+def query_gradient(query, key, value, dout, **options):
+    """dq, float32."""
+    call = functools.partial(dot_product_attention, implementation="fa3", **options)
+
+    def gradient(query, key, value, dout):
+        return jax.vjp(call, query, key, value)[1](dout)[0].astype(jnp.float32)
+
+    return np.asarray(jax.jit(gradient)(query, key, value, dout))
+
+
+@pytest.mark.parametrize(("head_dim", "largest"), [(64, 1.875), (96, 1.25), (128, 1.875)])
+def test_sums_that_reach_the_bound_of_their_grid(head_dim, largest):
+    """Every key adds to dQ what it can at most: |dO| |V| |K| for a weight of 1. So sums come to
+    0.94 of the power of two that the grid is made for, and are exact in any order."""
+    keys, rows, heads = 4096, 1024, 2
+    random = np.random.default_rng(head_dim)
+    signs = np.repeat([1.0, -1.0], keys // 2)
+    random.shuffle(signs)
+    query = np.zeros((1, rows, heads, head_dim))  # equal weights
+    direction = np.where(random.random(head_dim) < 0.5, 1.0, -1.0)
+    value = np.tile(signs[:, None, None] * direction, (1, 1, heads, 1))
+    key = np.tile(signs[:, None, None] * largest * np.ones(head_dim), (1, 1, heads, 1))
+    dout = np.tile(direction, (1, rows, heads, 1))
+    x = [jnp.asarray(a, jnp.bfloat16) for a in (query, key, value, dout)]
+    want = np.full((1, rows, heads, head_dim), head_dim * largest)
+    for sm_margin in (0, 1, 57, 131):
+        got = query_gradient(*x, scale=1.0, deterministic=True, sm_margin=sm_margin)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_rows_of_a_grid_are_as_exact_as_their_own_gradients(head_dim):
+    """Cotangents from 2^-20 to 2^20 beside each other; keys and values that nobody sees hold NaN
+    and the largest numbers there are."""
+    seqlen = 1800
+    query, key, value, dout = inputs(head_dim, 2, seqlen, 4, 2, head_dim, head_dim)
+    exponents = np.random.default_rng(head_dim).integers(-20, 21, (2, seqlen, 1, 1))
+    dout = (dout * 2.0**exponents).astype(jnp.bfloat16)
+    ids = documents(seqlen)
+    hidden = (ids == 0)[..., None, None]
+    options = dict(is_causal=True, query_segment_ids=ids)
+    want = query_gradient(query, key, value, dout, **options)
+    for unseen in (np.nan, np.inf, 3e38, -3e38):
+        spoiled = [jnp.where(hidden, jnp.bfloat16(unseen), x) for x in (key, value)]
+        got = query_gradient(query, *spoiled, dout, deterministic=True, **options)
+        error = np.linalg.norm(got - want, axis=-1)
+        np.testing.assert_array_less(error, 0.01 * np.linalg.norm(want, axis=-1) + 1e-30)

@@ -22,6 +22,7 @@
 #pragma once
 
 #include "device/reduce.cuh"
+#include "kernels/backward/dquery_grid.cuh"
 #include "kernels/backward/tile_consumer.cuh"
 
 namespace jax_fa3 {
@@ -34,6 +35,7 @@ struct KeySplitConsumer : TileConsumer<T> {
   using typename Base::NamedBarrier;
 
   int late_block = -1;  // of queries, whose dQ is still to be made; -1: none
+  float late_grids[2];  // of this thread's rows of it
 
   // The CTA's work tiles, one after another.
   CUTE_DEVICE void run() {
@@ -130,8 +132,9 @@ struct KeySplitConsumer : TileConsumer<T> {
       issue_dkey();
       wait_mma<2>(tDQ);
       give_scores(cursor.stage);
-      if (has_late) add_dquery(tDQ, late_block);
+      if (has_late) add_dquery(tDQ, late_block, late_grids);
       late_block = int(block);
+      read_grids(late_grids);
     } else if constexpr (T::kFusedDQ) {
       auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
       write_scores();
@@ -142,7 +145,9 @@ struct KeySplitConsumer : TileConsumer<T> {
       issue_dquery(dscores, tDQ);
       issue_dkey();
       wait_mma<1>(tDQ);
-      add_dquery(tDQ, block);
+      float grids[2];
+      read_grids(grids);
+      add_dquery(tDQ, block, grids);
     } else {
       issue_dvalue();
       issue_dkey();
@@ -160,7 +165,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     take_scores(cursor.stage ^ 1);
     issue_dquery(shared.exchange.dscores[cursor.stage ^ 1], tDQ);
     wait_mma<0>(tDQ);
-    add_dquery(tDQ, late_block);
+    add_dquery(tDQ, late_block, late_grids);
     late_block = -1;
   }
 
@@ -176,9 +181,19 @@ struct KeySplitConsumer : TileConsumer<T> {
         tDQ);
   }
 
+  // Of this thread's rows of dQ, in the step at hand.
+  CUTE_DEVICE void read_grids(float (&grids)[2]) const {
+    if (!p.has_grid) return;
+    const int row = (T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0) + thread_row();
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) grids[r] = shared.statistics[cursor.stage][row + 8 * r].grid();
+  }
+
   // Adds to the workspace in fragment order: a warp writes 512 contiguous bytes at a time.
   template <class AccumulatorDQ>
-  CUTE_DEVICE void add_dquery(const AccumulatorDQ& tDQ, std::int64_t block) const {
+  CUTE_DEVICE void add_dquery(AccumulatorDQ& tDQ, std::int64_t block,
+                              const float (&grids)[2]) const {
+    if (p.has_grid) round_to_grid(tDQ, grids);
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
     float* const base = p.dquery + block * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +

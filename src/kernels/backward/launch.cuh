@@ -14,6 +14,25 @@
 namespace jax_fa3 {
 
 template <class Config>
+Status launch_key_maxima(const BackwardPlan& plan, const BackwardProblem& problem,
+                         KeyMaxima* maxima, cudaStream_t stream) {
+  using T = BackwardTraits<Config>;
+  const Shape& s = problem.shape;
+  KeyMaximaParams p;
+  static_cast<CommonParams&>(p) = common_params(problem);
+  p.key = problem.key;
+  p.value = problem.value;
+  p.maxima = maxima;
+  p.num_n_blocks = plan.num_n_blocks;
+  p.head_dim = static_cast<int>(s.head_dim);
+  p.head_dim_v = static_cast<int>(s.head_dim_v);
+  const auto grid = static_cast<unsigned>(s.batch * s.num_heads_kv * plan.num_n_blocks);
+  return launch_kernel("key_maxima_kernel",
+                       key_maxima_kernel<typename T::Element, T::kHeadDim, T::kBlockN>, dim3(grid),
+                       kMaximaThreads, 0, stream, p);
+}
+
+template <class Config>
 Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& problem,
                          const BackwardParams& main, cudaStream_t stream) {
   const Shape& s = problem.shape;
@@ -27,6 +46,16 @@ Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& proble
   p.dsinks = problem.dsinks;
   p.statistics = const_cast<RowStatistics*>(main.statistics);
   p.dquery = main.dquery;
+  p.key_maxima = nullptr;
+  if constexpr (BackwardTraits<Config>::kFusedDQ) {
+    if (plan.has_grid) {
+      auto* const maxima = reinterpret_cast<KeyMaxima*>(
+          static_cast<unsigned char*>(problem.workspace) + plan.key_maxima_offset);
+      JFA_CHECK_OK(launch_key_maxima<Config>(plan, problem, maxima, stream));
+      p.key_maxima = maxima;
+    }
+  }
+  p.num_n_blocks = plan.num_n_blocks;
   p.tile_counters = main.scheduler.counter;
   p.num_m_blocks = plan.num_m_blocks;
   p.head_dim_v = static_cast<int>(s.head_dim_v);
@@ -81,6 +110,7 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   p.num_m_blocks = plan.num_m_blocks;
   p.statistics = reinterpret_cast<RowStatistics*>(workspace + plan.statistics_offset);
   p.dquery = reinterpret_cast<float*>(workspace + plan.dq_offset);
+  p.has_grid = plan.has_grid;
 
   if (has_queries) JFA_CHECK_OK(launch_preprocess<Config>(plan, problem, p, stream));
   if (plan.num_tiles > 0) {

@@ -14,6 +14,11 @@ constexpr std::int64_t kMostHeadsOfGroup = 16;
 constexpr std::int64_t kTilesOfPackedGroup = 2048;
 constexpr std::int64_t kPartAlignment = 256;   // bytes
 constexpr std::int64_t kStatisticsBytes = 16;  // of a query row
+constexpr std::int64_t kKeyMaximaBytes = 8;
+// Keys of a deterministic call whose dQ is fused. Of fewer, a separate dQ is as fast; of more, the
+// rounding of its shares would show.
+constexpr std::int64_t kLeastKeysOfGrid = 1024;
+constexpr std::int64_t kMostKeysOfGrid = 32768;
 
 // Parts of the workspace one after the other, each aligned.
 class Workspace {
@@ -58,6 +63,14 @@ std::int32_t choose_heads_per_group(const Shape& shape, const IndexPresence& pre
   return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
 }
 
+// The slope of a user's function has no bound; what a dense mask hides is not told from what it
+// does not.
+bool can_have_grid(const Shape& shape, Variant variant) {
+  const bool is_bounded =
+      variant == Variant::kPlain || variant == Variant::kSoftcap || variant == Variant::kAlibi;
+  return is_bounded && shape.seqlen_k >= kLeastKeysOfGrid && shape.seqlen_k <= kMostKeysOfGrid;
+}
+
 }  // namespace
 
 StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& presence,
@@ -69,7 +82,8 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
     // Those for a bias make dQ by itself, and do so for masks where there is no other kernel.
     const bool takes = key.variant == presence.variant ||
                        (presence.variant == Variant::kMask && key.variant == Variant::kBias);
-    return key.dtype == shape.dtype && takes && (key.separate_dq || !deterministic);
+    return key.dtype == shape.dtype && takes &&
+           (key.separate_dq || !deterministic || can_have_grid(shape, key.variant));
   };
   const auto keys = fitting_kernels(shape, available, eligible);
   if (keys.empty()) {
@@ -92,6 +106,7 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
                                     ceil_div(static_cast<std::int32_t>(shape.seqlen_q),
                                              dquery_block_m(key.head_dim, key.variant)));
   if (!dq_tiles.ok()) return dq_tiles.status();
+  plan.has_grid = deterministic && !key.separate_dq;
   plan.dquery.num_tiles = key.separate_dq ? dq_tiles.value() : 0;
   plan.dquery.grid =
       static_cast<std::int32_t>(std::min<std::int64_t>(plan.dquery.num_tiles, num_sms));
@@ -108,6 +123,10 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
                                  kStatisticsBytes, &plan.statistics_offset));
   JFA_CHECK_OK(
       workspace.reserve("tile counters", {2}, sizeof(std::int32_t), &plan.tile_counters_offset));
+  JFA_CHECK_OK(
+      workspace.reserve("largest keys and values",
+                        {shape.batch, shape.num_heads_kv, plan.has_grid ? plan.num_n_blocks : 0},
+                        kKeyMaximaBytes, &plan.key_maxima_offset));
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -115,7 +134,9 @@ StatusOr<BackwardPlan> plan_backward(const Shape& shape, const IndexPresence& pr
 std::string to_string(const BackwardPlan& plan) {
   return concat("backward ", to_string(plan.key.dtype), " head_dim=", plan.key.head_dim, "/",
                 plan.key.head_dim_v, " tile=", plan.key.block_m, "x", plan.key.block_n,
-                plan.key.separate_dq ? " separate dQ" : "",
+                plan.key.separate_dq ? " separate dQ"
+                : plan.has_grid      ? " dQ on a grid"
+                                     : "",
                 " variant=", to_string(plan.key.variant), " m_blocks=", plan.num_m_blocks,
                 " n_blocks=", plan.num_n_blocks, " heads_per_group=", plan.heads_per_group,
                 " tiles=", plan.num_tiles, " grid=", plan.grid,

@@ -22,11 +22,13 @@ struct BackwardPlan {
   std::int32_t num_sms;          // multiprocessors to fill, of any launch
 
   DQueryPlan dquery;  // of the separate dQ kernel; no tiles if fused
+  bool has_grid;      // fused, and shares of dQ are rounded so that their order does not matter
 
   // The workspace, in bytes from its start, each part 256-byte aligned.
   std::int64_t dq_offset;             // fp32 dQ in the order of fragments; empty if separate
   std::int64_t statistics_offset;     // RowStatistics [b, h_q, num_m_blocks * block_m]
   std::int64_t tile_counters_offset;  // int32 [2], of the main and the dQ kernel
+  std::int64_t key_maxima_offset;     // KeyMaxima [b, h_kv, num_n_blocks]; empty without a grid
   std::int64_t workspace_bytes;
 };
 

@@ -1,10 +1,11 @@
 // Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
-// both padded to whole blocks, and what it gives its sink; the workspace of a fused dQ and the tile
-// counters zeroed.
+// both padded to whole blocks, the grid of its dQ, and what it gives its sink; the workspace of a
+// fused dQ and the tile counters zeroed.
 // Memory-bound.
 #pragma once
 
 #include "attention/mask.h"
+#include "kernels/backward/dquery_grid.cuh"
 #include "kernels/backward/traits.cuh"
 
 namespace jax_fa3 {
@@ -15,15 +16,17 @@ struct PreprocessParams : CommonParams {
   const float* lse;   // [b, h_q, s_q]
   const float* dlse;  // [b, h_q, s_q] or null
   HeadTable sinks;
-  float* dsinks;              // [b, h_q, s_q] or null
-  RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;              // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
-  int* tile_counters;         // [2]
+  float* dsinks;                // [b, h_q, s_q] or null
+  RowStatistics* statistics;    // [b, h_q, num_m_blocks * kBlockM]
+  float* dquery;                // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
+  const KeyMaxima* key_maxima;  // [b, h_kv, num_n_blocks]; null where dQ has no grid
+  int num_n_blocks;
+  int* tile_counters;  // [2]
   int num_m_blocks;
   int head_dim_v;
 };
 
-constexpr int kPreprocessThreads = 256;
+constexpr int kPreprocessThreads = kMaximaThreads;
 
 // One CTA per block of queries of one (batch, head); kLanes threads share a row.
 template <class Config>
@@ -52,13 +55,23 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   }
   if (block == 0 && threadIdx.x < 2) p.tile_counters[threadIdx.x] = 0;
 
+  KeyMaxima maxima;
+  const bool has_grid = T::kFusedDQ && p.key_maxima != nullptr;
+  if (has_grid) {
+    __shared__ KeyMaxima shared[kPreprocessThreads / 32];
+    const KeyMaxima* const blocks =
+        p.key_maxima + batch_head / p.heads_per_kv_head * p.num_n_blocks;
+    for (int i = threadIdx.x; i < p.num_n_blocks; i += kPreprocessThreads) maxima.add(blocks[i]);
+    maxima = reduce_maxima(maxima, shared);
+  }
+
   const int lane = threadIdx.x % kLanes;
   CUTE_UNROLL
   for (int first = 0; first < T::kBlockM; first += kRowsAtOnce) {
     const int local_row = first + threadIdx.x / kLanes;
     const int row = m_block * T::kBlockM + local_row;
     const bool exists = row < mask.query_length;
-    float sum = 0.f;
+    float sum = 0.f, dout_square = 0.f;
     if (exists && lane * kVector < p.head_dim_v) {
       const std::int64_t at =
           ((batch * p.seqlen_q + row) * p.num_heads + head) * p.head_dim_v + lane * kVector;
@@ -70,10 +83,17 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       const auto* dout = reinterpret_cast<const Element*>(&dout_bits);
       CUTE_UNROLL
       for (int i = 0; i < kVector; ++i) sum = fmaf(float(out[i]), float(dout[i]), sum);
+      if (has_grid) {
+        CUTE_UNROLL
+        for (int i = 0; i < kVector; ++i) {
+          dout_square = fmaf(float(dout[i]), float(dout[i]), dout_square);
+        }
+      }
     }
     CUTE_UNROLL
     for (int step = kLanes / 2; step > 0; step /= 2) {
       sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (has_grid) dout_square += __shfl_xor_sync(0xffffffff, dout_square, step);
     }
     if (lane == 0) {
       const std::int64_t statistic = batch_head * p.seqlen_q + row;
@@ -94,9 +114,10 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       }
       using Statistics = RowStatistics;
       constexpr bool kInProduct = T::Score::kIsLinear;
-      p.statistics[block * T::kBlockM + local_row] =
-          empty ? Statistics::make<kInProduct>(Statistics::kNoGradient, 0.f)
-                : Statistics::make<kInProduct>(-lse / p.logit_scale, -delta);
+      Statistics statistics = empty ? Statistics::make<kInProduct>(Statistics::kNoGradient, 0.f)
+                                    : Statistics::make<kInProduct>(-lse / p.logit_scale, -delta);
+      if (has_grid) statistics.set_grid(grid_of(dout_square, delta, maxima));
+      p.statistics[block * T::kBlockM + local_row] = statistics;
     }
   }
 }

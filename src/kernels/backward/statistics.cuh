@@ -17,7 +17,7 @@ struct alignas(128) StatisticConstant {
 
   // By 64 threads of which this is number `thread`.
   CUTE_DEVICE void fill(Statistic statistic, int thread) {
-    const bool picked = (thread % 8 < 4) == (statistic == Statistic::kLse);
+    const bool picked = (thread % 8 < 4) == (statistic == Statistic::kLse) && thread % 4 < 3;
     terms[thread / 8][thread % 8] = cutlass::bfloat16_t(picked ? 0.5f : 0.f);
   }
   CUTE_DEVICE auto tensor() {

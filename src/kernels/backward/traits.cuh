@@ -28,6 +28,7 @@ struct BackwardParams : BackwardMaps, CommonParams {
   int num_m_blocks;
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
+  bool has_grid;  // shares of dQ are rounded before they are added (dquery_grid.cuh)
 
   // Work tiles are of kv heads.
   JFA_HD QueryHeads query_heads(int head) const {
