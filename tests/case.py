@@ -137,7 +137,8 @@ class Case:
         """float32 [own_heads, Hq], or None."""
         shape = (self.own_heads, self.heads_q)
         if self.alibi == "any":
-            return self._random("slopes").choice([-0.25, 0, 0.01, 0.3, 1, 1.5], shape).astype("float32")
+            slopes = np.float32([-0.25, 0, 0.01, 0.3, 1, 1.5])
+            return self._random("slopes").choice(slopes, shape)
         powers = 2.0 ** -(1 + np.arange(shape[0] * shape[1]).reshape(shape) % 8)
         return None if self.alibi is None else powers.astype("float32")
 
