@@ -5,6 +5,12 @@
 
 namespace jax_fa3 {
 
+// Whether shares of dQ may be rounded to a grid (dquery_grid.cuh). The slope of a user's function
+// has no bound, and what a dense mask hides is not told from what it does not.
+constexpr bool takes_grid(Variant variant) {
+  return variant == Variant::kPlain || variant == Variant::kSoftcap || variant == Variant::kAlibi;
+}
+
 // What identifies a compiled backward kernel: the row of the dispatch table.
 struct BackwardKey {
   DType dtype;

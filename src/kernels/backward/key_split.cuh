@@ -183,7 +183,7 @@ struct KeySplitConsumer : TileConsumer<T> {
 
   // Of this thread's rows of dQ, in the step at hand.
   CUTE_DEVICE void read_grids(float (&grids)[2]) const {
-    if (!p.has_grid) return;
+    if (!T::kTakesGrid || !p.has_grid) return;
     const int row = (T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0) + thread_row();
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) grids[r] = shared.statistics[cursor.stage][row + 8 * r].grid();
@@ -193,7 +193,7 @@ struct KeySplitConsumer : TileConsumer<T> {
   template <class AccumulatorDQ>
   CUTE_DEVICE void add_dquery(AccumulatorDQ& tDQ, std::int64_t block,
                               const float (&grids)[2]) const {
-    if (p.has_grid) round_to_grid(tDQ, grids);
+    if (T::kTakesGrid && p.has_grid) round_to_grid(tDQ, grids);
     constexpr int kFloats = decltype(cute::size(tDQ))::value;
     float* const base = p.dquery + block * T::kBlockFloatsDQ +
                         warpgroup * kFloats * kWarpgroupThreads +

@@ -47,7 +47,7 @@ Status launch_preprocess(const BackwardPlan& plan, const BackwardProblem& proble
   p.statistics = const_cast<RowStatistics*>(main.statistics);
   p.dquery = main.dquery;
   p.key_maxima = nullptr;
-  if constexpr (BackwardTraits<Config>::kFusedDQ) {
+  if constexpr (BackwardTraits<Config>::kTakesGrid) {
     if (plan.has_grid) {
       auto* const maxima = reinterpret_cast<KeyMaxima*>(
           static_cast<unsigned char*>(problem.workspace) + plan.key_maxima_offset);

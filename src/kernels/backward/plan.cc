@@ -63,12 +63,9 @@ std::int32_t choose_heads_per_group(const Shape& shape, const IndexPresence& pre
   return static_cast<std::int32_t>(ceil_div(heads, ceil_div(heads, std::min(wanted, heads))));
 }
 
-// The slope of a user's function has no bound; what a dense mask hides is not told from what it
-// does not.
 bool can_have_grid(const Shape& shape, Variant variant) {
-  const bool is_bounded =
-      variant == Variant::kPlain || variant == Variant::kSoftcap || variant == Variant::kAlibi;
-  return is_bounded && shape.seqlen_k >= kLeastKeysOfGrid && shape.seqlen_k <= kMostKeysOfGrid;
+  return takes_grid(variant) && shape.seqlen_k >= kLeastKeysOfGrid &&
+         shape.seqlen_k <= kMostKeysOfGrid;
 }
 
 }  // namespace

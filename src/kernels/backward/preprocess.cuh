@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
   if (block == 0 && threadIdx.x < 2) p.tile_counters[threadIdx.x] = 0;
 
   KeyMaxima maxima;
-  const bool has_grid = T::kFusedDQ && p.key_maxima != nullptr;
+  const bool has_grid = T::kTakesGrid && p.key_maxima != nullptr;
   if (has_grid) {
     __shared__ KeyMaxima shared[kPreprocessThreads / 32];
     const KeyMaxima* const blocks =

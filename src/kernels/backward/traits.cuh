@@ -215,6 +215,7 @@ struct BackwardTraits {
   static_assert(!kFusedDQ || kFirstColDQ % KTile::kChunkCols == 0);
   // Floats of one thread's share, for both warpgroups; the skipped ones come first in the second.
   static constexpr int kSkippedDQ = kOverlap / 2;
+  static constexpr bool kTakesGrid = kFusedDQ && takes_grid(kVariant);
   // dQ of a step is made in the next one (key_split.cuh).
   static constexpr bool kLateDQ = kFusedDQ && kHeadDim > 64 && !kListed;
   static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
