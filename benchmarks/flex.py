@@ -44,6 +44,7 @@ OURS, PLAIN, XLA, TORCH = "jax_fa3 flex", "jax_fa3 plain", "xla", torch_flex.NAM
 QUICK = ("identity", "softcap", "window")
 FIRST_CALLS = ("identity", "ALiBi", "softcap", "table")
 FIRST_CALL = "first call"
+BF16_BF16_F32 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
 CLOCKS = ("kernel", "wall")
 
 # Of the budget, after which no more of these starts; torch has the rest.
@@ -90,10 +91,10 @@ def xla(problem: Functional, mode: str) -> Function:
 
 def capped(query, key, value, bias, mask):
     """The steps of jax.nn's, which has no cap, with one."""
-    in_float32 = dict(preferred_element_type=jnp.float32)
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key, **in_float32) * query.shape[-1] ** -0.5
+    products = dict(precision=BF16_BF16_F32, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key, **products) * query.shape[-1] ** -0.5
     weights = jax.nn.softmax(CAP * jnp.tanh(scores / CAP)).astype(value.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, value, **in_float32).astype(query.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, value)
 
 
 IMPLEMENTATIONS = (
