@@ -16,6 +16,7 @@
 #   make bench-packed  packed documents, beside upstream's varlen kernels and cuDNN
 #   make bench-bias   biases and boolean masks, beside cuDNN, XLA and tokamax
 #   make bench-scores  sinks, largest logits, caps and slopes, beside the call without
+#   make bench-flex   score and mask functions, beside the kernels without, XLA and torch
 #   make bench-decode  caches: decode steps, pages, ragged batches, beside cuDNN and XLA
 #   make bench-float8  the forward pass in float8, in bfloat16 and in cuDNN's float8
 #   make bench-ablation  the forward kernel without one of its parts at a time; builds them first
@@ -66,7 +67,7 @@ BASE_PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; d
 	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module docs lint format clean
+.PHONY: setup demo demo-float8 demo-mesh demo-generate test fuzz kernels gpu-test gpu-mesh-test campaign bench bench-quick bench-variety bench-packed bench-bias bench-scores bench-flex bench-decode bench-float8 ablation-builds bench-ablation bench-accuracy bench-mesh bench-train wheels inplace module gpu-module docs lint format clean
 
 setup: inplace
 
@@ -126,6 +127,9 @@ bench-bias: gpu-module
 
 bench-scores: gpu-module
 	$(GPU_PYTHON) -m benchmarks.scores
+
+bench-flex: gpu-module
+	$(GPU_PYTHON) -m benchmarks.flex
 
 bench-decode: gpu-module
 	$(GPU_PYTHON) -m benchmarks.decode

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,20 +90,30 @@ def report(program: Program) -> None:
     log(f"  {program.label:55} {row['error'] or '   '.join(parts)}")
 
 
-def run(args: argparse.Namespace, groups: list[Group], name: str, **facts) -> dict:
+def by_head_dim(problem: Problem) -> str:
+    return f"head_dim {problem.head_dim}"
+
+
+def run(
+    args: argparse.Namespace,
+    groups: list[Group],
+    name: str,
+    chunk_of: Callable[[Problem], str] = by_head_dim,
+    **facts,
+) -> dict:
     """Compiles and measures chunk by chunk, saving after each problem, until time is out.
 
     The results, and `facts` with them, go to NAME.json.
     """
     start = time.monotonic()
     data = dict(environment=environment(), **facts, rounds=args.rounds, skipped=[], records=[])
-    by_dim: dict[int, list[Group]] = {}
+    chunks: dict[str, list[Group]] = {}
     for group in groups:
-        by_dim.setdefault(group[0].head_dim, []).append(group)
-    for head_dim, chunk in by_dim.items():
+        chunks.setdefault(chunk_of(group[0]), []).append(group)
+    for what, chunk in chunks.items():
         if time.monotonic() - start < args.budget_s:
             compile_all(chunk)
-            log(f"[{time.monotonic() - start:4.0f} s] head_dim {head_dim} compiled")
+            log(f"[{time.monotonic() - start:4.0f} s] {what} compiled")
         for problem, programs in chunk:
             if time.monotonic() - start > args.budget_s:
                 data["skipped"] += [x.label for x in programs]

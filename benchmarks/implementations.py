@@ -43,10 +43,10 @@ class Implementation:
         return dquery * problem.head_dim**0.5 if self.prescaled else dquery, dkey, dvalue
 
 
-def our_attention() -> Function:
+def our_attention(attention: Function = jax_fa3.dot_product_attention) -> Function:
     """The kernels and nothing else on a GPU; without one, what lowering for CUDA picks."""
     implementation = "fa3" if jax.default_backend() == "gpu" else None
-    return partial(jax_fa3.dot_product_attention, implementation=implementation)
+    return partial(attention, implementation=implementation)
 
 
 def fa3(problem: Problem, mode: str) -> Function:

@@ -83,7 +83,7 @@ class Problem:
 
     def reference(self, inputs: list[jax.Array]):
         """What `largest_error` compares a result with: (output, gradients)."""
-        return _reference(*inputs, *self.intervals())
+        return reference(*inputs, *self.intervals())
 
 
 @cache
@@ -217,20 +217,28 @@ def packed_grid(
 UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
-@partial(jax.jit, compiler_options=UNTUNED)
-def _reference(query, key, value, dout, begin, end):
-    """Output and gradients of the last head of the last batch row, in float32 throughout."""
+@partial(jax.jit, static_argnames="change", compiler_options=UNTUNED)
+def reference(query, key, value, dout, begin, end, change=None, captured=()):
+    """Output and gradients of the last head of the last batch row, in float32 throughout.
+
+    change(scores, head, row, column, *captured) gives the scores of a row to use instead.
+    """
+    head = query.shape[2] - 1
 
     def attend(query, key, value):  # [seqlen, head_dim]
         @jax.checkpoint
         def row(x):
-            query, begin, end = x
+            query, begin, end, place = x
             column = jnp.arange(key.shape[0])
             seen = (begin <= column) & (column < end)
-            scores = jnp.where(seen, key @ query * query.shape[0] ** -0.5, -1e30)
+            scores = key @ query * query.shape[0] ** -0.5
+            if change:
+                scores = change(scores, head, place, column, *captured)
+            scores = jnp.where(seen, scores, -1e30)
             return (jax.nn.softmax(scores) * seen) @ value  # 0 where nothing is seen
 
-        return jax.lax.map(row, (query, begin, end), batch_size=1024)
+        rows = (query, begin, end, jnp.arange(query.shape[0]))
+        return jax.lax.map(row, rows, batch_size=1024)
 
     with jax.default_matmul_precision("float32"):
         one = [x[-1, :, -1].astype(jnp.float32) for x in (query, key, value, dout)]

@@ -23,6 +23,7 @@ NAMES |= {x: x for x in ("float8", "float8 from bf16", "bf16", "cuDNN fp8")}  # 
 NAMES |= {x: x for x in ("jax_fa3 direct", "FA3", "cuDNN packed", "cuDNN mask")}  # packed's
 NAMES |= {x: x for x in ("jax_fa3 plain", "jax_fa3 xla", "tokamax")}  # bias'
 NAMES |= {"jax_fa3 forward": "jax_fa3 forward"}  # decode's
+NAMES |= {x: x for x in ("jax_fa3 flex", "torch flex")}  # flex's
 COLORS = {OURS: "#c2410c", "cudnn": "#3f7d20", "xla": "#7c7f86", "mosaic": "#2a6fbb"}
 COLORS |= {"FA2": "#8a5a9e", "FA3": "#1f1f1f", "triton": "#b08d2e"}
 COLORS |= {"tokamax": "#4fa3a5", "tokamax triton": "#9bc9ca"}

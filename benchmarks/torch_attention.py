@@ -6,11 +6,12 @@ and prints a JSON line for each problem; the module imports no JAX.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 
 NAME = "FA2"
@@ -27,34 +28,49 @@ def absent() -> str | None:
 
 
 def records(
-    problems: Iterable[tuple[object, str]], rounds: int, timeout_s: float, command=None
+    problems: Iterable[tuple[object, str]],
+    rounds: int,
+    timeout_s: float,
+    command: Sequence[str] | None = None,
+    name: str = NAME,
 ) -> list[dict]:
     """Rows as timing.Program.record gives them, of (problem, mode) pairs; what the process does not
     come to has an error."""
     problems = list(problems)
     asked = [dict(vars(problem), mode=mode) for problem, mode in problems]
-    request = json.dumps(dict(rounds=rounds, problems=asked))
-    why = "the process ended early"
-    try:
-        done = subprocess.run(
-            command or COMMAND, input=request, capture_output=True, text=True, timeout=timeout_s
-        )
-        printed, errors = done.stdout, done.stderr.strip().splitlines()
-        why = errors[-1] if errors else why
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        printed = printed.decode() if isinstance(printed, bytes) else printed
-        why = f"out of time after {timeout_s:.0f} s"
-    lines = [json.loads(line) for line in printed.splitlines() if line.endswith("}")]
+    lines, why = answers(command or COMMAND, dict(rounds=rounds, problems=asked), timeout_s)
     lines += [dict(error=why)] * (len(problems) - len(lines))
     return [
-        _record(problem, mode, found)
+        _record(name, problem, mode, found)
         for (problem, mode), found in zip(problems, lines, strict=True)
     ]
 
 
-def _record(problem, mode: str, found: dict) -> dict:
-    row = dict(implementation=NAME, mode=mode, **vars(problem), error=found.get("error"))
+def answers(
+    command: Sequence[str], request: dict, timeout_s: float, **variables: str
+) -> tuple[list[dict], str]:
+    """The JSON lines that a process with more environment variables prints, and why there are no
+    more of them."""
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=os.environ | variables,
+        )
+        printed, errors = done.stdout, done.stderr.strip().splitlines()
+        why = errors[-1] if errors else "the process ended early"
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout or b""
+        printed = printed.decode() if isinstance(printed, bytes) else printed
+        why = f"out of time after {timeout_s:.0f} s"
+    return [json.loads(line) for line in printed.splitlines() if line.endswith("}")], why
+
+
+def _record(name: str, problem, mode: str, found: dict) -> dict:
+    row = dict(implementation=name, mode=mode, **vars(problem), error=found.get("error"))
     row |= dict(clock_error=None, relative_error=found.get("relative_error"))
     for clock in ("kernel", "wall"):
         if rounds := found.get(f"{clock}_us"):
@@ -113,6 +129,11 @@ def measure(torch, problem: dict, rounds: int) -> dict:
         def call():
             attend(SDPBackend.FLASH_ATTENTION, qkv)
 
+    return clocks(torch, call, rounds) | dict(relative_error=error)
+
+
+def clocks(torch, call: Callable[[], object], rounds: int) -> dict[str, list[float]]:
+    """Microseconds a call, of each round, by both clocks."""
     wall, kernel, calls = [], [], 3
     for number in range(rounds + 1):
         torch.cuda.synchronize()
@@ -132,10 +153,11 @@ def measure(torch, problem: dict, rounds: int) -> dict:
             torch.cuda.synchronize()
         total = sum(event.self_device_time_total for event in profile.key_averages())
         kernel.append(total / count)
-    return dict(wall_us=wall, kernel_us=kernel, relative_error=error)
+    return dict(wall_us=wall, kernel_us=kernel)
 
 
-def main() -> int:
+def main(measure: Callable[..., dict] = measure) -> int:
+    """Answers for each problem by measure(torch, problem, rounds)."""
     import torch
 
     request = json.load(sys.stdin)
