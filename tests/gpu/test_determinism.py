@@ -223,8 +223,12 @@ def test_rows_of_a_grid_are_as_exact_as_their_own_gradients(head_dim):
     hidden = (ids == 0)[..., None, None]
     options = dict(is_causal=True, query_segment_ids=ids)
     want = query_gradient(query, key, value, dout, **options)
+    # A row that sees little else than one key has a gradient of little else than rounding.
+    place = np.concatenate([np.arange(np.sum(ids[0] == i)) for i in (3, 1, 2, 0)])
+    rows = (place >= 16) & (ids[0] != 0)
     for unseen in (np.nan, np.inf, 3e38, -3e38):
         spoiled = [jnp.where(hidden, jnp.bfloat16(unseen), x) for x in (key, value)]
         got = query_gradient(query, *spoiled, dout, deterministic=True, **options)
-        error = np.linalg.norm(got - want, axis=-1)
-        np.testing.assert_array_less(error, 0.01 * np.linalg.norm(want, axis=-1) + 1e-30)
+        assert np.isfinite(got).all()
+        error, size = (np.linalg.norm(x[:, rows], axis=-1) for x in (got - want, want))
+        np.testing.assert_array_less(error, 0.01 * size)

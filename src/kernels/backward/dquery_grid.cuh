@@ -7,9 +7,10 @@
 //   bound_i = (|dO_i| * max_j |V_j| + |delta_i|) * max_jd |K_jd|    over the keys that are seen,
 //
 // because a share is a sum of P_ij (dP_ij - delta_i) K_j, |dP_ij| <= |dO_i| |V_j|, and the weights
-// P_ij of a row sum to 1 at most. The step is 2^-24 of a power of two above that. A number is
+// P_ij of a row sum to 1 at most. The step is 2^-24 of a power of two above twice that. A number is
 // rounded to it by adding and subtracting the row's grid, three quarters of that power of two: the
-// last digit of a sum beside it is a step, or a multiple where the number itself is large.
+// last digit of the sum is a step. Of a share that is more than a quarter of that power below 0 it
+// is half a step, and sums of such shares up to the bound are exact, too.
 #pragma once
 
 #include <cfloat>
@@ -115,9 +116,9 @@ __global__ void __launch_bounds__(kMaximaThreads) key_maxima_kernel(const KeyMax
 
 // The grid of a row.
 CUTE_DEVICE float grid_of(float dout_square, float delta, const KeyMaxima& maxima) {
-  // Weights that sum to a little more than 1, 16 bits of dS, half a step for each of up to 2^19
-  // blocks of keys.
-  constexpr float kMargin = 1.0625f;
+  // Twice the bound, and room for weights that sum to a little more than 1, the 16 bits of dS, and
+  // half a step for each block of keys.
+  constexpr float kMargin = 2.125f;
   const float bound = kMargin * (sqrtf(dout_square) * maxima.value + fabsf(delta)) * maxima.key;
   const float within = fminf(fmaxf(bound, 0x1p-100f), 0x1p120f);
   const float power = __uint_as_float((__float_as_uint(within) & 0x7f800000u) + 0x00800000u);

@@ -11,8 +11,8 @@
 //
 // dQ is made a step late: the other's dS has long been there, and the additions run under dV and
 // dK. Whoever has taken the other's dS(n-1) knows that the other has read dS(n-2), whose buffer
-// dS(n) takes. Where a late dQ does not fit the registers, or a list has no step in every stage,
-// dQ(n) follows dV of its own step:
+// dS(n) takes. Where a late dQ does not fit the registers, at head dim 64, dQ(n) follows dV of its
+// own step:
 //
 //     write and give dS(n);  issue dV += P^T dO;  take the other's dS(n)
 //     issue dQ(n) = dS(n) K, dK += dS^T Q
@@ -34,6 +34,7 @@ struct KeySplitConsumer : TileConsumer<T> {
   using typename Base::Element;
   using typename Base::NamedBarrier;
 
+  int buffer = 0;       // of dS, of the step at hand
   int late_block = -1;  // of queries, whose dQ is still to be made; -1: none
   float late_grids[2];  // of this thread's rows of it
 
@@ -60,7 +61,10 @@ struct KeySplitConsumer : TileConsumer<T> {
             step(tDK, tDV, walk);
           } while (walk.next());
         }
-        if constexpr (T::kLateDQ) finish_dquery();
+        // A list may be empty.
+        if constexpr (T::kLateDQ) {
+          if (!T::kListed || __any_sync(0xffffffff, late_block >= 0)) finish_dquery();
+        }
         this->release_keys();
       }
       const int row = warpgroup * kWarpgroupRows;
@@ -107,7 +111,7 @@ struct KeySplitConsumer : TileConsumer<T> {
     if constexpr (T::Score::kIsLinear) convert(tS, tP);
     auto tDS = make_operand_a<Element, T::kBlockM>();
     convert(tDP, tDS);
-    Element* const dscores = shared.exchange.dscores[cursor.stage];
+    Element* const dscores = shared.exchange.dscores[buffer];
     const auto write_scores = [&] {
       store_rounded<typename T::PTile>(tDS, dscores, warpgroup * kWarpgroupRows);
       cutlass::arch::fence_view_async_shared();
@@ -124,29 +128,32 @@ struct KeySplitConsumer : TileConsumer<T> {
       const bool has_late = __any_sync(0xffffffff, late_block >= 0);
       warpgroup_fence_operand(tP);
       warpgroup_fence_operand(tDS);
-      if (has_late) take_scores(cursor.stage ^ 1);
+      if (has_late) take_scores(buffer ^ 1);
       write_scores();
+      float grids[2];
+      read_grids(grids);
       // Also for a tile's first step, and dropped then: products are issued on one path.
-      issue_dquery(shared.exchange.dscores[cursor.stage ^ 1], tDQ);
+      issue_dquery(shared.exchange.dscores[buffer ^ 1], tDQ);
       issue_dvalue();
       issue_dkey();
       wait_mma<2>(tDQ);
-      give_scores(cursor.stage);
+      give_scores(buffer);
       if (has_late) add_dquery(tDQ, late_block, late_grids);
       late_block = int(block);
-      read_grids(late_grids);
+      late_grids[0] = grids[0];
+      late_grids[1] = grids[1];
     } else if constexpr (T::kFusedDQ) {
       auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
       write_scores();
-      give_scores(cursor.stage);
+      give_scores(buffer);
       issue_dvalue();
       // dQ before what is left: adding it to memory takes longer than any of these GEMMs.
-      take_scores(cursor.stage);
+      take_scores(buffer);
       issue_dquery(dscores, tDQ);
-      issue_dkey();
-      wait_mma<1>(tDQ);
       float grids[2];
       read_grids(grids);
+      issue_dkey();
+      wait_mma<1>(tDQ);
       add_dquery(tDQ, block, grids);
     } else {
       issue_dvalue();
@@ -157,13 +164,14 @@ struct KeySplitConsumer : TileConsumer<T> {
     release(shared.dout_ring, cursor);
     release(shared.query_ring, cursor);
     cursor.advance();
+    buffer ^= 1;
   }
 
   // Behind a tile's last step.
   CUTE_DEVICE void finish_dquery() {
     auto tDQ = make_accumulator<typename T::MmaDQ, T::kColsDQ>();
-    take_scores(cursor.stage ^ 1);
-    issue_dquery(shared.exchange.dscores[cursor.stage ^ 1], tDQ);
+    take_scores(buffer ^ 1);
+    issue_dquery(shared.exchange.dscores[buffer ^ 1], tDQ);
     wait_mma<0>(tDQ);
     add_dquery(tDQ, late_block, late_grids);
     late_block = -1;
@@ -181,7 +189,8 @@ struct KeySplitConsumer : TileConsumer<T> {
         tDQ);
   }
 
-  // Of this thread's rows of dQ, in the step at hand.
+  // Of this thread's rows of dQ, in the step at hand. Before the step's last product is issued: one
+  // thread gives the stage back when that is done, and all warps must have read it by then.
   CUTE_DEVICE void read_grids(float (&grids)[2]) const {
     if (!T::kTakesGrid || !p.has_grid) return;
     const int row = (T::kSplitRowsDQ ? warpgroup * kWarpgroupRows : 0) + thread_row();

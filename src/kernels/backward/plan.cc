@@ -18,7 +18,7 @@ constexpr std::int64_t kKeyMaximaBytes = 8;
 // Keys of a deterministic call whose dQ is fused. Of fewer, a separate dQ is as fast; of more, the
 // rounding of its shares would show.
 constexpr std::int64_t kLeastKeysOfGrid = 1024;
-constexpr std::int64_t kMostKeysOfGrid = 32768;
+constexpr std::int64_t kMostKeysOfGrid = 16384;
 
 // Parts of the workspace one after the other, each aligned.
 class Workspace {

@@ -217,7 +217,7 @@ struct BackwardTraits {
   static constexpr int kSkippedDQ = kOverlap / 2;
   static constexpr bool kTakesGrid = kFusedDQ && takes_grid(kVariant);
   // dQ of a step is made in the next one (key_split.cuh).
-  static constexpr bool kLateDQ = kFusedDQ && kHeadDim > 64 && !kListed;
+  static constexpr bool kLateDQ = kFusedDQ && kHeadDim > 64;
   static constexpr int kBlockFloatsDQ = kBlockM * kHeadDim;
 
   // A third stage where there is room past head dim 128, whose consumers are not in step.
