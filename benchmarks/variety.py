@@ -114,7 +114,11 @@ def comparisons() -> list[tuple[str, Shape, Shape]]:
         add("grouped heads", plain, kv_heads=4)
         add("grouped heads", plain | dict(batch=1, heads=64, kv_heads=64), kv_heads=8)
         add("float16", plain, dtype="fp16")
-        add("deterministic", plain, deterministic=True)
+        for head_dim, heads in ((64, 32), (128, 16)):
+            dims = plain | dict(head_dim=head_dim, head_dim_v=head_dim)
+            for seqlen, batch in ((4096, 4), (16384, 1)):
+                shape = dims | dict(seqlen=seqlen, batch=batch, heads=heads, kv_heads=heads)
+                add("deterministic", shape, deterministic=True)
         for seqlen, batch in ((1000, 16), (3333, 5), (5000, 3)):
             round_size = -(-seqlen // 128) * 128
             add("odd length", plain | dict(seqlen=round_size, batch=batch), seqlen=seqlen)
