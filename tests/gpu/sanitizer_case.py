@@ -43,6 +43,8 @@ CASES = [
         dict(head_dim=256, causal=True, deterministic=True, dtype="float16"),
         dict(head_dim=248, window=(0, 70)),
         dict(head_dim=192, head_dim_v=128, causal=True),
+        # dQ on a grid
+        dict(head_dim=120, seqlen_k=1100, key_lengths=(1100, 1030), deterministic=True),
     )
 ]
 DENSE = [
