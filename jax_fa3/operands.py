@@ -143,8 +143,8 @@ class Bundle:
 
     def present(self) -> dict[str, Array]:
         """The arrays that are there, in the order in which jax.tree flattens them."""
-        arrays = {name: getattr(self, name) for name in self.rows()}
-        return {name: x for name, x in arrays.items() if x is not None}
+        arrays = vars(self)
+        return {name: arrays[name] for name in self.rows() if arrays[name] is not None}
 
     def by_argument(self) -> dict[str, Array]:
         """The arrays that are there by their public names, as custom calls have them."""
