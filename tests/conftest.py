@@ -4,11 +4,12 @@ gpu-test` sets), the platform that JAX finds.
 The variables must be set before JAX is first imported, hence here.
 """
 
-import glob
 import os
 import sys
 
 import pytest
+
+import gpu_in_turn
 
 
 def add_xla_flag(flag):
@@ -23,11 +24,8 @@ if not os.environ.get("JAX_FA3_REQUIRE_GPU"):
     add_xla_flag("--xla_force_host_platform_device_count=8")
     # The suite's time is that of LLVM, for thousands of small programs, most of which run once.
     add_xla_flag("--xla_backend_optimization_level=0")
-elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number: one GPU each, shared
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    every = ",".join(map(str, range(max(1, len(glob.glob("/dev/nvidia[0-9]*"))))))
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker[2:]) % len(gpus)]
+elif worker := os.environ.get("PYTEST_XDIST_WORKER"):  # "gw" and a number
+    gpu_in_turn.take_gpu(int(worker[2:]))
     # As many workers as cores: a compiler that takes all cores for itself starves the others, and
     # what runs under compute-sanitizer most of all.
     add_xla_flag("--xla_gpu_force_compilation_parallelism=1")

@@ -21,7 +21,8 @@ def test_environment_at_the_start():
 def test_workers_start_with_one_blas_thread(tmp_path, required):
     """OpenBLAS looks only once, when it is loaded, which a plugin may do before conftest.py."""
     pytest.importorskip("xdist")
-    shutil.copy(CONFTEST, tmp_path)
+    for file in (CONFTEST, CONFTEST.with_name("gpu_in_turn.py")):
+        shutil.copy(file, tmp_path)
     (tmp_path / "test_it.py").write_text(TEST)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", tmp_path]
     unset = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -9,7 +9,7 @@
 A part has tasks. The results are saved after each task, and a run goes on where the last one ended.
 They belong to one source tree: a run on another one ends with an error, unless --again drops them.
 A check that fails is written down, and the campaign goes on. Most of its time is the oracle's, so
-that tasks run in processes that share the GPU, but for those of parts that run alone.
+that tasks run in processes that share the GPUs, but for those of parts that run alone.
 """
 
 import argparse
@@ -24,15 +24,19 @@ import sys
 import time
 import traceback
 
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+import gpu_in_turn  # noqa: E402
+
 if __name__ in ("__main__", "__mp_main__"):  # before JAX is imported, here and in each process
-    # Processes share the GPU's memory, and each has one core.
+    # Processes take the GPUs in turn and share their memory; each has one core.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if __name__ == "__mp_main__":  # "SpawnProcess-" and a number
+        gpu_in_turn.take_gpu(int(multiprocessing.current_process().name.rsplit("-", 1)[1]))
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_force_compilation_parallelism=1")
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import campaign_parts  # noqa: E402
 import record  # noqa: E402
 
