@@ -118,7 +118,11 @@ def run(args: argparse.Namespace, clock: Clock | None) -> list[dict]:
             record = dict(documents=documents, layout=layout, tokens=args.tokens)
             record |= dict(scores=seen.tolist(), imbalance=dict(scores=imbalance(seen)))
             if clock is not None:
-                devices = list(timed(begin, end, rows, clock))
+                devices = []
+                for device in timed(begin, end, rows, clock):
+                    devices.append(device)
+                    times = ", ".join(f"{mode} {x:.2f} ms" for mode, x in device.items())
+                    print(f"  {documents}, {layout}, device {len(devices)}: {times}", flush=True)
                 record["kernel_ms"] = {mode: [x[mode] for x in devices] for mode in MODES}
                 for mode, times in record["kernel_ms"].items():
                     record["imbalance"][mode] = imbalance(times)
