@@ -196,6 +196,7 @@ build/wheels/%/.ready: requirements/wheels.txt requirements/dev.txt
 
 wheels: CUDA := ON
 wheels: $(TOOLS)/.ready $(WHEEL_ENVIRONMENTS:%=%/.ready)
+	@for python in $(WHEEL_PYTHONS); do $$python -c "" || exit; done  # not after all is compiled
 	$(if $(filter ON,$(CUDA)),$(MAKE) --no-print-directory $(TOOLS)/.kernels-ready)
 	rm -rf dist build/wheels/unrepaired
 	$(firstword $(WHEEL_ENVIRONMENTS))/bin/python -m build --sdist --no-isolation --outdir dist
