@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_fa3.arguments import as_array
 from jax_fa3.operands import DTYPES
 from jax_fa3.validate import check_dtype
-from jax_fa3.values import as_int, shape_of
+from jax_fa3.values import as_int, check_out_dtype, shape_of
 
 
 def combine(
@@ -60,11 +60,15 @@ def combine(
         )
     if axis is None and axis_name is None:
         axis = 0
+        if lses.ndim == 0:
+            raise ValueError(
+                f"outs has shape {shape_of(outs)}; expected parts along the first of at least 2 "
+                "dimensions, or axis_name"
+            )
     if axis is not None:
         axis = _checked_axis(axis, lses)
+    check_out_dtype("out_dtype", out_dtype, DTYPES)
     out_dtype = jnp.dtype(jnp.float32 if out_dtype is None else out_dtype)
-    if out_dtype.name not in DTYPES:
-        raise ValueError(f"out_dtype is {out_dtype.name}; expected one of {DTYPES}")
 
     lses = lses.astype(jnp.float32)
     is_empty = lses == -jnp.inf

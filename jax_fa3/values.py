@@ -125,6 +125,8 @@ def check_window(name: str, window: Any) -> None:
     if len(sides) != 2:
         raise ValueError(f"{name} is {window!r}; expected {expected}")
     for side in sides:
+        if side is None:
+            raise TypeError(f"{name} is {window!r}; expected {expected}")
         if as_int(name, side, expected) < 0:
             raise ValueError(f"{name} is {window!r}; expected {expected}")
 
@@ -143,6 +145,16 @@ def as_int(name: str, x: Any, expected: str) -> int:
         except TypeError:
             pass
     raise TypeError(f"{name} is {describe(x)}; expected {expected}")
+
+
+def check_out_dtype(name: str, dtype: Any, allowed: tuple[str, ...]) -> None:
+    """None, or one of these."""
+    try:
+        given = None if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        given = ""
+    if given is not None and given not in allowed:
+        raise ValueError(f"{name} is {dtype!r}; expected None or {one_of(allowed)}")
 
 
 def one_of(names: tuple[str, ...]) -> str:

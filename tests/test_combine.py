@@ -138,8 +138,15 @@ def test_other_axes_and_dtypes():
         (dict(outs=np.zeros((3, 5, 2, 4), np.int32)), TypeError, "outs has dtype int32; expected"),
         (dict(axis=3), ValueError, "axis is 3; expected a dimension of lses"),
         (dict(axis=1.0), TypeError, "axis is 1.0; expected an int or None"),
-        (dict(out_dtype="int8"), ValueError, "out_dtype is int8; expected one of"),
+        (dict(out_dtype="int8"), ValueError, "out_dtype is 'int8'; expected None or"),
+        (dict(out_dtype="foo"), ValueError, "out_dtype is 'foo'; expected None or"),
+        (dict(out_dtype=3), ValueError, "out_dtype is 3; expected None or"),
         (dict(outs=np.zeros((0, 2, 4)), lses=np.zeros((0, 2))), ValueError, "lses has no parts"),
+        (
+            dict(outs=np.ones(4), lses=np.ones(())),
+            ValueError,
+            r"outs has shape \(4,\)",
+        ),
     ],
 )
 def test_errors(change, error, message):

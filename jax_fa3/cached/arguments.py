@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3.arguments import as_array, as_indices, dtype_name
@@ -25,12 +24,12 @@ from jax_fa3.values import (
     check_flag,
     check_implementation,
     check_offset,
+    check_out_dtype,
     check_scale,
     check_sm_margin,
     check_values,
     check_window,
     is_array,
-    one_of,
     shape_of,
 )
 
@@ -294,15 +293,8 @@ class CachedArguments:
         return cos, sin
 
     def _check_out_dtype(self) -> None:
-        if self.out_dtype is None:
-            return
         allowed = tuple(dict.fromkeys((dtype_name(self.query), "float32")))
-        try:
-            name = jnp.dtype(self.out_dtype).name
-        except TypeError:
-            name = None
-        if name not in allowed:
-            raise ValueError(f"out_dtype is {self.out_dtype!r}; expected None or {one_of(allowed)}")
+        check_out_dtype("out_dtype", self.out_dtype, allowed)
 
 
 _WORDS = {"p": "pages", "s": "slots", "k": "heads", "h": "head_dim"}

@@ -87,6 +87,10 @@ def flash_attention_with_kvcache(
         if getattr(x, "ndim", None) != 4:
             got = shape_of(x) if hasattr(x, "shape") else type(x).__name__
             raise ValueError(f"{name} is {got}; expected an array of 4 dimensions")
+    if page_table is not None and jnp.ndim(page_table) != 2:
+        raise ValueError(
+            f"page_table has shape {jnp.shape(page_table)}; expected (batch, pages of a sequence)"
+        )
     left, right = window_of("window_size", window_size, causal)
     batch, rows = jnp.shape(q)[:2]
     tables = page_table
