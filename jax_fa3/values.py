@@ -125,9 +125,7 @@ def check_window(name: str, window: Any) -> None:
     if len(sides) != 2:
         raise ValueError(f"{name} is {window!r}; expected {expected}")
     for side in sides:
-        if side is None:
-            raise TypeError(f"{name} is {window!r}; expected {expected}")
-        if as_int(name, side, expected) < 0:
+        if as_int(name, side, expected, of=window) < 0:
             raise ValueError(f"{name} is {window!r}; expected {expected}")
 
 
@@ -138,13 +136,14 @@ def check_sm_margin(name: str, sm_margin: Any) -> None:
         raise ValueError(f"{name} is {sm_margin!r}; expected {expected}")
 
 
-def as_int(name: str, x: Any, expected: str) -> int:
+def as_int(name: str, x: Any, expected: str, of: Any = None) -> int:
+    """`x` as an int; the error shows the argument that `x` is a part of, if it is one."""
     if not isinstance(x, (bool, np.bool_, jax.Array)):
         try:
             return operator.index(x)
         except TypeError:
             pass
-    raise TypeError(f"{name} is {describe(x)}; expected {expected}")
+    raise TypeError(f"{name} is {describe(x if of is None else of)}; expected {expected}")
 
 
 def check_out_dtype(name: str, dtype: Any, allowed: tuple[str, ...]) -> None:

@@ -80,6 +80,7 @@ WRONG = [
     (dict(is_causal=None), TypeError, "is_causal is None"),
     (dict(local_window_size=(1, -1)), ValueError, "local_window_size is"),
     (dict(local_window_size=(None, 2)), TypeError, r"local_window_size is \(None, 2\); expected"),
+    (dict(local_window_size=(2, "a")), TypeError, r"local_window_size is \(2, 'a'\); expected"),
     (dict(return_residual=1), TypeError, "return_residual is 1"),
     (dict(out_dtype="float16"), ValueError, "out_dtype is 'float16'; expected None or bfloat16 or"),
     (dict(implementation="cuda"), ValueError, "implementation is 'cuda'"),
