@@ -60,8 +60,8 @@ def kernel_ms(run: Callable, *inputs) -> float:
 
 
 def programs() -> dict[str, Callable]:
-    """By mode, what makes of (query, key, value) and a table the function of dout to be timed.
-    Devices of equal shapes share its programs."""
+    """By mode, what makes of (query, key, value) and a table the program to be timed, and what it
+    is given before dout. Arrays that it closed over would be part of it, and compiled with it."""
     attend = our_attention()
 
     @jax.jit
@@ -77,10 +77,10 @@ def programs() -> dict[str, Callable]:
         return pull(dout)
 
     def kept(qkv, table):
-        return partial(forward, qkv, table)
+        return forward, qkv, table
 
     def backward(qkv, table):
-        return partial(pulled_back, linearized(qkv, table))
+        return pulled_back, linearized(qkv, table)
 
     return dict(zip(MODES, (kept, backward), strict=True))
 
@@ -101,7 +101,7 @@ def timed(begin: np.ndarray, end: np.ndarray, rows: np.ndarray, clock: Clock) ->
             kv_start=begin[own][None], kv_end=end[own][None], seqlen_k=tokens
         )
         yield {
-            mode: clock(prepare((query, key, value), table), dout)
+            mode: clock(*prepare((query, key, value), table), dout)
             for mode, prepare in prepared.items()
         }
 

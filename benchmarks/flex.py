@@ -6,11 +6,11 @@
     python -m benchmarks.flex --merge FOLDER/flex.json OTHER/flex.json
     python -m benchmarks.flex --dry-run                 # trace and lower only; needs no GPU
 
-Timed as benchmarks.attention does. "jax_fa3 flex" takes block masks, for documents and windows,
-that were made before. "jax_fa3 plain" has no score function, and is told by is_causal, a window or
-a `Visibility` what a mask function tells the others. "xla" is jax.nn's, with biases and masks that
-were made before. After these come the first calls of functions, in processes of their own ("first
-call:NAME" for --filter), and then "torch flex", torch's flex_attention, in another.
+Timed as benchmarks.attention does. "jax_fa3 flex" takes block masks that were made before. "jax_fa3
+plain" has no score function, and is told by is_causal, a window or a `Visibility` what a mask
+function tells the others. "xla" is jax.nn's, with biases and masks that were made before. After
+these come the first calls of functions, in processes of their own ("first call:NAME" for --filter),
+and then "torch flex", torch's flex_attention, in another.
 """
 
 import argparse
@@ -219,8 +219,8 @@ def markdown(results: FlexResults) -> str:
         f"# Score and mask functions on {data['environment']['device']}\n",
         "Head dim 128, 16 heads, bfloat16, 16,384 tokens in all. Medians over rounds, by kernel / "
         "wall time; ratios are the speed of jax_fa3 flex over others'. The plain call has no score "
-        "function, and is_causal, a window or documents in place of a mask function. Documents and "
-        "the window have block masks. XLA was not asked for 16,384 tokens in a sequence, whose "
+        "function, and is_causal, a window or documents in place of a mask function. Mask "
+        "functions have block masks. XLA was not asked for 16,384 tokens in a sequence, whose "
         f"scores do not fit, nor for {' and '.join(SAME_FOR_XLA)}, which are the programs of "
         "softcap and table to it. Torch runs after the others, in a process of its own.\n",
         table(["", ""], data["environment"].items()),

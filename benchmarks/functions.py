@@ -70,8 +70,8 @@ SCORES = {
 
 @dataclasses.dataclass(frozen=True)
 class Functional(Problem):
-    """Attention with one of SCORES, or with a mask function, and if that is of documents or of a
-    window with a block mask too. Every sequence has the same documents."""
+    """Attention with one of SCORES, or with a mask function and its block mask. Every sequence has
+    the same documents."""
 
     name: str = ""
     score: str | None = None
@@ -84,7 +84,7 @@ class Functional(Problem):
 
     @property
     def has_blocks(self) -> bool:
-        return bool(self.documents) or self.window is not None
+        return self.score is None
 
     @property
     def changes_scores(self) -> bool:
@@ -156,7 +156,7 @@ class Functional(Problem):
     def dense(self) -> tuple[jax.Array | None, ...]:
         """The bias [1, N, T, S] and the mask [1, 1, T, S], where it has such."""
         row, column = np.ogrid[: self.seqlen, : self.seqlen]
-        if self.has_blocks:
+        if self.documents or self.window is not None:
             begin, end = (x[:, None] for x in self.intervals())
             return None, jnp.asarray((begin <= column) & (column < end))[None, None]
         if not (self.score and SCORES[self.score].is_added):

@@ -208,14 +208,16 @@ STEPS = [  # weight, what makes a value, of which kinds, of which kind
     (1, BOOL_READ, "cii", "b"),
 ]
 ADDITIVE_ENDINGS = [
-    lambda score, x, p: score + x,
-    lambda score, x, p: 1.0 + (x + score),
-    lambda score, x, p: (score - x) - 2.0,
-    lambda score, x, p: jnp.where(p, score + x, -jnp.inf),
+    lambda score, x, p: score + 0.5 * x,
+    lambda score, x, p: 1.0 + (x * 1.5 + score),
+    lambda score, x, p: (score - 0.75 * x) - 2.0,
+    lambda score, x, p: score - (0.5 - x * -0.25),
 ]
 ENDINGS = [
     lambda score, x, p: x,
     lambda score, x, p: x - score * 0.5,
+    lambda score, x, p: score + x,
+    lambda score, x, p: jnp.where(p, score + x, -jnp.inf),
     lambda score, x, p: jnp.where(p, score * x, -jnp.inf),
 ]
 

@@ -19,6 +19,7 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wno-type-limits"]
 
 GUARD = 64  # bytes on either side of a captured array
+UNIT = 8.0  # in which addends are given
 POISON = 0xFF  # NaN as a float, -1 as an integer
 
 DRIVER = """
@@ -34,7 +35,7 @@ extern "C" void {own}run(int count, const float* score, const int* index,
     out[0] = mask[i] ? {own}jfa_score(score[i], b, h, q, k, captured) : hidden;
     out[1] = mask[i] ? both.score : hidden;
     out[2] = mask[i] ? both.slope : 0;
-    out[3] = mask[i] ? {addend} : hidden;
+    out[3] = mask[i] ? {own}jfa_addend({unit}f, b, h, q, k, captured) : hidden;
   }}
 }}
 """
@@ -46,11 +47,10 @@ def compiled(translations, folder):
     sources = []
     for number, translation in enumerate(translations):
         own = f"n{number}_"
-        addend = f"{own}jfa_addend(b, h, q, k, captured)" if translation.is_additive else "0"
         sources.append(re.sub(r"\b(jfa_|Jfa)", rf"{own}\1", translation.text))
         places = enumerate(translation.captured)
         given = " ".join(f"captured.array[{i}] = arrays[{number}];" for i, number in places)
-        sources.append(DRIVER.format(own=own, given=given or "(void)arrays;", addend=addend))
+        sources.append(DRIVER.format(own=own, given=given or "(void)arrays;", unit=UNIT))
     source, library = folder / "functions.cc", folder / "functions.so"
     source.write_text("\n".join(sources))
     command = [COMPILER, *FLAGS, *WARNINGS, source, "-o", library, "-lm"]

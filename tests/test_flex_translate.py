@@ -110,8 +110,9 @@ def test_random_functions(tmp_path):
         check(f"{i}", got["score"], exact, bound, decided)
         check(f"{i} slope", got["slope"], exact_slope, slope_bound, decided)
         if translations[i].is_additive:
-            bound = bound + 4 * flex_oracle.ULP * (np.abs(score) + np.abs(got["addend"]))
-            check(f"{i} addend", got["addend"] + score, exact, bound, decided)
+            addend = got["addend"] / flex_host.UNIT
+            bound = bound + 4 * flex_oracle.ULP * (np.abs(score) + np.abs(addend))
+            check(f"{i} addend", addend + score, exact, bound, decided)
     assert num_decided >= 0.9 * NUM_FUNCTIONS * NUM_POINTS
 
 
@@ -266,7 +267,7 @@ def test_nvrtc(name):
     """The text compiles for the device without a header or a warning; no arrays in local memory."""
     text = translate(*KNOWN[name]).text
     ptx = compiled(text, "PTX").decode()
-    names = ["jfa_score", "jfa_score_and_slope", "jfa_mask"]
+    names = ["jfa_score", "jfa_score_and_slope", "jfa_mask", "jfa_is_additive", "jfa_addend"]
     assert all(f"{name}(" in ptx for name in names) and ".local" not in ptx
     assert compiled(text, "LTOIR")
 
@@ -282,14 +283,20 @@ def test_nvrtc_of_helpers_and_random_functions():
 
 
 def test_what_is_additive():
-    """A score that is only added to, once."""
+    """A score that is only added to, once, what the product's unit can be multiplied into without
+    an operation for each pair."""
 
     def is_additive(f):
         return translate(f, None, ()).is_additive
 
     assert is_additive(None) and is_additive(lambda s, *_: s) and is_additive(alibi)
-    assert is_additive(lambda s, b, h, q, k: jnp.where(q < k, -jnp.inf, 2 + s) - h)
+    assert is_additive(lambda s, b, h, q, k: 2 + (s - h))
     assert is_additive(jax.jit(lambda s, *_: s + 1.0))
+    assert is_additive(lambda s, b, h, q, k: s - 0.5 * jnp.abs(q - k) + 2.0 * jnp.sqrt(1.0 * q))
+    assert not is_additive(lambda s, b, h, q, k: s + jnp.sqrt(1.0 * q))
+    assert not is_additive(lambda s, b, h, q, k: s + q * (1.0 * k))
+    assert not is_additive(lambda s, b, h, q, k: s + (q < k) * jnp.finfo("float32").min)
+    assert not is_additive(lambda s, b, h, q, k: jnp.where(q < k, -jnp.inf, s))
     assert not is_additive(softcap)
     assert not is_additive(lambda s, *_: s + s)
     assert not is_additive(lambda s, *_: 1 - s)
@@ -304,10 +311,11 @@ def test_text():
     found = translate(relative, None, (TABLE,))
     assert found == translate(lambda *x: relative(*x), None, (TABLE,))
     assert hash(found) == hash(translate(relative, None, (TABLE,)))
-    name = "JFA_FUNCTION float jfa_addend("
-    assert found.text[found.text.index(name) :].splitlines() == [
+    name = "JFA_FUNCTION float jfa_score("
+    text = found.text[found.text.index(name) :]
+    assert text[: text.index("}\n") + 1].splitlines() == [
         name,
-        "    int, int head, int query, int key, const JfaCaptured& captured) {",
+        "    float score, int, int head, int query, int key, const JfaCaptured& captured) {",
         "  const int v0 = (int)((unsigned)key - (unsigned)query);",
         "  const int v1 = (-4) < v0 ? v0 : (-4);",
         "  const int v2 = 4 < v1 ? 4 : v1;",
@@ -319,7 +327,8 @@ def test_text():
         "  const int v8 = v7 * 9 + v3;",
         "  const unsigned short v9 = ((const unsigned short*)captured.array[0])[v8];",
         "  const float v10 = jfa_load_bfloat16(v9);",
-        "  return v10;",
+        "  const float v11 = score + v10;",
+        "  return v11;",
         "}",
     ]
 

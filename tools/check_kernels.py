@@ -50,6 +50,8 @@ struct JfaScore { float score, slope; };
 extern "C" __device__ float jfa_score(float score, JFA_PAIR) { return score; }
 extern "C" __device__ JfaScore jfa_score_and_slope(float score, JFA_PAIR) { return {score, 1.0f}; }
 extern "C" __device__ bool jfa_mask(JFA_PAIR) { return true; }
+extern "C" __device__ bool jfa_is_additive() { return true; }
+extern "C" __device__ float jfa_addend(float, JFA_PAIR) { return 0.0f; }
 """
 
 

@@ -43,9 +43,13 @@ INDICES = ("batch", "head", "query", "key")
 PARAMETERS = {"score": "float"} | dict.fromkeys(INDICES, "int")
 CAPTURED_ARRAY = r"captured\.array\[(\d+)\]"
 CAPTURED = {"captured": "const JfaCaptured&"}
+UNIT = {"unit": "float"}  # of products: 1 / scale
+NOTHING = literal(-0.0, "float32")  # x + 0 is not x where x is -0
+HUGE = 1e18  # by far less than what a product's unit could make infinite
+FINITE = tuple(literal(x, "float32") for x in (-np.finfo("float32").max, np.finfo("float32").max))
 
-ADD, SUBTRACT, SELECT = "{0} + {1}", "{0} - {1}", "{0} ? {2} : {1}"
-MINUS_INFINITY = literal(-math.inf, "float32")
+ADD, SUBTRACT, MULTIPLY, NEGATE = "{0} + {1}", "{0} - {1}", "{0} * {1}", "-{0}"
+SELECT = "{0} ? {2} : {1}"
 
 CALLS = (
     "jit",
@@ -76,9 +80,9 @@ class Translation:
     Equal functions of captured arrays of equal types give equal text, in every process.
     """
 
-    text: str  # jfa_score, jfa_score_and_slope, jfa_mask; if is_additive, jfa_addend
+    text: str  # the functions of docs/design/flex.md
     captured: tuple[int, ...]  # the numbers of the captured arrays that they read, in order
-    is_additive: bool  # the score is only added to: its derivative is 1 wherever it is not -inf
+    is_additive: bool  # the score is only added to, what is as well added to the product
 
 
 def translate(
@@ -124,14 +128,14 @@ def translate(
         (visible,) = _values("mask_mod", program, jaxpr, [*indices, *arrays])
 
     score, slope = "score", literal(1, "float32")
-    addend: str | None = literal(0, "float32")
+    addend: str | None = NOTHING
     if score_mod is not None:
         inputs = float32, *[int32] * 4, *given
         _check_result("score_mod", jax.make_jaxpr(score_mod)(*inputs), "float32")
         jaxpr = _with_slope(score_mod, inputs)
         arguments = [_scalar("score", "float32"), *indices, *arrays]
         score, slope = _values("score_mod", program, jaxpr, arguments)
-        addend = _addend(program, score)
+        addend = _in_products(program, _addend(program, score))
 
     pair = PARAMETERS | CAPTURED
     position = {name: pair[name] for name in (*INDICES, *CAPTURED)}
@@ -139,9 +143,9 @@ def translate(
         program.function("jfa_score", "float", pair, [score]),
         program.function("jfa_score_and_slope", "JfaScore", pair, [score, slope]),
         program.function("jfa_mask", "bool", position, [visible]),
+        program.function("jfa_is_additive", "bool", {}, [literal(addend is not None, "bool")]),
+        program.function("jfa_addend", "float", UNIT | position, [addend or NOTHING]),
     ]
-    if addend is not None:
-        functions.append(program.function("jfa_addend", "float", position, [addend]))
     text = program.text(functions)
     read = sorted({int(number) for number in re.findall(CAPTURED_ARRAY, text)})
     if len(read) > MAX_CAPTURED:
@@ -441,10 +445,10 @@ FLOAT_TEMPLATES = {
     "add": ADD,
     "add_any": ADD,
     "sub": SUBTRACT,
-    "mul": "{0} * {1}",
+    "mul": MULTIPLY,
     "div": "{0} / {1}",
     "rem": "fmodf({0}, {1})",
-    "neg": "-{0}",
+    "neg": NEGATE,
     "abs": "fabsf({0})",
     "sign": "jfa_sign({0})",
     "min": "jfa_min({0}, {1})",
@@ -957,9 +961,7 @@ SAME = ("copy", "copy_p", "optimization_barrier", "pcast", "pvary", "stop_gradie
 def _addend(program: Program, value: str) -> str | None:
     """What is added to the score to make a value, or None if it is not made by additions alone."""
     if value == "score":
-        return literal(0, "float32")
-    if value == MINUS_INFINITY:  # what is left of a choice that is decided
-        return value
+        return NOTHING
     if not program.depends_on(value, "score"):
         return None
     template, operands = program.expression(value)
@@ -967,16 +969,50 @@ def _addend(program: Program, value: str) -> str | None:
     if len(touched) != 1 or operands.count(touched[0]) != 1:
         return None
     (carrier,) = touched
+    if template != ADD and (template != SUBTRACT or carrier != operands[0]):
+        return None
     inner = _addend(program, carrier)
     if inner is None:
         return None
-    zero = literal(0, "float32")
-    if template == ADD or (template == SUBTRACT and carrier == operands[0]):
-        other = operands[1] if carrier == operands[0] else operands[0]
-        if template == ADD and inner == zero:
-            return other
+    other = operands[1] if carrier == operands[0] else operands[0]
+    if inner != NOTHING:
         return program.emit("float", template, inner, other)
-    if template == SELECT and carrier != operands[0] and MINUS_INFINITY in operands[1:]:
-        cases = (inner if x == carrier else x for x in operands[1:])
-        return program.emit("float", template, operands[0], *cases)
-    return None
+    return other if template == ADD else program.emit("float", NEGATE, other)
+
+
+def _in_products(program: Program, value: str | None) -> str | None:
+    """A value in units of the product, or None where that would cost an operation for each pair:
+    what is multiplied by `unit` must be the same for all pairs of a head."""
+    if value is None or value == NOTHING:
+        return value
+    if _is_uniform(program, value):
+        return _uniform_in_products(program, value)
+    template, operands = program.expression(value)
+    if template == MULTIPLY:
+        first, second = operands
+        if _is_uniform(program, second):
+            first, second = second, first
+        if not _is_uniform(program, first):
+            return None
+        factor = _uniform_in_products(program, first)
+        return factor and program.emit("float", MULTIPLY, factor, second)
+    if template not in (ADD, SUBTRACT, NEGATE):
+        return None
+    terms = [_in_products(program, x) for x in operands]
+    if None in terms:
+        return None
+    return program.emit("float", template, *terms)
+
+
+def _is_uniform(program: Program, value: str) -> bool:
+    return not any(program.depends_on(value, x) for x in ("query", "key"))
+
+
+def _uniform_in_products(program: Program, value: str) -> str | None:
+    """A value that is the same for all pairs, times `unit`. It stays finite: times 0 it is 0. None
+    for numbers in place of -inf, which must stay what they are."""
+    number = re.fullmatch(r"\(?(-?[\d.e+-]+)f\)?", value)
+    if number and abs(float(number[1])) > HUGE:
+        return None
+    scaled = program.emit("float", MULTIPLY, value, "unit")
+    return program.emit("float", "jfa_min(jfa_max({0}, {1}), {2})", scaled, *FINITE)

@@ -13,6 +13,9 @@
 // What the text of a call's functions defines (docs/design/flex.md), and nvJitLink links.
 extern "C" __device__ float jfa_score(float score, int batch, int head, int row, int key,
                                       const JfaCaptured& captured);
+extern "C" __device__ bool jfa_is_additive();
+extern "C" __device__ float jfa_addend(float unit, int batch, int head, int row, int key,
+                                       const JfaCaptured& captured);
 extern "C" __device__ JfaScore jfa_score_and_slope(float score, int batch, int head, int row,
                                                    int key, const JfaCaptured& captured);
 extern "C" __device__ bool jfa_mask(int batch, int head, int row, int key,
@@ -218,16 +221,27 @@ struct Function {
         batch_(__ldg(params.batch_numbers + batch)),
         head_(__ldg(params.head_numbers + head)) {}
 
-  // Of S alone. `asks`: whether who sees whom is a question here.
+  // From what apply() leaves to a logit, of base 2. An additive function leaves the product as it
+  // is and adds to it in the product's units: the scale is then the softmax's, for no instruction.
+  // Whether it is additive is known when it is linked.
+  CUTE_DEVICE static float logit_scale_log2(const FunctionParams& params) {
+    return jfa_is_additive() ? params.scale * kLog2e : kLog2e;
+  }
+
+  // `asks`: whether who sees whom is a question here.
   template <Rows, class Accumulator>
   CUTE_DEVICE NoShift apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(tS); ++i) {
       const Pair pair = pair_of<Rows::kQueries>(corner, i);
-      const float score =
-          jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
-      tS(i) = !asks || is_seen(pair) ? score : -INFINITY;
+      if (jfa_is_additive()) {
+        tS(i) += jfa_addend(params_.unit, batch_, head_, pair.row, pair.key, params_.captured);
+      } else {
+        tS(i) =
+            jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
+      }
     }
+    hide<Rows::kQueries>(tS, corner, asks);
     return {};
   }
 
@@ -245,8 +259,17 @@ struct Function {
     return {corner.row + along_cols, corner.key + along_rows};
   }
 
-  CUTE_DEVICE bool is_seen(const Pair& pair) const {
-    return jfa_mask(batch_, head_, pair.row, pair.key, params_.captured);
+  // Makes what the mask hides -inf. One branch for all pairs: with one for each, the loads of the
+  // mask would be waited for one by one. A vote, because only a branch known to be uniform leaves
+  // GEMMs in flight alone.
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void hide(Accumulator& tS, const Corner& corner, bool asks) const {
+    if (!__any_sync(0xffffffff, asks)) return;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      const Pair pair = pair_of<kRows>(corner, i);
+      if (!jfa_mask(batch_, head_, pair.row, pair.key, params_.captured)) tS(i) = -INFINITY;
+    }
   }
 
   const FunctionParams& params_;
@@ -259,15 +282,19 @@ struct FunctionGradient : Function {
 
   template <Rows kRows, class Accumulator>
   CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tS); ++i) {
-      if (asks && !is_seen(pair_of<kRows>(corner, i))) tS(i) = -INFINITY;
-    }
+    hide<kRows>(tS, corner, asks);
   }
 
-  // The slope of what is hidden may be NaN.
+  // What is hidden counts as nothing, whatever a function says of it: that may be NaN.
   CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
                            int key) const {
+    if (jfa_is_additive()) {
+      const float score = product + jfa_addend(params_.unit, batch_, head_, row, key,
+                                               params_.captured);
+      const float p = exp2_approx(fmaf(score, logit_scale_log2(params_), negative_lse_log2));
+      const float seen = product == -INFINITY ? 0.f : p;
+      return {seen, seen};
+    }
     const JfaScore logit =
         jfa_score_and_slope(product * params_.scale, batch_, head_, row, key, params_.captured);
     if (product == -INFINITY || logit.score == -INFINITY) return {0.f, 0.f};

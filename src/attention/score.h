@@ -37,6 +37,7 @@ struct ScoreParams {
 // The same of a kernel whose Score is a function, which gives logits.
 struct FunctionParams {
   float scale;
+  float unit;  // of products, 1 / scale
   const std::int32_t* batch_numbers;  // [b], as the function counts them
   const std::int32_t* head_numbers;   // [h_q]
   JfaCaptured captured;
@@ -49,7 +50,8 @@ inline float logit_scale(const CallProblem& problem) {
 
 inline FunctionParams function_params(const CallProblem& problem) {
   const FunctionArrays& function = problem.function;
-  return {problem.softmax_scale, function.batch_numbers, function.head_numbers, function.captured};
+  const float scale = problem.softmax_scale;
+  return {scale, 1.f / scale, function.batch_numbers, function.head_numbers, function.captured};
 }
 
 inline ScoreParams score_params(const CallProblem& problem) {

@@ -69,10 +69,10 @@ struct ForwardConsumer {
     const bool exists[2] = {first_row < mask.query_length, first_row + 8 < mask.query_length};
     float lse[2];
     const bool is_valid = intervals().is_valid;
-    softmax.settle(p.logit_scale_log2);
+    softmax.settle(scale_log2());
     if (p.max_logits != nullptr) {
       float logits[2];
-      softmax.largest_logits(logits, p.logit_scale_log2);
+      softmax.largest_logits(logits, scale_log2());
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         if (!exists[r]) logits[r] = -INFINITY;
@@ -102,7 +102,7 @@ struct ForwardConsumer {
     const Mask& mask = work.mask;
     const auto tSrQ = queries();
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
-    const float scale_log2 = p.logit_scale_log2;
+    const float scale_log2 = this->scale_log2();
     const typename T::Score score(p.score, work.tile.batch, work.tile.head);
     const int position = row + mask.first + p.mask.window_left;  // of the first row
     const bool looks_back = p.mask.window_right <= 0;
@@ -154,6 +154,11 @@ struct ForwardConsumer {
     finish_output(tO);
   }
 
+  // From scores to logits of base 2.
+  CUTE_DEVICE float scale_log2() const {
+    if constexpr (has_function(T::kVariant)) return T::Score::logit_scale_log2(p.score);
+    return p.logit_scale_log2;
+  }
   // The warpgroup's rows of Q, as an operand.
   CUTE_DEVICE auto queries() const {
     typename T::MmaS mma;

@@ -140,7 +140,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
     using namespace cute;
     const auto tSrQ = this->queries();
     auto tP = make_operand_a<typename T::Element, T::kBlockN>();
-    const float scale_log2 = p.logit_scale_log2;
+    const float scale_log2 = this->scale_log2();
 
     const typename T::Score score(p.score, work.tile.batch, work.tile.head);
     const int position = row + work.mask.first + p.mask.window_left;  // of the first row
