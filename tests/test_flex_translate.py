@@ -378,7 +378,7 @@ def test_what_ranges_save():
 
     slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
     short, any_length = (translate(alibi, None, (slopes,), x).text for x in (MOST_INDEX, None))
-    assert "jfa_from_small" in short and "jfa_from_small" not in any_length
+    assert "jfa_raised" in short and "jfa_raised" not in any_length
     assert "head < 0" in any_length and "head < 0" not in short
     assert translate(by_key, None, (slopes,), MOST_INDEX).text.count(" < 0") == 0
 

@@ -181,11 +181,21 @@ JFA_HELPER float jfa_rough_tanh(float x) {
 #endif
 }
 """,
-        # Of an integer less than 2^22 in magnitude, as the mantissa of a float from 2^23 on.
+        # An integer less than 2^22 in magnitude as the mantissa of a float from 2^23 on. That raises
+        # it by 3 * 2^22, of which a difference of two has nothing.
+        """\
+JFA_HELPER float jfa_raised(int x) {
+#ifdef __CUDACC__
+  return __int_as_float(x + 0x4b400000);
+#else
+  return (float)x;
+#endif
+}
+""",
         """\
 JFA_HELPER float jfa_from_small(int x) {
 #ifdef __CUDACC__
-  return __int_as_float(x + 0x4b400000) - 12582912.0f;
+  return jfa_raised(x) - 12582912.0f;
 #else
   return (float)x;
 #endif

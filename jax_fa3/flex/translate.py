@@ -628,6 +628,9 @@ def _converted(program: Program, value: str, old: str, new: str) -> str:
     return program.learn(converted, (least, greatest)) if fits else converted
 
 
+PARTS_OF_SMALL = ("add", "sub", "mul", "neg", "abs")
+
+
 def _is_small(program: Program, value: str) -> bool:
     least, greatest = program.range_of(value, "int32")
     return -SMALL < least and greatest < SMALL
@@ -637,13 +640,23 @@ def _small_as_float(program: Program, value: str) -> str:
     """A small int32 as a float, made of the floats of what it is made of, which is exact: a kernel
     then casts each row and each key, and not each pair."""
     name, operands = program.operation(value)
-    if name in ("add", "sub", "mul", "neg", "abs") and all(_is_small(program, x) for x in operands):
+    if name in PARTS_OF_SMALL and all(_is_small(program, x) for x in operands):
+        if name == "sub" and not any(_has_parts(program, x) for x in operands):
+            raised = (program.emit("float", "jfa_raised({0})", x) for x in operands)
+            return program.emit("float", SUBTRACT, *raised)
         floats = (_small_as_float(program, x) for x in operands)
         return _operation(program, name, "float32", *floats)
     number = of_literal(value)
     if number is not None:
         return literal(number[0], "float32")
     return program.emit("float", "jfa_from_small({0})", value)
+
+
+def _has_parts(program: Program, value: str) -> bool:
+    """Whether a small integer is a number, or made of others that are cast in its place."""
+    name, operands = program.operation(value)
+    is_made = name in PARTS_OF_SMALL and all(_is_small(program, x) for x in operands)
+    return is_made or of_literal(value) is not None
 
 
 def _bitcast(program: Program, old: str, new: str) -> Callable[..., str] | None:
