@@ -19,7 +19,7 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wno-type-limits"]
 
 GUARD = 64  # bytes on either side of a captured array
-UNIT = 8.0  # in which addends are given
+UNIT = 0.125  # in which addends are given; a large one could make them infinite
 POISON = 0xFF  # NaN as a float, -1 as an integer
 
 DRIVER = """
