@@ -146,7 +146,7 @@ StatusOr<ForwardFloat8Plan> plan_of(ForwardFloat8, const Choices& c) {
 }
 
 StatusOr<BackwardPlan> plan_of(Backward, const Choices& c) {
-  return plan_backward(c.shape(c.dtype()), c.presence(), c.get<bool>("deterministic"),
+  return plan_backward(c.shape(c.dtype()), c.mask(), c.presence(), c.get<bool>("deterministic"),
                        KernelTable<Backward>::plannable(), c.num_sms());
 }
 

@@ -75,6 +75,32 @@ def test_workspace_is_the_plans():
         assert custom_calls(text)[1][3][3] == f"{plan['workspace_bytes']}xui8"
 
 
+LENGTHS = dict(key_value_seq_lengths=jnp.array([9000]))
+
+
+@pytest.mark.parametrize(
+    ("options", "chunks", "beside"),
+    [
+        (dict(), 4, 0),
+        (dict(is_causal=True), 4, 0),
+        (dict(is_causal=True, sm_margin=50), 4, 0),
+        (dict(is_causal=True, deterministic=True), 4, 16 * 128 * 8),  # the keys' largest
+        (dict(is_causal=True, query_offset=-16_000), 4, 0),
+        (dict(local_window_size=(1023, 0)), 1, 0),
+        (LENGTHS, 1, 0),
+        (dict(attention_chunk=1000), 1, 0),
+        (dict(mask=jnp.ones((1, 1, 1, 16_384), bool)), 1, 0),
+    ],
+)
+def test_workspace_of_a_long_call_is_that_of_a_chunk(options, chunks, beside):
+    """float32 dQ and 16 bytes of statistics for each row of its heads."""
+    query, *_ = operands(batch=1, seqlen_q=16_384, heads_q=16, head_dim=128)
+    text = lower(functools.partial(vector_jacobian, **options), query, query, query, query)
+    (results,) = [call[3] for call in custom_calls(text) if call[0] == "jax_fa3_backward"]
+    heads = 16 // chunks
+    assert results[-1] == f"{heads * 16_384 * (128 * 4 + 16) + 256 + beside}xui8"
+
+
 def test_table_of_visibility_is_one_custom_call():
     ids = jax.ShapeDtypeStruct((2, 1500), jnp.int32)
     text = lower(lambda ids: jax_fa3.make_visibility(ids).table, ids)

@@ -41,6 +41,9 @@ struct TileScheduler {
   bool last_block_first;
   int* counter;  // 0 at launch; null: static
 
+  // The number of the CTA's first tile.
+  CUTE_DEVICE int first() const { return blockIdx.x; }
+
   // The number of the tile after `index`; num_tiles or more after the last. One thread calls it.
   CUTE_DEVICE int next(int index) const {
     if (counter != nullptr) return int(gridDim.x) + fetch_add(counter, 1);
@@ -107,7 +110,8 @@ struct WorkQueue {
   template <class Params, class RangeOf, class OnTile>
   CUTE_DEVICE void fill(const Params& p, const RangeOf& range_of, const OnTile& on_tile) {
     Cursor cursor;
-    for (int index = blockIdx.x; index < p.scheduler.num_tiles; index = p.scheduler.next(index)) {
+    for (int index = p.scheduler.first(); index < p.scheduler.num_tiles;
+         index = p.scheduler.next(index)) {
       Slot& slot = slots[cursor.stage];
       const WorkTile& tile = slot.work.tile;
       slot.work.tile = p.scheduler.tile(index);

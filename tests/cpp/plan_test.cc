@@ -1,6 +1,7 @@
 // Planning: which tile, in which order, how much workspace, and what is refused.
 #include "kernels/backward/plan.h"
 
+#include <algorithm>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -42,8 +43,9 @@ ForwardPlan forward(const Shape& s, const MaskOptions& mask = kFull, int num_sms
   return plan.value();
 }
 
-BackwardPlan backward(const Shape& s, bool deterministic = false) {
-  const auto plan = plan_backward(s, {}, deterministic, kBackward, kSms);
+BackwardPlan backward(const Shape& s, bool deterministic = false, const MaskOptions& mask = kFull,
+                      const IndexPresence& presence = {}, int num_sms = kSms) {
+  const auto plan = plan_backward(s, mask, presence, deterministic, kBackward, num_sms);
   CHECK_DETAIL(plan.ok(), plan.status().message());
   return plan.value();
 }
@@ -122,7 +124,8 @@ void heads_of_a_group() {
   // Packed: more heads of a short sequence.
   const auto packed = [](std::int64_t seqlen, std::int64_t heads) {
     const IndexPresence presence{true, /*visibility=*/true};
-    return plan_backward(shape(1, seqlen, heads, 128), presence, false, kBackward, kSms).value();
+    return plan_backward(shape(1, seqlen, heads, 128), kFull, presence, false, kBackward, kSms)
+        .value();
   };
   CHECK(packed(16384, 32).heads_per_group == 16);
   CHECK(packed(16384, 6).heads_per_group == 6);
@@ -161,24 +164,126 @@ void workspace_layout() {
   }
 }
 
+// Of a fused dQ and row statistics of so many query heads.
+std::int64_t bytes_of_heads(std::int64_t heads, std::int64_t seqlen, std::int64_t head_dim) {
+  return heads * seqlen * (head_dim * 4 + 16) + 256;  // and the tile counters
+}
+
+Shape grouped(std::int64_t batch, std::int64_t seqlen, std::int64_t heads, std::int64_t heads_kv) {
+  Shape s = shape(batch, seqlen, heads, 128);
+  s.num_heads_kv = heads_kv;
+  return s;
+}
+
+// A long call is several chunks, and its workspace holds the largest.
+void chunks() {
+  for (const MaskOptions& mask : {kFull, kCausal}) {
+    const BackwardPlan plan = backward(shape(1, 16384, 16, 128), false, mask);
+    CHECK(plan.num_chunks == 4 && plan.heads_per_group == 2 && plan.num_tiles == 2048);
+    CHECK(plan.workspace_bytes == bytes_of_heads(4, 16384, 128));
+    CHECK(test::contains(to_string(plan), "chunks=4"));
+  }
+  const auto causal = [](const Shape& s) { return backward(s, false, kCausal).num_chunks; };
+  CHECK(causal(shape(1, 16384, 9, 128)) == 2 && causal(shape(1, 16384, 12, 128)) == 3);
+  CHECK(causal(shape(1, 16384, 7, 128)) == 1);  // three heads are too few
+  CHECK(causal(shape(2, 8192, 16, 128)) == 2);
+  CHECK(causal(grouped(1, 16384, 32, 8)) == 2 && causal(shape(1, 65536, 16, 128)) == 8);
+  // Four heads of 165 tiles are five rounds of CTAs, of equal tiles; of causal ones long tiles of
+  // the last head begin late. Of 512 equal tiles no whole heads fill rounds.
+  CHECK(backward(shape(1, 21120, 16, 128)).num_chunks == 4);
+  CHECK(causal(shape(1, 21120, 16, 128)) == 1);
+  CHECK(backward(shape(1, 65536, 16, 128)).num_chunks == 1);
+  // Short ones.
+  CHECK(causal(shape(8, 2048, 16, 128)) == 1 && causal(shape(4, 4096, 16, 128)) == 1);
+
+  // Of 9 heads in groups of two the second chunk has the last, which is alone.
+  const BackwardPlan nine = backward(shape(1, 16384, 9, 128));
+  CHECK(nine.chunk(0).first_head == 0 && nine.chunk(0).num_heads == 4);
+  CHECK(nine.chunk(1).first_head == 4 && nine.chunk(1).num_heads == 5);
+  CHECK(nine.workspace_bytes == bytes_of_heads(5, 16384, 128));
+}
+
+// A window makes tiles short; a static offset, of which Python does not tell, changes nothing.
+void chunks_of_windows() {
+  const Shape s = shape(1, 16384, 16, 128);
+  CHECK(backward(s, false, {1023, 0, 0}).num_chunks == 1);
+  CHECK(backward(s, false, {8191, 0, 0}).num_chunks == 2);
+  CHECK(backward(s, false, {kUnbounded, 0, -16000}).num_chunks == 4);
+}
+
+// What arrays hide is not known: only very long calls are divided.
+void chunks_of_packed_calls() {
+  const auto packed = [](const Shape& s) {
+    return backward(s, false, kFull, {true, /*visibility=*/true});
+  };
+  CHECK(packed(shape(1, 16384, 16, 128)).num_chunks == 1);
+  const BackwardPlan plan = packed(shape(1, 65536, 16, 128));
+  CHECK(plan.num_chunks == 4 && plan.heads_per_group == 4);
+  CHECK(plan.workspace_bytes == bytes_of_heads(4, 65536, 128));
+  CHECK(backward(shape(1, 16384, 16, 128), false, kFull, {true, false}).num_chunks == 1);
+  CHECK(backward(shape(1, 16384, 16, 128), false, kFull, {true, false, kMask}).num_chunks == 1);
+  CHECK(backward(shape(8, 16384, 16, 128), false, kFull, {true, false, kMask}).num_chunks == 8);
+}
+
+// Where dQ has a kernel of its own, that needs all row statistics; on a grid it does not.
+void chunks_of_deterministic_calls() {
+  CHECK(backward(shape(1, 65536, 16, 128), true, kCausal).num_chunks == 1);
+  const BackwardPlan plan = backward(shape(1, 16384, 16, 128), true, kCausal);
+  CHECK(plan.has_grid && plan.num_chunks == 4);
+  CHECK(plan.workspace_bytes == bytes_of_heads(4, 16384, 128) + 16 * 128 * 8);
+}
+
+void chunks_cover_the_call() {
+  std::set<std::int64_t> numbers;
+  for (const std::int64_t seqlen : {1000, 8192, 10752, 16384, 33000, 65536}) {
+    for (const std::int64_t heads : {1, 7, 9, 12, 16, 24, 40}) {
+      for (const std::int64_t batch : {1, 3, 8}) {
+        for (const bool packed : {false, true}) {
+          const Shape s = grouped(batch, seqlen, 2 * heads, heads);
+          const IndexPresence presence{packed, packed};
+          const BackwardPlan plan = backward(s, false, kCausal, presence);
+          numbers.insert(plan.num_chunks);
+          std::int64_t next = 0, most = 0, least = batch * heads;
+          for (std::int64_t i = 0; i < plan.num_chunks; ++i) {
+            const BackwardChunk chunk = plan.chunk(i);
+            CHECK(chunk.first_head == next && chunk.num_heads > 0);
+            CHECK(chunk.first_head % plan.heads_per_group == 0);
+            next += chunk.num_heads;
+            most = std::max(most, chunk.num_heads);
+            least = std::min(least, chunk.num_heads);
+          }
+          CHECK(next == batch * heads && most - least < 2 * plan.heads_per_group);
+          CHECK(plan.workspace_bytes == bytes_of_heads(2 * most, plan.num_m_blocks * 64, 128));
+          CHECK(plan.grid == std::min<std::int64_t>(most * plan.num_n_blocks, kSms));
+          // A device with fewer multiprocessors, or a margin, finds the workspace it needs.
+          for (const int num_sms : {20, 78, 114, 131}) {
+            const BackwardPlan other = backward(s, false, kCausal, presence, num_sms);
+            CHECK(other.workspace_bytes == plan.workspace_bytes);
+            CHECK(other.num_chunks == plan.num_chunks && other.grid <= num_sms);
+          }
+        }
+      }
+    }
+  }
+  CHECK(*numbers.begin() == 1 && *numbers.rbegin() == 8 && numbers.size() > 4);
+}
+
 void fused_dq_where_there_is_a_choice() {
   CHECK(!backward(shape(1, 4096, 16, 128)).key.separate_dq);
   CHECK(!backward(shape(1, 4096, 16, 128)).has_grid);
   CHECK(backward(shape(1, 900, 16, 128), true).key.separate_dq);
   CHECK(backward(shape(1, 65536, 16, 128), true).key.separate_dq);
-  Shape grouped = shape(2, 4000, 16, 128);
-  grouped.num_heads_kv = 4;
-  const BackwardPlan on_grid = backward(grouped, true);
+  const BackwardPlan on_grid = backward(grouped(2, 4000, 16, 4), true);
   CHECK(on_grid.has_grid && !on_grid.key.separate_dq && on_grid.dquery.num_tiles == 0);
   CHECK(on_grid.workspace_bytes == on_grid.key_maxima_offset + 2 * 4 * 32 * 8);
   CHECK(test::contains(to_string(on_grid), "dQ on a grid"));
   for (const Variant variant : {Variant::kMask, Variant::kBias}) {
     const Shape s = shape(1, 4096, 4, 128);
-    const auto plan = plan_backward(s, {false, false, variant}, true, kBackward, kSms);
+    const auto plan = plan_backward(s, kFull, {false, false, variant}, true, kBackward, kSms);
     CHECK(plan.value().key.separate_dq);
   }
   const BackwardKey wide{DType::kBF16, 256, 256, 64, 64, true, kNone};
-  CHECK(plan_backward(shape(1, 4096, 16, 256), {}, false, {wide}, kSms).value().key == wide);
+  CHECK(plan_backward(shape(1, 4096, 16, 256), kFull, {}, false, {wide}, kSms).value().key == wide);
 }
 
 // Calls with a bias or a dense mask have kernels of their own, of head dims of their own, and
@@ -189,7 +294,7 @@ void dense_kernels() {
   };
   const auto backward_key = [](int head_dim, const IndexPresence& presence, bool deterministic) {
     const Shape s = shape(1, 512, 4, head_dim);
-    return plan_backward(s, presence, deterministic, kBackward, kSms).value().key;
+    return plan_backward(s, kFull, presence, deterministic, kBackward, kSms).value().key;
   };
   for (const bool any : {false, true}) {
     const IndexPresence bias{any, false, kBias}, mask{any, false, kMask};
@@ -209,7 +314,7 @@ void dense_kernels() {
     }
   }
   const auto plan =
-      plan_backward(shape(1, 500, 4, 32), {false, false, kBias}, false, kBackward, 78);
+      plan_backward(shape(1, 500, 4, 32), kFull, {false, false, kBias}, false, kBackward, 78);
   CHECK(plan.value().dquery.num_tiles == 4 * 3);  // of 192 rows
   CHECK(plan.value().num_sms == 78);
 
@@ -222,7 +327,7 @@ void dense_kernels() {
   const Shape s = shape(1, 1, 1, 192);
   const IndexPresence dense{false, false, kBias};
   refuses(plan_forward(s, kFull, dense, kForward, kSms).status(), "no forward");
-  refuses(plan_backward(s, dense, false, kBackward, kSms).status(), "no backward");
+  refuses(plan_backward(s, kFull, dense, false, kBackward, kSms).status(), "no backward");
 }
 
 BiasWork divide(const Shape& s, const Broadcast& bias, std::int64_t scratch_bytes = 1LL << 40) {
@@ -270,20 +375,20 @@ void dbias_slices() {
 
 void beyond_32_bits() {
   const Shape s = shape(4, 65536, 128, 128);  // 2^32 elements
-  CHECK(backward(s).workspace_bytes > 4 * (std::int64_t{1} << 32));
+  CHECK(backward(shape(16, 65536, 128, 128)).workspace_bytes > 2 * (std::int64_t{1} << 32));
   CHECK(forward(s).num_tiles == 4 * 128 * 342);
 
   Shape tiles = shape(1 << 24, 4096, 32, 64);
   CHECK_REFUSES(plan_forward(tiles, kFull, {}, kForward, kSms).status(), "below 2^31");
-  CHECK_REFUSES(plan_backward(tiles, {}, false, kBackward, kSms).status(), "below 2^31");
+  CHECK_REFUSES(plan_backward(tiles, kFull, {}, false, kBackward, kSms).status(), "below 2^31");
   Shape bytes = shape((1LL << 31) - 1, 1 << 28, (1LL << 31) - 1, 128);
-  CHECK_REFUSES(plan_backward(bytes, {}, false, kBackward, kSms).status(), "64-bit");
+  CHECK_REFUSES(plan_backward(bytes, kFull, {}, false, kBackward, kSms).status(), "64-bit");
 }
 
 void refusals() {
   const auto refuses = [](const Shape& s, const char* part) {
     CHECK_REFUSES(plan_forward(s, kFull, {}, kForward, kSms).status(), part);
-    CHECK_REFUSES(plan_backward(s, {}, false, kBackward, kSms).status(), part);
+    CHECK_REFUSES(plan_backward(s, kFull, {}, false, kBackward, kSms).status(), part);
   };
   refuses(shape(-1, 1, 1, 64), "batch must be in [0, 2147483647], got -1");
   refuses(shape(1, (1 << 28) + 1, 1, 64), "seqlen_q must be in [0, 268435456], got 268435457");
@@ -452,6 +557,11 @@ int main() {
   jax_fa3::heads_of_a_group();
   jax_fa3::empty_problems();
   jax_fa3::workspace_layout();
+  jax_fa3::chunks();
+  jax_fa3::chunks_of_windows();
+  jax_fa3::chunks_of_packed_calls();
+  jax_fa3::chunks_of_deterministic_calls();
+  jax_fa3::chunks_cover_the_call();
   jax_fa3::fused_dq_where_there_is_a_choice();
   jax_fa3::dense_kernels();
   jax_fa3::dbias_tiles_cover_the_bias();

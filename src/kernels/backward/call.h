@@ -53,13 +53,14 @@ struct BackwardCall : ArrayTable<BackwardProblem> {
 
   static int sm_margin(const Attributes& a) { return a.options.sm_margin; }
   static StatusOr<BackwardPlan> plan(const Problem& problem, int num_sms) {
-    static PlanCache<BackwardPlan, Shape, IndexPresence, bool, int> cache;
-    const auto make = [](const Shape& shape, const IndexPresence& presence, bool deterministic,
-                         int num_sms) {
-      return plan_backward(shape, presence, deterministic, KernelTable<Backward>::compiled(),
+    static PlanCache<BackwardPlan, Shape, MaskOptions, IndexPresence, bool, int> cache;
+    const auto make = [](const Shape& shape, const MaskOptions& mask, const IndexPresence& presence,
+                         bool deterministic, int num_sms) {
+      return plan_backward(shape, mask, presence, deterministic, KernelTable<Backward>::compiled(),
                            num_sms);
     };
-    return cache.get(make, problem.shape, problem.presence, problem.deterministic, num_sms);
+    return cache.get(make, problem.shape, problem.mask, problem.presence, problem.deterministic,
+                     num_sms);
   }
   static Status launch(const BackwardPlan& plan, const Problem& problem, CUstream_st* stream) {
     JFA_CHECK_OK(check_workspace(plan.workspace_bytes, problem.workspace_bytes));

@@ -30,6 +30,7 @@ struct Backward {
                    {{"num_m_blocks", plan.num_m_blocks},
                     {"num_n_blocks", plan.num_n_blocks},
                     {"heads_per_group", plan.heads_per_group},
+                    {"num_chunks", plan.num_chunks},
                     {"num_tiles", plan.num_tiles},
                     {"grid", plan.grid},
                     {"dq_offset", plan.dq_offset},

@@ -1,5 +1,5 @@
 // After the main kernel: dQ from float32 fragments to rows of 16-bit elements, times the softmax
-// scale. Memory-bound.
+// scale. Of one chunk. Memory-bound.
 #pragma once
 
 #include "kernels/backward/traits.cuh"
@@ -7,8 +7,9 @@
 namespace jax_fa3 {
 
 struct PostprocessParams : CommonParams {
-  const float* dquery_accumulator;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim]
+  const float* dquery_accumulator;  // [heads, num_m_blocks, kBlockM * kHeadDim], of the chunk
   void* dquery;                     // [b, s_q, h_q, d]
+  int first_head;                   // of the chunk's query heads, counted through all batches
   int num_m_blocks;
   int head_dim;
 };
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kConsumerThreads)
 
   const std::int64_t block = blockIdx.x;
   const int m_block = block % p.num_m_blocks;
-  const std::int64_t batch_head = block / p.num_m_blocks;
+  const std::int64_t batch_head = p.first_head + block / p.num_m_blocks;
   const int head = batch_head % p.num_heads;
   const std::int64_t batch = batch_head / p.num_heads;
 

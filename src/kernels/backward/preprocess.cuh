@@ -1,6 +1,6 @@
 // Before the main kernel: per query row -LSE / scale and -delta, delta = rowsum(dO * O) - dLSE,
 // both padded to whole blocks, the grid of its dQ, and what it gives its sink; the workspace of a
-// fused dQ and the tile counters zeroed.
+// fused dQ zeroed, and the tile counters set. Of one chunk.
 // Memory-bound.
 #pragma once
 
@@ -17,10 +17,12 @@ struct PreprocessParams : CommonParams {
   const float* dlse;  // [b, h_q, s_q] or null
   HeadTable sinks;
   float* dsinks;                // [b, h_q, s_q] or null
-  RowStatistics* statistics;    // [b, h_q, num_m_blocks * kBlockM]
-  float* dquery;                // [b, h_q, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
+  RowStatistics* statistics;    // [heads, num_m_blocks * kBlockM], of the chunk's query heads
+  float* dquery;                // [heads, num_m_blocks, kBlockM * kHeadDim]; fused dQ only
   const KeyMaxima* key_maxima;  // [b, h_kv, num_n_blocks]; null where dQ has no grid
   int num_n_blocks;
+  int first_head;      // of the chunk's query heads, counted through all batches
+  int first_tile;      // of the main kernel
   int* tile_counters;  // [2]
   int num_m_blocks;
   int head_dim_v;
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
 
   const std::int64_t block = blockIdx.x;
   const int m_block = block % p.num_m_blocks;
-  const std::int64_t batch_head = block / p.num_m_blocks;
+  const std::int64_t batch_head = p.first_head + block / p.num_m_blocks;
   const int head = batch_head % p.num_heads;
   const std::int64_t batch = batch_head / p.num_heads;
   Mask mask = make_mask(p.mask, p.index, int(batch), p.seqlen_q, p.seqlen_k);
@@ -53,7 +55,9 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const Pr
       dquery[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
   }
-  if (block == 0 && threadIdx.x < 2) p.tile_counters[threadIdx.x] = 0;
+  if (block == 0 && threadIdx.x < 2) {
+    p.tile_counters[threadIdx.x] = threadIdx.x == 0 ? p.first_tile : 0;
+  }
 
   KeyMaxima maxima;
   const bool has_grid = T::kTakesGrid && p.key_maxima != nullptr;

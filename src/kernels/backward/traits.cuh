@@ -23,9 +23,19 @@ struct BackwardMaps {
   CUtensorMap dkey;    // boxes of 64 rows
   CUtensorMap dvalue;  // boxes of 64 rows
 };
+
+// The work tiles of a chunk, numbered as all of the call's: from first_tile, with which the counter
+// begins, to num_tiles.
+struct ChunkScheduler : TileScheduler {
+  int first_tile;
+
+  CUTE_DEVICE int first() const { return first_tile + int(blockIdx.x); }
+};
+
 struct BackwardParams : BackwardMaps, CommonParams {
-  TileScheduler scheduler;  // blocks of keys, kv heads
+  ChunkScheduler scheduler;  // blocks of keys, kv heads
   int num_m_blocks;
+  // The workspace holds those of a chunk; these are where the call's first ones would be.
   const RowStatistics* statistics;  // [b, h_q, num_m_blocks * kBlockM]
   float* dquery;  // [b, h_q, num_m_blocks, kBlockM * kHeadDim], in fragment order; fused dQ only
   bool has_grid;  // shares of dQ are rounded before they are added (dquery_grid.cuh)
@@ -222,7 +232,7 @@ struct BackwardTraits {
 
   // A third stage where there is room past head dim 128, whose consumers are not in step.
   static constexpr int kStages = !kSplitKeys && kHeadDimV <= 128 ? 3 : 2;
-  static_assert(!kLateDQ || kStages == 2);  // as many as buffers of dS
+  static_assert(!kFusedDQ || kStages == 2);  // as many as buffers of dS
   static constexpr int kHandoverStages = kScarce ? 1 : 2;
   using Works = WorkQueue<1>;
   using Ring = RingBarriers<kStages>;
