@@ -86,14 +86,15 @@ Status make_bias_map(CUtensorMap* map, const CallProblem& problem, int box_rows 
 
 // Work tiles in an order that has those at work share a bias: with `batch_innermost`, sequences of
 // one head go together.
-struct DenseScheduler : TileScheduler {
+template <class Scheduler>
+struct DenseScheduler : Scheduler {
   bool batch_innermost;
 
   CUTE_DEVICE WorkTile tile(int index) const {
-    WorkTile tile = TileScheduler::tile(index);
+    WorkTile tile = Scheduler::tile(index);
     if (batch_innermost) {
-      const int batch_head = tile.batch * num_heads + tile.head;
-      const int batch = num_batch_heads / num_heads;
+      const int batch_head = tile.batch * this->num_heads + tile.head;
+      const int batch = this->num_batch_heads / this->num_heads;
       tile.head = batch_head / batch;
       tile.batch = batch_head % batch;
     }
@@ -108,12 +109,12 @@ struct WithDense : Params {
 
   CUtensorMap bias;
   DenseParams dense;
-  DenseScheduler scheduler;  // in place of the one in Params
+  DenseScheduler<decltype(Params::scheduler)> scheduler;  // in place of the one in Params
 };
 
 // What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its
-// direction are, which is already there. Sequences or heads that share a bias go together, so that
-// L2 has its tiles.
+// direction are, which is already there, the scheduler too. Sequences or heads that share a bias go
+// together, so that L2 has its tiles.
 template <class Traits, class Params>
 Status set_dense(Params* p, const CallProblem& problem) {
   using BiasTile = typename Traits::BiasTile;
@@ -129,8 +130,8 @@ Status set_dense(Params* p, const CallProblem& problem) {
     p->dense.bias_bytes = rows * BiasTile::kCols * int(sizeof(typename BiasTile::Element));
     JFA_CHECK_OK(make_bias_map<BiasTile>(&p->bias, problem, rows));
   }
-  DenseScheduler& scheduler = p->scheduler;
-  static_cast<TileScheduler&>(scheduler) = p->Base::scheduler;
+  auto& scheduler = p->scheduler;
+  static_cast<decltype(p->Base::scheduler)&>(scheduler) = p->Base::scheduler;
   const Broadcast& bias = problem.dense.bias_shape;
   const bool sequences_share = p->dense.has_bias && p->dense.sequences_of_bias > 1;
   const bool heads_share = p->dense.has_bias && bias.heads == 1;

@@ -112,7 +112,6 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
   JFA_CHECK_OK(maps.of_keys<typename T::DKTile>(&p.dkey, problem.dkey, s.head_dim));
   JFA_CHECK_OK(maps.of_keys<typename T::DVTile>(&p.dvalue, problem.dvalue, s.head_dim_v));
   static_cast<CommonParams&>(p) = common_params(problem);
-  if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
   p.num_m_blocks = plan.num_m_blocks;
   p.has_grid = plan.has_grid;
 
@@ -132,6 +131,7 @@ Status Backward::launch(const Plan& plan, const Problem& problem, cudaStream_t s
                         static_cast<int>((chunk.first_head + chunk.num_heads) * plan.num_n_blocks),
                         /*last_block_first=*/false, has_queries ? tile_counters : nullptr},
                        static_cast<int>(chunk.first_head * plan.num_n_blocks)};
+    if constexpr (T::kListed) JFA_CHECK_OK(set_dense<T>(&p, problem));
     const std::int64_t rows_before = queries.first_head * plan.num_m_blocks * T::kBlockM;
     p.statistics = part_at<RowStatistics>(plan.statistics_offset, problem) - rows_before;
     p.dquery = part_at<float>(plan.dq_offset, problem) - rows_before * T::kHeadDim;
