@@ -44,6 +44,13 @@ def path(tmp_path):
     return tmp_path / "results.json"
 
 
+def test_functions_are_drawn_anew():
+    """Others than the suite's; they need the kernels."""
+    with mock.patch("flex_checks.check_random") as check:
+        assert list(BY_NAME["functions"].run(2, 3)) == [(1, None)] * 3
+    assert [x.args for x in check.call_args_list] == [(1006,), (1007,), (1008,)]
+
+
 @pytest.mark.parametrize(
     ("name", "task", "checks"),
     [

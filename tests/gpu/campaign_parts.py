@@ -474,10 +474,10 @@ def sizes(task, checks):
 
 def functions(task, checks):
     """Functions of scores and masks that are drawn, forward and backward, with float64."""
-    import test_flex
+    import flex_checks
 
     for number in range(1000 + checks * task, 1000 + checks * (task + 1)):
-        failure = verdict(test_flex.check_random, number)
+        failure = verdict(flex_checks.check_random, number)
         yield 1, failure and f"function {number}: {failure}"
     jax.clear_caches()
 
