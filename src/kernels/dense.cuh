@@ -106,10 +106,11 @@ struct DenseScheduler : Scheduler {
 template <class Params>
 struct WithDense : Params {
   using Base = Params;
+  using Scheduler = decltype(Params::scheduler);
 
   CUtensorMap bias;
   DenseParams dense;
-  DenseScheduler<decltype(Params::scheduler)> scheduler;  // in place of the one in Params
+  DenseScheduler<Scheduler> scheduler;  // in place of the one in Params
 };
 
 // What a kernel with a BiasTile of Traits is launched with, beside what all kernels of its
@@ -131,7 +132,7 @@ Status set_dense(Params* p, const CallProblem& problem) {
     JFA_CHECK_OK(make_bias_map<BiasTile>(&p->bias, problem, rows));
   }
   auto& scheduler = p->scheduler;
-  static_cast<decltype(p->Base::scheduler)&>(scheduler) = p->Base::scheduler;
+  static_cast<typename Params::Scheduler&>(scheduler) = p->Base::scheduler;
   const Broadcast& bias = problem.dense.bias_shape;
   const bool sequences_share = p->dense.has_bias && p->dense.sequences_of_bias > 1;
   const bool heads_share = p->dense.has_bias && bias.heads == 1;
