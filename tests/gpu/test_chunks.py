@@ -1,7 +1,8 @@
 """Long calls, whose backward pass takes chunks of heads one after another, in the same workspace.
 
 Each is compared with calls of one key/value head, which are one chunk: a later chunk finds in the
-workspace what the one before has left there.
+workspace what the one before has left there. dK and dV have equal bits where the forward pass has
+one tile for both; at head_dim 128 it takes the tile that fits the number of heads.
 """
 
 import functools
@@ -55,7 +56,8 @@ def parts(batch, heads_kv, group):
             yield slice(sequence, sequence + 1), slice(head, head + 1), queries
 
 
-def check(attend, inputs, has_equal_dquery=False):
+def check(attend, inputs, equal=("dkey", "dvalue")):
+    """`equal`: the gradients that have the bits of the parts' calls."""
     query, key, value, dout, dlse, sinks = inputs
 
     @jax.jit
@@ -69,9 +71,10 @@ def check(attend, inputs, has_equal_dquery=False):
         part = gradients(
             query[b, :, q], key[b, :, kv], value[b, :, kv], dout[b, :, q], dlse[b, :, q], sinks[q]
         )
-        assert bits(part[1:3]) == bits((dkey[b, :, kv], dvalue[b, :, kv]))
-        transforms.assert_near(dquery[b, :, q], part[0], relative=1e-3)
-        assert not has_equal_dquery or bits(part[0]) == bits(dquery[b, :, q])
+        whole = dict(dquery=dquery[b, :, q], dkey=dkey[b, :, kv], dvalue=dvalue[b, :, kv])
+        for got, (name, x) in zip(part, whole.items(), strict=False):
+            transforms.assert_near(x, got, relative=3e-3)  # an ulp of bfloat16
+            assert name not in equal or bits(got) == bits(x), name
         sums[q] += part[3]
     np.testing.assert_allclose(dsinks, sums, rtol=1e-3, atol=1e-2)
 
@@ -99,14 +102,16 @@ def num_chunks(inputs, arrays=(), **options):
 def test_chunks_are_the_calls_of_their_heads(sizes, causal):
     x = inputs(**sizes)
     assert num_chunks(x, **(dict(window_right=0) if causal else {})) > 1
-    check(functools.partial(attend, is_causal=causal), x)
+    one_tile = sizes.get("head_dim", 128) < 128
+    check(functools.partial(attend, is_causal=causal), x, ("dkey", "dvalue") if one_tile else ())
 
 
 def test_chunks_of_sums_on_a_grid():
     """Equal bits of dQ, too: the grid of a row is that of all keys, whichever chunk it is in."""
-    x = inputs(1, 16_384, 16, 8)
+    x = inputs(1, 16_384, 32, 16, head_dim=64)
     assert num_chunks(x, window_right=0, deterministic=True) > 1
-    check(functools.partial(attend, is_causal=True, deterministic=True), x, has_equal_dquery=True)
+    call = functools.partial(attend, is_causal=True, deterministic=True)
+    check(call, x, equal=("dquery", "dkey", "dvalue"))
 
 
 @pytest.mark.parametrize("sm_margin", [1, 57, 131])
@@ -114,7 +119,7 @@ def test_chunks_on_fewer_multiprocessors(sm_margin):
     """The workspace is asked for before anybody knows how many there are."""
     x = inputs(1, 16_384, 8, 8)
     assert num_chunks(x, window_right=0, sm_margin=sm_margin) == 2
-    check(functools.partial(attend, is_causal=True, sm_margin=sm_margin), x)
+    check(functools.partial(attend, is_causal=True, sm_margin=sm_margin), x, equal=())
 
 
 def test_chunks_of_documents():
