@@ -38,6 +38,7 @@ def records(names: Iterable[str], timeout_s: float, command=None) -> list[dict]:
                 dict(folder=folder, names=names),
                 share * max(1.0, end - time.monotonic()),
                 XLA_PYTHON_CLIENT_PREALLOCATE="false",  # the benchmark's process has the memory
+                CUDA_CACHE_DISABLE="1",  # what other processes have linked
             )
             lines += [dict(error=why)] * (len(calls) - len(lines))
             rows += [
