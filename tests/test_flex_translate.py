@@ -306,6 +306,23 @@ def test_what_is_additive():
     assert not is_additive(lambda s, b, h, q, k: q.astype(jnp.float32))
 
 
+@needs_compiler
+def test_addends_of_a_head(tmp_path):
+    """Infinities and NaN stay what they are in the product's units, and what is finite stays so."""
+    values = np.array([-np.inf, np.inf, np.nan, 3e38, -1.5], np.float32)
+    add = lambda s, b, h, q, k, x: s + x[h]  # noqa: E731
+    scaled = lambda s, b, h, q, k, x: s + x[h] * (1.0 * k - q)  # noqa: E731
+    translations = [translate(f, None, (values,)) for f in (add, scaled)]
+    assert all(x.is_additive for x in translations)
+    index = np.array([[0, h, 2, 2] for h in range(len(values))], np.int32)
+    of_add, of_scaled = (
+        f(np.ones(len(values)), index, [values])["addend"]
+        for f in flex_host.compiled(translations, tmp_path)
+    )
+    np.testing.assert_allclose(of_add / flex_host.UNIT, values)
+    np.testing.assert_array_equal(of_scaled, [np.nan, np.nan, np.nan, 0, 0])
+
+
 def test_text():
     """Short, without what is not needed, and the same for equal functions."""
     found = translate(relative, None, (TABLE,))

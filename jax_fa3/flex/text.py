@@ -181,8 +181,8 @@ JFA_HELPER float jfa_rough_tanh(float x) {
 #endif
 }
 """,
-        # An integer less than 2^22 in magnitude as the mantissa of a float from 2^23 on. That raises
-        # it by 3 * 2^22, of which a difference of two has nothing.
+        # An integer less than 2^22 in magnitude as the mantissa of a float from 2^23 on. That is
+        # 3 * 2^22 more, of which a difference of two has nothing.
         """\
 JFA_HELPER float jfa_raised(int x) {
 #ifdef __CUDACC__

@@ -1011,10 +1011,8 @@ def _in_products(program: Program, value: str | None) -> str | None:
         return factor and program.emit("float", MULTIPLY, factor, second)
     if template not in (ADD, SUBTRACT, NEGATE):
         return None
-    terms = [_in_products(program, x) for x in operands]
-    if None in terms:
-        return None
-    return program.emit("float", template, *terms)
+    terms = [x for x in (_in_products(program, x) for x in operands) if x is not None]
+    return program.emit("float", template, *terms) if len(terms) == len(operands) else None
 
 
 def _is_uniform(program: Program, value: str) -> bool:
@@ -1022,10 +1020,11 @@ def _is_uniform(program: Program, value: str) -> bool:
 
 
 def _uniform_in_products(program: Program, value: str) -> str | None:
-    """A value that is the same for all pairs, times `unit`. It stays finite: times 0 it is 0. None
-    for numbers in place of -inf, which must stay what they are."""
+    """A value that is the same for all pairs, times `unit`. What is finite stays so: times 0 it is 0.
+    None for numbers in place of -inf, which must stay what they are."""
     number = re.fullmatch(r"\(?(-?[\d.e+-]+)f\)?", value)
     if number and abs(float(number[1])) > HUGE:
         return None
     scaled = program.emit("float", MULTIPLY, value, "unit")
-    return program.emit("float", "jfa_min(jfa_max({0}, {1}), {2})", scaled, *FINITE)
+    bounded = program.emit("float", "jfa_min(jfa_max({0}, {1}), {2})", scaled, *FINITE)
+    return program.emit("float", "fabsf({0}) <= {2} ? {1} : {0}", value, bounded, FINITE[1])

@@ -289,8 +289,8 @@ struct FunctionGradient : Function {
   CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
                            int key) const {
     if (jfa_is_additive()) {
-      const float score = product + jfa_addend(params_.unit, batch_, head_, row, key,
-                                               params_.captured);
+      const float score =
+          product + jfa_addend(params_.unit, batch_, head_, row, key, params_.captured);
       const float p = exp2_approx(fmaf(score, logit_scale_log2(params_), negative_lse_log2));
       const float seen = product == -INFINITY ? 0.f : p;
       return {seen, seen};

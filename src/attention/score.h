@@ -37,7 +37,7 @@ struct ScoreParams {
 // The same of a kernel whose Score is a function, which gives logits.
 struct FunctionParams {
   float scale;
-  float unit;  // of products, 1 / scale
+  float unit;                         // of products, 1 / scale
   const std::int32_t* batch_numbers;  // [b], as the function counts them
   const std::int32_t* head_numbers;   // [h_q]
   JfaCaptured captured;
