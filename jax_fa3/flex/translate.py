@@ -1020,8 +1020,8 @@ def _is_uniform(program: Program, value: str) -> bool:
 
 
 def _uniform_in_products(program: Program, value: str) -> str | None:
-    """A value that is the same for all pairs, times `unit`. What is finite stays so: times 0 it is 0.
-    None for numbers in place of -inf, which must stay what they are."""
+    """A value that is the same for all pairs, times `unit`. What is finite stays so: times 0 it is
+    0. None for numbers in place of -inf, which must stay what they are."""
     number = re.fullmatch(r"\(?(-?[\d.e+-]+)f\)?", value)
     if number and abs(float(number[1])) > HUGE:
         return None
