@@ -27,7 +27,7 @@ extern "C" void {own}run(int count, const float* score, const int* index,
                          const void* const* arrays, float* out, bool* mask) {{
   {own}JfaCaptured captured = {{}};
   {given}
-  for (int i = 0; i < count; ++i, index += 4, out += 4) {{
+  for (int i = 0; i < count; ++i, index += 4, out += 5) {{
     const int b = index[0], h = index[1], q = index[2], k = index[3];
     const {own}JfaScore both = {own}jfa_score_and_slope(score[i], b, h, q, k, captured);
     mask[i] = {own}jfa_mask(b, h, q, k, captured);
@@ -36,14 +36,16 @@ extern "C" void {own}run(int count, const float* score, const int* index,
     out[1] = mask[i] ? both.score : hidden;
     out[2] = mask[i] ? both.slope : 0;
     out[3] = mask[i] ? {own}jfa_addend({unit}f, b, h, q, k, captured) : hidden;
+    const bool has_slope = {own}jfa_has_key_slope();
+    out[4] = has_slope ? {own}jfa_key_slope({unit}f, b, h, captured) : __builtin_nanf("");
   }}
 }}
 """
 
 
 def compiled(translations, folder):
-    """Functions (score, index, captured) -> {"score", "slope", "addend", "mask"}, of arrays score
-    [n], index [n, 4], of which the translations are made into one library."""
+    """Functions (score, index, captured) -> {"score", "slope", "addend", "key_slope", "mask"}, of
+    arrays score [n], index [n, 4], of which the translations are made into one library."""
     sources = []
     for number, translation in enumerate(translations):
         own = f"n{number}_"
@@ -64,7 +66,7 @@ def _caller(run):
     def call(score, index, captured=()):
         score = np.ascontiguousarray(score, np.float32)
         index = np.ascontiguousarray(index, np.int32)
-        out = np.empty((len(score), 4), np.float32)
+        out = np.empty((len(score), 5), np.float32)
         mask = np.empty(len(score), np.bool_)
         guarded = [_guarded(np.asarray(x)) for x in captured]
         arrays = (ctypes.c_void_p * 8)(*(x.ctypes.data + GUARD for x in guarded))
@@ -74,7 +76,8 @@ def _caller(run):
         run(len(score), *pointers, arrays, *results)
         assert all(np.array_equal(x, y) for x, y in zip(before, guarded, strict=True))
         np.testing.assert_array_equal(out[:, 0], out[:, 1])
-        return {"score": out[:, 0], "slope": out[:, 2], "addend": out[:, 3], "mask": mask}
+        names = {"score": 0, "slope": 2, "addend": 3, "key_slope": 4}
+        return {name: out[:, i] for name, i in names.items()} | {"mask": mask}
 
     return call
 

@@ -113,6 +113,8 @@ def test_random_functions(tmp_path):
             addend = got["addend"] / flex_host.UNIT
             bound = bound + 4 * flex_oracle.ULP * (np.abs(score) + np.abs(addend))
             check(f"{i} addend", addend + score, exact, bound, decided)
+        else:
+            assert np.isnan(got["key_slope"]).all()
     assert num_decided >= 0.9 * NUM_FUNCTIONS * NUM_POINTS
 
 
@@ -268,6 +270,7 @@ def test_nvrtc(name):
     text = translate(*KNOWN[name]).text
     ptx = compiled(text, "PTX").decode()
     names = ["jfa_score", "jfa_score_and_slope", "jfa_mask", "jfa_is_additive", "jfa_addend"]
+    names += ["jfa_has_key_slope", "jfa_key_slope"]
     assert all(f"{name}(" in ptx for name in names) and ".local" not in ptx
     assert compiled(text, "LTOIR")
 
@@ -321,6 +324,46 @@ def test_addends_of_a_head(tmp_path):
     )
     np.testing.assert_allclose(of_add / flex_host.UNIT, values)
     np.testing.assert_array_equal(of_scaled, [np.nan, np.nan, np.nan, 0, 0])
+
+
+SLOPES = {  # by function of a head, and None where there is none that holds for all keys
+    alibi: lambda h: 2.0 ** (-0.5 * (h + 1)),
+    (lambda s, b, h, q, k: s + 0.5 * (3 * k - q).astype(jnp.float32)): lambda h: 1.5,
+    (lambda s, b, h, q, k: s - 0.25 * k * (h + 1) + 2.0 * q): lambda h: -0.25 * (h + 1),
+    (lambda s, b, h, q, k: s + (0.5 * k - (2.0 * k - 1.0 * q))): lambda h: -1.5,
+    (lambda s, b, h, q, k: s + (1.0 * q - 0.125 * (5 - k))): lambda h: 0.125,
+    (lambda s, *_: s): None,
+    (lambda s, b, h, q, k: s + 0.5 * h): None,
+    (lambda s, b, h, q, k: s - 0.5 * q): None,
+    (lambda s, b, h, q, k: s - 0.5 * jnp.abs(q - k)): None,
+    (lambda s, b, h, q, k: s - 0.5 * jnp.maximum(q - k, 0)): None,
+    (lambda s, b, h, q, k: s + 0.5 * (k * k // 4096)): None,
+    (lambda s, b, h, q, k: s + 0.5 * (k % 128) + 0.5 * k): None,
+    (lambda s, b, h, q, k: s + 0.5 * (k * 4096 * 4096)): None,  # it wraps around
+    (lambda s, b, h, q, k: s + 0.5 * (1.0 * k).astype(jnp.bfloat16).astype(jnp.float32)): None,
+    (lambda s, b, h, q, k: s * 2 + 0.5 * k): None,
+}
+
+
+@needs_compiler
+def test_slopes_along_keys(tmp_path):
+    """What an additive function grows by from key to key, where its text says so."""
+    most, count = 2**20, 1000
+    translations = [translate(f, None, (), most) for f in SLOPES]
+    rng = np.random.default_rng()
+    heads, rows, keys = (rng.integers(0, n, count) for n in (16, most, most))
+    index = np.stack([np.zeros(count), heads, rows, keys], 1).astype(np.int32)
+    calls = flex_host.compiled(translations, tmp_path)
+    for call, slope in zip(calls, SLOPES.values(), strict=True):
+        got = call(np.ones(count), index)
+        if slope is None:
+            assert np.isnan(got["key_slope"]).all()
+            continue
+        expected = np.array([slope(h) for h in heads])
+        np.testing.assert_allclose(got["key_slope"] / flex_host.UNIT, expected, rtol=1e-6)
+        at_0 = call(np.ones(count), index * [1, 1, 1, 0])["addend"]
+        along = at_0 + got["key_slope"].astype(np.float64) * keys
+        np.testing.assert_allclose(got["addend"], along, rtol=1e-5, atol=1e-6 * most)
 
 
 def test_text():

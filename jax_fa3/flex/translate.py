@@ -48,6 +48,7 @@ NOTHING = literal(-0.0, "float32")  # x + 0 is not x where x is -0
 HUGE = 1e18  # by far less than what a product's unit could make infinite
 FINITE = tuple(literal(x, "float32") for x in (-np.finfo("float32").max, np.finfo("float32").max))
 
+RAISED, FROM_SMALL = "jfa_raised({0})", "jfa_from_small({0})"
 ADD, SUBTRACT, MULTIPLY, NEGATE = "{0} + {1}", "{0} - {1}", "{0} * {1}", "-{0}"
 SELECT = "{0} ? {2} : {1}"
 
@@ -136,8 +137,10 @@ def translate(
         arguments = [_scalar("score", "float32"), *indices, *arrays]
         score, slope = _values("score_mod", program, jaxpr, arguments)
         addend = _in_products(program, _addend(program, score))
+    key_slope = _key_slope(program, addend) if addend else None
 
     pair = PARAMETERS | CAPTURED
+    of_head = {name: pair[name] for name in ("batch", "head", *CAPTURED)}
     position = {name: pair[name] for name in (*INDICES, *CAPTURED)}
     functions = [
         program.function("jfa_score", "float", pair, [score]),
@@ -145,6 +148,8 @@ def translate(
         program.function("jfa_mask", "bool", position, [visible]),
         program.function("jfa_is_additive", "bool", {}, [literal(addend is not None, "bool")]),
         program.function("jfa_addend", "float", UNIT | position, [addend or NOTHING]),
+        program.function("jfa_has_key_slope", "bool", {}, [literal(key_slope is not None, "bool")]),
+        program.function("jfa_key_slope", "float", UNIT | of_head, [key_slope or NOTHING]),
     ]
     text = program.text(functions)
     read = sorted({int(number) for number in re.findall(CAPTURED_ARRAY, text)})
@@ -642,14 +647,14 @@ def _small_as_float(program: Program, value: str) -> str:
     name, operands = program.operation(value)
     if name in PARTS_OF_SMALL and all(_is_small(program, x) for x in operands):
         if name == "sub" and not any(_has_parts(program, x) for x in operands):
-            raised = (program.emit("float", "jfa_raised({0})", x) for x in operands)
+            raised = (program.emit("float", RAISED, x) for x in operands)
             return program.emit("float", SUBTRACT, *raised)
         floats = (_small_as_float(program, x) for x in operands)
         return _operation(program, name, "float32", *floats)
     number = of_literal(value)
     if number is not None:
         return literal(number[0], "float32")
-    return program.emit("float", "jfa_from_small({0})", value)
+    return program.emit("float", FROM_SMALL, value)
 
 
 def _has_parts(program: Program, value: str) -> bool:
@@ -1013,6 +1018,50 @@ def _in_products(program: Program, value: str | None) -> str | None:
         return None
     terms = [x for x in (_in_products(program, x) for x in operands) if x is not None]
     return program.emit("float", template, *terms) if len(terms) == len(operands) else None
+
+
+def _key_slope(program: Program, value: str) -> str | None:
+    """By how much an addend grows from key to key, the same for all pairs of a head; None where it
+    does not depend on the key, or is no linear function of its index."""
+    template, operands = program.expression(value)
+    depend = [x for x in operands if program.depends_on(x, "key")]
+    if not depend:
+        return None
+    if template in (RAISED, FROM_SMALL):
+        number = _integer_slope(program, *operands)
+        return literal(number, "float32") if number else None
+    if template == MULTIPLY:
+        factors = [x for x in operands if _is_uniform(program, x)]
+        slope = _key_slope(program, *depend) if len(factors) == 1 else None
+        return slope and program.emit("float", MULTIPLY, *factors, slope)
+    if template not in (ADD, SUBTRACT, NEGATE):
+        return None
+    slopes = [x for x in (_key_slope(program, y) for y in depend) if x is not None]
+    if len(slopes) < len(depend):
+        return None
+    if len(slopes) == len(operands):
+        return program.emit("float", template, *slopes)
+    is_taken_away = template == SUBTRACT and depend == [operands[1]]
+    return program.emit("float", NEGATE, *slopes) if is_taken_away else slopes[0]
+
+
+def _integer_slope(program: Program, value: str) -> int | None:
+    """By how much an int32 grows from key to key; None where that is not one number, or where it
+    may have wrapped around."""
+    if not program.depends_on(value, "key"):
+        return 0
+    if value == "key":
+        return 1
+    name, operands = program.operation(value)
+    slopes = [x for x in (_integer_slope(program, y) for y in operands) if x is not None]
+    if not _is_small(program, value) or len(slopes) < len(operands):
+        return None
+    if name == "mul":
+        for number, slope in zip(map(of_literal, operands), reversed(slopes), strict=True):
+            if number is not None:
+                return number[0] * slope
+    signs = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}.get(name)
+    return sum(x * y for x, y in zip(signs, slopes, strict=True)) if signs else None
 
 
 def _is_uniform(program: Program, value: str) -> bool:

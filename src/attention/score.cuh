@@ -16,6 +16,9 @@ extern "C" __device__ float jfa_score(float score, int batch, int head, int row,
 extern "C" __device__ bool jfa_is_additive();
 extern "C" __device__ float jfa_addend(float unit, int batch, int head, int row, int key,
                                        const JfaCaptured& captured);
+extern "C" __device__ bool jfa_has_key_slope();
+extern "C" __device__ float jfa_key_slope(float unit, int batch, int head,
+                                          const JfaCaptured& captured);
 extern "C" __device__ JfaScore jfa_score_and_slope(float score, int batch, int head, int row,
                                                    int key, const JfaCaptured& captured);
 extern "C" __device__ bool jfa_mask(int batch, int head, int row, int key,
@@ -54,9 +57,11 @@ struct Weight {
 };
 
 // What a tile's scores lack, the same for all that a thread has of a row: nothing, or `of` each of
-// its two rows, which is not above 0 where the row sees any of them.
+// its two rows, which is not above 0 where the row sees any of them. add_to_found() is for maxima of
+// which a negative one is known to be negative, and no more.
 struct NoShift {
   CUTE_DEVICE void add_to(float (&)[2]) const {}
+  CUTE_DEVICE void add_to_found(float (&)[2]) const {}
   template <class Accumulator>
   CUTE_DEVICE void add_to_scores(Accumulator&) const {}
   CUTE_DEVICE float below(int /*row*/, float reference, float /*scale_log2*/) const {
@@ -70,6 +75,7 @@ struct RowShift {
     rows[0] += of[0];
     rows[1] += of[1];
   }
+  CUTE_DEVICE void add_to_found(float (&rows)[2]) const { add_to(rows); }
   template <class Accumulator>
   CUTE_DEVICE void add_to_scores(Accumulator& tS) const {
     CUTE_UNROLL
@@ -78,6 +84,25 @@ struct RowShift {
   // A row's reference, in log2 units, for scores that lack the shift.
   CUTE_DEVICE float below(int row, float reference, float scale_log2) const {
     return fmaf(-of[row], scale_log2, reference);
+  }
+};
+// That of a function, where it has a slope along the keys: that is known when it is linked. It may
+// be above 0. A maximum that is found may then be too high, which makes the softmax look closer.
+struct FunctionShift : RowShift {
+  CUTE_DEVICE void add_to(float (&rows)[2]) const {
+    if (jfa_has_key_slope()) RowShift::add_to(rows);
+  }
+  CUTE_DEVICE void add_to_found(float (&rows)[2]) const {
+    if (!jfa_has_key_slope()) return;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) rows[r] = fmaxf(rows[r], 0.f) + of[r];
+  }
+  template <class Accumulator>
+  CUTE_DEVICE void add_to_scores(Accumulator& tS) const {
+    if (jfa_has_key_slope()) RowShift::add_to_scores(tS);
+  }
+  CUTE_DEVICE float below(int row, float reference, float scale_log2) const {
+    return jfa_has_key_slope() ? RowShift::below(row, reference, scale_log2) : reference;
   }
 };
 
@@ -163,6 +188,11 @@ struct Alibi {
   float slope_;  // of products
 };
 
+// A slope of logits, from key to key, that a tile's scores may lack but for the columns' part. A
+// steeper one would cost a score more of its last digits across a tile than it does between a row
+// and the keys that have any weight.
+constexpr float kSlight = 1.f;
+
 // The forward pass'. In a tile all of whose keys are on one side of the rows, a score falls or
 // grows by the slope from column to column: that is one instruction, of which the column is a
 // constant. The rest is the thread's shift.
@@ -203,10 +233,6 @@ struct ShiftedAlibi {
   }
 
  private:
-  // A steeper slope would cost a score more of its last digits across a tile than it does between
-  // a row and the keys that have any weight.
-  static constexpr float kSlight = 1.f;
-
   float slope_;  // of products
   bool is_slight_;
 };
@@ -219,7 +245,8 @@ struct Function {
   CUTE_DEVICE Function(const FunctionParams& params, int batch, int head)
       : params_(params),
         batch_(__ldg(params.batch_numbers + batch)),
-        head_(__ldg(params.head_numbers + head)) {}
+        head_(__ldg(params.head_numbers + head)),
+        key_slope_(jfa_key_slope(params.unit, batch_, head_, params.captured)) {}
 
   // From what apply() leaves to a logit, of base 2. An additive function leaves the product as it
   // is and adds to it in the product's units: the scale is then the softmax's, for no instruction.
@@ -229,20 +256,26 @@ struct Function {
   }
 
   // `asks`: whether who sees whom is a question here.
-  template <Rows, class Accumulator>
-  CUTE_DEVICE NoShift apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(tS); ++i) {
-      const Pair pair = pair_of<Rows::kQueries>(corner, i);
-      if (jfa_is_additive()) {
-        tS(i) += jfa_addend(params_.unit, batch_, head_, pair.row, pair.key, params_.captured);
-      } else {
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE FunctionShift apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+    static_assert(kRows == Rows::kQueries);
+    FunctionShift shift{{{0.f, 0.f}}};
+    // A vote: only a branch known to be uniform leaves GEMMs in flight alone.
+    if (jfa_has_key_slope() &&
+        __all_sync(0xffffffff, fabsf(key_slope_ * params_.scale) <= kSlight)) {
+      shift = add_columns(tS, corner);
+    } else if (jfa_is_additive()) {
+      add<kRows>(tS, corner);
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tS); ++i) {
+        const Pair pair = pair_of<kRows>(corner, i);
         tS(i) =
             jfa_score(tS(i) * params_.scale, batch_, head_, pair.row, pair.key, params_.captured);
       }
     }
-    hide<Rows::kQueries>(tS, corner, asks);
-    return {};
+    hide<kRows>(tS, corner, asks);
+    return shift;
   }
 
  protected:
@@ -257,6 +290,29 @@ struct Function {
     const int along_cols = thread_col() + accumulator_col(i);
     if (kRows == Rows::kQueries) return {corner.row + along_rows, corner.key + along_cols};
     return {corner.row + along_cols, corner.key + along_rows};
+  }
+
+  // Of an additive function.
+  CUTE_DEVICE float addend(const Pair& pair) const {
+    return jfa_addend(params_.unit, batch_, head_, pair.row, pair.key, params_.captured);
+  }
+
+  template <Rows kRows, class Accumulator>
+  CUTE_DEVICE void add(Accumulator& tS, const Corner& corner) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) tS(i) += addend(pair_of<kRows>(corner, i));
+  }
+
+  // One instruction for a score, of which the column is a constant; the rest is the thread's shift.
+  template <class Accumulator>
+  CUTE_DEVICE FunctionShift add_columns(Accumulator& tS, const Corner& corner) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tS); ++i) {
+      if (accumulator_col(i) == 0) continue;
+      tS(i) = fmaf(key_slope_, float(accumulator_col(i)), tS(i));
+    }
+    const Pair first = pair_of<Rows::kQueries>(corner, 0);
+    return {{{addend(first), addend({first.row + 8, first.key})}}};
   }
 
   // Makes what the mask hides -inf. One branch for all pairs: with one for each, the loads of the
@@ -274,30 +330,30 @@ struct Function {
 
   const FunctionParams& params_;
   int batch_, head_;
+  float key_slope_;  // of products, where there is one
 };
 
-// The backward pass'. Value and derivative come at once, of a product; what is hidden is none.
+// The backward pass'. An additive function is added to the product, and its derivative is 1. Of
+// another one value and derivative come at once, of a product.
 struct FunctionGradient : Function {
   using Function::Function;
 
   template <Rows kRows, class Accumulator>
   CUTE_DEVICE void apply(Accumulator& tS, const Corner& corner, bool asks = true) const {
+    if (jfa_is_additive()) add<kRows>(tS, corner);
     hide<kRows>(tS, corner, asks);
   }
 
-  // What is hidden counts as nothing, whatever a function says of it: that may be NaN.
-  CUTE_DEVICE Weight weigh(float product, float scale_log2, float negative_lse_log2, int row,
+  // What is hidden is -inf, and counts as nothing whatever a function says of it: that may be NaN.
+  CUTE_DEVICE Weight weigh(float score, float scale_log2, float negative_lse_log2, int row,
                            int key) const {
     if (jfa_is_additive()) {
-      const float score =
-          product + jfa_addend(params_.unit, batch_, head_, row, key, params_.captured);
       const float p = exp2_approx(fmaf(score, logit_scale_log2(params_), negative_lse_log2));
-      const float seen = product == -INFINITY ? 0.f : p;
-      return {seen, seen};
+      return {p, p};
     }
     const JfaScore logit =
-        jfa_score_and_slope(product * params_.scale, batch_, head_, row, key, params_.captured);
-    if (product == -INFINITY || logit.score == -INFINITY) return {0.f, 0.f};
+        jfa_score_and_slope(score * params_.scale, batch_, head_, row, key, params_.captured);
+    if (score == -INFINITY || logit.score == -INFINITY) return {0.f, 0.f};
     const float p = exp2_approx(fmaf(logit.score, scale_log2, negative_lse_log2));
     return {p, p * logit.slope};
   }

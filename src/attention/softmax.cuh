@@ -103,7 +103,7 @@ struct OnlineSoftmax {
       if constexpr (kKeptTakesPart) kept[r] = found[r];
     }
     if constexpr (kKeepsLargest && !kKeptTakesPart) {
-      shift.add_to(found);
+      shift.add_to_found(found);
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         kept[r] = __int_as_float(max(__float_as_int(kept[r]), __float_as_int(found[r])));

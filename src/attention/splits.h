@@ -76,6 +76,12 @@ struct Shares {
     return tiles > 0 ? !part.empty() : base >= from && base < to;
   }
 
+  // Whether each of so few items is best left whole, a group's own: by the line, a group would have
+  // two short ones beside another's long one. `longest` has the units of the longest.
+  JFA_HD bool are_one_each(int items, int longest) const {
+    return items <= groups && 2 * Units{longest} <= 3 * share;
+  }
+
   // Of the item of a portion. boundary() is inside of it where
   // base + beside + least <= begin(g) < base + beside + tiles + 1 - least.
   JFA_HD Parts parts(const Portion<Units>& x) const {

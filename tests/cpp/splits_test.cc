@@ -138,8 +138,29 @@ struct Line {
     return all;
   }
 
+  // Each item, where a group has one at most (ItemScheduler::is_one_each); else none.
+  std::vector<Piece> one_each(const Shares<Units>& shares) const {
+    std::vector<Piece> found;
+    int longest = 0;
+    const CachedExtents& e = call.extents;
+    for (int b = 0; b < e.batch; ++b) {
+      for (int block = 0; block < e.blocks(sequences[b].rows); ++block) {
+        const int head = call.heads_at_once - 1;
+        found.push_back(whole_item(e, sequences[b], b, head, block, call.tile_keys));
+        longest = std::max(longest, found.back().tiles.size() + call.beside);
+      }
+    }
+    const int items = static_cast<int>(found.size());
+    const bool can_be = !call.has_columns && call.rounds == 1 && items <= 32;
+    return can_be && shares.are_one_each(items, longest) ? found : std::vector<Piece>{};
+  }
+
   std::vector<Piece> pieces(const Shares<Units>& shares, int group) const {
     std::vector<Piece> found;
+    if (const auto all = one_each(shares); !all.empty()) {
+      if (group < int(all.size())) found.push_back(all[group]);
+      return found;
+    }
     const Units from = shares.begin(group), to = shares.begin(group + 1);
     Units begins = 0;
     for (int round = 0; round < call.rounds; ++round) {
@@ -229,6 +250,10 @@ void check_call(const Call& c) {
       const int counter = piece.counter(c.heads_at_once, number);
       CHECK(counter >= 0 && counter < c.groups * c.heads_at_once);
       CHECK(counters.emplace(counter, item).first->second == item);
+    }
+    if (!line.one_each(shares).empty()) {
+      CHECK(2 * load <= 3 * shares.share);
+      continue;
     }
     CHECK(load <= shares.begin(group + 1) - shares.begin(group) + 2 * shares.least + c.beside +
                       e.blocks(1));

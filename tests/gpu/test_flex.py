@@ -44,6 +44,46 @@ def test_scores(name, shape):
     check(arrays, run(attend(score_mod), *arrays), **words)
 
 
+SLOPES = np.array([0.02, -0.3, 1.0, 1.5], np.float32)  # of the heads; the last is too steep
+
+
+@pytest.mark.parametrize(
+    "sign", (None, 1, -1), ids="scores of both signs, above 0, below 0".split(", ")
+)
+@pytest.mark.parametrize(
+    ("shape", "beside"),
+    [
+        ((BATCH, ROWS, KEYS, HEADS, 2, 128), "nothing"),
+        ((BATCH, ROWS, KEYS, HEADS, 2, 64), "blocks and lengths"),
+        ((1, 130, 3500, HEADS, 2, 128), "nothing"),  # logits up to 5000
+    ],
+    ids=str,
+)
+def test_slopes_along_keys(shape, beside, sign):
+    """Keys on either side of a row, so that a tile's shift is above or below 0."""
+    batch, rows, keys, *_ = shape
+    _, n, i, j = np.ogrid[:batch, :HEADS, :rows, :keys]
+    query, key, *others = inputs(shape, seed=7)
+    if sign is not None:
+        query, key = np.abs(query), np.abs(key) * jnp.bfloat16(sign)
+    sees, options, words = True, {}, {}
+    if beside == "blocks and lengths":
+        seen = lambda b, h, q, k, *_: (k < q + 200) & (k % 7 != 3)  # noqa: E731
+        lengths = np.array([400, 123], np.int32)
+        used = np.arange(keys) < lengths[:, None]
+        block_mask = create_block_mask(seen, None, None, rows, keys)
+        options = dict(mask_mod=seen, block_mask=block_mask, key_value_seq_lengths=lengths)
+        sees = (j < i + 200) & (j % 7 != 3) & used[:, None, None]
+        words = dict(key_used=used)
+
+    def along(score, b, h, q, k, slopes):
+        return score + slopes[h] * (k - q)
+
+    call = attend(along, captured=(jnp.asarray(SLOPES),), **options)
+    arrays = query, key, *others
+    check(arrays, run(call, *arrays), sees, bias=SLOPES[n] * (j - i), **words)
+
+
 IDS = np.sort(np.random.default_rng(3).integers(0, 5, (BATCH, KEYS)))
 DOCUMENTS = flex.generate_doc_mask_mod(jnp.asarray(IDS))
 SAME = IDS[:, None, :ROWS, None] == IDS[:, None, None, :]

@@ -162,7 +162,7 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       }
       return Bits();
     };
-    // From products to scores; then the stage of K and bias is free.
+    // From products to scores, less a shift; then the stage of K and bias is free.
     const auto finish_scores = [&](auto& tS, auto masked, const Bits& bits) {
       if constexpr (T::kTakesBias) {
         add_bias<typename T::BiasTile>(tS, shared.bias[key_cursor.stage],
@@ -172,16 +172,21 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       const int key = shared.key_tile[key_cursor.stage] * T::kBlockN;
       release_by_warp(shared.key_ring, key_cursor);
       key_cursor.advance();
-      if constexpr (kHasBlocks) {
-        const bool asks = decltype(masked)::value && !bits.all;
-        score.template apply<Rows::kQueries>(tS, {row, position, key}, asks);
-      }
+      const auto shift = [&] {
+        if constexpr (kHasBlocks) {
+          const bool asks = decltype(masked)::value && !bits.all;
+          return score.template apply<Rows::kQueries>(tS, {row, position, key}, asks);
+        } else {
+          return NoShift();
+        }
+      }();
       if constexpr (decltype(masked)::value) {
         T::Masking::mask_scores(tS, work.mask, this->intervals(), row, key);
         if constexpr (!kHasBlocks) {
           if (p.dense.has_mask) bits.apply(tS);
         }
       }
+      return shift;
     };
 
     {
@@ -189,15 +194,16 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       this->issue_scores(tSrQ, tS);
       this->free_staged_output();  // not before: nobody needs that stage yet
       const int n = shared.key_tile[key_cursor.stage];
-      if (keys.cut > 0) {
-        const Bits bits = mask_bits(true_type{});
+      const auto shift = [&] {
+        if (keys.cut > 0) {
+          const Bits bits = mask_bits(true_type{});
+          wait_mma<0>(tS);
+          return finish_scores(tS, true_type{}, bits);
+        }
         wait_mma<0>(tS);
-        finish_scores(tS, true_type{}, bits);
-      } else {
-        wait_mma<0>(tS);
-        finish_scores(tS, false_type{}, Bits());
-      }
-      softmax.begin(tS, scale_log2);  // O is zero: no rescale
+        return finish_scores(tS, false_type{}, Bits());
+      }();
+      softmax.begin(tS, scale_log2, shift);  // O is zero: no rescale
       convert(tS, tP);
       this->clear_value_tail(work.mask, n);  // the right-most tile, if it has rows to clear
     }
@@ -210,8 +216,8 @@ struct DenseForwardConsumer : ForwardConsumer<T> {
       this->pass_turn();
       const Bits bits = mask_bits(masked);
       wait_mma<1>(tS);
-      finish_scores(tS, masked, bits);
-      const bool rescale = softmax.update(tS, scale_log2);
+      const auto shift = finish_scores(tS, masked, bits);
+      const bool rescale = softmax.update(tS, scale_log2, shift);
       this->finish_output(tO);
       convert(tS, tP);
       if (rescale) softmax.rescale(tO);

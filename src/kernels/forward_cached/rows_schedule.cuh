@@ -113,9 +113,13 @@ struct ItemScheduler : PieceGiver {
     const int group = int(blockIdx.x) / p.heads_at_once;
     if (group < shares.groups && has_items) {
       int head = int(blockIdx.x) % p.heads_at_once;
-      CUTE_NO_UNROLL
-      for (int round = 0; round < p.rounds; ++round, head += p.heads_at_once) {
-        give_share(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
+      if (is_one_each(shares)) {
+        give_item(shares, group, head);
+      } else {
+        CUTE_NO_UNROLL
+        for (int round = 0; round < p.rounds; ++round, head += p.heads_at_once) {
+          give_share(shares, shares.begin(group), shares.begin(group + 1), round * total, head);
+        }
       }
     }
     if (threadIdx.x % 32 == 0) give_end();
@@ -123,6 +127,22 @@ struct ItemScheduler : PieceGiver {
   }
 
  private:
+  // Whether group i has item i, which is this warp's lane i's, and nothing else.
+  CUTE_DEVICE bool is_one_each(const Shares<Units>& shares) const {
+    if (!is_short || p.rounds != 1) return false;
+    const int items = __popc(__ballot_sync(kAllLanes, walk.units > 0));
+    return shares.are_one_each(items, __reduce_max_sync(kAllLanes, walk.units));
+  }
+  CUTE_DEVICE void give_item(const Shares<Units>& shares, int group, int head) {
+    const bool is_mine = int(threadIdx.x) % 32 == group && walk.units > 0;
+    if (is_mine) {
+      const Piece piece = walk.item(head);
+      give(piece, shares, {0, piece.tiles.size(), {0, piece.tiles.size()}});
+    }
+    const unsigned gives = __ballot_sync(kAllLanes, is_mine);
+    if (gives != 0) share_cursor(__ffs(gives) - 1);
+  }
+
   // What a share [from, to) has of the items of a head, which begin at `base`.
   CUTE_DEVICE void give_share(const Shares<Units>& shares, Units from, Units to, Units base,
                               int head) {
