@@ -17,9 +17,10 @@ import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 
 TANH_ERROR = 2.0**-11  # relative, of the instruction that the kernels take for it
-# A gradient of few numbers, as of sinks, has a sum of many roundings in each, which are as good as
-# random: the same-precision reading is off by this many of their standard deviations, not by their
-# sum, of which there are too few to tell how large it may be.
+# A gradient that is a sum over rows, as of sinks or of a bias that rows share, has many roundings
+# in each number, which are as good as random. The largest sum of them in few numbers does not tell
+# how large another may be: the same-precision reading is off by this many of their standard
+# deviations, in all of few numbers, else in the one where they may come to most.
 SPREADS = 3
 FEW = 16
 
@@ -220,9 +221,10 @@ def attention(
     dbias = None
     if bias is not None:
         dbias = over_shared(dlogits, bias.shape, xp.sum)
-        if dbias.size < FEW:
+        if dbias.size < max(FEW, dlogits.size):
             squares = over_shared((half_step * dlogits) ** 2, bias.shape, xp.sum)
-            dbias = dbias + SPREADS * xp.sqrt(squares)
+            least = 0 if dbias.size < FEW else xp.max(squares)
+            dbias = dbias + xp.where(squares >= least, SPREADS * xp.sqrt(squares), 0)
     dscores = dlogits * work(scale)
     dq = dscores @ k
     dk = xp.swapaxes(dscores, 2, 3) @ q

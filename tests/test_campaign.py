@@ -169,7 +169,9 @@ def test_tasks_in_processes(path):
     assert of_tasks == ["p"] * 20 + ["alone"] * 2
     found = json.loads(path.read_text())["parts"]["p"]
     assert sorted(found["tasks"]) == list(range(20)) and found["checks"] == 40
-    assert found["failed"] == 1 and found["failures"] == [dict(task=7, text="task 7 of another")]
+    assert found["failed"] == 1 and found["failures"] == [
+        dict(task=7, checks=2, text="task 7 of another")
+    ]
 
 
 def test_processes_end_in_time(path):
@@ -196,6 +198,26 @@ def test_failures_are_counted_and_some_are_kept(path):
     assert part["checks"] == part["failed"] == results.failed == 48
     assert len(part["failures"]) == campaign.MAX_FAILURES
     assert "ValueError: broken" in part["failures"][15]["text"]
+
+
+def test_tasks_with_failures_run_again(path):
+    def fails_at_1(task, checks):
+        yield checks, "wrong" if task == 1 else None
+
+    results = campaign.Results(path, HERE)
+    campaign.run([part_of(fails_at_1)], results, 1e9, log=lambda _: None)
+    results.drop_failures("p")
+    assert results.part("p")["checks"] == 4 and results.failed == 0
+    lines = []
+    campaign.run([part_of(passes)], results, 1e9, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["p 2/3"]
+    assert results.part("p")["checks"] == 6 and results.failed == 0
+
+    many = [part_of(lambda task, checks: iter([(1, "wrong")] * 30))]
+    campaign.run(many, campaign.Results(path, HERE, again=True), 1e9, log=lambda _: None)
+    results = campaign.Results(path, HERE)
+    results.drop_failures("p")
+    assert results.part("p")["tasks"] == [] and results.part("p")["checks"] == 0
 
 
 @pytest.mark.parametrize("change", [dict(source_hash="b" * 64), dict(gpu="another")])

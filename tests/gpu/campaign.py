@@ -4,6 +4,7 @@
     make campaign PARTS="forward hostile"           # these parts
     python tests/gpu/campaign.py --budget-s 500     # starts no task after so many seconds
     python tests/gpu/campaign.py --processes 1      # one task at a time; else one for each core
+    python tests/gpu/campaign.py --retry            # tasks with failures again, then what is left
     python tests/gpu/campaign.py --render           # the table of docs/reliability.md
 
 A part has tasks. The results are saved after each task, and a run goes on where the last one ended.
@@ -74,11 +75,21 @@ class Results:
         part["checks"] += checks
         part["failed"] += len(failures)
         room = MAX_FAILURES - len(part["failures"])
-        part["failures"] += [dict(task=task, text=text) for text in failures[:room]]
+        part["failures"] += [dict(task=task, checks=checks, text=x) for x in failures[:room]]
         part["seconds"] = round(part["seconds"] + seconds, 1)
         new = self.path.with_suffix(".part")
         new.write_text(json.dumps(self.data, indent=1) + "\n")
         new.replace(self.path)
+
+    def drop_failures(self, name):
+        """Forgets the tasks of a part that had failures; all, if some failures are not kept."""
+        part = self.part(name)
+        if part["failed"] > len(part["failures"]):
+            del self.data["parts"][name]
+            return
+        checks = {x["task"]: x["checks"] for x in part["failures"]}
+        part["tasks"] = [x for x in part["tasks"] if x not in checks]
+        part.update(checks=part["checks"] - sum(checks.values()), failed=0, failures=[])
 
     @property
     def failed(self):
@@ -204,6 +215,7 @@ def main(arguments=None):
     )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="drop the results that are there")
+    parser.add_argument("--retry", action="store_true", help="run tasks again that had failures")
     parser.add_argument("--render", action="store_true", help="write docs/reliability.md, no more")
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.parts if name not in parts]:
@@ -218,6 +230,9 @@ def main(arguments=None):
         print(f"left out without a Hopper GPU: {', '.join(left)}")
     results = Results(args.results, environment(), args.again)
     able = [part for part in chosen if here or not part.needs_gpu]
+    if args.retry:
+        for part in able:
+            results.drop_failures(part.name)
     run(able, results, args.budget_s, processes=args.processes)
     print(f"{results.failed} checks failed")
     return 1 if results.failed else 0

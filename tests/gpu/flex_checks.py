@@ -74,11 +74,13 @@ def captured_arrays():
 
 
 def over_pairs(function, *scores):
-    """A function of a score, if there is one, and four indices for all pairs, [B, N, T, S]."""
+    """A function of a score, if there is one, and four indices for all pairs, [B, N, T, S]. Numbers
+    are rounded to narrow types where the function says so, as in a kernel."""
     n = flex_functions
     shape = n.BATCH, n.HEADS, n.ROWS, n.KEYS
     given = [jnp.asarray(x, jnp.float32).ravel() for x in scores]
-    flat = jax.jit(jax.vmap(function))(*given, *np.indices(shape, np.int32).reshape(4, -1))
+    call = jax.jit(jax.vmap(function), compiler_options={"xla_allow_excess_precision": False})
+    flat = call(*given, *np.indices(shape, np.int32).reshape(4, -1))
     return jax.tree.map(lambda x: np.asarray(x).reshape(shape), flat)
 
 
