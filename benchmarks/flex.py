@@ -85,7 +85,7 @@ def plain(problem: Functional, mode: str) -> Function:
 def xla(problem: Functional, mode: str) -> Function:
     if problem.score == "softcap":
         return capped
-    is_causal = problem.causal and not problem.has_blocks
+    is_causal = problem.causal and not problem.has_mask
     return partial(jax.nn.dot_product_attention, is_causal=is_causal, implementation="xla")
 
 

@@ -149,6 +149,11 @@ class Functional(Problem):
         shape = (self.batch, self.seqlen)
         return (jax_fa3.make_visibility(np.broadcast_to(self.segment_ids, shape)),)
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether is_causal does not say who sees whom."""
+        return bool(self.documents) or self.window is not None
+
     def facts(self) -> tuple:
         """What a Score's `change` takes at the end."""
         return self.heads, *self.captured()
@@ -156,7 +161,7 @@ class Functional(Problem):
     def dense(self) -> tuple[jax.Array | None, ...]:
         """The bias [1, N, T, S] and the mask [1, 1, T, S], where it has such."""
         row, column = np.ogrid[: self.seqlen, : self.seqlen]
-        if self.documents or self.window is not None:
+        if self.has_mask:
             begin, end = (x[:, None] for x in self.intervals())
             return None, jnp.asarray((begin <= column) & (column < end))[None, None]
         if not (self.score and SCORES[self.score].is_added):
