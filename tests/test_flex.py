@@ -176,6 +176,29 @@ def test_scores_that_the_function_hides_or_makes_nan_of():
     assert np.isneginf(np.asarray(got[1])[:, 3]).all() and not np.asarray(got[0])[:, 3].any()
 
 
+@pytest.mark.parametrize("is_added", (True, False))
+def test_what_is_said_of_padding_rows_reaches_no_gradient(is_added):
+    arrays, lengths = inputs("float32"), np.array([ROWS // 2, ROWS - 3], np.int32)[:BATCH]
+
+    def gradients(of_padding):
+        used = np.arange(ROWS) < lengths[:, None]
+        factors = jnp.asarray(np.where(used, 0.5, of_padding), jnp.float32)
+
+        def score_mod(score, b, h, q, k, x):
+            return score + x[b, q] if is_added else score * x[b, q]
+
+        def loss(query, key, value):
+            call = flex_attention(
+                query, key, value, score_mod, captured=(factors,), query_seq_lengths=lengths
+            )
+            return jnp.sum(call**2)
+
+        return jax.grad(loss, (0, 1, 2))(*arrays[:3])
+
+    for got, want in zip(gradients(np.nan), gradients(0.5), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_keys_that_fill_a_block_up_are_not_asked_for(small_blocks):
     """An index behind the last key would make NaN, in the gradient of a captured factor too."""
     query, key, value, dout, dlse = inputs("float32")

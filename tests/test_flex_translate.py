@@ -307,6 +307,30 @@ def test_what_is_additive():
     assert not is_additive(lambda s, b, h, q, k: jnp.where(q < k, s, 0))
     assert not is_additive(lambda s, *_: s.astype(jnp.bfloat16).astype(jnp.float32))
     assert not is_additive(lambda s, b, h, q, k: q.astype(jnp.float32))
+    assert not is_additive(lambda s, b, h, q, k: jax.lax.stop_gradient(s) + 0.1 * (k - q))
+    assert not is_additive(lambda s, *_: reversing(s) + 1.0)
+
+
+@jax.custom_jvp
+def reversing(x):
+    return x
+
+
+@reversing.defjvp
+def _reversing_jvp(primals, tangents):
+    return primals[0], -tangents[0]
+
+
+@needs_compiler
+def test_zeros_made_of_integers_have_no_sign(tmp_path):
+    functions = [
+        lambda s, b, h, q, k: s * jnp.sign(1 / (-k).astype(jnp.float32)),
+        lambda s, b, h, q, k: s * jnp.sign(1 / (-2 * (q - k)).astype(jnp.float32)),
+        lambda s, b, h, q, k: s * jnp.sign(1 / ((k - q) * (q + 1)).astype(jnp.float32)),
+    ]
+    translations = [translate(f, None, (), MOST_INDEX) for f in functions]
+    for call in flex_host.compiled(translations, tmp_path):
+        np.testing.assert_array_equal(call(np.ones(1), np.zeros((1, 4)))["score"], 1)
 
 
 @needs_compiler

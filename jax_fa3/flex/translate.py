@@ -136,7 +136,9 @@ def translate(
         jaxpr = _with_slope(score_mod, inputs)
         arguments = [_scalar("score", "float32"), *indices, *arrays]
         score, slope = _values("score_mod", program, jaxpr, arguments)
-        addend = _in_products(program, _addend(program, score))
+        # Also where the value is only added to the derivative may be another one, by rules of JAX.
+        is_added_to = slope == literal(1, "float32")
+        addend = _in_products(program, _addend(program, score)) if is_added_to else None
     key_slope = _key_slope(program, addend) if addend else None
 
     pair = PARAMETERS | CAPTURED
@@ -636,6 +638,15 @@ def _converted(program: Program, value: str, old: str, new: str) -> str:
 PARTS_OF_SMALL = ("add", "sub", "mul", "neg", "abs")
 
 
+def _is_made_of_small(program: Program, value: str) -> bool:
+    """Whether a small int32 is as well made of the floats of what it is made of. A product with a
+    negative number would be -0 where the integer is 0."""
+    name, operands = program.operation(value)
+    if name not in PARTS_OF_SMALL or not all(_is_small(program, x) for x in operands):
+        return False
+    return name != "mul" or all(program.range_of(x, "int32")[0] >= 0 for x in operands)
+
+
 def _is_small(program: Program, value: str) -> bool:
     least, greatest = program.range_of(value, "int32")
     return -SMALL < least and greatest < SMALL
@@ -644,12 +655,14 @@ def _is_small(program: Program, value: str) -> bool:
 def _small_as_float(program: Program, value: str) -> str:
     """A small int32 as a float, made of the floats of what it is made of, which is exact: a kernel
     then casts each row and each key, and not each pair."""
-    name, operands = program.operation(value)
-    if name in PARTS_OF_SMALL and all(_is_small(program, x) for x in operands):
+    if _is_made_of_small(program, value):
+        name, operands = program.operation(value)
         if name == "sub" and not any(_has_parts(program, x) for x in operands):
             raised = (program.emit("float", RAISED, x) for x in operands)
             return program.emit("float", SUBTRACT, *raised)
-        floats = (_small_as_float(program, x) for x in operands)
+        floats = [_small_as_float(program, x) for x in operands]
+        if name == "neg":  # of 0 it is 0
+            name, floats = "sub", [literal(0, "float32"), *floats]
         return _operation(program, name, "float32", *floats)
     number = of_literal(value)
     if number is not None:
@@ -659,9 +672,7 @@ def _small_as_float(program: Program, value: str) -> str:
 
 def _has_parts(program: Program, value: str) -> bool:
     """Whether a small integer is a number, or made of others that are cast in its place."""
-    name, operands = program.operation(value)
-    is_made = name in PARTS_OF_SMALL and all(_is_small(program, x) for x in operands)
-    return is_made or of_literal(value) is not None
+    return _is_made_of_small(program, value) or of_literal(value) is not None
 
 
 def _bitcast(program: Program, old: str, new: str) -> Callable[..., str] | None:
