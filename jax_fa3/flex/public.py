@@ -111,11 +111,10 @@ def flex_attention(
 ) -> jax.Array | tuple[jax.Array, ...]:
     """softmax(score_mod(scale * query @ key^T)) @ value, where mask_mod lets a row see a key.
 
-    Both functions are ordinary JAX functions of scalars. On Hopper GPUs bfloat16 runs on
-    kernels that are linked with them when the program is compiled, which takes seconds for a new
-    function; everything else runs through XLA, which maps them over all pairs, block by block. A
-    call without functions is `dot_product_attention`. docs/flex.md has examples, and PyTorch's
-    names.
+    Both functions are ordinary JAX functions of scalars. On Hopper GPUs bfloat16 runs on kernels
+    that are linked with them when the program is compiled, which takes seconds for a new function;
+    everything else runs through XLA, which maps them over all pairs, block by block. A call without
+    functions is `dot_product_attention`. docs/flex.md has examples, and PyTorch's names.
 
     Letters: B batch, T query rows, S keys, N query heads, K key/value heads (a divisor of N),
     H head_dim.

@@ -136,9 +136,11 @@ def translate(
         jaxpr = _with_slope(score_mod, inputs)
         arguments = [_scalar("score", "float32"), *indices, *arrays]
         score, slope = _values("score_mod", program, jaxpr, arguments)
-        # Also where the value is only added to the derivative may be another one, by rules of JAX.
-        is_added_to = slope == literal(1, "float32")
-        addend = _in_products(program, _addend(program, score)) if is_added_to else None
+        # A score that is only added to may still have another derivative than 1, by stop_gradient
+        # or a rule of its own.
+        addend = None
+        if slope == literal(1, "float32"):
+            addend = _in_products(program, _addend(program, score))
     key_slope = _key_slope(program, addend) if addend else None
 
     pair = PARAMETERS | CAPTURED
@@ -639,8 +641,8 @@ PARTS_OF_SMALL = ("add", "sub", "mul", "neg", "abs")
 
 
 def _is_made_of_small(program: Program, value: str) -> bool:
-    """Whether a small int32 is as well made of the floats of what it is made of. A product with a
-    negative number would be -0 where the integer is 0."""
+    """Whether the float of a small int32 may be computed from the floats of its operands. A float
+    product with a negative operand would be -0 where the integer is 0."""
     name, operands = program.operation(value)
     if name not in PARTS_OF_SMALL or not all(_is_small(program, x) for x in operands):
         return False
